@@ -1,0 +1,124 @@
+//! From a vCPU's registers to where the kernel image lies: virtual and physical base, under KASLR and page table isolation.
+//!
+//! A vCPU names addresses inside the image whatever it is doing: its system call entry (LSTAR), its interrupt gates, its FRED
+//! entry, and, in the kernel, its instruction pointer. From any of them the image's start is as far down as memory is mapped
+//! without a break, because nothing else is mapped below it (`arch/x86/mm/init_64.c: cleanup_highmap`). Knows nothing of what is
+//! in the image but that.
+
+use vm_memory::GuestAddress;
+
+use crate::addr::{Gva, GvaRange};
+use crate::memory::PhysMemory;
+use crate::paging::AddressSpace;
+use crate::reader::KernelMemory;
+use crate::vcpu::VcpuRegs;
+
+/// `__START_KERNEL_map`, and `KERNEL_IMAGE_SIZE` behind it: no image lies elsewhere (`asm/page_64_types.h`).
+pub const IMAGE_WINDOW: GvaRange =
+    GvaRange::new(Gva(0xffff_ffff_8000_0000), Gva(0xffff_ffff_c000_0000));
+/// Images begin at a multiple of this (`CONFIG_PHYSICAL_ALIGN`), and are mapped with pages of it.
+const STEP: u64 = 2 << 20;
+/// No image is longer: the largest of a stock kernel has about 64 MiB.
+const MAX_IMAGE: u64 = 256 << 20;
+const GATES: usize = 256;
+const GATE: usize = 16;
+
+/// A place where a kernel image seems to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The tables that map it.
+    pub space: AddressSpace,
+    /// Where it begins (`_text`).
+    pub base: Gva,
+    /// The same in physical memory.
+    pub phys: GuestAddress,
+    /// Behind the last page of it that is mapped.
+    pub end: Gva,
+}
+
+/// Every place that the vCPUs' registers lead to, most likely first; none early in boot.
+#[must_use]
+pub fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
+    let mut found: Vec<Candidate> = Vec::new();
+    for regs in vcpus.iter().filter(|regs| regs.online && !regs.foreign) {
+        let Some(space) = AddressSpace::of_vcpu(regs) else {
+            continue;
+        };
+        // In user mode under page table isolation the vCPU is on the user's half, which maps the entry text and no more. The
+        // kernel's half of a kernel without isolation is some other page: what it leads to is then no image.
+        for space in [space.kernel_half(), space] {
+            let memory = KernelMemory::new(phys, space);
+            for hint in hints(&memory, regs) {
+                if let Some(candidate) = image(&memory, hint) {
+                    if !found.contains(&candidate) {
+                        found.push(candidate);
+                    }
+                    break;
+                }
+            }
+        }
+    }
+    found
+}
+
+/// Addresses inside the image, by what the vCPU would do at its next entry to the kernel.
+fn hints(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
+    let mut hints = vec![Gva(regs.lstar)];
+    hints.extend(regs.fred_config.map(|config| Gva(config & !0xfff)));
+    if regs.cpl == 0 {
+        hints.push(Gva(regs.rip));
+    }
+    hints.extend(gates(memory, regs));
+    hints.retain(|hint| IMAGE_WINDOW.contains(*hint));
+    hints.dedup_by_key(|hint| hint.0 / STEP);
+    hints
+}
+
+/// Where the interrupt gates lead (Intel SDM volume 3, figure 7-8).
+fn gates(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
+    let count = ((usize::from(regs.idt_limit) + 1) / GATE).min(GATES);
+    let mut raw = vec![0; count * GATE];
+    if memory.read(Gva(regs.idt_base), &mut raw).is_err() {
+        return Vec::new();
+    }
+    raw.chunks_exact(GATE)
+        .filter_map(|gate| {
+            let low = u64::from_le_bytes(gate.get(..8)?.try_into().ok()?);
+            let high = u32::from_le_bytes(gate.get(8..12)?.try_into().ok()?);
+            Some(Gva(low & 0xffff
+                | low >> 32 & 0xffff_0000
+                | u64::from(high) << 32))
+        })
+        .collect()
+}
+
+/// The image around `hint`: contiguous in physical memory too.
+fn image(memory: &KernelMemory<'_>, hint: Gva) -> Option<Candidate> {
+    let frame = |gva| {
+        let mapping = memory.translate(gva).ok()?;
+        IMAGE_WINDOW.contains(gva).then_some(mapping.gpa)
+    };
+    let mut base = Gva(hint.0 & !(STEP - 1));
+    let mut phys = frame(base)?;
+    for _ in 0..MAX_IMAGE / STEP {
+        let below = base.sub(STEP);
+        match frame(below) {
+            Some(gpa) if gpa.0.checked_add(STEP) == Some(phys.0) => (base, phys) = (below, gpa),
+            _ => break,
+        }
+    }
+    let mut end = base;
+    for step in 0..MAX_IMAGE / STEP {
+        // Parts of the image are given back and unmapped once the guest has booted: the last mapped page counts.
+        let gva = base.add(step * STEP);
+        if frame(gva).is_some_and(|gpa| gpa.0.wrapping_sub(phys.0) == step * STEP) {
+            end = gva.add(STEP);
+        }
+    }
+    Some(Candidate {
+        space: memory.space(),
+        base,
+        phys,
+        end,
+    })
+}

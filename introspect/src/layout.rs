@@ -1,0 +1,435 @@
+//! Where the fields lie that this program reads, resolved once from the guest's own BTF.
+//!
+//! Knows names of types and members, never numbers. A field that a generation lacks is an `Option`; the error for any other
+//! names what is missing. What only one other place needs, that place asks BTF for itself.
+
+use crate::btf::{Btf, BtfError};
+use crate::reader::Field;
+
+/// Every field, by the structure it is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// `struct task_struct` and what is inside it.
+    pub task: TaskLayout,
+    /// `struct signal_struct`.
+    pub signal: SignalLayout,
+    /// `struct rq`.
+    pub rq: RqLayout,
+    /// `struct module`.
+    pub module: ModuleLayout,
+    /// `struct list_head`'s `next`.
+    pub list_next: Field,
+    /// Locks.
+    pub lock: LockLayout,
+    /// `struct irq_work`.
+    pub irq_work: IrqWorkLayout,
+    /// ftrace's records.
+    pub ftrace: Option<FtraceLayout>,
+    /// Livepatch; `None` without `CONFIG_LIVEPATCH`.
+    pub klp: Option<KlpLayout>,
+    /// `struct rethook_node`; `None` where kretprobes do without.
+    pub rethook: Option<RethookLayout>,
+}
+
+/// `struct task_struct`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskLayout {
+    /// Bytes of the whole.
+    pub size: u64,
+    /// `thread_info.flags`: the TIF bits.
+    pub thread_flags: Field,
+    /// The CPU it last ran on.
+    pub cpu: Field,
+    /// `__state`; `state`, 8 bytes, before 5.14.
+    pub state: Field,
+    /// `exit_state`.
+    pub exit_state: Field,
+    /// `stack`: the lowest address of its stack.
+    pub stack: Field,
+    /// `usage`: its reference count.
+    pub usage: Field,
+    /// `stack_refcount`.
+    pub stack_refcount: Field,
+    /// `flags`: the PF bits.
+    pub flags: Field,
+    /// `on_cpu`: 4 bytes, or 1.
+    pub on_cpu: Field,
+    /// `on_rq`: 4 bytes, or 1.
+    pub on_rq: Field,
+    /// `tasks`: the list of processes.
+    pub tasks: Field,
+    /// `thread_node`: the list of a process's threads.
+    pub thread_node: Field,
+    /// `mm`.
+    pub mm: Field,
+    /// `pid`.
+    pub pid: Field,
+    /// `tgid`.
+    pub tgid: Field,
+    /// `comm`.
+    pub comm: Field,
+    /// `signal`.
+    pub signal: Field,
+    /// `group_leader`.
+    pub group_leader: Field,
+    /// `real_parent`.
+    pub real_parent: Field,
+    /// `pi_lock`.
+    pub pi_lock: Field,
+    /// `nvcsw`: voluntary context switches.
+    pub nvcsw: Field,
+    /// `nivcsw`: involuntary ones.
+    pub nivcsw: Field,
+    /// `thread`.
+    pub thread: Field,
+    /// `thread.sp`: the saved stack pointer.
+    pub sp: Field,
+    /// `patch_state`.
+    pub patch_state: Option<Field>,
+    /// `curr_ret_stack`, of the function graph tracer.
+    pub curr_ret_stack: Option<Field>,
+    /// `ret_stack`, of the function graph tracer.
+    pub ret_stack: Option<Field>,
+    /// `rethooks`.
+    pub rethooks: Option<Field>,
+    /// `kretprobe_instances`.
+    pub kretprobe_instances: Option<Field>,
+}
+
+/// `struct signal_struct`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignalLayout {
+    /// `thread_head`: the process's threads.
+    pub thread_head: Field,
+}
+
+/// `struct rq`: a CPU's run queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RqLayout {
+    /// `__lock`; `lock` before 5.14.
+    pub lock: Field,
+    /// `curr`: the task that runs.
+    pub curr: Field,
+    /// `idle`: the CPU's idle task.
+    pub idle: Field,
+}
+
+/// `struct module`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModuleLayout {
+    /// Bytes of the whole.
+    pub size: u64,
+    /// `state`.
+    pub state: Field,
+    /// `list`.
+    pub list: Field,
+    /// `name`.
+    pub name: Field,
+    /// Where its memory is described.
+    pub memory: ModuleMemoryLayout,
+    /// `kallsyms`: pointer to its symbols.
+    pub kallsyms: Option<Field>,
+    /// `struct mod_kallsyms`.
+    pub symbols: Option<ModuleSymbolsLayout>,
+    /// `arch`'s unwind data.
+    pub orc: Option<ModuleOrcLayout>,
+}
+
+/// How a module says where its text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleMemoryLayout {
+    /// `core_layout` and `init_layout` (up to 6.3).
+    Layouts {
+        /// `core_layout`'s `base` and `text_size`.
+        core: Extent,
+        /// `init_layout`'s.
+        init: Extent,
+    },
+    /// `mem[]`, one for each sort of memory (6.4 on).
+    Memories {
+        /// `mem[MOD_TEXT]`'s `base` and `size`.
+        core: Extent,
+        /// `mem[MOD_INIT_TEXT]`'s.
+        init: Extent,
+    },
+}
+
+/// A piece of memory that two fields describe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins.
+    pub base: Field,
+    /// How many bytes.
+    pub size: Field,
+}
+
+/// `struct mod_kallsyms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModuleSymbolsLayout {
+    /// `symtab`: ELF symbols.
+    pub symtab: Field,
+    /// `num_symtab`.
+    pub count: Field,
+    /// `strtab`.
+    pub strtab: Field,
+}
+
+/// `struct mod_arch_specific`: unwind data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModuleOrcLayout {
+    /// `num_orcs`.
+    pub count: Field,
+    /// `orc_unwind_ip`.
+    pub ips: Field,
+    /// `orc_unwind`.
+    pub entries: Field,
+}
+
+/// Locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockLayout {
+    /// `mutex.owner`: 0 when free, but for its low three bits.
+    pub mutex_owner: Field,
+    /// `qrwlock.wlocked`: 0xff while a writer holds it.
+    pub rwlock_writer: Field,
+    /// `qspinlock.locked`: not 0 while held.
+    pub spinlock_locked: Field,
+}
+
+/// `struct irq_work`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IrqWorkLayout {
+    /// Bytes of the whole.
+    pub size: u64,
+    /// `node.llist`.
+    pub llist: Field,
+    /// `node.u_flags`.
+    pub flags: Field,
+    /// `func`.
+    pub func: Field,
+}
+
+/// `struct ftrace_page` and `struct dyn_ftrace`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FtraceLayout {
+    /// `ftrace_page.next`.
+    pub page_next: Field,
+    /// `ftrace_page.records`.
+    pub page_records: Field,
+    /// `ftrace_page.index`: how many records are used.
+    pub page_index: Field,
+    /// Bytes of a record.
+    pub record_size: u64,
+    /// `dyn_ftrace.ip`.
+    pub record_ip: Field,
+    /// `dyn_ftrace.flags`.
+    pub record_flags: Field,
+}
+
+/// `struct klp_patch`, `klp_object` and `klp_func`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Each is the kernel's member of that name.
+pub struct KlpLayout {
+    pub patch_size: u64,
+    pub patch_objs: Field,
+    pub patch_replace: Field,
+    pub patch_states: Option<Field>,
+    pub patch_list: Field,
+    pub patch_obj_list: Field,
+    pub object_size: u64,
+    pub object_name: Field,
+    pub object_funcs: Field,
+    pub object_callbacks: Field,
+    pub func_size: u64,
+    pub func_old_name: Field,
+    pub func_new_func: Field,
+    pub func_old_sympos: Field,
+}
+
+/// `struct rethook_node`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RethookLayout {
+    /// `llist`: its link in the task's list.
+    pub llist: Field,
+    /// `ret_addr`: the return address that it took.
+    pub ret_addr: Field,
+    /// `frame`: from where.
+    pub frame: Field,
+}
+
+impl Layout {
+    /// Resolves every field.
+    ///
+    /// # Errors
+    /// [`BtfError`], naming the first type or member that is missing.
+    pub fn resolve(btf: &Btf) -> Result<Layout, BtfError> {
+        Ok(Layout {
+            task: task(btf)?,
+            signal: SignalLayout {
+                thread_head: btf.field("signal_struct.thread_head")?,
+            },
+            rq: RqLayout {
+                lock: btf.first_field(&["rq.__lock", "rq.lock"])?,
+                curr: btf.field("rq.curr")?,
+                idle: btf.field("rq.idle")?,
+            },
+            module: module(btf)?,
+            list_next: btf.field("list_head.next")?,
+            lock: LockLayout {
+                mutex_owner: btf.field("mutex.owner")?,
+                rwlock_writer: btf.field("qrwlock.wlocked")?,
+                spinlock_locked: btf.field("qspinlock.locked")?,
+            },
+            irq_work: IrqWorkLayout {
+                size: btf.size_of("irq_work")?,
+                llist: btf.field("irq_work.node.llist")?,
+                flags: btf.field("irq_work.node.u_flags")?,
+                func: btf.field("irq_work.func")?,
+            },
+            ftrace: when(btf.has("dyn_ftrace"), || ftrace(btf))?,
+            klp: when(btf.has("klp_patch"), || klp(btf))?,
+            rethook: when(btf.has("rethook_node"), || rethook(btf))?,
+        })
+    }
+}
+
+/// What `resolve` gives, where the kernel has the thing at all.
+fn when<T>(
+    has: bool,
+    resolve: impl FnOnce() -> Result<T, BtfError>,
+) -> Result<Option<T>, BtfError> {
+    has.then(resolve).transpose()
+}
+
+fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
+    Ok(TaskLayout {
+        size: btf.size_of("task_struct")?,
+        thread_flags: btf.field("task_struct.thread_info.flags")?,
+        cpu: btf.first_field(&["task_struct.thread_info.cpu", "task_struct.cpu"])?,
+        state: btf.first_field(&["task_struct.__state", "task_struct.state"])?,
+        exit_state: btf.field("task_struct.exit_state")?,
+        stack: btf.field("task_struct.stack")?,
+        usage: btf.field("task_struct.usage")?,
+        stack_refcount: btf.field("task_struct.stack_refcount")?,
+        flags: btf.field("task_struct.flags")?,
+        on_cpu: btf.field("task_struct.on_cpu")?,
+        on_rq: btf.field("task_struct.on_rq")?,
+        tasks: btf.field("task_struct.tasks")?,
+        thread_node: btf.field("task_struct.thread_node")?,
+        mm: btf.field("task_struct.mm")?,
+        pid: btf.field("task_struct.pid")?,
+        tgid: btf.field("task_struct.tgid")?,
+        comm: btf.field("task_struct.comm")?,
+        signal: btf.field("task_struct.signal")?,
+        group_leader: btf.field("task_struct.group_leader")?,
+        real_parent: btf.field("task_struct.real_parent")?,
+        pi_lock: btf.field("task_struct.pi_lock")?,
+        nvcsw: btf.field("task_struct.nvcsw")?,
+        nivcsw: btf.field("task_struct.nivcsw")?,
+        thread: btf.field("task_struct.thread")?,
+        sp: btf.field("task_struct.thread.sp")?,
+        patch_state: btf.field("task_struct.patch_state").ok(),
+        curr_ret_stack: btf.field("task_struct.curr_ret_stack").ok(),
+        ret_stack: btf.field("task_struct.ret_stack").ok(),
+        rethooks: btf.field("task_struct.rethooks").ok(),
+        kretprobe_instances: btf.field("task_struct.kretprobe_instances").ok(),
+    })
+}
+
+fn module(btf: &Btf) -> Result<ModuleLayout, BtfError> {
+    Ok(ModuleLayout {
+        size: btf.size_of("module")?,
+        state: btf.field("module.state")?,
+        list: btf.field("module.list")?,
+        name: btf.field("module.name")?,
+        memory: module_memory(btf)?,
+        kallsyms: btf.field("module.kallsyms").ok(),
+        symbols: when(btf.has("mod_kallsyms"), || {
+            Ok(ModuleSymbolsLayout {
+                symtab: btf.field("mod_kallsyms.symtab")?,
+                count: btf.field("mod_kallsyms.num_symtab")?,
+                strtab: btf.field("mod_kallsyms.strtab")?,
+            })
+        })?,
+        orc: when(btf.field("module.arch.num_orcs").is_ok(), || {
+            Ok(ModuleOrcLayout {
+                count: btf.field("module.arch.num_orcs")?,
+                ips: btf.field("module.arch.orc_unwind_ip")?,
+                entries: btf.field("module.arch.orc_unwind")?,
+            })
+        })?,
+    })
+}
+
+fn module_memory(btf: &Btf) -> Result<ModuleMemoryLayout, BtfError> {
+    let Ok(memories) = btf.member("module.mem") else {
+        let extent = |base: &str, size: &str| {
+            Ok::<_, BtfError>(Extent {
+                base: btf.field(base)?,
+                size: btf.field(size)?,
+            })
+        };
+        return Ok(ModuleMemoryLayout::Layouts {
+            core: extent("module.core_layout.base", "module.core_layout.text_size")?,
+            init: extent("module.init_layout.base", "module.init_layout.text_size")?,
+        });
+    };
+    let base = btf.field("module_memory.base")?;
+    let size = btf.field("module_memory.size")?;
+    let extent = |sort: &str| {
+        let index = btf.enum_value(sort)?.cast_unsigned();
+        let inside = |field: Field| Field {
+            offset: memories
+                .offset
+                .wrapping_add(index.wrapping_mul(memories.element()))
+                .wrapping_add(field.offset),
+            size: field.size,
+        };
+        Ok::<_, BtfError>(Extent {
+            base: inside(base),
+            size: inside(size),
+        })
+    };
+    Ok(ModuleMemoryLayout::Memories {
+        core: extent("MOD_TEXT")?,
+        init: extent("MOD_INIT_TEXT")?,
+    })
+}
+
+fn ftrace(btf: &Btf) -> Result<FtraceLayout, BtfError> {
+    Ok(FtraceLayout {
+        page_next: btf.field("ftrace_page.next")?,
+        page_records: btf.field("ftrace_page.records")?,
+        page_index: btf.field("ftrace_page.index")?,
+        record_size: btf.size_of("dyn_ftrace")?,
+        record_ip: btf.field("dyn_ftrace.ip")?,
+        record_flags: btf.field("dyn_ftrace.flags")?,
+    })
+}
+
+fn klp(btf: &Btf) -> Result<KlpLayout, BtfError> {
+    Ok(KlpLayout {
+        patch_size: btf.size_of("klp_patch")?,
+        patch_objs: btf.field("klp_patch.objs")?,
+        patch_replace: btf.field("klp_patch.replace")?,
+        patch_states: btf.field("klp_patch.states").ok(),
+        patch_list: btf.field("klp_patch.list")?,
+        patch_obj_list: btf.field("klp_patch.obj_list")?,
+        object_size: btf.size_of("klp_object")?,
+        object_name: btf.field("klp_object.name")?,
+        object_funcs: btf.field("klp_object.funcs")?,
+        object_callbacks: btf.field("klp_object.callbacks")?,
+        func_size: btf.size_of("klp_func")?,
+        func_old_name: btf.field("klp_func.old_name")?,
+        func_new_func: btf.field("klp_func.new_func")?,
+        func_old_sympos: btf.field("klp_func.old_sympos")?,
+    })
+}
+
+fn rethook(btf: &Btf) -> Result<RethookLayout, BtfError> {
+    Ok(RethookLayout {
+        llist: btf.field("rethook_node.llist")?,
+        ret_addr: btf.field("rethook_node.ret_addr")?,
+        frame: btf.field("rethook_node.frame")?,
+    })
+}

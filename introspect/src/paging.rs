@@ -1,0 +1,246 @@
+//! x86-64 page tables: where a guest virtual address lies in guest-physical memory, and through which entry.
+//!
+//! Knows the architecture (Intel SDM volume 3, 4.5), nothing of Linux. The tables are the guest's: the walk is bounded by its levels.
+
+use vm_memory::GuestAddress;
+
+use crate::addr::Gva;
+use crate::memory::{PhysMemory, Unbacked};
+use crate::vcpu::VcpuRegs;
+
+/// Bits 51:12 of an entry or of CR3: the frame it points to.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+const PRESENT: u64 = 1 << 0;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const LARGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+/// CR0.PG and CR4.LA57.
+const CR0_PG: u64 = 1 << 31;
+const CR4_LA57: u64 = 1 << 12;
+/// EFER.LMA: the vCPU is in long mode.
+const EFER_LMA: u64 = 1 << 10;
+/// Under page table isolation the user's top-level table is the page behind the kernel's (`arch/x86/mm/pti.c`).
+const PTI_USER_TABLE: u64 = 1 << 12;
+
+/// A set of page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressSpace {
+    /// The top-level table.
+    pub root: GuestAddress,
+    /// 4, or 5 with LA57.
+    pub levels: u8,
+}
+
+/// What a virtual address is mapped to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The address itself, translated.
+    pub gpa: GuestAddress,
+    /// 4 KiB, 2 MiB or 1 GiB.
+    pub page_size: u64,
+    /// The leaf entry, raw.
+    pub entry: u64,
+    /// Where the leaf entry lies.
+    pub entry_gpa: GuestAddress,
+    /// Every level permits writes.
+    pub writable: bool,
+    /// No level forbids execution.
+    pub executable: bool,
+    /// Every level permits user mode.
+    pub user: bool,
+}
+
+/// Why a virtual address leads nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unmapped {
+    /// The entry is not present.
+    #[error("not mapped (level {level} entry {entry:#x})")]
+    NotPresent {
+        /// 1 for the last table, up to the number of levels.
+        level: u8,
+        /// The entry found.
+        entry: u64,
+    },
+    /// Not an address the processor would accept.
+    #[error("not a canonical address")]
+    NonCanonical,
+    /// An entry says "large page" where there are none.
+    #[error("level {level} entry {entry:#x} is malformed")]
+    Malformed {
+        /// The level.
+        level: u8,
+        /// The entry found.
+        entry: u64,
+    },
+    /// A table lies outside guest memory.
+    #[error("page table: {0}")]
+    Table(#[from] Unbacked),
+}
+
+impl AddressSpace {
+    /// The tables that the vCPU runs on; `None` when it is not in long mode with paging on.
+    ///
+    /// In user mode under page table isolation these map little of the kernel: see [`kernel_half`](Self::kernel_half).
+    #[must_use]
+    pub fn of_vcpu(regs: &VcpuRegs) -> Option<AddressSpace> {
+        let long_mode = regs.cr0 & CR0_PG != 0 && regs.efer & EFER_LMA != 0;
+        long_mode.then_some(AddressSpace {
+            root: GuestAddress(regs.cr3 & FRAME),
+            levels: if regs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
+        })
+    }
+
+    /// The kernel's half of a pair of tables under page table isolation. Wrong for a kernel without it: its tables are not in pairs.
+    #[must_use]
+    pub fn kernel_half(self) -> AddressSpace {
+        AddressSpace {
+            root: GuestAddress(self.root.0 & !PTI_USER_TABLE),
+            ..self
+        }
+    }
+
+    /// Walks to `gva`.
+    ///
+    /// # Errors
+    /// [`Unmapped`], naming the level where the walk ended.
+    pub fn translate(&self, memory: &dyn PhysMemory, gva: Gva) -> Result<Mapping, Unmapped> {
+        if !self.is_canonical(gva) {
+            return Err(Unmapped::NonCanonical);
+        }
+        let mut table = self.root.0 & FRAME;
+        let (mut writable, mut executable, mut user) = (true, true, true);
+        for level in (1..=self.levels).rev() {
+            let shift = 12 + 9 * u32::from(level - 1);
+            let entry_gpa = GuestAddress(table | ((gva.0 >> shift) & 0x1ff) << 3);
+            let mut raw = [0; 8];
+            memory.read(entry_gpa, &mut raw)?;
+            let entry = u64::from_le_bytes(raw);
+            if entry & PRESENT == 0 {
+                return Err(Unmapped::NotPresent { level, entry });
+            }
+            writable &= entry & WRITABLE != 0;
+            executable &= entry & NO_EXECUTE == 0;
+            user &= entry & USER != 0;
+            let large = level > 1 && entry & LARGE != 0;
+            if large && level > 3 {
+                return Err(Unmapped::Malformed { level, entry });
+            }
+            if large || level == 1 {
+                let page_size = 1u64 << shift;
+                let offset = gva.0 & (page_size - 1);
+                return Ok(Mapping {
+                    gpa: GuestAddress(entry & FRAME & !(page_size - 1) | offset),
+                    page_size,
+                    entry,
+                    entry_gpa,
+                    writable,
+                    executable,
+                    user,
+                });
+            }
+            table = entry & FRAME;
+        }
+        Err(Unmapped::NonCanonical)
+    }
+
+    /// Whether the bits above the translated ones repeat the sign.
+    fn is_canonical(&self, gva: Gva) -> bool {
+        let unused = if self.levels == 5 { 7 } else { 16 };
+        let value = gva.0.cast_signed();
+        (value << unused) >> unused == value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Ram;
+
+    const SPACE: AddressSpace = AddressSpace {
+        root: GuestAddress(0x1000),
+        levels: 4,
+    };
+
+    fn four_levels() -> Ram {
+        let mut ram = Ram::new(0x10_0000);
+        ram.u64(0x1000 + 8 * 511, 0x2000 | PRESENT | WRITABLE | USER);
+        ram.u64(0x2000 + 8 * 510, 0x3000 | PRESENT | WRITABLE);
+        ram.u64(0x3000, 0x4000 | PRESENT | WRITABLE);
+        ram.u64(0x4000 + 8, 0x5000 | PRESENT | NO_EXECUTE);
+        ram.u64(0x3000 + 8, 0x20_1000 | PRESENT | LARGE | WRITABLE); // bit 12 is PAT here
+        ram
+    }
+
+    #[test]
+    fn small_page() {
+        let ram = four_levels();
+        let found = SPACE.translate(&ram, Gva(0xffff_ffff_8000_1234)).unwrap();
+        assert_eq!(found.gpa, GuestAddress(0x5234));
+        assert_eq!(found.page_size, 0x1000);
+        assert_eq!(found.entry_gpa, GuestAddress(0x4008));
+        assert!(!found.writable && !found.executable && !found.user);
+    }
+
+    #[test]
+    fn large_page() {
+        let found = SPACE
+            .translate(&four_levels(), Gva(0xffff_ffff_8021_2345))
+            .unwrap();
+        assert_eq!(found.gpa, GuestAddress(0x21_2345));
+        assert_eq!(found.page_size, 0x20_0000);
+        assert!(found.writable && found.executable && !found.user);
+    }
+
+    #[test]
+    fn refusals() {
+        let mut ram = four_levels();
+        let at = |ram: &Ram, gva| SPACE.translate(ram, Gva(gva)).unwrap_err();
+        assert_eq!(at(&ram, 0x0000_8000_0000_0000), Unmapped::NonCanonical);
+        assert_eq!(at(&ram, 0), Unmapped::NotPresent { level: 4, entry: 0 });
+        ram.u64(0x1000, PRESENT | LARGE);
+        assert!(matches!(at(&ram, 0), Unmapped::Malformed { level: 4, .. }));
+        ram.u64(0x1000, 0x7f_ffff_f000 | PRESENT);
+        assert!(matches!(at(&ram, 0), Unmapped::Table(_)));
+        // A table that points to itself ends with the levels.
+        ram.u64(0x1000, 0x1000 | PRESENT);
+        assert_eq!(
+            SPACE.translate(&ram, Gva(0x10)).unwrap().gpa,
+            GuestAddress(0x1010)
+        );
+    }
+
+    #[test]
+    fn five_levels_and_the_kernel_half() {
+        let mut ram = four_levels();
+        ram.u64(0x6000 + 8 * 511, 0x1000 | PRESENT | WRITABLE);
+        let user = AddressSpace {
+            root: GuestAddress(0x7000),
+            levels: 5,
+        };
+        let found = user
+            .kernel_half()
+            .translate(&ram, Gva(0xffff_ffff_8000_1234))
+            .unwrap();
+        assert_eq!(found.gpa, GuestAddress(0x5234));
+        assert_eq!(
+            user.translate(&ram, Gva(0x0100_0000_0000_0000)),
+            Err(Unmapped::NonCanonical)
+        );
+    }
+
+    #[test]
+    fn only_long_mode_has_an_address_space() {
+        let mut regs = VcpuRegs {
+            cr0: CR0_PG,
+            cr3: 0x8000_0000_1234_5fff,
+            ..VcpuRegs::default()
+        };
+        assert_eq!(AddressSpace::of_vcpu(&regs), None);
+        regs.efer = EFER_LMA;
+        assert_eq!(
+            AddressSpace::of_vcpu(&regs).unwrap().root,
+            GuestAddress(0x1234_5000)
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! What a task of the guest is, as plain data.
+
+use serde::{Deserialize, Serialize};
+
+use crate::addr::Gva;
+
+/// What sort of task this is; the transition treats each differently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskKind {
+    /// A thread of a user process.
+    User,
+    /// A kernel thread (`PF_KTHREAD`).
+    Kthread,
+    /// A per-CPU idle task (`swapper/N`).
+    Idle,
+    /// A thread that never returns to user mode although it has the process's memory (`PF_IO_WORKER`, `PF_USER_WORKER`).
+    Worker,
+}
+
+/// The livepatch state of a task (`task_struct.patch_state`), named as the kernel names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PatchState {
+    /// -1: no transition concerns this task.
+    Idle,
+    /// 0.
+    Unpatched,
+    /// 1.
+    Patched,
+    /// Anything else: the guest's memory is not what we think it is.
+    Invalid(i32),
+}
+
+impl From<i32> for PatchState {
+    fn from(raw: i32) -> Self {
+        match raw {
+            -1 => PatchState::Idle,
+            0 => PatchState::Unpatched,
+            1 => PatchState::Patched,
+            other => PatchState::Invalid(other),
+        }
+    }
+}
+
+/// One task, as read in one pause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Task {
+    /// Its `task_struct`.
+    pub addr: Gva,
+    /// Thread id (`task_struct.pid`); 0 for idle tasks.
+    pub pid: i32,
+    /// Process id (`task_struct.tgid`).
+    pub tgid: i32,
+    /// The name, at most 15 bytes, non-UTF-8 replaced.
+    pub comm: String,
+    /// What sort of task it is.
+    pub kind: TaskKind,
+    /// `task_struct.__state` (`state` before 5.14), raw.
+    pub state: u64,
+    /// `task_struct.exit_state`, raw.
+    pub exit_state: u32,
+    /// `task_struct.flags`, raw.
+    pub flags: u32,
+    /// `thread_info.flags`, raw.
+    pub tif: u64,
+    /// `task_struct.on_cpu`: the scheduler says it runs (or is being switched) on a CPU.
+    pub on_cpu: bool,
+    /// CPU whose idle task this is, or that last ran it, where known.
+    pub cpu: Option<u32>,
+    /// Index of the vCPU whose registers are this task's, when one runs it.
+    pub vcpu: Option<u32>,
+    /// Livepatch state; `None` in a kernel without `CONFIG_LIVEPATCH`.
+    pub patch_state: Option<PatchState>,
+    /// `thread.sp`: the saved stack pointer, meaningful when not on a CPU.
+    pub sp: Gva,
+    /// `task_struct.stack`: the lowest address of its kernel stack.
+    pub stack: Gva,
+}
+
+impl Task {
+    /// The letter `ps` shows for the state (`fs/proc/array.c: get_task_state`): `R S D T t X Z P I`.
+    #[must_use]
+    pub fn state_letter(&self) -> char {
+        const EXIT_DEAD: u32 = 0x10;
+        const EXIT_ZOMBIE: u32 = 0x20;
+        if self.exit_state & EXIT_DEAD != 0 {
+            return 'X';
+        }
+        if self.exit_state & EXIT_ZOMBIE != 0 {
+            return 'Z';
+        }
+        match self.state {
+            s if s & 0x402 == 0x402 => 'I',
+            s if s & 0x1 != 0 => 'S',
+            s if s & 0x2 != 0 => 'D',
+            s if s & 0x4 != 0 => 'T',
+            s if s & 0x8 != 0 => 't',
+            s if s & 0x40 != 0 => 'P',
+            _ => 'R',
+        }
+    }
+}

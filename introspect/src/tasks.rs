@@ -1,0 +1,289 @@
+//! All tasks of a guest: processes, threads, kernel threads and idle tasks.
+//!
+//! Knows the lists that tasks are on and the lock that guards them; it must not know stacks beyond which task a vCPU is on
+//! ([`crate::tasks_vcpus`]). Only to be trusted while all vCPUs are paused.
+//!
+//! Follows `include/linux/sched/signal.h: for_each_process_thread` and `kernel/fork.c: copy_process`.
+
+use std::collections::HashSet;
+
+use crate::{
+    addr::Gva,
+    kernel::Kernel,
+    reader::{KernelMemory, ReadError},
+    stacks_cpu::{PlacesError, StackPlaces},
+    symbols::SymbolError,
+    task::{PatchState, Task, TaskKind},
+    tasks_vcpus::{self, OnCpu},
+    vcpu::VcpuRegs,
+};
+
+/// `PID_MAX_LIMIT`: no kernel has more tasks.
+pub const MAX_TASKS: usize = 4 << 20;
+
+const PF_IDLE: u32 = 0x2;
+const PF_IO_WORKER: u32 = 0x10;
+const PF_USER_WORKER: u32 = 0x4000;
+const PF_KTHREAD: u32 = 0x20_0000;
+
+/// `_QW_LOCKED` in the low byte of a queued rwlock: a writer has it.
+const WRITE_LOCKED: u64 = 0xff;
+
+/// Why the tasks cannot be told now.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TasksError {
+    /// The lists are being changed: resume the guest for a moment and look again.
+    #[error("{0} is held for writing: try again")]
+    Busy(&'static str),
+    /// Memory that the lists lead to cannot be read.
+    #[error("cannot read the list of tasks: {0}")]
+    Read(#[from] ReadError),
+    /// A symbol is missing.
+    #[error("cannot find the list of tasks: {0}")]
+    Symbol(#[from] SymbolError),
+    /// The stacks of CPUs could not be found, and so not which task is on which.
+    #[error(transparent)]
+    Places(#[from] PlacesError),
+    /// A task is on the lists twice: a cycle.
+    #[error("the list of tasks leads back to {0}")]
+    Cycle(Gva),
+    /// A process whose threads do not include its first one: the list of processes could be walked for ever.
+    #[error("the first thread of the process {0} is not among its threads")]
+    Leaderless(Gva),
+    /// More tasks than a kernel can have.
+    #[error("more than {MAX_TASKS} tasks")]
+    TooMany,
+    /// The kernel counts its tasks, and the lists hold another number.
+    #[error("the lists hold {found} tasks and the kernel counts {counted}")]
+    Miscounted {
+        /// Tasks on the lists.
+        found: u64,
+        /// What `nr_threads` says.
+        counted: u64,
+    },
+}
+
+/// All tasks, each with the vCPU that runs it: threads in the order of the lists, then idle tasks by CPU, then any task that a
+/// CPU still runs although it has left the lists (it is about to die).
+///
+/// # Errors
+/// [`TasksError::Busy`] when the lists are being changed; the others when they are broken.
+pub fn tasks(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    vcpus: &[VcpuRegs],
+) -> Result<Vec<Task>, TasksError> {
+    check_lock(kernel, memory)?;
+    let reader = TaskReader::new(kernel, memory);
+    let mut list = Listing::default();
+    list.threads(&reader, kernel.symbols.address("init_task")?)?;
+    check_count(kernel, memory, list.tasks.len())?;
+    list.idle(&reader)?;
+    let places = StackPlaces::resolve(kernel)?;
+    let running = tasks_vcpus::attribute(kernel, memory, &places, vcpus);
+    list.attribute(&reader, &running);
+    if let Ok(online) = kernel.percpu.online(memory) {
+        let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();
+        list.settle_offline_idle(&online, all_known);
+    }
+    Ok(list.tasks)
+}
+
+/// The lists change under `tasklist_lock` held for writing; readers do them no harm.
+fn check_lock(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<(), TasksError> {
+    let lock = kernel.symbols.address("tasklist_lock")?;
+    if memory.field(lock, kernel.layout.lock.rwlock_writer)? == WRITE_LOCKED {
+        return Err(TasksError::Busy("tasklist_lock"));
+    }
+    Ok(())
+}
+
+/// `nr_threads` changes with the lists, under the same lock. It does not count the boot CPU's idle task, which heads them.
+fn check_count(kernel: &Kernel, memory: &KernelMemory<'_>, found: usize) -> Result<(), TasksError> {
+    let Ok(counter) = kernel.symbols.address("nr_threads") else {
+        return Ok(());
+    };
+    let counted = u64::from(memory.u32(counter)?) + 1;
+    let found = found as u64;
+    if found == counted {
+        Ok(())
+    } else {
+        Err(TasksError::Miscounted { found, counted })
+    }
+}
+
+#[derive(Debug, Default)]
+struct Listing {
+    tasks: Vec<Task>,
+    seen: HashSet<Gva>,
+}
+
+impl Listing {
+    /// Every thread of every process, from the boot CPU's idle task on.
+    fn threads(&mut self, reader: &TaskReader<'_, '_>, init_task: Gva) -> Result<(), TasksError> {
+        let layout = &reader.kernel.layout;
+        let mut leader = init_task;
+        loop {
+            let signal = reader.memory.pointer(layout.task.signal.of(leader))?;
+            let head = layout.signal.thread_head.of(signal);
+            let mut node = reader.memory.pointer(layout.list_next.of(head))?;
+            while node != head {
+                let thread = layout.task.thread_node.container(node);
+                self.add(reader.read(thread)?)?;
+                node = reader.memory.pointer(layout.list_next.of(node))?;
+            }
+            if !self.seen.contains(&leader) {
+                return Err(TasksError::Leaderless(leader));
+            }
+            let next = reader
+                .memory
+                .pointer(layout.list_next.of(layout.task.tasks.of(leader)))?;
+            leader = layout.task.tasks.container(next);
+            if leader == init_task {
+                return Ok(());
+            }
+            if self.seen.contains(&leader) {
+                return Err(TasksError::Cycle(leader));
+            }
+        }
+    }
+
+    fn add(&mut self, task: Task) -> Result<(), TasksError> {
+        if !self.seen.insert(task.addr) {
+            return Err(TasksError::Cycle(task.addr));
+        }
+        if self.tasks.len() >= MAX_TASKS {
+            return Err(TasksError::TooMany);
+        }
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    /// Idle tasks are on no list; the boot CPU's is `init_task`.
+    fn idle(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
+        let percpu = &reader.kernel.percpu;
+        let variable = reader.kernel.symbols.address("idle_threads")?;
+        for cpu in percpu.cpus() {
+            let Some(slot) = percpu.address(variable, *cpu) else {
+                continue;
+            };
+            let idle = reader.memory.pointer(slot)?;
+            if idle.is_null() {
+                continue;
+            }
+            if !self.seen.contains(&idle) {
+                self.add(reader.read(idle)?)?;
+            }
+            if let Some(task) = self.tasks.iter_mut().find(|task| task.addr == idle) {
+                task.kind = TaskKind::Idle;
+                task.cpu = Some(*cpu);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
+    fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[OnCpu]) {
+        for on in running {
+            if !self.seen.contains(&on.task)
+                && let Ok(task) = reader.read(on.task)
+            {
+                self.seen.insert(task.addr);
+                self.tasks.push(task);
+            }
+        }
+        let by_task: std::collections::HashMap<Gva, &OnCpu> =
+            running.iter().map(|on| (on.task, on)).collect();
+        for task in &mut self.tasks {
+            if let Some(on) = by_task.get(&task.addr) {
+                task.vcpu = Some(on.vcpu);
+                task.cpu = Some(on.cpu);
+            }
+        }
+    }
+
+    /// `kernel/sched/core.c: init_idle` says of each idle task that it is on its CPU, also when that CPU has never started.
+    /// Where every vCPU that runs is accounted for, it runs nowhere.
+    fn settle_offline_idle(&mut self, online: &[u32], all_known: bool) {
+        for task in &mut self.tasks {
+            let offline = task.cpu.is_some_and(|cpu| !online.contains(&cpu));
+            if task.kind == TaskKind::Idle && task.vcpu.is_none() && offline && all_known {
+                task.on_cpu = false;
+            }
+        }
+    }
+}
+
+/// Reads one `task_struct`.
+struct TaskReader<'a, 'm> {
+    kernel: &'a Kernel,
+    memory: &'a KernelMemory<'m>,
+    /// `PF_USER_WORKER` where the kernel has it: the bit meant something else before.
+    worker: u32,
+}
+
+impl<'a, 'm> TaskReader<'a, 'm> {
+    fn new(kernel: &'a Kernel, memory: &'a KernelMemory<'m>) -> Self {
+        let has_user_workers = kernel.symbols.contains("vhost_task_create");
+        TaskReader {
+            kernel,
+            memory,
+            worker: if has_user_workers {
+                PF_IO_WORKER | PF_USER_WORKER
+            } else {
+                PF_IO_WORKER
+            },
+        }
+    }
+
+    fn read(&self, addr: Gva) -> Result<Task, ReadError> {
+        let layout = &self.kernel.layout.task;
+        let memory = self.memory;
+        let word = |field| memory.field(addr, field);
+        let flags = memory.u32(layout.flags.of(addr))?;
+        Ok(Task {
+            addr,
+            pid: memory.i32(layout.pid.of(addr))?,
+            tgid: memory.i32(layout.tgid.of(addr))?,
+            comm: self.comm(addr)?,
+            kind: self.kind(flags),
+            state: word(layout.state)?,
+            exit_state: memory.u32(layout.exit_state.of(addr))?,
+            flags,
+            tif: word(layout.thread_flags)?,
+            on_cpu: word(layout.on_cpu)? != 0,
+            cpu: memory.u32(layout.cpu.of(addr)).ok(),
+            vcpu: None,
+            patch_state: self.patch_state(addr)?,
+            sp: Gva(word(layout.sp)?),
+            stack: Gva(word(layout.stack)?),
+        })
+    }
+
+    fn comm(&self, addr: Gva) -> Result<String, ReadError> {
+        const LONGEST: usize = 15;
+        self.memory
+            .cstr(self.kernel.layout.task.comm.of(addr), LONGEST)
+    }
+
+    fn kind(&self, flags: u32) -> TaskKind {
+        match flags {
+            _ if flags & PF_IDLE != 0 => TaskKind::Idle,
+            _ if flags & PF_KTHREAD != 0 => TaskKind::Kthread,
+            _ if flags & self.worker != 0 => TaskKind::Worker,
+            _ => TaskKind::User,
+        }
+    }
+
+    fn patch_state(&self, addr: Gva) -> Result<Option<PatchState>, ReadError> {
+        self.kernel
+            .livepatch
+            .as_ref()
+            .map(|livepatch| {
+                self.memory
+                    .i32(livepatch.patch_state.of(addr))
+                    .map(PatchState::from)
+            })
+            .transpose()
+    }
+}

@@ -1,0 +1,49 @@
+//! What introspection needs of a stopped vCPU: its registers, as plain data.
+//!
+//! Knows nothing of KVM: the VMM fills this in, and so can a core file.
+
+use serde::Serialize;
+
+/// The registers of one vCPU at the moment it stopped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)] // The names are the architecture's.
+pub struct VcpuRegs {
+    /// Index of the vCPU in the VMM (0-based); its APIC id in the guest.
+    pub index: u32,
+    pub rax: u64,
+    pub rbx: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub rsp: u64,
+    pub rbp: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+    pub rip: u64,
+    pub rflags: u64,
+    /// Current privilege level, 0 to 3.
+    pub cpl: u8,
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub kernel_gs_base: u64,
+    pub lstar: u64,
+    pub idt_base: u64,
+    pub idt_limit: u16,
+    /// `MSR_IA32_FRED_CONFIG` where the vCPU has FRED switched on.
+    pub fred_config: Option<u64>,
+    /// The vCPU runs (false: it waits for INIT/SIPI and has no kernel state worth reading).
+    pub online: bool,
+    /// The vCPU runs a guest of its own (nested) or is in SMM: these registers are not the guest kernel's.
+    pub foreign: bool,
+}
