@@ -1,0 +1,313 @@
+//! From a module's file to a patch that is ready for its first pause: everything that can be done while the guest runs.
+//!
+//! Nothing that the guest can see is written here.
+
+use introspect::orc_table::OrcTable;
+use introspect::stacks::Unwinder;
+use introspect::stacks_code::CodeRegion;
+use introspect::{Gva, GvaRange, Kernel, KernelMemory};
+
+use crate::error::PatchError;
+use crate::facts::Facts;
+use crate::guest::Guest;
+use crate::journal::Plan;
+use crate::machine::Machine;
+use crate::module::{
+    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Target, TargetError,
+};
+use crate::patch::{Patch, Redirect};
+use crate::place::{Need, Piece, Places};
+use crate::redirect::{self, STUB_ROOM};
+use crate::site::Site;
+use crate::status::PatchPhase;
+use crate::transition::Past;
+
+/// Stubs begin at a multiple of this.
+const STUB_ALIGN: u64 = 16;
+
+impl From<ModuleError> for PatchError {
+    fn from(error: ModuleError) -> Self {
+        PatchError::BadPatch(error.to_string())
+    }
+}
+
+impl From<LinkError> for PatchError {
+    fn from(error: LinkError) -> Self {
+        PatchError::BadPatch(error.to_string())
+    }
+}
+
+impl From<TargetError> for PatchError {
+    fn from(error: TargetError) -> Self {
+        LinkError::from(error).into()
+    }
+}
+
+/// A function to replace, found in the guest.
+#[derive(Clone, Debug)]
+struct Old {
+    name: String,
+    sympos: u64,
+    parts: Vec<GvaRange>,
+    site: Site,
+}
+
+/// Places and links `module` for the guest; with `others` in it already.
+///
+/// # Errors
+/// [`PatchError`] with every piece given back.
+pub fn prepare<M: Machine>(
+    machine: &mut M,
+    guest: &mut Guest,
+    places: &mut Places,
+    module: &LivepatchModule,
+    others: &[Patch],
+) -> Result<Patch, PatchError> {
+    let facts = guest.facts()?.clone();
+    let kernel = &guest.kernel;
+    let olds = {
+        let memory = kernel.memory(machine.memory());
+        old_functions(kernel, &memory, &facts, module, others)?
+    };
+    let sizes = module.sizes();
+    let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
+    let stubs_len = STUB_ROOM * olds.len() as u64;
+    let need = Need {
+        len: stubs_at.saturating_add(stubs_len),
+        align: sizes.code_align.max(STUB_ALIGN),
+    };
+    let code = places.take_code(machine, kernel, &facts, need)?;
+    let data_need = Need {
+        len: sizes.data,
+        align: sizes.data_align,
+    };
+    let data = match sizes.data {
+        0 => Ok(None),
+        _ => places
+            .take_data(machine, kernel, &facts, data_need)
+            .map(Some),
+    };
+    let pieces = Pieces {
+        code,
+        data: match data {
+            Ok(data) => data,
+            Err(error) => {
+                places.give_back(code);
+                return Err(error);
+            }
+        },
+        stubs_at,
+        stubs_len,
+    };
+    let built = build(machine, guest, places, &facts, module, olds, &pieces);
+    if built.is_err() {
+        places.give_back(pieces.code);
+        pieces
+            .data
+            .into_iter()
+            .for_each(|data| places.give_back(data));
+    }
+    built
+}
+
+/// Where the patch goes.
+struct Pieces {
+    code: Piece,
+    data: Option<Piece>,
+    stubs_at: u64,
+    stubs_len: u64,
+}
+
+fn build<M: Machine>(
+    machine: &mut M,
+    guest: &mut Guest,
+    places: &Places,
+    facts: &Facts,
+    module: &LivepatchModule,
+    olds: Vec<Old>,
+    pieces: &Pieces,
+) -> Result<Patch, PatchError> {
+    let code_base = pieces.code.range.start;
+    let bases = Bases {
+        code: code_base,
+        data: pieces.data.map_or(code_base, |data| data.range.start),
+    };
+    let image = {
+        let memory = guest.kernel.memory(machine.memory());
+        module::link(module, &GuestTarget::new(&guest.kernel, &memory), bases)?
+    };
+    let stubs_start = code_base.add(pieces.stubs_at);
+    let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
+    let redirects = redirects(&image, olds, stubs.start)?;
+    let code_bytes = code_bytes(&image, &redirects, facts, pieces)?;
+    if let Some(data) = pieces.data {
+        let mut plan = Plan::new();
+        let memory = guest.kernel.memory(machine.memory());
+        places.plan_fill(&memory, data, &image.data, &mut plan)?;
+        plan.commit(machine)?;
+    }
+    let region = add_region(&mut guest.unwinder, &image)?;
+    guest.unwinder.add_busy(stubs);
+    Ok(Patch {
+        image,
+        redirects,
+        code: pieces.code,
+        code_bytes,
+        data: pieces.data,
+        stubs,
+        region,
+        phase: PatchPhase::Applying,
+        transition: None,
+        past: Past::default(),
+    })
+}
+
+/// The functions that `module` replaces, each with its free site.
+fn old_functions(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    facts: &Facts,
+    module: &LivepatchModule,
+    others: &[Patch],
+) -> Result<Vec<Old>, PatchError> {
+    let layouts = GuestTarget::new(kernel, memory).layouts()?;
+    let patch = module.patch(&layouts.klp)?;
+    if patch.replace && !others.is_empty() {
+        return Err(PatchError::Unsupported(
+            "the module asks to replace the patches that are in the guest (atomic replace)".into(),
+        ));
+    }
+    let mut olds: Vec<Old> = Vec::new();
+    for function in &patch.functions {
+        let old = old_function(
+            kernel,
+            memory,
+            facts,
+            &function.old_name,
+            function.sympos,
+            others,
+        )?;
+        if olds.iter().any(|other| other.site.at == old.site.at) {
+            return Err(PatchError::BadPatch(format!(
+                "the module replaces function {} twice",
+                old.name
+            )));
+        }
+        olds.push(old);
+    }
+    Ok(olds)
+}
+
+fn old_function(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    facts: &Facts,
+    name: &str,
+    sympos: u64,
+    others: &[Patch],
+) -> Result<Old, PatchError> {
+    let found = module::resolve_function(&kernel.symbols, name, sympos)?;
+    let patched_by = others.iter().find(|other| {
+        let mut redirects = other.redirects.iter();
+        redirects.any(|redirect| redirect.old.contains(&found.range))
+    });
+    if let Some(other) = patched_by {
+        return Err(PatchError::AlreadyPatched {
+            function: name.into(),
+            patch: other.name().into(),
+        });
+    }
+    let name_of = |at| match kernel.symbolize(at) {
+        Some((symbol, 0)) => symbol.name.to_string(),
+        Some((symbol, offset)) => format!("{}+{offset:#x}", symbol.name),
+        None => at.to_string(),
+    };
+    let entry = found.range.start;
+    let site = Site::find(memory, &facts.ftrace, facts.ftrace_pages, entry, name_of);
+    let site = site.map_err(|why| PatchError::Site {
+        function: name.into(),
+        at: entry,
+        why: why.to_string(),
+    })?;
+    Ok(Old {
+        name: name.into(),
+        sympos,
+        parts: found.ranges().collect(),
+        site,
+    })
+}
+
+/// Pairs the old functions with the new ones.
+fn redirects(image: &Image, olds: Vec<Old>, stubs: Gva) -> Result<Vec<Redirect>, PatchError> {
+    if image.functions.len() != olds.len() {
+        return Err(PatchError::BadPatch(format!(
+            "the linked module has {} functions, and {} were asked for",
+            image.functions.len(),
+            olds.len()
+        )));
+    }
+    let stub = |at: u64| stubs.add(at * STUB_ROOM);
+    let pairs = olds.into_iter().zip(&image.functions).zip(0u64..);
+    pairs
+        .map(|((old, new), at)| {
+            if (&old.name, old.sympos) != (&new.old_name, new.sympos) {
+                return Err(PatchError::BadPatch(format!(
+                    "the linked module replaces {} where {} was asked for",
+                    new.old_name, old.name
+                )));
+            }
+            Ok(Redirect {
+                name: old.name,
+                sympos: old.sympos,
+                old: old.parts,
+                new: new.new,
+                site: old.site,
+                stub: stub(at),
+            })
+        })
+        .collect()
+}
+
+/// The image's code with the stubs behind it, filled up with INT3.
+fn code_bytes(
+    image: &Image,
+    redirects: &[Redirect],
+    facts: &Facts,
+    pieces: &Pieces,
+) -> Result<Vec<u8>, PatchError> {
+    let offset = u32::try_from(facts.klp.patch_state.offset)
+        .map_err(|_| PatchError::Guest("task_struct.patch_state is out of reach".into()))?;
+    let filler = crate::cave::FILLER;
+    let mut bytes = image.code.clone();
+    bytes.resize(usize::try_from(pieces.stubs_at).unwrap_or_default(), filler);
+    for redirect in redirects {
+        let behind = redirect.site.behind();
+        let mut stub = redirect::stub(redirect.stub, facts.current, offset, behind, redirect.new)?;
+        stub.resize(usize::try_from(STUB_ROOM).unwrap_or_default(), filler);
+        bytes.append(&mut stub);
+    }
+    Ok(bytes)
+}
+
+fn add_region(
+    unwinder: &mut Unwinder,
+    image: &Image,
+) -> Result<Option<introspect::stacks_code::RegionId>, PatchError> {
+    if image.orc.is_empty() {
+        return Ok(None);
+    }
+    let bad = |error: String| PatchError::BadPatch(format!("its unwind data: {error}"));
+    let entries = image.orc.iter().map(|record| (record.ip, record.entry));
+    let orc = OrcTable::from_unsorted(entries.collect(), unwinder.encoding())
+        .map_err(|error| bad(error.to_string()))?;
+    let region = CodeRegion {
+        name: image.name.clone(),
+        text: image.text,
+        orc,
+        proof: Vec::new(),
+    };
+    let id = unwinder
+        .add_region(region)
+        .map_err(|error| bad(error.to_string()))?;
+    Ok(Some(id))
+}

@@ -1,0 +1,139 @@
+//! What can go wrong with a patch, in words for its operator, and sorted for a control plane.
+//!
+//! Each message says what was found, where, and what to do. Every one of these leaves the guest running as before the call,
+//! except [`PatchError::Undo`], which says so.
+
+use introspect::Gva;
+
+use crate::machine::MachineError;
+
+/// What sort of failure a [`PatchError`] is: what its reader can do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The file is no patch for this guest; trying again will not help.
+    BadPatch,
+    /// The patch needs what outpatch cannot do yet.
+    Unsupported,
+    /// No such patch or task.
+    NotFound,
+    /// What is asked for does not fit the present state (already applied, a transition runs, the site is in use).
+    Conflict,
+    /// The guest was in the middle of something for as long as we tried; try again.
+    Busy,
+    /// The guest's kernel is not up yet; try again later.
+    NotReady,
+    /// The guest's memory is not what a Linux kernel's is.
+    Guest,
+    /// The machine below failed.
+    Machine,
+}
+
+/// Why an operation on a guest failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatchError {
+    /// The machine refused an operation.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+
+    /// A write failed, and so did putting back what was already written.
+    #[error("{cause}; putting the guest back as it was failed too ({undo}): stop this guest")]
+    Undo {
+        /// The failure that made us undo.
+        cause: Box<PatchError>,
+        /// The failure of the undo.
+        undo: MachineError,
+    },
+
+    /// No kernel in the guest that we can work with yet.
+    #[error("the guest's kernel is not up yet: {0}")]
+    NotReady(String),
+
+    /// The guest's memory could not be made sense of.
+    #[error("guest kernel: {0}")]
+    Guest(String),
+
+    /// The guest holds a lock, or is doing something, that makes a change unsafe now.
+    #[error("the guest was busy in each of {tries} looks: {what}; try again")]
+    Busy {
+        /// What was in the way at the last look.
+        what: String,
+        /// How often we looked.
+        tries: u32,
+    },
+
+    /// The kernel was built without `CONFIG_LIVEPATCH`.
+    #[error(
+        "this guest's kernel has no CONFIG_LIVEPATCH, which patching needs (guests without it are not supported yet)"
+    )]
+    NoLivepatch,
+
+    /// The file is not a livepatch module for this guest.
+    #[error("{0}")]
+    BadPatch(String),
+
+    /// The patch, or the guest, needs what is not there yet.
+    #[error("{0} (not supported yet)")]
+    Unsupported(String),
+
+    /// A patch of this name is in the guest.
+    #[error("patch {0} is already in the guest; revert it first")]
+    AlreadyApplied(String),
+
+    /// A transition is running; there is one at a time.
+    #[error("patch {0} is in transition; wait for it, or revert it")]
+    InTransition(String),
+
+    /// Another patch replaces this function already.
+    #[error("function {function} is already patched by {patch}; revert that patch first")]
+    AlreadyPatched {
+        /// The function.
+        function: String,
+        /// Who patched it.
+        patch: String,
+    },
+
+    /// No patch of this name.
+    #[error("no patch named {0} is applied")]
+    NoSuchPatch(String),
+
+    /// No task with this pid.
+    #[error("no task with pid {0}")]
+    NoSuchTask(i32),
+
+    /// The function's entry cannot be redirected.
+    #[error("function {function} at {at}: {why}")]
+    Site {
+        /// The function.
+        function: String,
+        /// Its address.
+        at: Gva,
+        /// Why not, with the name of who uses it.
+        why: String,
+    },
+
+    /// No room for the patch in the guest.
+    #[error("no room in the guest: {0}")]
+    NoRoom(String),
+}
+
+impl PatchError {
+    /// What sort of failure this is.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            PatchError::Machine(_) | PatchError::Undo { .. } => ErrorKind::Machine,
+            PatchError::NotReady(_) => ErrorKind::NotReady,
+            PatchError::Guest(_) => ErrorKind::Guest,
+            PatchError::Busy { .. } => ErrorKind::Busy,
+            PatchError::NoLivepatch | PatchError::Unsupported(_) | PatchError::NoRoom(_) => {
+                ErrorKind::Unsupported
+            }
+            PatchError::BadPatch(_) => ErrorKind::BadPatch,
+            PatchError::AlreadyApplied(_)
+            | PatchError::InTransition(_)
+            | PatchError::AlreadyPatched { .. }
+            | PatchError::Site { .. } => ErrorKind::Conflict,
+            PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What is known of one guest's kernel, found once: symbols, types, unwind data, and what patching needs of them.
+
+use std::collections::HashSet;
+
+use introspect::kernel::FindError;
+use introspect::modules::modules;
+use introspect::stacks::{Unwinder, UnwinderError};
+use introspect::{Kernel, PhysMemory, VcpuRegs};
+
+use crate::error::PatchError;
+use crate::facts::Facts;
+use crate::look::Look;
+use crate::machine::Machine;
+use crate::pause::Paused;
+use crate::quiet::Stop;
+use crate::status::PauseReport;
+
+/// One guest's kernel.
+#[derive(Debug)]
+pub struct Guest {
+    /// Symbols, types, page tables.
+    pub kernel: Kernel,
+    /// Stacks.
+    pub unwinder: Unwinder,
+    /// What patching needs, or why this kernel cannot be patched.
+    pub facts: Result<Facts, PatchError>,
+}
+
+impl From<FindError> for PatchError {
+    fn from(error: FindError) -> Self {
+        match error {
+            FindError::NotReady(_) => PatchError::NotReady(error.to_string()),
+            _ => PatchError::Guest(error.to_string()),
+        }
+    }
+}
+
+impl From<UnwinderError> for PatchError {
+    fn from(error: UnwinderError) -> Self {
+        PatchError::Guest(error.to_string())
+    }
+}
+
+impl Guest {
+    /// First contact.
+    ///
+    /// The long part of it, reading symbols, types and unwind data, needs no pause: they do not change once the kernel is up. Only
+    /// when that fails, because the registers' page tables went away meanwhile, is it done again with the guest stopped.
+    ///
+    /// # Errors
+    /// [`PatchError::NotReady`] early in boot.
+    pub fn find<M: Machine>(machine: &mut M, meter: &mut PauseReport) -> Result<Guest, PatchError> {
+        let paused = Paused::begin(machine, meter)?;
+        let vcpus = paused.vcpus.clone();
+        paused.resume()?;
+        match Guest::read(machine.memory(), &vcpus) {
+            Ok(guest) => Ok(guest),
+            Err(error) => {
+                tracing::debug!(%error, "first contact needs a pause");
+                let paused = Paused::begin(machine, meter)?;
+                Guest::read(paused.memory(), &paused.vcpus)
+            }
+        }
+    }
+
+    fn read(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Guest, PatchError> {
+        let kernel = Kernel::find(memory, vcpus)?;
+        let unwinder = Unwinder::new(&kernel, &kernel.memory(memory))?;
+        let facts = Facts::new(&kernel);
+        Ok(Guest {
+            kernel,
+            unwinder,
+            facts,
+        })
+    }
+
+    /// What patching needs.
+    ///
+    /// # Errors
+    /// Why this kernel cannot be patched.
+    pub fn facts(&self) -> Result<&Facts, PatchError> {
+        self.facts.as_ref().map_err(Clone::clone)
+    }
+
+    /// Looks at the paused guest.
+    ///
+    /// # Errors
+    /// [`Stop`].
+    pub fn look<'a>(
+        &'a mut self,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<Look<'a>, Stop> {
+        // A module that is being loaded or unloaded makes stacks through it unreliable, and no others.
+        if let Err(error) = (self.unwinder).refresh(&self.kernel, &self.kernel.memory(memory)) {
+            tracing::debug!(%error, "the guest's modules cannot be read now");
+        }
+        Look::take(&self.kernel, &self.unwinder, memory, vcpus)
+    }
+
+    /// Names of the modules that the guest has loaded. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::Guest`].
+    pub fn loaded_modules(&self, memory: &dyn PhysMemory) -> Result<HashSet<String>, PatchError> {
+        let memory = self.kernel.memory(memory);
+        let loaded =
+            modules(&self.kernel, &memory).map_err(|error| PatchError::Guest(error.to_string()))?;
+        Ok(loaded.into_iter().map(|module| module.name).collect())
+    }
+}

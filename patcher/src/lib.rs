@@ -1,0 +1,35 @@
+//! What a livepatch is, where it goes in a guest, and the transition of the guest's tasks to it.
+//!
+//! Reads the guest through `introspect`, changes it through the narrow [`Machine`] trait, and knows nothing of KVM.
+
+mod apply;
+mod cave;
+pub mod error;
+mod facts;
+mod guest;
+mod journal;
+mod ledger;
+mod look;
+pub mod machine;
+pub mod module;
+mod naming;
+mod patch;
+pub mod patcher;
+mod pause;
+mod place;
+mod quiet;
+mod redirect;
+mod room;
+mod site;
+pub mod status;
+#[cfg(test)]
+mod testing;
+mod transition;
+pub mod view;
+mod window;
+
+pub use error::{ErrorKind, PatchError};
+pub use machine::{Machine, MachineError};
+pub use patcher::Patcher;
+pub use status::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
+pub use view::{NamedFrame, TaskStack};

@@ -1,0 +1,221 @@
+//! One look at a paused guest: its tasks, and where each stands towards a patch.
+//!
+//! This is the one place that decides whether a task may be moved. It only reads.
+
+use std::fmt::Write as _;
+
+use introspect::stacks::Unwinder;
+use introspect::tasks::{self, TasksError};
+use introspect::{
+    Frame, Gva, GvaRange, Kernel, KernelMemory, PhysMemory, Stack, Task, VcpuRegs, Verdict,
+};
+
+use crate::error::PatchError;
+use crate::naming::Names;
+use crate::patch::Patch;
+use crate::quiet::Stop;
+use crate::status::TaskWay;
+
+/// Code that a task must not be in, each piece with its name.
+#[derive(Clone, Debug, Default)]
+pub struct Watch(Vec<(GvaRange, String)>);
+
+impl Watch {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Watch {
+        Watch::default()
+    }
+
+    /// Adds a piece of code.
+    pub fn add(&mut self, code: GvaRange, name: impl Into<String>) {
+        self.0.push((code, name.into()));
+    }
+
+    /// The piece that `frame` is in, as `klp_check_stack_func` asks, and stricter: a call can be a function's last instruction,
+    /// and then its return address lies behind the function.
+    #[must_use]
+    pub fn hit(&self, frame: &Frame) -> Option<&str> {
+        let inside = |code: &GvaRange| {
+            code.contains(frame.ip) || (!frame.exact && code.contains(frame.ip.sub(1)))
+        };
+        let (_, name) = self.0.iter().find(|(code, _)| inside(code))?;
+        Some(name)
+    }
+
+    /// The first frame of `stack` in any of the pieces, with the piece's name.
+    #[must_use]
+    pub fn first_hit<'s>(&self, stack: &'s Stack) -> Option<(&'s Frame, &str)> {
+        stack
+            .frames
+            .iter()
+            .find_map(|frame| Some((frame, self.hit(frame)?)))
+    }
+}
+
+/// Where a task stands towards a [`Watch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is in none of the watched code, and this is how we know.
+    Clean(TaskWay),
+    /// It is, or may be, and this is why.
+    Blocked(String),
+}
+
+/// A paused guest, as seen once.
+pub struct Look<'a> {
+    /// Its kernel.
+    pub kernel: &'a Kernel,
+    /// Its memory, for this pause.
+    pub memory: KernelMemory<'a>,
+    /// Every task.
+    pub tasks: Vec<Task>,
+    unwinder: &'a Unwinder,
+    vcpus: &'a [VcpuRegs],
+}
+
+impl<'a> Look<'a> {
+    /// Looks.
+    ///
+    /// # Errors
+    /// [`Stop`]; busy when the task lists are being changed.
+    pub fn take(
+        kernel: &'a Kernel,
+        unwinder: &'a Unwinder,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<Look<'a>, Stop> {
+        let memory = kernel.memory(memory);
+        let tasks = tasks::tasks(kernel, &memory, vcpus)?;
+        Ok(Look {
+            kernel,
+            memory,
+            tasks,
+            unwinder,
+            vcpus,
+        })
+    }
+
+    /// Names for the code on stacks.
+    #[must_use]
+    pub fn names<'n>(&'n self, patches: &'n [Patch]) -> Names<'n> {
+        Names::new(self.kernel, self.unwinder, &self.memory, patches)
+    }
+
+    /// The registers that are `task`'s, when a vCPU runs it.
+    #[must_use]
+    pub fn vcpu_of(&self, task: &Task) -> Option<&VcpuRegs> {
+        let index = task.vcpu?;
+        self.vcpus.iter().find(|vcpu| vcpu.index == index)
+    }
+
+    /// The stack of `task`.
+    #[must_use]
+    pub fn stack(&self, task: &Task) -> Stack {
+        self.unwinder.stack(&self.memory, task, self.vcpu_of(task))
+    }
+
+    /// Where `task` stands.
+    #[must_use]
+    pub fn standing(&self, task: &Task, watch: &Watch) -> Standing {
+        let stack = self.stack(task);
+        if let Verdict::Unreliable(reason) = &stack.verdict {
+            return Standing::Blocked(self.unreliable(&stack, &reason.to_string()));
+        }
+        if let Some((frame, name)) = watch.first_hit(&stack) {
+            return Standing::Blocked(self.blocked_in(frame, name));
+        }
+        match self.vcpu_of(task) {
+            Some(vcpu) if vcpu.cpl == 3 => Standing::Clean(TaskWay::UserMode),
+            _ => Standing::Clean(TaskWay::Stack),
+        }
+    }
+
+    /// No vCPU runs kernel code of a task that is in no list (one that has just left them): such a task would be overlooked.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`].
+    pub fn every_vcpu_has_a_task(&self) -> Result<(), Stop> {
+        for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.online) {
+            if vcpu.foreign {
+                return Err(Stop::Busy(format!(
+                    "vCPU {} is not executing the guest's own kernel",
+                    vcpu.index
+                )));
+            }
+            if !self.tasks.iter().any(|task| task.vcpu == Some(vcpu.index)) {
+                return Err(Stop::Busy(format!(
+                    "vCPU {} is between two tasks",
+                    vcpu.index
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// No vCPU is in any of `watch`, for certain.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`].
+    pub fn no_vcpu_in(&self, watch: &Watch) -> Result<(), Stop> {
+        let running = self.tasks.iter().filter(|task| task.vcpu.is_some());
+        self.none_in(running, watch)
+    }
+
+    /// No task is in any of `watch`, for certain.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`] with the first that is, or may be.
+    pub fn no_task_in(&self, watch: &Watch) -> Result<(), Stop> {
+        self.none_in(self.tasks.iter(), watch)
+    }
+
+    fn none_in<'t>(
+        &self,
+        mut tasks: impl Iterator<Item = &'t Task>,
+        watch: &Watch,
+    ) -> Result<(), Stop> {
+        let found = tasks.find_map(|task| match self.standing(task, watch) {
+            Standing::Clean(_) => None,
+            Standing::Blocked(why) => Some((task, why)),
+        });
+        match found {
+            None => Ok(()),
+            Some((task, why)) => Err(Stop::Busy(format!("{} ({}): {why}", task.comm, task.pid))),
+        }
+    }
+
+    fn blocked_in(&self, frame: &Frame, name: &str) -> String {
+        let mut text = format!("in {name}");
+        if let Some((symbol, offset)) = self.kernel.symbolize(frame.ip) {
+            if symbol.name != name {
+                let _ = write!(text, " ({}+{offset:#x})", symbol.name);
+            } else {
+                let _ = write!(text, "+{offset:#x}");
+            }
+        }
+        text
+    }
+
+    fn unreliable(&self, stack: &Stack, reason: &str) -> String {
+        let last = stack.frames.last().map_or(Gva::NULL, |frame| frame.ip);
+        match self.kernel.symbolize(last) {
+            Some((symbol, offset)) => {
+                format!(
+                    "stack not reliable: {reason}, behind {}+{offset:#x}",
+                    symbol.name
+                )
+            }
+            None => format!("stack not reliable: {reason}"),
+        }
+    }
+}
+
+impl From<TasksError> for Stop {
+    fn from(error: TasksError) -> Self {
+        match error {
+            TasksError::Busy(_) | TasksError::Miscounted { .. } => Stop::Busy(error.to_string()),
+            _ => Stop::Fail(PatchError::Guest(error.to_string())),
+        }
+    }
+}

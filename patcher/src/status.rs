@@ -1,0 +1,104 @@
+//! What an operator is told of a patch and its transition, as plain data.
+//!
+//! Names are those of the kernel's `/sys/kernel/livepatch/<patch>/` where the kernel has one.
+
+use introspect::TaskKind;
+use serde::{Deserialize, Serialize};
+
+/// Where a patch is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PatchPhase {
+    /// Tasks are moving from the old code to the new.
+    Applying,
+    /// Every task runs the new code.
+    Applied,
+    /// Tasks are moving from the new code back to the old.
+    Reverting,
+    /// Every task runs the old code; the patch is out of the guest.
+    Reverted,
+}
+
+/// How a task came to its present patch state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskWay {
+    /// It crossed the kernel/user boundary, and the guest's own entry code flipped it.
+    Boundary,
+    /// A reliable stack showed no affected function, and it was flipped from outside in a pause.
+    Stack,
+    /// It was on a vCPU in user mode in a pause, and was flipped from outside.
+    UserMode,
+    /// An idle task that went round the guest's own idle loop.
+    Idle,
+    /// It was born during the transition in the new state.
+    Born,
+    /// It had not moved yet when the transition turned round, and so has nothing to move back from.
+    Unmoved,
+    /// It exited during the transition.
+    Exited,
+}
+
+/// One task's part in a transition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskReport {
+    /// Thread id; 0 for idle tasks.
+    pub pid: i32,
+    /// Name.
+    pub comm: String,
+    /// What sort of task.
+    pub kind: TaskKind,
+    /// How it got to the target state; `None`: it is not there yet.
+    pub way: Option<TaskWay>,
+    /// Why it is not there yet: the blocking frame, or why its stack cannot be relied on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocker: Option<String>,
+    /// Milliseconds from the start of the transition to the pause that saw it done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub after_ms: Option<u64>,
+}
+
+/// One function that a patch replaces.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionReport {
+    /// `vmlinux` or the module's name.
+    pub object: String,
+    /// Name of the function in the guest.
+    pub name: String,
+    /// Which of several symbols of the same name, in address order, from 1; 0: the only one.
+    pub sympos: u64,
+    /// Whether calls reach the new code (for at least the tasks that switched).
+    pub patched: bool,
+}
+
+/// The pauses a patch has cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseReport {
+    /// How many times all vCPUs were stopped.
+    pub count: u64,
+    /// Sum, in microseconds, from the first vCPU stopped to the last one resumed.
+    pub total_us: u64,
+    /// The longest one, in microseconds.
+    pub longest_us: u64,
+}
+
+/// All that is to be said of one patch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PatchStatus {
+    /// The patch module's name.
+    pub name: String,
+    /// Where it is in its life.
+    pub phase: PatchPhase,
+    /// The kernel's attribute: the patch is (being) enabled.
+    pub enabled: bool,
+    /// The kernel's attribute: a transition is under way.
+    pub transition: bool,
+    /// The functions that it replaces.
+    pub functions: Vec<FunctionReport>,
+    /// The tasks of the running or of the last transition, those not done first.
+    pub tasks: Vec<TaskReport>,
+    /// Milliseconds that the running or the last transition has taken.
+    pub transition_ms: u64,
+    /// What it cost in pauses (the running or the last transition).
+    pub pauses: PauseReport,
+}
