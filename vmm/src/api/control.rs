@@ -1,0 +1,202 @@
+//! The control thread: the one place from which the guest is looked at and changed, one operation after the other.
+//!
+//! Between operations it drives a running transition on. It knows nothing of HTTP: operations come as closures through a
+//! bounded queue, and each carries its own way back.
+
+use std::io;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use patcher::PatchStatus;
+use tokio::sync::oneshot;
+
+use super::problem::{Kind, Problem};
+use super::wire;
+
+/// Operations that may wait for their turn.
+const QUEUE: usize = 32;
+
+/// The longest that the control thread sleeps when nothing is to be done.
+const IDLE: Duration = Duration::from_secs(3600);
+
+/// What can be done with a guest. The VMM's is [`Guest`](super::guest::Guest); tests have their own.
+pub trait Control: Send + 'static {
+    /// What the VM is.
+    fn vm(&mut self) -> wire::Vm;
+    /// Pauses it or lets it run; nothing happens when it is so already.
+    fn set_state(&mut self, state: wire::VmState) -> Result<(), Problem>;
+    /// Asks the VM to end; it may still be there when this returns.
+    fn stop(&mut self) -> Result<(), Problem>;
+    /// All tasks.
+    fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem>;
+    /// One task's stack.
+    fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem>;
+    /// All patches, in the order they were applied in.
+    fn patches(&mut self) -> Vec<PatchStatus>;
+    /// Begins to apply a livepatch module, and says its name.
+    fn apply(&mut self, module: &[u8]) -> Result<String, Problem>;
+    /// Begins to revert a patch.
+    fn revert(&mut self, name: &str) -> Result<(), Problem>;
+    /// Drives a running transition on, and says after what time to do so again; `None`: there is none.
+    fn poll(&mut self) -> Option<Duration>;
+}
+
+type Work = Box<dyn FnOnce(&mut dyn Control) + Send>;
+
+/// An operation, as it waits in the queue.
+struct Operation {
+    run: Work,
+    /// It may begin a transition or turn one round: the next poll is due at once.
+    hurries: bool,
+}
+
+/// The running control thread; dropping it lets the operation in hand finish, and ends it.
+#[derive(Debug)]
+pub(super) struct ControlThread {
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Where operations are handed in. The control thread ends when the last one is dropped.
+#[derive(Clone)]
+pub(super) struct Mailbox {
+    operations: SyncSender<Operation>,
+    patience: Duration,
+}
+
+impl ControlThread {
+    /// How long the end of the VM may be held up by an operation in hand.
+    const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// Starts the thread. An operation may take `patience`, its wait in the queue included, before its client is told that it
+    /// takes too long.
+    pub fn start(
+        mut control: impl Control,
+        patience: Duration,
+    ) -> io::Result<(ControlThread, Mailbox)> {
+        let (operations, inbox) = mpsc::sync_channel(QUEUE);
+        let thread = thread::Builder::new()
+            .name("control".into())
+            .spawn(move || work(&mut control, &inbox))?;
+        let thread = ControlThread {
+            thread: Some(thread),
+        };
+        Ok((
+            thread,
+            Mailbox {
+                operations,
+                patience,
+            },
+        ))
+    }
+}
+
+impl Drop for ControlThread {
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        // An operation that never ends must not keep the VM's process alive: then the thread dies with the process.
+        let deadline = Instant::now() + Self::END_TIMEOUT;
+        while !thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+        if !thread.is_finished() {
+            tracing::warn!("the control thread is still at work");
+        } else if thread.join().is_err() {
+            tracing::error!("the control thread panicked");
+        }
+    }
+}
+
+/// Does operations as they come, and polls the transition when it is due.
+fn work(control: &mut impl Control, inbox: &Receiver<Operation>) {
+    let mut due: Option<Instant> = None;
+    loop {
+        let wait = due.map_or(IDLE, |at| at.saturating_duration_since(Instant::now()));
+        match inbox.recv_timeout(wait) {
+            Ok(operation) => {
+                (operation.run)(control);
+                // A stream of requests must not starve a poll that is due.
+                if operation.hurries || due.is_some_and(|at| at <= Instant::now()) {
+                    due = next(control);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => due = next(control),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn next(control: &mut impl Control) -> Option<Instant> {
+    control.poll().map(|delay| Instant::now() + delay)
+}
+
+impl Mailbox {
+    /// Has a look at the guest done on the control thread.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
+        self.send(false, look).await
+    }
+
+    /// Has something done on the control thread that the transition may have to go on from.
+    pub async fn change<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
+        self.send(true, change).await
+    }
+
+    /// An operation whose client has gone before its turn is not begun.
+    async fn send<T: Send + 'static>(
+        &self,
+        hurries: bool,
+        operation: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
+    ) -> Result<T, Problem> {
+        let (reply, answer) = oneshot::channel();
+        let run = Box::new(move |control: &mut dyn Control| {
+            if !reply.is_closed() {
+                // The client may go while it is done: nobody then wants the answer.
+                drop(reply.send(operation(control)));
+            }
+        });
+        let operation = Operation { run, hurries };
+        self.operations
+            .try_send(operation)
+            .map_err(|error| match error {
+                TrySendError::Full(_) => Problem::new(
+                    Kind::Unavailable,
+                    "too many requests wait for the guest",
+                    "try again in a second",
+                ),
+                TrySendError::Disconnected(_) => gone(),
+            })?;
+        match tokio::time::timeout(self.patience, answer).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(gone()),
+            Err(_) => Err(Problem::new(
+                Kind::Timeout,
+                format!("the guest did not answer in {} s", self.patience.as_secs()),
+                "ask for the status before trying again: the operation may still be done",
+            )),
+        }
+    }
+}
+
+fn gone() -> Problem {
+    Problem::new(
+        Kind::Internal,
+        "the VMM's control thread has ended",
+        "the guest runs on; see the VMM's own messages, and stop the VM by its console or a signal",
+    )
+}
+
+impl std::fmt::Debug for Mailbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mailbox")
+            .field("patience", &self.patience)
+            .finish_non_exhaustive()
+    }
+}

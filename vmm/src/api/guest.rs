@@ -1,0 +1,230 @@
+//! The control of a real guest: its VM by the handle, its kernel by the patcher.
+//!
+//! Only translates: what can be done is the patcher's, how the answers look is the wire's.
+
+use std::time::Duration;
+
+use introspect::{PatchState, Verdict};
+use patcher::{ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
+
+use super::control::Control;
+use super::problem::{Kind, Problem};
+use super::wire;
+use crate::handle::{VmHandle, VmState};
+use crate::machine::VmMachine;
+
+/// When to look again at a transition whose last look failed.
+const AFTER_FAILURE: Duration = Duration::from_millis(250);
+
+/// The guest of this process.
+#[derive(Debug)]
+pub struct Guest {
+    vm: VmHandle,
+    machine: VmMachine,
+    patcher: Patcher,
+    /// The kernel's release, once found.
+    release: Option<String>,
+    /// Why the last look at a transition failed, so that each reason is told once.
+    failure: Option<PatchError>,
+}
+
+impl Guest {
+    /// Takes control of a guest; nothing is read of it before it is asked for.
+    #[must_use]
+    pub fn new(vm: VmHandle) -> Guest {
+        let machine = vm.machine();
+        Guest {
+            vm,
+            machine,
+            patcher: Patcher::new(),
+            release: None,
+            failure: None,
+        }
+    }
+}
+
+impl Control for Guest {
+    fn vm(&mut self) -> wire::Vm {
+        if self.release.is_none() {
+            self.release = self
+                .patcher
+                .banner(&mut self.machine)
+                .ok()
+                .as_deref()
+                .and_then(release_of);
+        }
+        wire::Vm {
+            state: match self.vm.state() {
+                VmState::Running => wire::VmState::Running,
+                VmState::Paused => wire::VmState::Paused,
+            },
+            cpus: self.vm.cpus(),
+            memory: self.vm.memory_size(),
+            pid: std::process::id(),
+            kernel: self.release.clone(),
+            pauses: self.patcher.pauses(),
+        }
+    }
+
+    fn set_state(&mut self, state: wire::VmState) -> Result<(), Problem> {
+        let done = match state {
+            wire::VmState::Running => self.vm.resume(),
+            wire::VmState::Paused => self.vm.pause(),
+        };
+        done.map_err(|error| machine_problem(&error))
+    }
+
+    fn stop(&mut self) -> Result<(), Problem> {
+        self.vm.request_stop();
+        Ok(())
+    }
+
+    fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem> {
+        let tasks = self
+            .patcher
+            .tasks(&mut self.machine)
+            .map_err(|error| problem(&error))?;
+        Ok(tasks.iter().map(task).collect())
+    }
+
+    fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem> {
+        let stack = self
+            .patcher
+            .stack(&mut self.machine, pid)
+            .map_err(|error| problem(&error))?;
+        let reason = match &stack.verdict {
+            Verdict::Reliable => None,
+            Verdict::Unreliable(reason) => Some(reason.to_string()),
+        };
+        Ok(wire::TaskStack {
+            task: task(&stack.task),
+            reliable: reason.is_none(),
+            reason,
+            frames: stack
+                .frames
+                .into_iter()
+                .map(|frame| wire::StackFrame {
+                    ip: frame.ip.to_string(),
+                    symbol: frame.name,
+                    scheduler: frame.sched,
+                })
+                .collect(),
+        })
+    }
+
+    fn patches(&mut self) -> Vec<PatchStatus> {
+        self.patcher.status()
+    }
+
+    fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
+        self.patcher
+            .apply(&mut self.machine, module)
+            .map_err(|error| problem(&error))
+    }
+
+    fn revert(&mut self, name: &str) -> Result<(), Problem> {
+        self.patcher
+            .revert(&mut self.machine, name)
+            .map_err(|error| problem(&error))
+    }
+
+    fn poll(&mut self) -> Option<Duration> {
+        match self.patcher.poll(&mut self.machine) {
+            Ok(next) => {
+                self.failure = None;
+                next
+            }
+            Err(error) => {
+                if self.failure.as_ref() != Some(&error) {
+                    tracing::warn!("the transition does not get on: {error}");
+                }
+                self.failure = Some(error);
+                Some(AFTER_FAILURE)
+            }
+        }
+    }
+}
+
+/// `6.1.0-56-cloud-amd64` out of `Linux version 6.1.0-56-cloud-amd64 (…) …`.
+fn release_of(banner: &str) -> Option<String> {
+    let words = banner.strip_prefix("Linux version ")?;
+    words.split_whitespace().next().map(str::to_owned)
+}
+
+fn task(task: &introspect::Task) -> wire::Task {
+    wire::Task {
+        pid: task.pid,
+        tgid: task.tgid,
+        state: task.state_letter(),
+        kind: task.kind,
+        vcpu: task.vcpu,
+        cpu: task.cpu,
+        patch_state: task.patch_state.map(|state| match state {
+            PatchState::Idle => -1,
+            PatchState::Unpatched => 0,
+            PatchState::Patched => 1,
+            PatchState::Invalid(raw) => raw,
+        }),
+        comm: task.comm.clone(),
+    }
+}
+
+fn problem(error: &PatchError) -> Problem {
+    let (kind, detail) = match error.kind() {
+        ErrorKind::BadPatch => (
+            Kind::BadModule,
+            "give a livepatch module built for exactly this guest's kernel",
+        ),
+        ErrorKind::Unsupported => (
+            Kind::Unsupported,
+            "the guest runs on as before; patch it from inside, or wait for a later outpatch",
+        ),
+        ErrorKind::NotFound => (
+            Kind::NotFound,
+            "the lists of tasks and of patches name what there is",
+        ),
+        ErrorKind::Conflict => (
+            Kind::Conflict,
+            "the status of the patches tells what is there",
+        ),
+        ErrorKind::Busy => (
+            Kind::Unavailable,
+            "the guest runs on as before; try again in a moment",
+        ),
+        ErrorKind::NotReady => (Kind::Unavailable, "wait until the guest has booted"),
+        ErrorKind::Guest => (
+            Kind::Internal,
+            "the guest runs on as before, but its kernel is not one that outpatch can read",
+        ),
+        ErrorKind::Machine => (Kind::Internal, "see the VMM's own messages"),
+    };
+    Problem::new(kind, error, detail)
+}
+
+fn machine_problem(error: &MachineError) -> Problem {
+    Problem::new(Kind::Internal, error, "see the VMM's own messages")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_release_is_the_banners_third_word() {
+        let banner = "Linux version 6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP";
+        assert_eq!(release_of(banner).as_deref(), Some("6.1.0-56-cloud-amd64"));
+        assert_eq!(release_of("Linux version "), None);
+        assert_eq!(release_of("FreeBSD"), None);
+    }
+
+    #[test]
+    fn refusals_keep_the_patchers_words() {
+        let p = problem(&PatchError::NoSuchTask(7));
+        assert_eq!(
+            (p.kind, p.error.as_str()),
+            (Kind::NotFound, "no task with pid 7")
+        );
+        let p = problem(&PatchError::NotReady("no kernel yet".into()));
+        assert_eq!(p.kind, Kind::Unavailable);
+    }
+}

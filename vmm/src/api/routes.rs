@@ -1,0 +1,284 @@
+//! The routes: which request does what, and what it answers.
+//!
+//! Only translation between HTTP and [`Control`]; the guest is never touched on this thread.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodFilter, MethodRouter, on};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use patcher::PatchStatus;
+use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
+
+use super::control::Mailbox;
+use super::metrics;
+use super::problem::{Kind, Problem};
+use super::wire;
+
+/// The largest livepatch module taken.
+pub const MODULE_LIMIT: usize = 64 << 20;
+
+/// The largest JSON body taken.
+const JSON_LIMIT: usize = 64 << 10;
+
+/// Modules received at the same time; together with [`MODULE_LIMIT`] this bounds what uploads can hold of memory.
+const UPLOADS: usize = 2;
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub(super) struct App {
+    mailbox: Mailbox,
+    uploads: Arc<Semaphore>,
+    /// How long a request's body may take to arrive.
+    body_timeout: Duration,
+}
+
+/// One route.
+#[derive(Debug)]
+pub(super) struct Route {
+    /// The method.
+    pub method: Method,
+    /// The path, with `{…}` where it varies.
+    pub path: &'static str,
+    handler: fn(MethodFilter) -> MethodRouter<App>,
+}
+
+/// Every route there is; `docs/ABI` describes each.
+#[rustfmt::skip]
+pub(super) const ROUTES: &[Route] = &[
+    Route { method: Method::GET, path: "/version", handler: |m| on(m, version) },
+    Route { method: Method::GET, path: "/vm", handler: |m| on(m, vm) },
+    Route { method: Method::PATCH, path: "/vm", handler: |m| on(m, change_vm) },
+    Route { method: Method::DELETE, path: "/vm", handler: |m| on(m, stop_vm) },
+    Route { method: Method::GET, path: "/tasks", handler: |m| on(m, tasks) },
+    Route { method: Method::GET, path: "/tasks/{pid}/stack", handler: |m| on(m, stack) },
+    Route { method: Method::GET, path: "/patches", handler: |m| on(m, patches) },
+    Route { method: Method::POST, path: "/patches", handler: |m| on(m, apply) },
+    Route { method: Method::GET, path: "/patches/{name}", handler: |m| on(m, patch) },
+    Route { method: Method::PATCH, path: "/patches/{name}", handler: |m| on(m, change_patch) },
+    Route { method: Method::GET, path: "/metrics", handler: |m| on(m, metrics) },
+];
+
+/// The service that answers them.
+pub(super) fn router(mailbox: Mailbox, body_timeout: Duration) -> Router {
+    let mut router = Router::new();
+    for route in ROUTES {
+        match MethodFilter::try_from(route.method.clone()) {
+            Ok(filter) => router = router.route(route.path, (route.handler)(filter)),
+            Err(error) => tracing::error!("{} {}: {error}", route.method, route.path),
+        }
+    }
+    router
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .with_state(App {
+            mailbox,
+            uploads: Arc::new(Semaphore::new(UPLOADS)),
+            body_timeout,
+        })
+}
+
+async fn version() -> Json<wire::Version> {
+    Json(wire::Version {
+        name: "outpatch".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+async fn vm(State(app): State<App>) -> Result<Json<wire::Vm>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.vm()).await?))
+}
+
+async fn change_vm(State(app): State<App>, body: Body) -> Result<Json<wire::Vm>, Problem> {
+    let wire::VmChange { state } = app.json(body).await?;
+    let change = app
+        .mailbox
+        .change(move |c| c.set_state(state).map(|()| c.vm()));
+    Ok(Json(change.await??))
+}
+
+/// Accepted, not done: the answer must be out before the VMM is gone.
+async fn stop_vm(State(app): State<App>) -> Result<impl IntoResponse, Problem> {
+    let vm = app.mailbox.change(|c| {
+        let vm = c.vm();
+        c.stop().map(|()| vm)
+    });
+    Ok((StatusCode::ACCEPTED, Json(vm.await??)))
+}
+
+async fn tasks(State(app): State<App>) -> Result<Json<Vec<wire::Task>>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.tasks()).await??))
+}
+
+async fn stack(
+    State(app): State<App>,
+    Path(pid): Path<String>,
+) -> Result<Json<wire::TaskStack>, Problem> {
+    let pid: i32 = pid.parse().map_err(|_| {
+        Problem::new(
+            Kind::BadRequest,
+            format!("{pid:?} is not a pid"),
+            "give a thread id, as the list of tasks has it",
+        )
+    })?;
+    Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
+}
+
+async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.patches()).await?))
+}
+
+async fn patch(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Result<Json<PatchStatus>, Problem> {
+    let patches = app.mailbox.look(|c| c.patches()).await?;
+    Ok(Json(find(patches, &name)?))
+}
+
+async fn apply(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<impl IntoResponse, Problem> {
+    if !is_module(&headers) {
+        return Err(Problem::new(
+            Kind::BadRequest,
+            "the body is not announced as a module",
+            "send the .ko file itself with Content-Type: application/octet-stream",
+        ));
+    }
+    let permit = app.uploads.clone().try_acquire_owned().map_err(|_| {
+        Problem::new(
+            Kind::Unavailable,
+            "other modules are being received",
+            "try again in a second",
+        )
+    })?;
+    let module = app.body(body, MODULE_LIMIT).await?;
+    let status = app.mailbox.change(move |control| {
+        let name = control.apply(&module)?;
+        drop((module, permit));
+        find(control.patches(), &name)
+    });
+    let status = status.await??;
+    let mut answer = HeaderMap::new();
+    if let Ok(location) = HeaderValue::from_str(&format!("/patches/{}", status.name)) {
+        answer.insert(header::LOCATION, location);
+    }
+    Ok((StatusCode::CREATED, answer, Json(status)))
+}
+
+async fn change_patch(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    body: Body,
+) -> Result<Json<PatchStatus>, Problem> {
+    let wire::PatchChange { enabled } = app.json(body).await?;
+    let change = app.mailbox.change(move |control| {
+        let before = find(control.patches(), &name)?;
+        match (enabled, before.enabled) {
+            (true, true) | (false, false) => Ok(before),
+            (false, true) => {
+                control.revert(&name)?;
+                find(control.patches(), &name)
+            }
+            (true, false) => Err(Problem::new(
+                Kind::Conflict,
+                format!("{name} is not applied"),
+                "apply its module again with POST /patches",
+            )),
+        }
+    });
+    Ok(Json(change.await??))
+}
+
+async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
+    let (vm, patches) = app.mailbox.look(|c| (c.vm(), c.patches())).await?;
+    let kind = [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)];
+    Ok((kind, metrics::render(&vm, &patches)).into_response())
+}
+
+async fn no_route() -> Problem {
+    Problem::new(
+        Kind::NotFound,
+        "no such resource",
+        "the resources are /version, /vm, /tasks, /patches and /metrics",
+    )
+}
+
+async fn no_method() -> Problem {
+    Problem::new(
+        Kind::MethodNotAllowed,
+        "this resource does not have this method",
+        "the Allow header names those it has",
+    )
+}
+
+fn find(patches: Vec<PatchStatus>, name: &str) -> Result<PatchStatus, Problem> {
+    // A patch that was reverted and applied again is there twice: the newest counts.
+    let found = patches.into_iter().rev().find(|p| p.name == name);
+    found.ok_or_else(|| {
+        Problem::new(
+            Kind::NotFound,
+            format!("no patch is named {name:?}"),
+            "the status lists those there are",
+        )
+    })
+}
+
+/// A web browser's form or a JSON text is not a module; a client that does not say is taken at its word.
+fn is_module(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::CONTENT_TYPE)
+        .is_none_or(|kind| kind.as_bytes() == b"application/octet-stream")
+}
+
+fn too_large(limit: usize) -> Problem {
+    let error = format!("the body is longer than {limit} bytes");
+    Problem::new(Kind::TooLarge, error, "send a smaller one")
+}
+
+impl App {
+    /// The whole body, if it is at most `limit` long and comes in time.
+    async fn body(&self, body: Body, limit: usize) -> Result<Bytes, Problem> {
+        // What is announced as too long need not be read to be refused.
+        let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+        if announced > limit {
+            return Err(too_large(limit));
+        }
+        let collect = Limited::new(body, limit).collect();
+        match tokio::time::timeout(self.body_timeout, collect).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+            Ok(Err(error)) => Err(Problem::new(
+                Kind::BadRequest,
+                format!("the body did not arrive whole: {error}"),
+                "send it again",
+            )),
+            Err(_) => Err(Problem::new(
+                Kind::RequestTimeout,
+                format!("the body did not arrive in {:?}", self.body_timeout),
+                "send it faster",
+            )),
+        }
+    }
+
+    async fn json<T: DeserializeOwned>(&self, body: Body) -> Result<T, Problem> {
+        let body = self.body(body, JSON_LIMIT).await?;
+        serde_json::from_slice(&body).map_err(|error| {
+            Problem::new(
+                Kind::BadRequest,
+                format!("the body is not the JSON expected here: {error}"),
+                "docs/ABI describes it",
+            )
+        })
+    }
+}

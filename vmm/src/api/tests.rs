@@ -1,0 +1,358 @@
+//! The server over a real socket, with a fake guest behind it.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::problem::Kind;
+use super::routes::{MODULE_LIMIT, ROUTES};
+use super::server::Limits;
+use super::testing::{FakeGuest, Served};
+
+const ELF: &[u8] = b"\x7fELF and more";
+
+#[test]
+fn the_vm_is_told_paused_and_resumed() {
+    let served = Served::plain();
+    let vm = served.ask("GET", "/vm", b"");
+    assert_eq!(vm.status, 200);
+    assert!(vm.head.contains("content-type: application/json"));
+    assert_eq!(vm.json()["state"], "running");
+    assert_eq!(vm.json()["kernel"], "6.1.0-test");
+    let paused = served.ask("PATCH", "/vm", br#"{"state":"paused"}"#);
+    assert_eq!(
+        (paused.status, &paused.json()["state"]),
+        (200, &json!("paused"))
+    );
+    let running = served.ask("PATCH", "/vm", br#"{"state":"running"}"#);
+    assert_eq!(running.json()["state"], "running");
+    let stopped = served.ask("DELETE", "/vm", b"");
+    assert_eq!(stopped.status, 202);
+    assert_eq!(served.logged(), ["Paused", "Running", "stop"]);
+}
+
+#[test]
+fn tasks_and_stacks_are_told() {
+    let served = Served::plain();
+    let tasks = served.ask("GET", "/tasks", b"").json();
+    assert_eq!(
+        tasks[0],
+        json!({"pid": 1, "tgid": 1, "state": "S", "kind": "user", "vcpu": null, "cpu": 0,
+               "patch_state": -1, "comm": "init"})
+    );
+    let stack = served.ask("GET", "/tasks/1/stack", b"").json();
+    assert_eq!(stack["reliable"], true);
+    assert_eq!(stack["frames"][0]["symbol"], "do_wait+0x1/0x2");
+    served
+        .ask("GET", "/tasks/7/stack", b"")
+        .refused(Kind::NotFound);
+    served
+        .ask("GET", "/tasks/init/stack", b"")
+        .refused(Kind::BadRequest);
+    served
+        .ask("GET", "/tasks/99999999999/stack", b"")
+        .refused(Kind::BadRequest);
+}
+
+#[test]
+fn a_patch_is_applied_driven_on_and_reverted() {
+    let served = Served::plain();
+    let begun = served.ask("POST", "/patches", ELF);
+    assert_eq!(begun.status, 201, "{begun:?}");
+    assert!(begun.head.contains("location: /patches/fix"));
+    assert_eq!(begun.json()["phase"], "applying");
+    wait_for_phase(&served, "applied");
+
+    let again = served.ask("PATCH", "/patches/fix", br#"{"enabled":true}"#);
+    assert_eq!(again.json()["phase"], "applied");
+    let reverting = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    assert_eq!(reverting.json()["phase"], "reverting");
+    wait_for_phase(&served, "reverted");
+    let gone = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    assert_eq!(gone.status, 200);
+    served
+        .ask("PATCH", "/patches/fix", br#"{"enabled":true}"#)
+        .refused(Kind::Conflict);
+    assert_eq!(served.logged(), ["apply 13", "revert fix"]);
+}
+
+fn wait_for_phase(served: &Served, phase: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let patch = served.ask("GET", "/patches/fix", b"").json();
+        if patch["phase"] == phase {
+            return;
+        }
+        assert!(Instant::now() < deadline, "still {patch}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_a_reason() {
+    let served = Served::plain();
+    served
+        .ask("POST", "/patches", b"#!/bin/sh")
+        .refused(Kind::BadModule);
+    served
+        .ask("GET", "/patches/none", b"")
+        .refused(Kind::NotFound);
+    served
+        .ask("PATCH", "/patches/none", br#"{"enabled":false}"#)
+        .refused(Kind::NotFound);
+    served.ask("GET", "/", b"").refused(Kind::NotFound);
+    served.ask("GET", "/tasks/1", b"").refused(Kind::NotFound);
+    served
+        .ask("PUT", "/vm", b"")
+        .refused(Kind::MethodNotAllowed);
+    for body in [
+        "",
+        "paused",
+        "{",
+        r#"{"state":"asleep"}"#,
+        r#"{"state":"paused","force":true}"#,
+        "[1]",
+        "\u{0}",
+    ] {
+        served
+            .ask("PATCH", "/vm", body.as_bytes())
+            .refused(Kind::BadRequest);
+    }
+    assert_eq!(served.logged(), ["apply 9"]);
+    let form = "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
+                Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 4\r\n\r\n\x7fELF";
+    served.raw(form.as_bytes()).refused(Kind::BadRequest);
+}
+
+#[test]
+fn bodies_have_an_end() {
+    let served = Served::plain();
+    let long = vec![b' '; 70 << 10];
+    served.ask("PATCH", "/vm", &long).refused(Kind::TooLarge);
+    // Announced or not, the limit holds; nothing of the module need arrive when it is announced.
+    let head = format!(
+        "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        MODULE_LIMIT + 1
+    );
+    served.raw(head.as_bytes()).refused(Kind::TooLarge);
+    let chunked =
+        "PATCH /vm HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut bytes = chunked.as_bytes().to_vec();
+    for _ in 0..20 {
+        bytes.extend_from_slice(b"1000\r\n");
+        bytes.extend_from_slice(&[b' '; 0x1000]);
+        bytes.extend_from_slice(b"\r\n");
+    }
+    served.raw(&bytes).refused(Kind::TooLarge);
+    assert!(served.logged().is_empty());
+}
+
+#[test]
+fn heads_have_an_end() {
+    let served = Served::plain();
+    let many = format!(
+        "GET /vm HTTP/1.1\r\nHost: x\r\n{}\r\n",
+        "A: b\r\n".repeat(100)
+    );
+    assert_eq!(served.raw(many.as_bytes()).status, 431);
+    let long = format!(
+        "GET /vm HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n",
+        "b".repeat(32 << 10)
+    );
+    assert_eq!(served.raw(long.as_bytes()).status, 431);
+    let nonsense = served.raw(b"\x16\x03\x01 hello\r\n\r\n");
+    assert_eq!(nonsense.status, 400);
+    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+}
+
+#[test]
+fn slow_clients_are_let_go() {
+    let limits = Limits {
+        head: Duration::from_millis(100),
+        body: Duration::from_millis(100),
+        ..Limits::default()
+    };
+    let served = Served::new(FakeGuest::default(), limits);
+    let mut silent = served.connect();
+    assert_eq!(
+        silent.read(&mut [0; 16]).unwrap_or(0),
+        0,
+        "closed without a word"
+    );
+    let mut half = served.connect();
+    half.write_all(b"GET /vm HT").unwrap();
+    let mut rest = Vec::new();
+    let _ = half.read_to_end(&mut rest);
+    let head = b"PATCH /vm HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 99\r\n\r\n{";
+    served.raw(head).refused(Kind::RequestTimeout);
+    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+}
+
+#[test]
+fn clients_that_leave_harm_nobody() {
+    let served = Served::plain();
+    for cut in [0, 10, 60, 80] {
+        let mut stream = served.connect();
+        let request = b"POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n\x7fELF and then nothing more";
+        stream.write_all(&request[..cut]).unwrap();
+        drop(stream);
+    }
+    let half_closed = served.connect();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    drop(half_closed);
+    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert!(served.logged().is_empty());
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_not_begun() {
+    let guest = FakeGuest::slow(Duration::from_millis(300));
+    let served = Served::new(guest, Limits::default());
+    let mut busy = served.connect();
+    busy.write_all(b"GET /tasks HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let mut leaver = served.connect();
+    leaver
+        .write_all(b"DELETE /vm HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    thread::sleep(Duration::from_millis(50));
+    drop(leaver);
+    let mut answer = Vec::new();
+    busy.read_to_end(&mut answer).unwrap();
+    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.logged(), ["tasks"]);
+}
+
+#[test]
+fn a_crowd_is_served_or_told_to_come_back() {
+    let guest = FakeGuest::slow(Duration::from_millis(20));
+    let served = Served::new(guest, Limits::default());
+    let statuses: Vec<u16> = thread::scope(|scope| {
+        let clients: Vec<_> = (0..60)
+            .map(|_| scope.spawn(|| served.ask("GET", "/tasks", b"").status))
+            .collect();
+        clients.into_iter().map(|c| c.join().unwrap()).collect()
+    });
+    assert!(
+        statuses.iter().all(|s| [200, 503].contains(s)),
+        "{statuses:?}"
+    );
+    let granted = statuses.iter().filter(|s| **s == 200).count();
+    assert_eq!(granted, served.logged().len());
+    assert!(granted >= 20, "{granted}");
+}
+
+#[test]
+fn a_transition_goes_on_under_a_stream_of_requests() {
+    let served = Served::plain();
+    served.ask("POST", "/patches", ELF);
+    // wait_for_phase itself is such a stream; here are more.
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+                }
+            });
+        }
+        wait_for_phase(&served, "applied");
+    });
+}
+
+#[test]
+fn one_connection_carries_many_requests() {
+    let served = Served::plain();
+    let mut stream = served.connect();
+    let mut seen = String::new();
+    for _ in 0..3 {
+        stream
+            .write_all(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            .unwrap();
+        let mut buffer = [0; 4096];
+        let n = stream.read(&mut buffer).unwrap();
+        seen.push_str(std::str::from_utf8(&buffer[..n]).unwrap());
+    }
+    assert_eq!(seen.matches("HTTP/1.1 200").count(), 3);
+    assert_eq!(seen.matches(env!("CARGO_PKG_VERSION")).count(), 3);
+}
+
+#[test]
+fn the_end_of_the_server_is_the_end_of_its_socket() {
+    let mut served = Served::plain();
+    let mut idle = served.connect();
+    let began = Instant::now();
+    served.server = None;
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(!served.socket.exists());
+    assert!(UnixStream::connect(&served.socket).is_err());
+    assert_eq!(idle.read(&mut [0; 16]).unwrap_or(0), 0);
+}
+
+#[test]
+fn answers_under_way_are_finished_when_the_server_ends() {
+    let guest = FakeGuest::slow(Duration::from_millis(200));
+    let mut served = Served::new(guest, Limits::default());
+    let mut stream = served.connect();
+    stream
+        .write_all(b"GET /tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    thread::sleep(Duration::from_millis(50));
+    served.server = None;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[test]
+fn a_guest_that_takes_too_long_is_told_of() {
+    let guest = FakeGuest::slow(Duration::from_millis(400));
+    let limits = Limits {
+        answer: Duration::from_millis(50),
+        ..Limits::default()
+    };
+    let served = Served::new(guest, limits);
+    served.ask("GET", "/tasks", b"").refused(Kind::Timeout);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+}
+
+#[test]
+fn metrics_are_prometheus_text() {
+    let served = Served::plain();
+    let page = served.ask("GET", "/metrics", b"");
+    assert!(page.head.contains("text/plain; version=0.0.4"));
+    assert!(
+        page.body.contains("\noutpatch_pauses_total 3\n"),
+        "{}",
+        page.body
+    );
+    assert!(
+        page.body
+            .contains("\noutpatch_pause_seconds_total 1.500000\n")
+    );
+    for line in page.body.lines().filter(|line| !line.starts_with('#')) {
+        let (name, value) = line.split_once(' ').unwrap();
+        assert!(name.starts_with("outpatch_"), "{line}");
+        assert!(value.parse::<f64>().is_ok(), "{line}");
+    }
+}
+
+#[test]
+fn every_route_of_the_table_is_served() {
+    let served = Served::plain();
+    for route in ROUTES {
+        let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
+        let answer = served.ask(route.method.as_str(), &path, b"");
+        let refused = [404, 405].contains(&answer.status);
+        // There is no patch yet: that is the route's own refusal, and it names the patch.
+        assert!(
+            !refused || answer.body.contains("fix"),
+            "{route:?}: {answer:?}"
+        );
+    }
+}

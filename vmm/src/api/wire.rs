@@ -1,0 +1,116 @@
+//! What goes over the control socket, as JSON: the same types for the server that writes it and the client that reads it.
+//!
+//! Patches are told as [`patcher::PatchStatus`]. Field names and meanings are promised in `docs/ABI`.
+
+use introspect::TaskKind;
+use patcher::PauseReport;
+use serde::{Deserialize, Serialize};
+
+/// `GET /version`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Always `outpatch`.
+    pub name: String,
+    /// The version of the VMM that answers.
+    pub version: String,
+}
+
+/// Whether the guest's vCPUs run, as far as the operator decides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// They run.
+    Running,
+    /// They stand still until told to run.
+    Paused,
+}
+
+/// `GET /vm`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vm {
+    /// Running or paused.
+    pub state: VmState,
+    /// How many vCPUs it has.
+    pub cpus: u32,
+    /// Its RAM in bytes.
+    pub memory: u64,
+    /// The process id of the VMM.
+    pub pid: u32,
+    /// The release of the guest's kernel, as `uname -r` says; `null` until it has been found.
+    pub kernel: Option<String>,
+    /// The pauses that looking at the guest and patching it have cost since it started; the operator's own are not in it.
+    pub pauses: PauseReport,
+}
+
+/// The body of `PATCH /vm`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmChange {
+    /// What the guest shall be.
+    pub state: VmState,
+}
+
+/// The body of `PATCH /patches/{name}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PatchChange {
+    /// `false`: revert it.
+    pub enabled: bool,
+}
+
+/// One task of `GET /tasks`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// Thread id; 0 for idle tasks.
+    pub pid: i32,
+    /// Process id.
+    pub tgid: i32,
+    /// The letter that `ps` shows.
+    pub state: char,
+    /// What sort of task.
+    pub kind: TaskKind,
+    /// The vCPU that runs it, if one does.
+    pub vcpu: Option<u32>,
+    /// The CPU it last ran on, or whose idle task it is.
+    pub cpu: Option<u32>,
+    /// As `/proc/PID/patch_state` has it: -1, 0 or 1; `null` in a kernel without `CONFIG_LIVEPATCH`.
+    pub patch_state: Option<i32>,
+    /// Its name.
+    pub comm: String,
+}
+
+/// `GET /tasks/{pid}/stack`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskStack {
+    /// Whose stack.
+    pub task: Task,
+    /// Whether every function that the task is in is among the frames.
+    pub reliable: bool,
+    /// Why not, when it is not.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    /// Innermost first; empty for a task in user mode.
+    pub frames: Vec<StackFrame>,
+}
+
+/// One frame of a stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StackFrame {
+    /// The address, `0x…`: where the task executes next in this function, or returns to.
+    pub ip: String,
+    /// `symbol+0xoffset/0xsize`, with ` [module]` behind it for a module's; just the address when no symbol covers it.
+    pub symbol: String,
+    /// A frame of the scheduler itself, which `/proc/PID/stack` leaves out at the top.
+    pub scheduler: bool,
+}
+
+/// What every refused request answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What sort, in a word for programs; see `docs/ABI/testing/rest-errors`.
+    pub kind: String,
+    /// What is wrong, in one line.
+    pub error: String,
+    /// What to do about it, in one line.
+    pub detail: String,
+}

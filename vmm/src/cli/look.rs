@@ -1,0 +1,138 @@
+//! `outpatch ps` and `outpatch stack`.
+
+use vmm::api::wire::{Task, TaskStack};
+
+use super::connection::Connection;
+use super::screen::{Screen, Tone};
+use super::transition::word;
+use super::verbs::VerbError;
+
+/// The tasks, a line each.
+pub fn ps(connection: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    let tasks: Vec<Task> = connection.get("/tasks")?;
+    if json {
+        return Ok(screen.json(&tasks)?);
+    }
+    let head = ["PID", "TGID", "S", "KIND", "VCPU", "PATCH", "COMM"];
+    let rows: Vec<_> = tasks.iter().map(row).collect();
+    Ok(screen.table(&head, &rows)?)
+}
+
+fn row(task: &Task) -> Vec<String> {
+    vec![
+        task.pid.to_string(),
+        task.tgid.to_string(),
+        task.state.to_string(),
+        word(&task.kind),
+        dash(task.vcpu),
+        dash(task.patch_state),
+        task.comm.clone(),
+    ]
+}
+
+fn dash(number: Option<impl ToString>) -> String {
+    number.map_or("-".to_owned(), |number| number.to_string())
+}
+
+/// One task's stack.
+pub fn stack(
+    connection: &Connection,
+    pid: i32,
+    all: bool,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let stack: TaskStack = connection.get(&format!("/tasks/{pid}/stack"))?;
+    if json {
+        return Ok(screen.json(&stack)?);
+    }
+    for line in frames(&stack, all) {
+        screen.line(Tone::Plain, &line)?;
+    }
+    let (tone, verdict) = verdict(&stack);
+    Ok(screen.line(tone, &verdict)?)
+}
+
+/// The lines of `/proc/PID/stack` (`fs/proc/base.c: proc_pid_stack`).
+fn frames(stack: &TaskStack, all: bool) -> Vec<String> {
+    stack
+        .frames
+        .iter()
+        .skip_while(|frame| frame.scheduler && !all)
+        .map(|frame| format!("[<0>] {}", frame.symbol))
+        .collect()
+}
+
+fn verdict(stack: &TaskStack) -> (Tone, String) {
+    match &stack.reason {
+        Some(reason) => (Tone::Bad, format!("unreliable: {reason}")),
+        None if !stack.reliable => (Tone::Bad, "unreliable".to_owned()),
+        None if stack.frames.is_empty() => (Tone::Good, "reliable: not in the kernel".to_owned()),
+        None => (Tone::Good, "reliable".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use introspect::TaskKind;
+    use vmm::api::wire::StackFrame;
+
+    use super::*;
+
+    fn frame(symbol: &str, scheduler: bool) -> StackFrame {
+        StackFrame {
+            ip: "0xffffffff81000000".into(),
+            symbol: symbol.into(),
+            scheduler,
+        }
+    }
+
+    fn sleeping() -> TaskStack {
+        TaskStack {
+            task: Task {
+                pid: 1,
+                tgid: 1,
+                state: 'S',
+                kind: TaskKind::User,
+                vcpu: None,
+                cpu: Some(0),
+                patch_state: Some(-1),
+                comm: "init".into(),
+            },
+            reliable: true,
+            reason: None,
+            frames: vec![
+                frame("__schedule+0x1/0x2", true),
+                frame("schedule+0x1/0x2", true),
+                frame("do_wait+0x1/0x2", false),
+                frame("io_schedule+0x1/0x2", true),
+            ],
+        }
+    }
+
+    #[test]
+    fn only_the_schedulers_frames_at_the_top_are_left_out() {
+        assert_eq!(
+            frames(&sleeping(), false),
+            ["[<0>] do_wait+0x1/0x2", "[<0>] io_schedule+0x1/0x2"]
+        );
+        assert_eq!(frames(&sleeping(), true).len(), 4);
+    }
+
+    #[test]
+    fn the_verdict_has_its_reason() {
+        let mut stack = sleeping();
+        assert_eq!(verdict(&stack).1, "reliable");
+        stack.frames.clear();
+        assert_eq!(verdict(&stack).1, "reliable: not in the kernel");
+        stack.reliable = false;
+        stack.reason = Some("more than 100 frames".into());
+        assert_eq!(verdict(&stack).1, "unreliable: more than 100 frames");
+    }
+
+    #[test]
+    fn what_is_not_known_is_a_dash() {
+        let cells = row(&sleeping().task);
+        assert_eq!(cells, ["1", "1", "S", "user", "-", "-1", "init"]);
+    }
+}

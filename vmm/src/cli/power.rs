@@ -1,0 +1,60 @@
+//! `outpatch pause`, `resume` and `stop`.
+
+use std::time::{Duration, Instant};
+
+use vmm::api::wire::{Vm, VmChange, VmState};
+
+use super::connection::Connection;
+use super::screen::{Screen, Tone};
+use super::transition::word;
+use super::verbs::VerbError;
+
+/// How long a VMM may take to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Stops all vCPUs.
+pub fn pause(c: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    change(c, VmState::Paused, json, screen)
+}
+
+/// Lets them run.
+pub fn resume(c: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    change(c, VmState::Running, json, screen)
+}
+
+fn change(
+    connection: &Connection,
+    state: VmState,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let vm: Vm = connection.patch("/vm", &VmChange { state })?;
+    if json {
+        return Ok(screen.json(&vm)?);
+    }
+    let tone = match vm.state {
+        VmState::Running => Tone::Good,
+        VmState::Paused => Tone::Busy,
+    };
+    Ok(screen.line(tone, &word(&vm.state))?)
+}
+
+/// Ends the VM and waits until nobody answers any more.
+pub fn stop(connection: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    let vm: Vm = connection.delete("/vm")?;
+    let deadline = Instant::now() + STOP_TIMEOUT;
+    while connection.is_there() {
+        if Instant::now() >= deadline {
+            return Err(VerbError::TimedOut(format!(
+                "the VMM (process {}) was told to end and still answers after {} s",
+                vm.pid,
+                STOP_TIMEOUT.as_secs()
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    if json {
+        return Ok(screen.json(&vm)?);
+    }
+    Ok(screen.line(Tone::Plain, "stopped")?)
+}

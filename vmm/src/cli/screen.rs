@@ -1,0 +1,188 @@
+//! What the commands print: lines of plain text, aligned columns, colours only on a terminal.
+//!
+//! Names come from the guest, so nothing that a terminal would act on is passed on.
+
+use std::io::{self, IsTerminal, Write};
+
+use serde::Serialize;
+
+/// What a piece of text is, for its colour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// As the terminal has it.
+    Plain,
+    /// A heading.
+    Strong,
+    /// Done, running, reliable.
+    Good,
+    /// Under way, waiting.
+    Busy,
+    /// Not reliable.
+    Bad,
+}
+
+impl Tone {
+    fn code(self) -> &'static str {
+        match self {
+            Tone::Plain => "",
+            Tone::Strong => "\x1b[1m",
+            Tone::Good => "\x1b[32m",
+            Tone::Busy => "\x1b[33m",
+            Tone::Bad => "\x1b[31m",
+        }
+    }
+}
+
+/// Standard output, or a test's buffer.
+pub struct Screen<'a> {
+    out: Box<dyn Write + 'a>,
+    colour: bool,
+}
+
+impl Screen<'_> {
+    /// Standard output; in colour when it is a terminal and `NO_COLOR` is not set.
+    pub fn stdout() -> Screen<'static> {
+        let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        Screen {
+            out: Box::new(io::stdout().lock()),
+            colour: io::stdout().is_terminal() && !no_colour,
+        }
+    }
+
+    /// A line of one tone.
+    pub fn line(&mut self, tone: Tone, text: &str) -> io::Result<()> {
+        let text = printable(text);
+        let code = tone.code();
+        if self.colour && !code.is_empty() {
+            writeln!(self.out, "{code}{text}\x1b[0m")?;
+        } else {
+            writeln!(self.out, "{text}")?;
+        }
+        // Somebody watches a transition by these lines.
+        self.out.flush()
+    }
+
+    /// The API's JSON, indented.
+    pub fn json(&mut self, value: &impl Serialize) -> io::Result<()> {
+        serde_json::to_writer_pretty(&mut self.out, value)?;
+        writeln!(self.out)?;
+        self.out.flush()
+    }
+
+    /// Columns as wide as their widest cell, under a heading; columns of numbers are set right.
+    pub fn table(&mut self, head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
+        let columns: Vec<Column> = head
+            .iter()
+            .enumerate()
+            .map(|(index, head)| Column::of(head, rows.iter().filter_map(|row| row.get(index))))
+            .collect();
+        let head: Vec<String> = head.iter().map(ToString::to_string).collect();
+        self.line(Tone::Strong, &join(&columns, &head))?;
+        for row in rows {
+            self.line(Tone::Plain, &join(&columns, row))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Screen<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Screen")
+            .field("colour", &self.colour)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How one column is set.
+struct Column {
+    width: usize,
+    right: bool,
+}
+
+impl Column {
+    fn of<'a>(head: &str, cells: impl Iterator<Item = &'a String> + Clone) -> Column {
+        let number = |cell: &String| {
+            cell == "-" || cell.trim_start_matches('-').parse::<u64>().is_ok() || cell.is_empty()
+        };
+        let width = cells.clone().map(|cell| cell.chars().count());
+        Column {
+            width: width.max().unwrap_or(0).max(head.chars().count()),
+            right: cells.clone().next().is_some() && cells.clone().all(number),
+        }
+    }
+}
+
+fn join(columns: &[Column], cells: &[String]) -> String {
+    let set = columns.iter().zip(cells).map(|(column, cell)| {
+        let width = column.width;
+        if column.right {
+            format!("{cell:>width$}")
+        } else {
+            format!("{cell:<width$}")
+        }
+    });
+    let line = set.collect::<Vec<_>>().join(" ");
+    line.trim_end().to_owned()
+}
+
+/// `text` with everything that a terminal would act on made a question mark, as `ps` does.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed(print: impl FnOnce(&mut Screen<'_>) -> io::Result<()>, colour: bool) -> String {
+        let mut buffer = Vec::new();
+        let mut screen = Screen {
+            out: Box::new(&mut buffer),
+            colour,
+        };
+        print(&mut screen).unwrap();
+        drop(screen);
+        String::from_utf8(buffer).unwrap()
+    }
+
+    #[test]
+    fn columns_align_numbers_right_and_words_left() {
+        let rows = [
+            vec!["1".to_owned(), "init".into(), "0".into(), "sh".into()],
+            vec![
+                "1234".to_owned(),
+                "k".into(),
+                "-".into(),
+                "kworker/0:1".into(),
+            ],
+        ];
+        let text = printed(|s| s.table(&["PID", "KIND", "VCPU", "COMM"], &rows), false);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                " PID KIND VCPU COMM",
+                "   1 init    0 sh",
+                "1234 k       - kworker/0:1",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_guests_name_cannot_drive_the_terminal() {
+        let text = printed(|s| s.line(Tone::Plain, "a\x1b[2Jb\nc\u{9b}d"), false);
+        assert_eq!(text, "a?[2Jb?c?d\n");
+    }
+
+    #[test]
+    fn colours_only_where_they_are_seen() {
+        assert_eq!(printed(|s| s.line(Tone::Good, "ok"), false), "ok\n");
+        assert_eq!(
+            printed(|s| s.line(Tone::Good, "ok"), true),
+            "\x1b[32mok\x1b[0m\n"
+        );
+        assert_eq!(printed(|s| s.line(Tone::Plain, "ok"), true), "ok\n");
+    }
+}

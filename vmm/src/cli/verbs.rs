@@ -1,0 +1,214 @@
+//! The verbs that talk to a running VMM, and the exit status of each.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::connection::{AskError, Connection};
+use super::screen::Screen;
+use super::transition::WatchError;
+use super::{look, patches, power};
+
+/// Which VMM, and how to print.
+#[derive(Debug, Args)]
+pub struct Target {
+    /// The control socket of the VMM, as given to `outpatch run --socket`.
+    #[arg(long, value_name = "PATH", env = "OUTPATCH_SOCKET")]
+    socket: PathBuf,
+    /// Print the API's JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How to wait for a transition.
+#[derive(Debug, Args)]
+pub struct Waiting {
+    /// Return as soon as the transition has begun.
+    #[arg(long, conflicts_with = "timeout")]
+    pub no_wait: bool,
+    /// Stop waiting after so long, with exit status 4; the transition goes on.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// List the guest's tasks.
+    #[command(after_help = EXIT_STATUSES)]
+    Ps {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show a task's kernel stack, as /proc/PID/stack would, and whether it can be relied on.
+    #[command(after_help = EXIT_STATUSES)]
+    Stack {
+        /// Thread id; 0: the idle task of CPU 0.
+        pid: i32,
+        /// Also the scheduler's own frames at the top, which /proc/PID/stack leaves out.
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Apply a livepatch module to the running guest and wait until every task has switched to it.
+    #[command(after_help = EXIT_STATUSES)]
+    Apply {
+        /// The module: the .ko that insmod would take.
+        file: PathBuf,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Show the VM and its patches, or one patch in full.
+    #[command(after_help = EXIT_STATUSES)]
+    Status {
+        /// The patch.
+        name: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Revert a patch and wait until every task has left it.
+    #[command(after_help = EXIT_STATUSES)]
+    Revert {
+        /// The patch; may be left out when there is only one.
+        name: Option<String>,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Stop all vCPUs until `resume`.
+    #[command(after_help = EXIT_STATUSES)]
+    Pause {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Let the vCPUs run again.
+    #[command(after_help = EXIT_STATUSES)]
+    Resume {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// End the VM at once, as if its power were cut, and wait until it is gone.
+    #[command(after_help = EXIT_STATUSES)]
+    Stop {
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// Exit status when the VMM, or the file given, would not do.
+const FAILED: u8 = 1;
+/// Exit status when there is no VMM to ask. (2 is for wrong arguments.)
+const UNREACHABLE: u8 = 3;
+/// Exit status when the transition goes on.
+const TIMED_OUT: u8 = 4;
+
+/// What the exit statuses mean, for each verb's `--help`.
+const EXIT_STATUSES: &str = "\
+Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on the socket; \
+4 the transition goes on after --timeout.";
+
+/// Why a verb did not do what it says.
+#[derive(Debug, thiserror::Error)]
+pub enum VerbError {
+    /// The VMM.
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    /// The file to apply.
+    #[error("cannot read {}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Standard output, or the event queue.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// There is nothing, or too much, to do it to.
+    #[error("{0}")]
+    Unfit(String),
+    /// The transition goes on.
+    #[error("{0}")]
+    TimedOut(String),
+}
+
+impl From<WatchError> for VerbError {
+    fn from(error: WatchError) -> VerbError {
+        match error {
+            WatchError::Ask(error) => VerbError::Ask(error),
+            WatchError::Io(error) => VerbError::Io(error),
+        }
+    }
+}
+
+impl VerbError {
+    fn exit_status(&self) -> u8 {
+        match self {
+            VerbError::Ask(error) if error.is_unreachable() => UNREACHABLE,
+            VerbError::TimedOut(_) => TIMED_OUT,
+            _ => FAILED,
+        }
+    }
+}
+
+/// Does what the verb says; one line on standard error when it cannot.
+pub fn run(verb: Verb) -> ExitCode {
+    match dispatch(verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has seen enough, as `outpatch ps | head` has.
+        Err(VerbError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("outpatch: {}", super::screen::printable(&error.to_string()));
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn dispatch(verb: Verb) -> Result<(), VerbError> {
+    let mut screen = Screen::stdout();
+    let screen = &mut screen;
+    match verb {
+        Verb::Ps { target } => look::ps(&target.connect()?, target.json, screen),
+        Verb::Stack { pid, all, target } => {
+            look::stack(&target.connect()?, pid, all, target.json, screen)
+        }
+        Verb::Apply {
+            file,
+            waiting,
+            target,
+        } => patches::apply(&target.connect()?, &file, &waiting, target.json, screen),
+        Verb::Status { name, target } => {
+            patches::status(&target.connect()?, name.as_deref(), target.json, screen)
+        }
+        Verb::Revert {
+            name,
+            waiting,
+            target,
+        } => {
+            let connection = target.connect()?;
+            patches::revert(&connection, name.as_deref(), &waiting, target.json, screen)
+        }
+        Verb::Pause { target } => power::pause(&target.connect()?, target.json, screen),
+        Verb::Resume { target } => power::resume(&target.connect()?, target.json, screen),
+        Verb::Stop { target } => power::stop(&target.connect()?, target.json, screen),
+    }
+}
+
+impl Target {
+    fn connect(&self) -> io::Result<Connection> {
+        Connection::new(&self.socket)
+    }
+}
+
+/// A number of seconds, with a fraction if need be.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

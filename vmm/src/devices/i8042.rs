@@ -1,0 +1,47 @@
+//! The keyboard controller, as far as a PC without keyboard needs it: to be reset by it.
+
+use super::{Device, Effect};
+
+/// First of its ports.
+pub const PORT: u64 = 0x60;
+/// Number of its ports, data to command.
+pub const PORTS: u64 = 5;
+/// Offset of the command port.
+const COMMAND: u64 = 4;
+/// The command that pulses the CPU's reset line.
+pub const PULSE_RESET: u8 = 0xfe;
+
+/// The reset half of an i8042. Ports between data and command belong to others (0x61 is the in-kernel PIT's).
+#[derive(Debug, Default)]
+pub struct I8042;
+
+impl Device for I8042 {
+    /// Zero: output and input buffer empty. With all ones a guest would wait for the input buffer before its reset command.
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        match (offset, data.first()) {
+            (COMMAND, Some(&PULSE_RESET)) => Effect::Reset,
+            _ => Effect::None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_reset_command_on_the_command_port_resets() {
+        let mut i8042 = I8042;
+        assert_eq!(i8042.write(0, &[PULSE_RESET]), Effect::None);
+        assert_eq!(i8042.write(COMMAND, &[0xd1]), Effect::None);
+        assert_eq!(i8042.write(COMMAND, &[]), Effect::None);
+        assert_eq!(i8042.write(COMMAND, &[PULSE_RESET]), Effect::Reset);
+        let mut status = [0xff];
+        i8042.read(COMMAND, &mut status);
+        assert_eq!(status, [0]);
+    }
+}

@@ -1,0 +1,172 @@
+//! COM1: vm-superio's UART with what it leaves to its user: input that waits until the guest can take it.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Device, Effect};
+
+/// First of its ports.
+pub const PORT: u16 = 0x3f8;
+/// Number of its ports.
+pub const PORTS: u16 = 8;
+/// Its interrupt line.
+pub const GSI: u32 = 4;
+
+/// Bit of the interrupt enable register: interrupt on received data.
+const IER_RECEIVED_DATA: u8 = 1;
+
+/// The UART's interrupt line: an eventfd that KVM turns into an edge.
+#[derive(Debug)]
+pub struct IrqLine(pub EventFd);
+
+impl Trigger for IrqLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// COM1.
+#[derive(Debug)]
+pub struct Com1<W: Write> {
+    uart: Serial<IrqLine, NoEvents, W>,
+    /// Input that the UART's FIFO had no room for, or that came before the guest listened.
+    waiting: VecDeque<u8>,
+    /// Told when `waiting` has become empty.
+    taken: EventFd,
+}
+
+impl<W: Write> Com1<W> {
+    /// A UART that prints to `out`, raises `irq`, and writes to `taken` when it has given all its input to the guest.
+    pub fn new(irq: EventFd, out: W, taken: EventFd) -> Com1<W> {
+        Com1 {
+            uart: Serial::new(IrqLine(irq), out),
+            waiting: VecDeque::new(),
+            taken,
+        }
+    }
+
+    /// Sends `bytes` to the guest, as it takes them.
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.waiting.extend(bytes);
+        self.feed();
+    }
+
+    /// How much input the guest has not taken yet.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Moves input into the FIFO. Only while the guest listens: its driver reads and throws away what it finds when it starts
+    /// (`drivers/tty/serial/8250/8250_port.c: serial8250_do_startup`), which would eat the beginning of piped input.
+    fn feed(&mut self) {
+        if self.waiting.is_empty() || self.uart.state().interrupt_enable & IER_RECEIVED_DATA == 0 {
+            return;
+        }
+        let room = self.uart.fifo_capacity().min(self.waiting.len());
+        let chunk: Vec<u8> = self.waiting.iter().take(room).copied().collect();
+        // The UART takes none in loopback mode; what it did not take stays here.
+        if let Ok(count) = self.uart.enqueue_raw_bytes(&chunk) {
+            self.waiting.drain(..count);
+        }
+        if self.waiting.is_empty()
+            && let Err(e) = self.taken.write(1)
+        {
+            tracing::warn!("console input may stall: {e}");
+        }
+    }
+}
+
+impl<W: Write + Send> Device for Com1<W> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let Ok(offset) = u8::try_from(offset) else {
+            return data.fill(0xff);
+        };
+        for byte in data {
+            *byte = self.uart.read(offset);
+        }
+        if !self.waiting.is_empty() {
+            self.feed();
+        }
+    }
+
+    /// More than one byte is a string instruction on one register, not several registers: UARTs are byte devices.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        let Ok(offset) = u8::try_from(offset) else {
+            return Effect::None;
+        };
+        for &byte in data {
+            if let Err(e) = self.uart.write(offset, byte) {
+                tracing::warn!("COM1: {e}");
+            }
+        }
+        if !self.waiting.is_empty() {
+            self.feed();
+        }
+        Effect::None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DATA: u64 = 0;
+    const IER: u64 = 1;
+    const LSR: u64 = 5;
+
+    fn com1() -> (Com1<Vec<u8>>, EventFd, EventFd) {
+        let fd = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (irq, taken) = (fd(), fd());
+        (
+            Com1::new(
+                irq.try_clone().unwrap(),
+                Vec::new(),
+                taken.try_clone().unwrap(),
+            ),
+            irq,
+            taken,
+        )
+    }
+
+    fn read(com1: &mut Com1<Vec<u8>>, offset: u64) -> u8 {
+        let mut data = [0];
+        com1.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn early_input_waits_for_the_driver_and_none_is_lost() {
+        let (mut com1, irq, taken) = com1();
+        let input: Vec<u8> = (0..200).collect();
+        com1.send(&input);
+        assert_eq!(read(&mut com1, LSR) & 1, 0, "nothing to read yet");
+        read(&mut com1, DATA);
+        assert_eq!(
+            com1.waiting(),
+            200,
+            "the driver's clearing read takes nothing"
+        );
+        com1.write(IER, &[IER_RECEIVED_DATA]);
+        assert_eq!(irq.read().unwrap(), 1);
+        let mut got = Vec::new();
+        while read(&mut com1, LSR) & 1 == 1 {
+            got.push(read(&mut com1, DATA));
+        }
+        assert_eq!(got, input);
+        assert_eq!(taken.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_string_write_prints_every_byte() {
+        let (mut com1, _, _) = com1();
+        com1.write(DATA, b"hello");
+        assert_eq!(com1.uart.writer(), b"hello");
+    }
+}

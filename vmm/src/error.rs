@@ -1,0 +1,134 @@
+//! What can go wrong before and while a guest runs; each message says what was found and what to do.
+
+use introspect::VcpuRegs;
+
+use crate::acpi::NoRoom;
+use crate::boot::BootError;
+use crate::config::MAX_CPUS;
+use crate::cpuid::CpuidError;
+use crate::msrs::RegisterError;
+use crate::regs::Dump;
+use crate::vcpu::{End, Ended};
+use crate::vcpus::PauseError;
+
+/// Why a guest could not be started, or how it ended when not of its own will.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A number of vCPUs that no guest may have.
+    #[error("{0} vCPUs: a guest has 1 to {MAX_CPUS}")]
+    Cpus(u32),
+    /// A size of RAM that the host cannot map.
+    #[error("cannot allocate {} MiB of guest memory: {why}", size >> 20)]
+    Memory {
+        /// Bytes asked for.
+        size: u64,
+        /// What the host said.
+        why: String,
+    },
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// There is no `/dev/kvm`.
+    #[error(
+        "no /dev/kvm: load kvm_amd or kvm_intel (and switch virtualization on in the firmware)"
+    )]
+    NoKvm,
+    /// `/dev/kvm` is there but not for us.
+    #[error("no permission to open /dev/kvm: join the group that owns it (usually `kvm`)")]
+    KvmPermission,
+    /// `/dev/kvm` cannot be opened for another reason.
+    #[error("/dev/kvm: {0}")]
+    KvmOpen(kvm_ioctls::Error),
+    /// Something answers at `/dev/kvm` that cannot run a stock kernel.
+    #[error(
+        "/dev/kvm cannot run a stock kernel here: neither kvm_amd nor kvm_intel is loaded{}",
+        served_by(modules)
+    )]
+    KvmNotServing {
+        /// The kvm modules that are loaded instead.
+        modules: Vec<String>,
+    },
+    /// KVM lacks something.
+    #[error("/dev/kvm lacks {0}: a newer host kernel is needed")]
+    KvmLacks(&'static str),
+    /// KVM refused a step of building the machine.
+    #[error("{0}: {1}")]
+    Kvm(&'static str, kvm_ioctls::Error),
+    /// The vCPUs' CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// The vCPUs' registers.
+    #[error(transparent)]
+    Registers(#[from] RegisterError),
+    /// The ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] NoRoom),
+    /// Threads, file descriptors, the terminal.
+    #[error("{0}: {1}")]
+    Host(&'static str, std::io::Error),
+    /// The event loop.
+    #[error("event loop: {0}")]
+    EventLoop(String),
+    /// What the caller wanted to have beside the guest (its control socket, say).
+    #[error(transparent)]
+    Beside(Box<dyn std::error::Error + Send + Sync>),
+    /// The vCPUs could not be started.
+    #[error(transparent)]
+    Vcpus(#[from] PauseError),
+    /// The guest ended because a vCPU cannot go on.
+    #[error("{}", died(.0))]
+    Died(Box<Ended>),
+}
+
+fn served_by(modules: &[String]) -> String {
+    if modules.is_empty() {
+        String::new()
+    } else {
+        format!(" (it is served by {})", modules.join(", "))
+    }
+}
+
+fn died(ended: &Ended) -> String {
+    let index = ended.index;
+    let why = match &ended.end {
+        End::TripleFault => format!("triple fault on vCPU {index}"),
+        End::InternalError(Some((suberror, data))) => {
+            let words: Vec<_> = data.iter().map(|word| format!("{word:#x}")).collect();
+            let meaning = match suberror {
+                1 => "it cannot emulate an instruction",
+                2 => "an exception came while another was delivered",
+                3 => "an interrupt was half delivered",
+                4 => "an exit it does not know",
+                _ => "no reason that we know",
+            };
+            format!(
+                "KVM internal error on vCPU {index}: suberror {suberror} ({meaning}), data [{}]",
+                words.join(", ")
+            )
+        }
+        End::InternalError(None) => format!("KVM internal error on vCPU {index}"),
+        End::FailEntry(reason) => {
+            format!("the processor refused to run vCPU {index}: hardware reason {reason:#x}")
+        }
+        End::RunFailed(error) => format!("KVM_RUN of vCPU {index}: {error}"),
+        End::Unexpected(exit) => {
+            format!("vCPU {index} stopped for a reason that this machine has no use for: {exit}")
+        }
+        End::Panicked => format!("the thread of vCPU {index} panicked: this is a bug in outpatch"),
+        End::PowerOff | End::Reset => format!("vCPU {index} ended"),
+    };
+    match &ended.regs {
+        Ok(regs) => format!("{why}\n{}{}", Dump(regs), after_reset(&ended.end, regs)),
+        Err(unreadable) => format!("{why}\n(its registers cannot be read: {unreadable})"),
+    }
+}
+
+/// On AMD, KVM resets the vCPU when the guest shuts down (`arch/x86/kvm/svm/svm.c: shutdown_interception`): say so, or the
+/// reader takes the reset vector for where the guest was.
+fn after_reset(end: &End, regs: &VcpuRegs) -> &'static str {
+    if *end == End::TripleFault && regs.rip == 0xfff0 && regs.cr3 == 0 {
+        "(the host's KVM has reset the vCPU: these are not the registers of the fault)\n"
+    } else {
+        ""
+    }
+}

@@ -1,0 +1,118 @@
+//! What others than the vCPUs hold of a running machine: its state, its pause, its end.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use patcher::MachineError;
+use serde::Serialize;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::{VmMachine, vcpu_error};
+use crate::vcpus::{PauseStats, Vcpus};
+use crate::vm::Vm;
+
+/// Whether the operator lets the guest run. Short pauses for a look into the guest do not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// It runs.
+    Running,
+    /// The operator has paused it.
+    Paused,
+}
+
+/// What all handles share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    // Before the VM: the vCPU threads must have ended before memory goes.
+    pub(crate) vcpus: Vcpus,
+    pub(crate) vm: Vm,
+    pub(crate) state: Mutex<VmState>,
+    pub(crate) stop: EventFd,
+}
+
+/// A running machine. Cheap to clone, for any thread.
+#[derive(Clone, Debug)]
+pub struct VmHandle {
+    shared: Arc<Shared>,
+}
+
+impl VmHandle {
+    pub(crate) fn new(shared: Arc<Shared>) -> VmHandle {
+        VmHandle { shared }
+    }
+
+    /// A new view of the machine for the patcher, with no pause held.
+    #[must_use]
+    pub fn machine(&self) -> VmMachine {
+        VmMachine::new(Arc::clone(&self.shared))
+    }
+
+    /// The operator's pause: the guest stands until [`resume`](Self::resume). Pausing a paused guest is no error.
+    ///
+    /// # Errors
+    /// [`MachineError::Vcpu`].
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut state = self
+            .shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *state == VmState::Running {
+            self.shared.vcpus.pause().map_err(vcpu_error)?;
+            *state = VmState::Paused;
+        }
+        Ok(())
+    }
+
+    /// Ends the operator's pause. Resuming a running guest is no error.
+    ///
+    /// # Errors
+    /// [`MachineError::Vcpu`].
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut state = self
+            .shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *state == VmState::Paused {
+            self.shared.vcpus.resume().map_err(vcpu_error)?;
+            *state = VmState::Running;
+        }
+        Ok(())
+    }
+
+    /// Whether the operator lets the guest run.
+    #[must_use]
+    pub fn state(&self) -> VmState {
+        *self
+            .shared
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for the machine to be switched off, without the guest having a say.
+    pub fn request_stop(&self) {
+        if let Err(e) = self.shared.stop.write(1) {
+            tracing::error!("the request to stop is lost: {e}");
+        }
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        self.shared.vcpus.count()
+    }
+
+    /// Bytes of guest RAM.
+    #[must_use]
+    pub fn memory_size(&self) -> u64 {
+        self.shared.vm.ram_size()
+    }
+
+    /// What all pauses so far have cost the guest, whoever asked for them.
+    #[must_use]
+    pub fn pauses(&self) -> PauseStats {
+        self.shared.vcpus.stats()
+    }
+}

@@ -1,0 +1,131 @@
+//! The patcher's and the introspection's view of the machine: [`patcher::Machine`] over KVM.
+
+use std::sync::Arc;
+
+use introspect::VcpuRegs;
+use patcher::{Machine, MachineError};
+use vm_memory::GuestAddress;
+
+use crate::handle::Shared;
+use crate::memory::VmMemory;
+use crate::vcpus::PauseError;
+
+/// A handle on a running machine, for any thread but a vCPU's.
+///
+/// Each handle counts its own pauses; what it still holds when it is dropped is resumed, so that nobody who fails half-way
+/// leaves a guest standing. A clone starts with none.
+#[derive(Debug)]
+pub struct VmMachine {
+    shared: Arc<Shared>,
+    memory: VmMemory,
+    pauses: u32,
+}
+
+impl VmMachine {
+    pub(crate) fn new(shared: Arc<Shared>) -> VmMachine {
+        let memory = shared.vm.memory().clone();
+        VmMachine {
+            shared,
+            memory,
+            pauses: 0,
+        }
+    }
+}
+
+impl Clone for VmMachine {
+    fn clone(&self) -> Self {
+        VmMachine::new(Arc::clone(&self.shared))
+    }
+}
+
+impl Drop for VmMachine {
+    fn drop(&mut self) {
+        while self.pauses > 0 {
+            let _ = self.resume();
+        }
+    }
+}
+
+impl Machine for VmMachine {
+    type Memory = VmMemory;
+
+    fn memory(&self) -> &VmMemory {
+        &self.memory
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.shared.vcpus.pause().map_err(vcpu_error)?;
+        self.pauses += 1;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.pauses = self
+            .pauses
+            .checked_sub(1)
+            .ok_or_else(|| vcpu_error(PauseError::NotPaused))?;
+        self.shared.vcpus.resume().map_err(vcpu_error)
+    }
+
+    fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
+        self.must_hold_a_pause()?;
+        self.shared.vcpus.regs().map_err(vcpu_error)
+    }
+
+    /// Code may be written too. The vCPUs are outside the guest, the processors that ran them keep their instruction caches
+    /// coherent with our stores (x86 does so across all processors), and each vCPU's next entry into the guest is a
+    /// serialising event, so none can go on with an instruction fetched before the write.
+    fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
+        if self.pauses == 0 && gpa.0 < self.shared.vm.hidden_base() {
+            return Err(vcpu_error(PauseError::NotPaused));
+        }
+        self.memory
+            .write(gpa, bytes)
+            .map_err(|missed| MachineError::Memory {
+                gpa: missed.gpa,
+                len: missed.len,
+            })
+    }
+
+    fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
+        self.shared
+            .vm
+            .add_hidden(len)
+            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+    }
+
+    fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError> {
+        self.shared
+            .vm
+            .remove_hidden(gpa)
+            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+    }
+
+    fn interrupt(&mut self, index: u32, vector: u8) -> Result<(), MachineError> {
+        let refused = |why: String| {
+            MachineError::Interrupt(format!("vector {vector:#x} to vCPU {index}: {why}"))
+        };
+        let id = u8::try_from(index)
+            .ok()
+            .filter(|id| *id < self.shared.vm.cpus())
+            .ok_or_else(|| refused("there is no such vCPU".to_owned()))?;
+        match self.shared.vm.interrupt(id, vector) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(refused("its APIC does not take it".to_owned())),
+            Err(e) => Err(refused(format!("KVM_SIGNAL_MSI: {e}"))),
+        }
+    }
+}
+
+impl VmMachine {
+    fn must_hold_a_pause(&self) -> Result<(), MachineError> {
+        if self.pauses == 0 {
+            return Err(vcpu_error(PauseError::NotPaused));
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn vcpu_error(error: PauseError) -> MachineError {
+    MachineError::Vcpu(error.to_string())
+}

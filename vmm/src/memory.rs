@@ -1,0 +1,124 @@
+//! The guest's physical memory: its RAM, and hidden memory that its memory map never named.
+//!
+//! Knows which host mapping backs which guest-physical range; knows nothing of what the guest keeps there. RAM never changes
+//! after the guest is built, so reading it takes no lock; hidden memory comes and goes, and every clone sees the same.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use introspect::{PhysMemory, Unbacked};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+
+/// Guest-physical memory of one VM. Clones share it.
+#[derive(Clone, Debug)]
+pub struct VmMemory {
+    ram: GuestMemoryMmap,
+    hidden: Arc<RwLock<GuestMemoryMmap>>,
+}
+
+impl VmMemory {
+    /// The memory of a guest that has `ram` and no hidden memory yet.
+    #[must_use]
+    pub fn new(ram: GuestMemoryMmap) -> VmMemory {
+        VmMemory {
+            ram,
+            hidden: Arc::default(),
+        }
+    }
+
+    /// What the guest was told it has.
+    #[must_use]
+    pub fn ram(&self) -> &GuestMemoryMmap {
+        &self.ram
+    }
+
+    /// Writes all of `bytes`, or nothing.
+    ///
+    /// # Errors
+    /// [`Unbacked`] when the range is not all RAM or all hidden memory.
+    pub fn write(&self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), Unbacked> {
+        let missed = Unbacked {
+            gpa,
+            len: bytes.len(),
+        };
+        let hidden;
+        let backing = if GuestMemoryBackend::check_range(&self.ram, gpa, bytes.len()) {
+            &self.ram
+        } else {
+            hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
+            if !GuestMemoryBackend::check_range(&*hidden, gpa, bytes.len()) {
+                return Err(missed);
+            }
+            &*hidden
+        };
+        backing.write_slice(bytes, gpa).map_err(|_| missed)
+    }
+
+    /// Makes `region` readable and writable here; refused (false) when it overlaps other hidden memory.
+    pub(crate) fn insert_hidden(&self, region: Arc<GuestRegionMmap>) -> bool {
+        let mut hidden = self.hidden.write().unwrap_or_else(PoisonError::into_inner);
+        match hidden.insert_region(region) {
+            Ok(grown) => {
+                *hidden = grown;
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Takes the hidden region of `len` bytes at `gpa` away.
+    pub(crate) fn remove_hidden(&self, gpa: GuestAddress, len: u64) {
+        let mut hidden = self.hidden.write().unwrap_or_else(PoisonError::into_inner);
+        if let Ok((rest, _)) = hidden.remove_region(gpa, len) {
+            *hidden = rest;
+        }
+    }
+}
+
+impl PhysMemory for VmMemory {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+        if self.ram.read_slice(buf, gpa).is_ok() {
+            return Ok(());
+        }
+        let len = buf.len();
+        self.hidden
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read_slice(buf, gpa)
+            .map_err(|_| Unbacked { gpa, len })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> VmMemory {
+        VmMemory::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap())
+    }
+
+    #[test]
+    fn a_write_that_misses_writes_nothing() {
+        let memory = memory();
+        assert!(memory.write(GuestAddress(0x1ffc), &[1; 8]).is_err());
+        let mut tail = [9; 4];
+        memory.read(GuestAddress(0x1ffc), &mut tail).unwrap();
+        assert_eq!(tail, [0; 4]);
+    }
+
+    #[test]
+    fn hidden_memory_is_seen_by_every_clone_until_removed() {
+        let memory = memory();
+        let clone = memory.clone();
+        let gpa = GuestAddress(1 << 32);
+        let region = || Arc::new(GuestRegionMmap::from_range(gpa, 0x1000, None).unwrap());
+        assert!(memory.insert_hidden(region()));
+        assert!(!memory.insert_hidden(region()), "overlap");
+        clone.write(GuestAddress(gpa.0 + 8), b"hidden").unwrap();
+        let mut back = [0; 6];
+        memory.read(GuestAddress(gpa.0 + 8), &mut back).unwrap();
+        assert_eq!(&back, b"hidden");
+        memory.remove_hidden(gpa, 0x1000);
+        assert!(clone.read(gpa, &mut back).is_err());
+        assert!(clone.write(gpa, b"x").is_err());
+    }
+}

@@ -1,0 +1,399 @@
+//! The command line against a VMM whose guest is made up: what it prints, where, and its exit status.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use introspect::TaskKind;
+use patcher::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
+use vmm::api::wire::{StackFrame, Task, TaskStack, Vm, VmState};
+use vmm::api::{Control, ControlSocket, Kind, Limits, Problem, Server};
+
+/// A guest of two tasks. `init` switches at once; `stuck` only when a module that is called so has not been applied.
+#[derive(Debug, Default)]
+struct MadeUp {
+    paused: bool,
+    patches: Vec<PatchStatus>,
+    polls: u32,
+}
+
+fn task(pid: i32, comm: &str) -> Task {
+    Task {
+        pid,
+        tgid: 1,
+        state: 'S',
+        kind: TaskKind::User,
+        vcpu: (pid == 1).then_some(0),
+        cpu: Some(0),
+        patch_state: Some(-1),
+        comm: comm.to_owned(),
+    }
+}
+
+fn report(pid: i32, comm: &str) -> TaskReport {
+    TaskReport {
+        pid,
+        comm: comm.to_owned(),
+        kind: TaskKind::User,
+        way: None,
+        blocker: Some("cmdline_proc_show+0x5/0x20".to_owned()),
+        after_ms: None,
+    }
+}
+
+impl Control for MadeUp {
+    fn vm(&mut self) -> Vm {
+        Vm {
+            state: if self.paused {
+                VmState::Paused
+            } else {
+                VmState::Running
+            },
+            cpus: 2,
+            memory: 512 << 20,
+            pid: 4242,
+            kernel: Some("6.1.0-made-up".to_owned()),
+            pauses: PauseReport::default(),
+        }
+    }
+
+    fn set_state(&mut self, state: VmState) -> Result<(), Problem> {
+        self.paused = state == VmState::Paused;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), Problem> {
+        Err(Problem::new(
+            Kind::Internal,
+            "made-up guests do not stop",
+            "leave it",
+        ))
+    }
+
+    fn tasks(&mut self) -> Result<Vec<Task>, Problem> {
+        Ok(vec![task(1, "init"), task(77, "evil\x1b[2J")])
+    }
+
+    fn stack(&mut self, pid: i32) -> Result<TaskStack, Problem> {
+        let frame = |symbol: &str, scheduler| StackFrame {
+            ip: "0xffffffff81000000".to_owned(),
+            symbol: symbol.to_owned(),
+            scheduler,
+        };
+        match pid {
+            1 => Ok(TaskStack {
+                task: task(1, "init"),
+                reliable: true,
+                reason: None,
+                frames: vec![
+                    frame("schedule+0x5e/0xb0", true),
+                    frame("do_wait+0x5a/0x120", false),
+                ],
+            }),
+            _ => Err(Problem::new(
+                Kind::NotFound,
+                format!("no task with pid {pid}"),
+                "look",
+            )),
+        }
+    }
+
+    fn patches(&mut self) -> Vec<PatchStatus> {
+        self.patches.clone()
+    }
+
+    fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
+        let name = match module {
+            b"fix" => "fix",
+            b"stuck" => "stuck",
+            _ => {
+                let why = "this is no ELF file";
+                return Err(Problem::new(Kind::BadModule, why, "build one"));
+            }
+        };
+        self.polls = 0;
+        self.patches.push(PatchStatus {
+            name: name.to_owned(),
+            phase: PatchPhase::Applying,
+            enabled: true,
+            transition: true,
+            functions: vec![FunctionReport {
+                object: "vmlinux".to_owned(),
+                name: "cmdline_proc_show".to_owned(),
+                sympos: 0,
+                patched: true,
+            }],
+            tasks: vec![report(1, "init"), report(77, "stuck")],
+            transition_ms: 0,
+            pauses: PauseReport {
+                count: 2,
+                total_us: 300,
+                longest_us: 200,
+            },
+        });
+        Ok(name.to_owned())
+    }
+
+    fn revert(&mut self, name: &str) -> Result<(), Problem> {
+        self.polls = 0;
+        for patch in self.patches.iter_mut().filter(|p| p.name == name) {
+            patch.phase = PatchPhase::Reverting;
+            (patch.enabled, patch.transition) = (false, true);
+            patch.tasks = vec![report(1, "init")];
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self) -> Option<Duration> {
+        let patch = self.patches.iter_mut().find(|p| p.transition)?;
+        self.polls += 1;
+        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying;
+        for task in patch.tasks.iter_mut().filter(|t| !stuck || t.pid == 1) {
+            task.way = Some(TaskWay::Stack);
+            task.blocker = None;
+            task.after_ms = Some(u64::from(self.polls));
+        }
+        if stuck || self.polls < 3 {
+            return Some(Duration::from_millis(20));
+        }
+        patch.transition = false;
+        patch.transition_ms = 60;
+        patch.phase = match patch.phase {
+            PatchPhase::Applying => PatchPhase::Applied,
+            _ => PatchPhase::Reverted,
+        };
+        None
+    }
+}
+
+/// A folder with a served guest in it.
+struct Bench {
+    dir: PathBuf,
+    _server: Server,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let unique = COUNT.fetch_add(1, Ordering::Relaxed);
+        let dir =
+            std::env::temp_dir().join(format!("outpatch-cli-{}-{unique}", std::process::id()));
+        std::fs::create_dir(&dir).unwrap();
+        let socket = ControlSocket::claim(&dir.join("vm.sock")).unwrap();
+        let server = Server::start(socket, MadeUp::default(), Limits::default()).unwrap();
+        Bench {
+            dir,
+            _server: server,
+        }
+    }
+
+    fn module(&self, content: &str) -> String {
+        let path = self.dir.join(format!("{content}.ko"));
+        std::fs::write(&path, content).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        outpatch(&self.dir.join("vm.sock"), args)
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn json(&self, args: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(args)).unwrap()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn outpatch(socket: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_outpatch"))
+        .args(args)
+        .env("OUTPATCH_SOCKET", socket)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Asserts that a command failed with this status and said so in one line, and gives the line.
+fn refused(output: &Output, status: i32) -> String {
+    assert_eq!(output.status.code(), Some(status), "{output:?}");
+    let line = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(line.matches('\n').count(), 1, "{line}");
+    assert!(line.starts_with("outpatch: "), "{line}");
+    line
+}
+
+#[test]
+fn tasks_and_stacks_are_printed_as_people_know_them() {
+    let bench = Bench::new();
+    assert_eq!(
+        bench.ok(&["ps"]),
+        "PID TGID S KIND VCPU PATCH COMM\n  1    1 S user    0    -1 init\n 77    1 S user    -    -1 evil?[2J\n"
+    );
+    assert_eq!(
+        bench.ok(&["stack", "1"]),
+        "[<0>] do_wait+0x5a/0x120\nreliable\n"
+    );
+    let all = bench.ok(&["stack", "--all", "1"]);
+    assert!(all.starts_with("[<0>] schedule+0x5e/0xb0\n"), "{all}");
+    assert_eq!(bench.json(&["ps", "--json"])[1]["pid"], 77);
+    let stack = bench.json(&["stack", "1", "--json"]);
+    assert_eq!(stack["frames"].as_array().unwrap().len(), 2);
+    let line = refused(&bench.run(&["stack", "5"]), 1);
+    assert_eq!(line, "outpatch: no task with pid 5; look\n");
+}
+
+#[test]
+fn a_patch_is_followed_to_its_end_and_back() {
+    let bench = Bench::new();
+    let module = bench.module("fix");
+    let text = bench.ok(&["apply", &module]);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "fix: applying vmlinux:cmdline_proc_show");
+    assert_eq!(lines[1], "    PID COMM            KIND    WAY       AFTER");
+    assert_eq!(lines[2], "      1 init            user    stack     1 ms");
+    assert_eq!(lines[3], "     77 stuck           user    stack     1 ms");
+    assert_eq!(
+        lines[4],
+        "fix: applied in 60 ms; tasks: 2 by their stack; guest stopped 2 times, 0.300 ms in all, 0.200 ms at most"
+    );
+    assert_eq!(lines.len(), 5);
+    let status = bench.ok(&["status"]);
+    assert!(status.contains("kernel  6.1.0-made-up"), "{status}");
+    assert!(status.contains("fix   applied"), "{status}");
+    assert_eq!(bench.json(&["status", "fix", "--json"])["phase"], "applied");
+    let text = bench.ok(&["revert"]);
+    assert!(
+        text.starts_with("fix: reverting vmlinux:cmdline_proc_show\n"),
+        "{text}"
+    );
+    assert!(text.contains("fix: reverted in 60 ms"), "{text}");
+    let line = refused(&bench.run(&["revert"]), 1);
+    assert_eq!(line, "outpatch: no patch is applied\n");
+    let json = bench.json(&["apply", "--json", &module]);
+    assert_eq!(json["phase"], "applied");
+    let both = bench.json(&["status", "--json"]);
+    assert_eq!(both["vm"]["cpus"], 2);
+    assert_eq!(both["patches"][0]["phase"], "reverted");
+}
+
+#[test]
+fn a_timeout_says_who_is_in_the_way_and_that_it_goes_on() {
+    let bench = Bench::new();
+    let module = bench.module("stuck");
+    let output = bench.run(&["apply", "--timeout", "1.2", &module]);
+    let line = refused(&output, 4);
+    assert_eq!(
+        line,
+        "outpatch: stuck is still applying, and the transition goes on; 1 task waits: 77 stuck (cmdline_proc_show+0x5/0x20)\n"
+    );
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        shown.contains("77 stuck           user    waits     in the way: cmdline_proc_show"),
+        "{shown}"
+    );
+    assert_eq!(
+        bench.json(&["status", "stuck", "--json"])["transition"],
+        true
+    );
+    let turned = bench.ok(&["revert", "stuck"]);
+    assert!(turned.contains("stuck: reverted"), "{turned}");
+}
+
+#[test]
+fn not_waiting_returns_at_once() {
+    let bench = Bench::new();
+    let module = bench.module("stuck");
+    let text = bench.ok(&["apply", "--no-wait", &module]);
+    assert!(text.starts_with("stuck: applying; "), "{text}");
+    let output = bench.run(&["apply", "--no-wait", "--timeout", "3", &module]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn pausing_and_resuming_say_what_is() {
+    let bench = Bench::new();
+    assert_eq!(bench.ok(&["pause"]), "paused\n");
+    assert_eq!(bench.json(&["status", "--json"])["vm"]["state"], "paused");
+    assert_eq!(bench.ok(&["resume"]), "running\n");
+    assert_eq!(bench.json(&["resume", "--json"])["state"], "running");
+    refused(&bench.run(&["stop"]), 1);
+}
+
+#[test]
+fn what_cannot_be_is_one_line_and_a_status() {
+    let bench = Bench::new();
+    let junk = bench.module("junk");
+    let line = refused(&bench.run(&["apply", &junk]), 1);
+    assert_eq!(line, "outpatch: this is no ELF file; build one\n");
+    let line = refused(&bench.run(&["apply", "/nowhere/x.ko"]), 1);
+    assert!(line.contains("/nowhere/x.ko"), "{line}");
+    refused(&bench.run(&["apply", "/"]), 1);
+    refused(&bench.run(&["status", "../vm"]), 1);
+    refused(&bench.run(&["revert", "none"]), 1);
+    for timeout in ["-1", "x", "nan", "1e400"] {
+        let output = bench.run(&["apply", &junk, &format!("--timeout={timeout}")]);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+    }
+}
+
+#[test]
+fn a_vmm_that_is_not_there_is_told_from_one_that_refuses() {
+    let bench = Bench::new();
+    let absent = bench.dir.join("absent.sock");
+    let line = refused(&outpatch(&absent, &["ps"]), 3);
+    assert!(line.contains("no such socket"), "{line}");
+    let stale = bench.dir.join("stale.sock");
+    drop(UnixListener::bind(&stale).unwrap());
+    let line = refused(&outpatch(&stale, &["ps"]), 3);
+    assert!(line.contains("its VMM is gone"), "{line}");
+    let file = bench.module("not a socket");
+    refused(&outpatch(Path::new(&file), &["ps"]), 3);
+    let mute = bench.dir.join("mute.sock");
+    let listener = UnixListener::bind(&mute).unwrap();
+    let hangs_up = std::thread::spawn(move || drop(listener.accept().unwrap()));
+    refused(&outpatch(&mute, &["status"]), 3);
+    hangs_up.join().unwrap();
+    let no_socket = Command::new(env!("CARGO_BIN_EXE_outpatch"))
+        .arg("ps")
+        .env_remove("OUTPATCH_SOCKET")
+        .output()
+        .unwrap();
+    assert_eq!(no_socket.status.code(), Some(2));
+}
+
+#[test]
+fn a_second_vmm_does_not_take_the_socket() {
+    let bench = Bench::new();
+    let line = refused(&bench.run(&["run", "--kernel", "/nowhere"]), 1);
+    assert!(line.contains("is in use by a running VMM"), "{line}");
+    assert_eq!(bench.ok(&["resume"]), "running\n");
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let bench = Bench::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_outpatch"))
+        .args(["ps", "--socket"])
+        .arg(bench.dir.join("vm.sock"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
