@@ -1,0 +1,87 @@
+//! What the bed is made of: a QEMU that emulates AMD's virtualisation well, a server for the host's file tree, a kernel
+//! with the real kvm_amd module, and an initramfs with our first process. All from packages, in the cache.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::BedError;
+use crate::cache::{At, Cache, fingerprint};
+use crate::cpio::Archive;
+use crate::kernels::{Generation, Kernel};
+use crate::packages::Packages;
+use crate::{modules, programs};
+
+/// Older QEMUs lose a boot in ten under multi-threaded emulation; newer ones need a newer C library.
+const QEMU_SUITES: &[&str] = &["bookworm-backports"];
+/// QEMU's server for virtiofs left its packages after this suite.
+const SERVER_SUITES: &[&str] = &["bookworm", "bookworm-security"];
+/// Where the libraries come from that the machine lacks.
+const LIBRARY_SUITE: &str = "bookworm";
+/// What the first process loads: the file system for scratch folders, and KVM.
+const MODULES: &[&str] = &["overlay", "kvm_amd"];
+
+/// The files that a bed is started from.
+#[derive(Debug, Clone)]
+pub(super) struct Parts {
+    pub(super) qemu: PathBuf,
+    pub(super) firmware: Vec<PathBuf>,
+    pub(super) server: PathBuf,
+    pub(super) libraries: OsString,
+    pub(super) kernel: PathBuf,
+    pub(super) initramfs: PathBuf,
+}
+
+impl Parts {
+    /// Fetches what the cache does not have.
+    pub(super) fn gather(cache: &Cache) -> Result<Parts, BedError> {
+        let packages = Packages::new(cache);
+        let qemu = packages.fetch("qemu-system-x86", QEMU_SUITES)?;
+        let data = packages.fetch("qemu-system-data", QEMU_SUITES)?;
+        let bios = packages.fetch("seabios", &["bookworm"])?;
+        let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
+        let libraries = packages.fetch_libraries(&[&qemu, &server], LIBRARY_SUITE)?;
+        let kernel = Kernel::fetch(cache, Generation::V6_12)?;
+        let initramfs = initramfs(cache, &kernel)?;
+        Ok(Parts {
+            qemu: qemu.root.join("usr/bin/qemu-system-x86_64"),
+            firmware: vec![
+                data.root.join("usr/share/qemu"),
+                bios.root.join("usr/share/seabios"),
+            ],
+            server: server.root.join("usr/lib/qemu/virtiofsd"),
+            libraries,
+            kernel: kernel.bzimage,
+            initramfs,
+        })
+    }
+}
+
+fn initramfs(cache: &Cache, kernel: &Kernel) -> Result<PathBuf, BedError> {
+    let init = programs::build(cache, &programs::BED_INIT)?;
+    let mark = fingerprint([
+        programs::BED_INIT.text.as_bytes(),
+        kernel.release.as_bytes(),
+        kernel.version.as_bytes(),
+    ]);
+    let place = cache.root().join(format!("bed/initramfs-{mark}"));
+    if place.is_file() {
+        return Ok(place);
+    }
+    let mut archive = Archive::new();
+    archive.device("/dev/console", 5, 1);
+    archive.file("/init", 0o755, &read(&init)?);
+    let mut order = String::new();
+    for module in modules::with_dependencies(&kernel.modules, MODULES)? {
+        archive.file(&format!("/modules/{}", module.file), 0o644, &module.content);
+        order.push_str(&module.file);
+        order.push('\n');
+    }
+    archive.file("/modules/order", 0o644, order.as_bytes());
+    cache.write(&place, &archive.finish())?;
+    Ok(place)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, BedError> {
+    Ok(fs::read(path).at(path)?)
+}

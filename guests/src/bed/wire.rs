@@ -1,0 +1,90 @@
+//! What the bed's two ends say to each other: frames of a length (u32, little endian), a kind, and that many bytes.
+//!
+//! The other end is `guests/programs/bed-init.c`. This module knows nothing of processes.
+
+use std::io::{self, Read, Write};
+
+/// More than any frame that the other end sends.
+const MOST: u32 = 1 << 20;
+
+/// What we send.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum ToBed {
+    Stdin = 1,
+    EndOfInput = 2,
+    Window = 3,
+    Spec = 4,
+}
+
+/// What comes back.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum FromBed {
+    Stdout(Vec<u8>),
+    Stderr(Vec<u8>),
+    /// The status as waitpid(2) gave it.
+    Status(i32),
+    /// The command is about to start.
+    Ready,
+    /// The bed could not be made, with the reason.
+    Failed(String),
+    /// Sent now and then by a bed whose command is silent.
+    Alive,
+}
+
+pub(super) fn send(to: &mut impl Write, kind: ToBed, payload: &[u8]) -> io::Result<()> {
+    let size = u32::try_from(payload.len()).map_err(io::Error::other)?;
+    let mut frame = Vec::with_capacity(payload.len() + 5);
+    frame.extend_from_slice(&size.to_le_bytes());
+    frame.push(kind as u8);
+    frame.extend_from_slice(payload);
+    to.write_all(&frame)
+}
+
+pub(super) fn receive(from: &mut impl Read) -> io::Result<FromBed> {
+    let mut head = [0; 5];
+    from.read_exact(&mut head)?;
+    let [a, b, c, d, kind] = head;
+    let size = u32::from_le_bytes([a, b, c, d]);
+    if size > MOST {
+        return Err(io::Error::other(format!("a frame of {size} bytes")));
+    }
+    let mut payload = Vec::new();
+    from.take(u64::from(size)).read_to_end(&mut payload)?;
+    if payload.len() as u64 != u64::from(size) {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    match kind {
+        1 => Ok(FromBed::Stdout(payload)),
+        2 => Ok(FromBed::Stderr(payload)),
+        3 => match payload.as_slice().try_into() {
+            Ok(raw) => Ok(FromBed::Status(i32::from_le_bytes(raw))),
+            Err(_) => Err(io::Error::other("a status that is not 4 bytes")),
+        },
+        4 => Ok(FromBed::Ready),
+        5 => Ok(FromBed::Failed(
+            String::from_utf8_lossy(&payload).into_owned(),
+        )),
+        6 => Ok(FromBed::Alive),
+        other => Err(io::Error::other(format!("a frame of kind {other}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_read_whole_or_not_at_all() {
+        let bytes = [3, 0, 0, 0, 1, b'a', b'b', b'c', 4, 0, 0, 0, 3, 0, 7, 0, 0];
+        let mut from = bytes.as_slice();
+        assert_eq!(
+            receive(&mut from).unwrap(),
+            FromBed::Stdout(b"abc".to_vec())
+        );
+        assert_eq!(receive(&mut from).unwrap(), FromBed::Status(0x700));
+        assert!(receive(&mut from).is_err());
+        assert!(receive(&mut &bytes[..6]).is_err());
+        assert!(receive(&mut [0xff, 0xff, 0xff, 0xff, 1].as_slice()).is_err());
+        assert!(receive(&mut [0, 0, 0, 0, 9].as_slice()).is_err());
+    }
+}

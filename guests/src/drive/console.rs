@@ -1,0 +1,119 @@
+//! A guest's serial console, read by a thread of its own so that the VMM never blocks on us.
+
+use std::{
+    io::{Read, Write},
+    process::{ChildStdin, ChildStdout},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+/// What the guest has printed so far, and whether it can print more.
+#[derive(Debug, Default)]
+struct Printed {
+    bytes: Vec<u8>,
+    closed: bool,
+}
+
+/// Both directions of a serial console.
+#[derive(Debug)]
+pub struct Console {
+    input: ChildStdin,
+    printed: Arc<(Mutex<Printed>, Condvar)>,
+    /// Everything before this offset has been consumed by an earlier wait.
+    seen: usize,
+}
+
+impl Console {
+    /// Takes over the pipes of a VMM.
+    #[must_use]
+    pub fn new(input: ChildStdin, mut output: ChildStdout) -> Console {
+        let printed = Arc::new((Mutex::new(Printed::default()), Condvar::new()));
+        let shared = Arc::clone(&printed);
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            loop {
+                let got = output.read(&mut chunk).unwrap_or(0);
+                let mut state = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+                state.bytes.extend_from_slice(&chunk[..got]);
+                state.closed = got == 0;
+                shared.1.notify_all();
+                if got == 0 {
+                    return;
+                }
+            }
+        });
+        Console {
+            input,
+            printed,
+            seen: 0,
+        }
+    }
+
+    /// Everything that the guest has printed.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let state = self
+            .printed
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&state.bytes).into_owned()
+    }
+
+    /// Types `text`.
+    ///
+    /// # Errors
+    /// When the VMM no longer reads its standard input.
+    pub fn type_in(&mut self, text: &str) -> Result<()> {
+        self.input
+            .write_all(text.as_bytes())
+            .and_then(|()| self.input.flush())
+            .context("the VMM does not read its console")
+    }
+
+    /// Waits until the guest prints `marker`; returns what it printed since the last wait, up to and with the marker.
+    ///
+    /// # Errors
+    /// When the console closes or `limit` passes first, with the console's last lines.
+    pub fn wait_for(&mut self, marker: &str, limit: Duration) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        let mut state = self
+            .printed
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let unseen = &state.bytes[self.seen..];
+            if let Some(at) = find(unseen, marker.as_bytes()) {
+                let end = at + marker.len();
+                let text = String::from_utf8_lossy(&unseen[..end]).into_owned();
+                self.seen += end;
+                return Ok(text);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if state.closed || left.is_zero() {
+                let why = if state.closed { "closed" } else { "was silent" };
+                let tail =
+                    String::from_utf8_lossy(&state.bytes[state.bytes.len().saturating_sub(3000)..])
+                        .into_owned();
+                bail!(
+                    "the console {why} before {marker:?} came ({limit:?}); it ended with:\n{tail}"
+                );
+            }
+            state = self
+                .printed
+                .1
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+fn find(hay: &[u8], needle: &[u8]) -> Option<usize> {
+    hay.windows(needle.len())
+        .position(|window| window == needle)
+}

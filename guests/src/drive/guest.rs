@@ -1,0 +1,229 @@
+//! One guest under `outpatch run`: booted, driven through its shell, and stopped.
+
+use std::{
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{console::Console, outpatch::Outpatch};
+
+/// How long a guest may take to its shell; ten times what it takes on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// How long one shell command may take unless the caller says otherwise.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// What the guests' init prints when its shell is there.
+const READY: &str = "outpatch guest ready";
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct GuestSpec {
+    /// The `outpatch` binary.
+    pub binary: PathBuf,
+    /// A stock bzImage.
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initrd: PathBuf,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// More words for the kernel's command line.
+    pub append: String,
+}
+
+/// A running guest. Dropping it kills its VMM.
+#[derive(Debug)]
+pub struct Guest {
+    vmm: Child,
+    console: Console,
+    outpatch: Outpatch,
+    socket: PathBuf,
+    commands: u32,
+}
+
+impl Guest {
+    /// Boots to the shell.
+    ///
+    /// # Errors
+    /// When the guest does not reach its shell in time; with the console's last lines.
+    pub fn boot(spec: &GuestSpec, scratch: &Path) -> Result<Guest> {
+        static BOOTS: AtomicU32 = AtomicU32::new(0);
+        let socket = scratch.join(format!(
+            "guest-{}-{}.sock",
+            std::process::id(),
+            BOOTS.fetch_add(1, Ordering::Relaxed)
+        ));
+        let mut vmm = Command::new(&spec.binary)
+            .arg("run")
+            .arg("--kernel")
+            .arg(&spec.kernel)
+            .arg("--initrd")
+            .arg(&spec.initrd)
+            .args([
+                "--append",
+                &format!("console=ttyS0 quiet panic=-1 {}", spec.append),
+            ])
+            .args(["--cpus", &spec.cpus.to_string(), "--memory", "512M"])
+            .arg("--socket")
+            .arg(&socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", spec.binary.display()))?;
+        let input = vmm.stdin.take().context("no pipe to the VMM")?;
+        let output = vmm.stdout.take().context("no pipe from the VMM")?;
+        let outpatch = Outpatch::new(&spec.binary, &socket);
+        let mut guest = Guest {
+            vmm,
+            console: Console::new(input, output),
+            outpatch,
+            socket,
+            commands: 0,
+        };
+        guest.console.wait_for(READY, BOOT_LIMIT)?;
+        guest.sh("stty -echo; PS1=")?;
+        Ok(guest)
+    }
+
+    /// The command line, bound to this guest.
+    #[must_use]
+    pub fn outpatch(&self) -> &Outpatch {
+        &self.outpatch
+    }
+
+    /// The control socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The console, for tests of the console itself.
+    pub fn console(&mut self) -> &mut Console {
+        &mut self.console
+    }
+
+    /// Runs a shell command as root; returns what it printed, trimmed.
+    ///
+    /// # Errors
+    /// When it fails or does not come back in time.
+    pub fn sh(&mut self, command: &str) -> Result<String> {
+        self.sh_within(command, COMMAND_LIMIT)
+    }
+
+    /// Like [`sh`](Self::sh) with a time limit of the caller's.
+    ///
+    /// # Errors
+    /// When it fails or does not come back in time.
+    pub fn sh_within(&mut self, command: &str, limit: Duration) -> Result<String> {
+        let (status, text) = self.try_sh(command, limit)?;
+        ensure!(
+            status == 0,
+            "in the guest, `{command}` ended with {status}: {text}"
+        );
+        Ok(text)
+    }
+
+    /// Runs a shell command that may fail; returns its status and what it printed, trimmed.
+    ///
+    /// # Errors
+    /// When it does not come back in time.
+    pub fn try_sh(&mut self, command: &str, limit: Duration) -> Result<(i32, String)> {
+        self.commands += 1;
+        let tag = format!("done-{}", self.commands);
+        // The marker is put together by the guest, so that the echo of the command line does not contain it.
+        self.console.type_in(&format!(
+            "{{ {command}\n}} 2>&1; printf '\\n<%s:%d>\\n' {tag} $?\n"
+        ))?;
+        let before = self
+            .console
+            .wait_for(&format!("<{tag}:"), limit)
+            .with_context(|| format!("running `{command}`"))?;
+        let status = self.console.wait_for(">", limit)?;
+        let status = status
+            .trim_end_matches('>')
+            .parse()
+            .with_context(|| format!("status {status:?}"))?;
+        let text = before.strip_suffix(&format!("<{tag}:")).unwrap_or(&before);
+        Ok((status, text.replace('\r', "").trim().to_owned()))
+    }
+
+    /// The kernel's log, time stamps cut off.
+    ///
+    /// # Errors
+    /// When the guest does not answer.
+    pub fn dmesg(&mut self) -> Result<Vec<String>> {
+        let log = self.sh("dmesg -r | sed 's/^<[0-9]*>\\[[^]]*\\] //'")?;
+        Ok(log.lines().map(str::to_owned).collect())
+    }
+
+    /// Nothing in the guest may show that it was patched: no taint, no warning, no lockup, no line in its log since `before`.
+    ///
+    /// # Errors
+    /// When the guest's log or taint says otherwise.
+    pub fn expect_unharmed(&mut self, before: &[String]) -> Result<()> {
+        let taint = self.sh("cat /proc/sys/kernel/tainted")?;
+        ensure!(taint == "0", "the guest is tainted: {taint}");
+        let log = self.dmesg()?;
+        ensure!(log.starts_with(before), "the guest's log lost lines");
+        let new = &log[before.len()..];
+        ensure!(
+            new.is_empty(),
+            "new lines in the guest's log:\n{}",
+            new.join("\n")
+        );
+        Ok(())
+    }
+
+    /// Asks the guest to power off and waits for the VMM's end.
+    ///
+    /// # Errors
+    /// When the VMM does not end in time.
+    pub fn poweroff(mut self) -> Result<ExitStatus> {
+        self.console.type_in("poweroff -f\n")?;
+        self.wait_end(Duration::from_secs(30))
+    }
+
+    /// Waits for the VMM's end.
+    ///
+    /// # Errors
+    /// When the VMM does not end in time.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if let Some(status) = self.vmm.try_wait()? {
+                if let Some(signal) = status.signal() {
+                    bail!("the VMM was ended by signal {signal}");
+                }
+                return Ok(status);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        bail!(
+            "the VMM did not end within {limit:?}; the console ended with:\n{}",
+            tail(&self.console.text(), 2000)
+        )
+    }
+
+    /// Whether the VMM is still there.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.vmm.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.vmm.kill();
+        let _ = self.vmm.wait();
+    }
+}
+
+fn tail(text: &str, chars: usize) -> String {
+    text.chars()
+        .skip(text.chars().count().saturating_sub(chars))
+        .collect()
+}

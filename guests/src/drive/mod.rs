@@ -1,0 +1,10 @@
+//! Driving outpatch from outside, as its users do: the binary, a guest's console, the command line.
+//!
+//! Knows nothing of the product's insides but what its command line prints. The tests and the demo stand on it.
+
+pub mod console;
+pub mod guest;
+pub mod outpatch;
+
+pub use guest::{Guest, GuestSpec};
+pub use outpatch::{Outpatch, Reply, one_line_refusal};

@@ -1,0 +1,212 @@
+//! Stock Debian kernels, by generation: the newest of each that the archive has, as users run them.
+//!
+//! No point version is named here: the newest match is taken and the cache's index says which that was.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::cache::Cache;
+use crate::packages::{Package, PackageError, Packages};
+
+/// A generation of stock kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Generation {
+    /// Debian 11's.
+    V5_10,
+    /// Debian 12's.
+    V6_1,
+    /// Debian 12's newer one (and, built by another compiler, Debian 13's).
+    V6_12,
+    /// Debian 13's newest.
+    V7_3,
+}
+
+/// Why there is no such kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The package could not be had.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The package lacks a part.
+    #[error("no {what} in the packages of kernel {release}")]
+    Part {
+        /// What was looked for.
+        what: &'static str,
+        /// The kernel.
+        release: String,
+    },
+    /// No such generation.
+    #[error("no kernel generation {0:?}: choose 5.10, 6.1, 6.12 or 7.3")]
+    Generation(String),
+}
+
+/// A stock kernel in the cache.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    /// Its generation.
+    pub generation: Generation,
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// Its Debian version.
+    pub version: String,
+    /// The image that a boot loader would load.
+    pub bzimage: PathBuf,
+    /// Its build configuration.
+    pub config: PathBuf,
+    /// The folder that holds its modules (`kernel/` and what is below).
+    pub modules: PathBuf,
+}
+
+impl Generation {
+    /// Every generation, oldest first.
+    pub const ALL: [Generation; 4] = [
+        Generation::V5_10,
+        Generation::V6_1,
+        Generation::V6_12,
+        Generation::V7_3,
+    ];
+
+    /// The beginning of its version numbers.
+    pub fn number(self) -> &'static str {
+        match self {
+            Generation::V5_10 => "5.10",
+            Generation::V6_1 => "6.1",
+            Generation::V6_12 => "6.12",
+            Generation::V7_3 => "7.3",
+        }
+    }
+
+    /// The suites that its packages are in.
+    pub fn suites(self) -> &'static [&'static str] {
+        match self {
+            Generation::V5_10 => &["bullseye-security", "bullseye"],
+            Generation::V6_1 => &["bookworm-security", "bookworm"],
+            Generation::V6_12 => &["bookworm-security", "bookworm-backports"],
+            Generation::V7_3 => &["trixie-backports"],
+        }
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.number())
+    }
+}
+
+impl FromStr for Generation {
+    type Err = KernelError;
+
+    fn from_str(text: &str) -> Result<Generation, KernelError> {
+        Generation::ALL
+            .into_iter()
+            .find(|g| g.number() == text)
+            .ok_or_else(|| KernelError::Generation(text.to_owned()))
+    }
+}
+
+impl Kernel {
+    /// The newest kernel of a generation, fetched or from the cache.
+    pub fn fetch(cache: &Cache, generation: Generation) -> Result<Kernel, KernelError> {
+        let packages = Packages::new(cache);
+        let suites = generation.suites();
+        let start = format!("linux-image-{generation}.");
+        let image = packages.fetch_newest(&start, "-cloud-amd64", suites)?;
+        let release = image
+            .name
+            .strip_prefix("linux-image-")
+            .unwrap_or(&image.name)
+            .to_owned();
+        let version = image.version.clone();
+        let names = part_names(&image, &release);
+        let mut parts = vec![image];
+        // From 7.x on the image package is empty and depends on its parts.
+        for name in names {
+            parts.push(packages.fetch(&name, suites)?);
+        }
+        let find = |what: &'static str, places: [String; 3]| {
+            first(&parts, &places).ok_or_else(|| KernelError::Part {
+                what,
+                release: release.clone(),
+            })
+        };
+        let bzimage = find(
+            "kernel image",
+            [
+                format!("boot/vmlinuz-{release}"),
+                format!("usr/lib/modules/{release}/vmlinuz"),
+                format!("lib/modules/{release}/vmlinuz"),
+            ],
+        )?;
+        let config = find(
+            "configuration",
+            [
+                format!("boot/config-{release}"),
+                format!("usr/lib/modules/{release}/config"),
+                format!("lib/modules/{release}/config"),
+            ],
+        )?;
+        let modules = find(
+            "modules folder",
+            [
+                format!("lib/modules/{release}/kernel"),
+                format!("usr/lib/modules/{release}/kernel"),
+                format!("usr/lib/modules/{release}"),
+            ],
+        )?;
+        Ok(Kernel {
+            generation,
+            release,
+            version,
+            bzimage,
+            config,
+            modules,
+        })
+    }
+}
+
+/// The packages that `image` needs and that are parts of this very kernel.
+fn part_names(image: &Package, release: &str) -> Vec<String> {
+    let end = format!("-{release}");
+    let ours = |d: &&str| d.starts_with("linux-") && d.ends_with(&end);
+    image.needs().filter(ours).map(str::to_owned).collect()
+}
+
+fn first(parts: &[Package], places: &[String]) -> Option<PathBuf> {
+    let at = |p: &Package, place: &String| -> PathBuf { Path::new(&p.root).join(place) };
+    places
+        .iter()
+        .flat_map(|place| parts.iter().map(move |p| at(p, place)))
+        .find(|path| path.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_split_kernel_are_known_by_its_release() {
+        let image = Package {
+            name: String::new(),
+            version: String::new(),
+            suite: String::new(),
+            depends: "kmod, linux-base (>= 4.3~), linux-binary-9.9.1+x (= 9.9), linux-modules-9.9.1+x (= 9.9)"
+                .to_owned(),
+            root: PathBuf::new(),
+        };
+        let parts = part_names(&image, "9.9.1+x");
+        assert_eq!(parts, ["linux-binary-9.9.1+x", "linux-modules-9.9.1+x"]);
+    }
+
+    #[test]
+    fn generations_are_read_as_they_are_shown() {
+        for generation in Generation::ALL {
+            assert_eq!(
+                generation.to_string().parse::<Generation>().ok(),
+                Some(generation)
+            );
+        }
+        let error = "6.2".parse::<Generation>().unwrap_err().to_string();
+        assert!(error.contains("6.12"), "{error}");
+    }
+}

@@ -1,0 +1,18 @@
+//! Stock kernels, initramfs, sample patches, and the test bed that they run in.
+
+mod apt;
+pub mod bed;
+pub mod cache;
+pub mod cpio;
+pub mod drive;
+pub mod headers;
+pub mod initramfs;
+pub mod kernels;
+pub mod modules;
+pub mod packages;
+pub mod patches;
+pub mod programs;
+mod progress;
+pub mod sources;
+pub mod stock;
+pub mod tools;

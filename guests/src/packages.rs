@@ -1,0 +1,341 @@
+//! Debian packages by name: resolved, downloaded and verified by apt, unpacked by dpkg, never installed.
+//!
+//! An index in the cache says which version was taken for what was asked; what is there is never asked for again. This
+//! module knows nothing of what is in a package.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::apt::{Apt, Candidate, run};
+use crate::cache::{At, Cache, CacheError, Staging, fingerprint};
+use crate::progress;
+
+/// Why a package could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    /// A program that this machine needs is missing, and we may not install it.
+    #[error(
+        "missing on this machine: {missing}; run `apt-get install -y --no-install-recommends {packages}` as root"
+    )]
+    MissingTool {
+        /// The programs or files.
+        missing: String,
+        /// The Debian packages that have them.
+        packages: String,
+    },
+    /// No suite has the package.
+    #[error("no package {name} in {suites} (apt's lists are in {lists})", lists = .lists.display())]
+    NotFound {
+        /// What was asked for.
+        name: String,
+        /// Where it was looked for.
+        suites: String,
+        /// apt's lists, to look by hand.
+        lists: PathBuf,
+    },
+    /// apt or dpkg failed.
+    #[error("{command} failed: {stderr}")]
+    Tool {
+        /// The command line.
+        command: String,
+        /// Its last words.
+        stderr: String,
+    },
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+}
+
+type Result<T> = std::result::Result<T, PackageError>;
+
+/// A package in the cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Package {
+    /// Its name.
+    pub name: String,
+    /// Its Debian version.
+    pub version: String,
+    /// The suite that it came from.
+    pub suite: String,
+    /// Its `Depends` field.
+    pub depends: String,
+    /// The folder that it was unpacked in: the package's own tree, `/` being this folder.
+    pub root: PathBuf,
+}
+
+impl Package {
+    /// The names in its `Depends` field, first alternatives only.
+    pub fn needs(&self) -> impl Iterator<Item = &str> {
+        let parts = self.depends.split(',');
+        parts.filter_map(|d| d.split_whitespace().next())
+    }
+}
+
+/// Packages of the Debian archive, through the cache.
+#[derive(Debug)]
+pub struct Packages {
+    cache: Cache,
+    apt: Apt,
+}
+
+impl Packages {
+    /// Packages kept in `cache`.
+    pub fn new(cache: &Cache) -> Packages {
+        Packages {
+            cache: cache.clone(),
+            apt: Apt {
+                folder: cache.root().join("apt"),
+            },
+        }
+    }
+
+    /// The newest version of `name` in `suites`, unpacked.
+    pub fn fetch(&self, name: &str, suites: &[&str]) -> Result<Package> {
+        self.fetch_as(name, suites, || Ok(vec![name.to_owned()]))
+    }
+
+    /// The newest package in `suites` whose name has this beginning and this end.
+    pub fn fetch_newest(&self, start: &str, end: &str, suites: &[&str]) -> Result<Package> {
+        self.fetch_as(&format!("{start}*{end}"), suites, || {
+            let mut names = self.apt.names(start)?;
+            names.retain(|n| n.ends_with(end));
+            Ok(names)
+        })
+    }
+
+    /// The libraries that `programs` need and this machine lacks, taken from `suite`, as a value for `LD_LIBRARY_PATH`:
+    /// for programs that run from the cache.
+    pub fn fetch_libraries(&self, programs: &[&Package], suite: &str) -> Result<OsString> {
+        let needs = programs.iter().flat_map(|p| p.needs());
+        let mut names: Vec<&str> = needs.filter(|n| n.starts_with("lib")).collect();
+        names.sort_unstable();
+        names.dedup();
+        let packages = self.fetch_what_is_missing(&names, suite)?;
+        let folders = packages.iter().flat_map(|p| {
+            ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|sub| p.root.join(sub))
+        });
+        let folders = folders.filter(|f| f.is_dir());
+        std::env::join_paths(folders).map_err(|e| PackageError::Tool {
+            command: "joining the library path".to_owned(),
+            stderr: e.to_string(),
+        })
+    }
+
+    fn fetch_what_is_missing(&self, names: &[&str], suite: &str) -> Result<Vec<Package>> {
+        let key = format!("{}@{suite}", names.join(","));
+        let mark = fingerprint([key.as_bytes()]);
+        let listed = self.cache.root().join(format!("libraries/{mark}.json"));
+        let there = || {
+            let all = read_json::<Vec<Package>>(&listed)?;
+            all.iter().all(|p| p.root.is_dir()).then_some(all)
+        };
+        if let Some(all) = there() {
+            return Ok(all);
+        }
+        let _lock = self.cache.lock("packages")?;
+        if let Some(all) = there() {
+            return Ok(all);
+        }
+        let wanted = self
+            .apt
+            .with_lists(|| self.apt.would_install(names, suite))?;
+        let all = self.download(&wanted)?;
+        self.write_json(&listed, &all)?;
+        Ok(all)
+    }
+
+    fn fetch_as(
+        &self,
+        what: &str,
+        suites: &[&str],
+        names: impl Fn() -> Result<Vec<String>>,
+    ) -> Result<Package> {
+        let key = format!("{what}@{}", suites.join(","));
+        if let Some(found) = self.indexed(&key) {
+            return Ok(found);
+        }
+        let _lock = self.cache.lock("packages")?;
+        // Another process may have fetched it while we waited.
+        if let Some(found) = self.indexed(&key) {
+            return Ok(found);
+        }
+        let resolve = || {
+            let found = self.apt.candidates(&names()?, suites)?;
+            self.apt
+                .newest(found)?
+                .ok_or_else(|| PackageError::NotFound {
+                    name: what.to_owned(),
+                    suites: suites.join(", "),
+                    lists: self.apt.folder.join("lists"),
+                })
+        };
+        let candidate = self.apt.with_lists(resolve)?;
+        let fetched = match self.download(std::slice::from_ref(&candidate)) {
+            Ok(fetched) => fetched,
+            Err(first) => {
+                // Point versions vanish from a suite as new ones come: look again with fresh lists, once.
+                self.apt.update_lists()?;
+                let again = resolve()?;
+                if again == candidate {
+                    return Err(first);
+                }
+                self.download(&[again])?
+            }
+        };
+        let mut index = self.index();
+        index.extend(fetched.iter().map(|p| (key.clone(), p.clone())));
+        self.write_json(&self.index_path(), &index)?;
+        self.indexed(&key).ok_or_else(|| PackageError::Tool {
+            command: format!("fetching {what}"),
+            stderr: "it vanished from the cache".to_owned(),
+        })
+    }
+
+    fn index_path(&self) -> PathBuf {
+        self.cache.root().join("packages.json")
+    }
+
+    fn index(&self) -> BTreeMap<String, Package> {
+        read_json(&self.index_path()).unwrap_or_default()
+    }
+
+    fn indexed(&self, key: &str) -> Option<Package> {
+        self.index().remove(key).filter(|p| p.root.is_dir())
+    }
+
+    fn write_json<T: Serialize>(&self, path: &Path, value: &T) -> Result<()> {
+        let text = serde_json::to_vec_pretty(value)
+            .map_err(std::io::Error::from)
+            .at(path)?;
+        Ok(self.cache.write(path, &text)?)
+    }
+
+    fn place(&self, candidate: &Candidate) -> PathBuf {
+        let version = candidate.version.replace(':', "%");
+        let name = format!("{}_{version}", candidate.name);
+        self.cache.root().join("packages").join(name)
+    }
+
+    /// Downloads and unpacks those of `wanted` that are not there. The caller holds the lock.
+    fn download(&self, wanted: &[Candidate]) -> Result<Vec<Package>> {
+        let records = self.apt.records(wanted)?;
+        let missing: Vec<&Candidate> = wanted.iter().filter(|c| !self.place(c).is_dir()).collect();
+        if !missing.is_empty() {
+            let sizes = wanted.iter().zip(&records);
+            let sizes = sizes.filter(|(c, _)| missing.contains(c));
+            self.download_all(&missing, sizes.map(|(_, r)| r.size).sum())?;
+        }
+        let package = |(candidate, record): (&Candidate, crate::apt::Record)| Package {
+            name: candidate.name.clone(),
+            version: candidate.version.clone(),
+            suite: candidate.suite.clone(),
+            depends: record.depends,
+            root: self.place(candidate),
+        };
+        Ok(wanted.iter().zip(records).map(package).collect())
+    }
+
+    fn download_all(&self, missing: &[&Candidate], size: u64) -> Result<()> {
+        let staging = self.cache.stage()?;
+        let what = match missing {
+            [one] => format!("{} {}", one.name, one.version),
+            many => format!("{} packages", many.len()),
+        };
+        let bar = progress::bytes(&what, size);
+        let tick = || bar.set_position(folder_size(staging.path()));
+        self.apt.download(missing, staging.path(), tick)?;
+        bar.finish_and_clear();
+        for deb in debs_in(staging.path())? {
+            self.unpack(&deb, missing, &staging)?;
+        }
+        match missing.iter().find(|c| !self.place(c).is_dir()) {
+            Some(c) => Err(PackageError::Tool {
+                command: format!("apt-get download {}={}", c.name, c.version),
+                stderr: "it ended well but left no file of that name".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn unpack(&self, deb: &Path, wanted: &[&Candidate], staging: &Staging) -> Result<()> {
+        let file = deb.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let Some(candidate) = wanted.iter().find(|c| is_of(file, c)) else {
+            return Ok(());
+        };
+        let name = &candidate.name;
+        let tree = staging.path().join(format!("{name}.tree"));
+        let bar = progress::spinner(&format!("unpacking {name}"));
+        let mut command = self.apt.tool("dpkg-deb")?;
+        command.arg("-x").arg(deb).arg(&tree);
+        run(command, || bar.tick())?;
+        bar.finish_and_clear();
+        Ok(staging.publish(&tree, &self.place(candidate))?)
+    }
+}
+
+/// Is this the file of that package? They are called `name_version_arch.deb`, with a colon written as `%3a`.
+fn is_of(file: &str, candidate: &Candidate) -> bool {
+    let (name, rest) = file.split_once('_').unwrap_or_default();
+    let version = rest.split('_').next().unwrap_or_default();
+    name == candidate.name && version.replace("%3a", ":") == candidate.version
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn debs_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).at(folder)?.flatten();
+    let paths = entries.map(|e| e.path());
+    Ok(paths
+        .filter(|p| p.extension().is_some_and(|e| e == "deb"))
+        .collect())
+}
+
+fn folder_size(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|e| Some(e.metadata().ok()?.len())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_matched_to_packages_by_name_and_version() {
+        let candidate = Candidate {
+            name: "qemu-system-x86".to_owned(),
+            version: "1:10.0.2+ds-2~bpo12+1".to_owned(),
+            suite: "s".to_owned(),
+        };
+        assert!(is_of(
+            "qemu-system-x86_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
+            &candidate
+        ));
+        assert!(!is_of("qemu-system-x86_1%3a7.2_amd64.deb", &candidate));
+        assert!(!is_of(
+            "qemu-system-x86-xen_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
+            &candidate
+        ));
+        assert!(!is_of("odd", &candidate));
+    }
+
+    #[test]
+    fn only_first_alternatives_are_needed() {
+        let package = Package {
+            name: String::new(),
+            version: String::new(),
+            suite: String::new(),
+            depends: "libaio1 (>= 0.3.93), libfoo2 | libfoo3, seabios".to_owned(),
+            root: PathBuf::new(),
+        };
+        assert_eq!(
+            package.needs().collect::<Vec<_>>(),
+            ["libaio1", "libfoo2", "seabios"]
+        );
+    }
+}

@@ -1,0 +1,237 @@
+//! Livepatch modules for tests: ours in `guests/patches`, and the kernel's own sample out of the kernel's source, built by
+//! Kbuild against the headers of exactly the kernel that they are for.
+//!
+//! What `insmod` in a guest takes is what is built here; nothing is changed afterwards, except where a test wants a bad file
+//! ([`with_vermagic`]).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::cache::{At, Cache, CacheError, fingerprint};
+use crate::headers::{Headers, HeadersError};
+use crate::kernels::Kernel;
+use crate::packages::PackageError;
+use crate::progress;
+use crate::sources::{SourceError, kernel_source};
+use crate::tools;
+
+/// The name of the patch made from the kernel's own sample.
+pub const SAMPLE: &str = "livepatch-sample";
+/// Where the kernel keeps it.
+const SAMPLE_SOURCE: &str = "samples/livepatch/livepatch-sample.c";
+
+/// Why a patch could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PatchError {
+    /// The headers could not be had.
+    #[error(transparent)]
+    Headers(#[from] HeadersError),
+    /// The kernel's source could not be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A tool is missing.
+    #[error(transparent)]
+    Tool(#[from] PackageError),
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// We have no such patch.
+    #[error("no patch {name}: there are {known}")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// Kbuild refused.
+    #[error("patches for {release} do not build: {output}")]
+    Build {
+        /// The kernel.
+        release: String,
+        /// The end of what make said.
+        output: String,
+    },
+    /// A module file that is not as expected.
+    #[error("{path}: {what}", path = .path.display())]
+    Module {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+macro_rules! patch_sources {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../patches/", $name, ".c")))),*]
+    };
+}
+
+/// Our patches: name and source.
+const OURS: [(&str, &str); 12] = patch_sources![
+    "callbacks",
+    "cmdline",
+    "features",
+    "getpid",
+    "module-object",
+    "not-livepatch",
+    "percpu",
+    "two-functions",
+    "uname",
+    "unknown-function",
+    "unknown-symbol",
+    "wrong-sympos",
+];
+
+/// The names of all patches, the kernel's sample among them.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    OURS.iter().map(|(name, _)| *name).chain([SAMPLE])
+}
+
+/// The `.ko` of a patch for a kernel, built or from the cache. Ours are built all at once.
+pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, PatchError> {
+    let sources = if name == SAMPLE {
+        let source = kernel_source(cache, kernel.generation, SAMPLE_SOURCE)?;
+        let text = fs::read_to_string(&source).at(&source)?;
+        vec![(SAMPLE, text)]
+    } else if OURS.iter().any(|(n, _)| *n == name) {
+        OURS.iter().map(|(n, t)| (*n, (*t).to_owned())).collect()
+    } else {
+        return Err(PatchError::Unknown {
+            name: name.to_owned(),
+            known: names().collect::<Vec<_>>().join(", "),
+        });
+    };
+    let folder = build_all(cache, kernel, &sources)?;
+    Ok(folder.join(format!("{name}.ko")))
+}
+
+fn build_all(
+    cache: &Cache,
+    kernel: &Kernel,
+    sources: &[(&str, String)],
+) -> Result<PathBuf, PatchError> {
+    let texts = sources
+        .iter()
+        .flat_map(|(n, t)| [n.as_bytes(), t.as_bytes()]);
+    let mark = fingerprint(texts.chain([kernel.version.as_bytes()]));
+    let place = cache
+        .root()
+        .join("patches")
+        .join(&kernel.release)
+        .join(mark);
+    if place.is_dir() {
+        return Ok(place);
+    }
+    tools::require(&[("make", "make"), ("gcc", "gcc")])?;
+    let headers = Headers::fetch(cache, kernel)?;
+    let _lock = cache.lock("patches")?;
+    if place.is_dir() {
+        return Ok(place);
+    }
+    let staging = cache.stage()?;
+    let work = staging.path().join("work");
+    fs::create_dir(&work).at(&work)?;
+    let mut makefile = String::new();
+    for (name, text) in sources {
+        let source = work.join(format!("{name}.c"));
+        fs::write(&source, text).at(&source)?;
+        makefile.push_str(&format!("obj-m += {name}.o\n"));
+    }
+    fs::write(work.join("Makefile"), makefile).at(&work)?;
+    make(kernel, &headers, &work)?;
+    let result = staging.path().join("result");
+    fs::create_dir(&result).at(&result)?;
+    for (name, _) in sources {
+        let file = format!("{name}.ko");
+        fs::rename(work.join(&file), result.join(&file)).at(&work.join(&file))?;
+    }
+    staging.publish(&result, &place)?;
+    Ok(place)
+}
+
+fn make(kernel: &Kernel, headers: &Headers, work: &Path) -> Result<(), PatchError> {
+    let bar = progress::spinner(&format!("building patches for {}", kernel.release));
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut command = Command::new("make");
+    command
+        .arg(format!("-j{jobs}"))
+        .arg("-C")
+        .arg(&headers.folder)
+        .arg(format!("M={}", work.display()))
+        // One of the patches calls what does not exist, to be refused by whoever loads it.
+        .arg("KBUILD_MODPOST_WARN=1")
+        .arg("modules")
+        .env_remove("MAKEFLAGS")
+        .env_remove("MAKELEVEL")
+        .env("LD_LIBRARY_PATH", tools::library_path(&headers.libraries))
+        .stdin(Stdio::null());
+    if tools::find("pahole").is_none() {
+        // Types of the module's own, which nobody needs to load it.
+        command.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
+    }
+    let output = command.output().at(Path::new("make"))?;
+    bar.finish_and_clear();
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = said.lines().filter(|l| !l.trim().is_empty()).collect();
+    let last = lines
+        .get(lines.len().saturating_sub(12)..)
+        .unwrap_or_default();
+    Err(PatchError::Build {
+        release: kernel.release.clone(),
+        output: last.join("; "),
+    })
+}
+
+/// A copy of a module whose vermagic names another kernel of the same length, for tests of what must be refused.
+pub fn with_vermagic(module: &Path, to: &Path) -> Result<(), PatchError> {
+    const KEY: &[u8] = b"vermagic=";
+    let mut bytes = fs::read(module).at(module)?;
+    let digit = bytes
+        .windows(KEY.len())
+        .position(|w| w == KEY)
+        .and_then(|at| bytes.get_mut(at + KEY.len()))
+        .ok_or_else(|| PatchError::Module {
+            path: module.to_owned(),
+            what: "has no vermagic",
+        })?;
+    *digit = if *digit == b'9' { b'8' } else { b'9' };
+    fs::write(to, bytes).at(to)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_version_of_a_vermagic_is_changed() {
+        let folder = std::env::temp_dir().join(format!("outpatch-vermagic-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let (good, bad) = (folder.join("good.ko"), folder.join("bad.ko"));
+        fs::write(&good, b"license=GPL\0vermagic=6.1.0-1 SMP \0").unwrap();
+        with_vermagic(&good, &bad).unwrap();
+        assert_eq!(
+            fs::read(&bad).unwrap(),
+            b"license=GPL\0vermagic=9.1.0-1 SMP \0"
+        );
+        fs::write(&good, b"license=GPL\0").unwrap();
+        let error = with_vermagic(&good, &bad).unwrap_err().to_string();
+        assert!(error.ends_with("has no vermagic"), "{error}");
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn each_patch_says_its_licence() {
+        for (name, text) in OURS {
+            assert!(
+                text.starts_with("// SPDX-License-Identifier: GPL-2.0"),
+                "{name}"
+            );
+        }
+    }
+}

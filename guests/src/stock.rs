@@ -1,0 +1,95 @@
+//! A stock kernel with all that a guest boots from: image, initramfs, patches. And the `outpatch` binary to boot it with.
+
+use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    cache::Cache,
+    initramfs::Initramfs,
+    kernels::{Generation, Kernel},
+    patches,
+};
+
+/// One generation of stock kernel, ready to boot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Stock {
+    /// `uname -r`.
+    pub release: String,
+    /// The bzImage.
+    pub bzimage: PathBuf,
+    /// The initramfs, with the patches in `/lib/patches`.
+    pub initrd: PathBuf,
+    /// Patches built for this kernel, by name.
+    pub patches: BTreeMap<String, PathBuf>,
+}
+
+impl Stock {
+    /// Fetches the newest kernel of a generation and builds what goes with it, or finds it all in the cache.
+    ///
+    /// # Errors
+    /// When a package cannot be had or a patch cannot be built.
+    pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
+        let cache = Cache::open()?;
+        let kernel = Kernel::fetch(&cache, generation)?;
+        let mut initramfs = Initramfs::new();
+        let mut built = BTreeMap::new();
+        for name in patches {
+            let module = patches::build(&cache, &kernel, name)?;
+            initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
+            built.insert((*name).to_owned(), module);
+        }
+        let initrd = initramfs.build(&cache)?;
+        Ok(Stock {
+            release: kernel.release,
+            bzimage: kernel.bzimage,
+            initrd,
+            patches: built,
+        })
+    }
+
+    /// A patch of this kernel, as the command line wants it.
+    ///
+    /// # Errors
+    /// When it was not asked for.
+    pub fn patch(&self, name: &str) -> Result<&str> {
+        let path = self
+            .patches
+            .get(name)
+            .with_context(|| format!("no patch {name} for {}", self.release))?;
+        path.to_str().context("a path that is no UTF-8")
+    }
+}
+
+/// Builds `outpatch` in the profile of the program that asks, and says where it is.
+///
+/// # Errors
+/// When cargo cannot build it.
+pub fn build_outpatch() -> Result<PathBuf> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--quiet", "--package", "vmm", "--bin", "outpatch"]);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    ensure!(
+        command.status().context("cannot start cargo")?.success(),
+        "cargo could not build outpatch"
+    );
+    // This program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
+    let this = env::current_exe()?;
+    let folder = this.parent().context("this program is in no folder")?;
+    let folder = if folder.ends_with("deps") {
+        folder.parent().context("deps is in no folder")?
+    } else {
+        folder
+    };
+    let binary = folder.join("outpatch");
+    ensure!(
+        binary.exists(),
+        "{} is not where cargo should have put it",
+        binary.display()
+    );
+    Ok(binary)
+}

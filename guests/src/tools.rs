@@ -1,0 +1,80 @@
+//! Programs of the host that the work needs: found, or installed when we are root, or named in one line.
+
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use crate::packages::PackageError;
+use crate::progress;
+
+/// Where the host has a program.
+pub fn find(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(sbin)
+        .map(|d| d.join(name))
+        .find(|p| p.is_file())
+}
+
+/// Makes sure of programs, each given with the Debian package that has it. Root installs what is missing;
+/// others are told the command.
+pub fn require(wanted: &[(&str, &str)]) -> Result<(), PackageError> {
+    let missing: Vec<_> = wanted.iter().filter(|(p, _)| find(p).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
+    packages.dedup();
+    let error = PackageError::MissingTool {
+        missing: missing
+            .iter()
+            .map(|(p, _)| *p)
+            .collect::<Vec<_>>()
+            .join(", "),
+        packages: packages.join(" "),
+    };
+    if !rustix::process::geteuid().is_root() || find("apt-get").is_none() {
+        return Err(error);
+    }
+    let bar = progress::spinner(&format!("installing {}", packages.join(" ")));
+    let apt = |arguments: &[&str]| {
+        Command::new("apt-get")
+            .args(arguments)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .output()
+    };
+    let _ = apt(&["update", "-q"]);
+    let mut install = vec!["install", "-y", "-q", "--no-install-recommends"];
+    install.extend(&packages);
+    let _ = apt(&install);
+    bar.finish_and_clear();
+    if missing.iter().all(|(p, _)| find(p).is_some()) {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// A value for `LD_LIBRARY_PATH`: these folders, then those of our own environment.
+pub(crate) fn library_path(folders: &OsStr) -> OsString {
+    let mut path = folders.to_owned();
+    if let Some(own) = std::env::var_os("LD_LIBRARY_PATH").filter(|v| !v.is_empty()) {
+        // An empty part would mean the current folder.
+        if !path.is_empty() {
+            path.push(":");
+        }
+        path.push(own);
+    }
+    path
+}
+
+/// A command line as people write it.
+pub(crate) fn shown(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|w| w.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}

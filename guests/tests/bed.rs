@@ -1,0 +1,235 @@
+//! The nested bed from outside: what a command sees in it, what comes out, and that nothing is left behind.
+//!
+//! These start real beds, also on hosts whose own KVM serves.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use guests::bed::{Bed, BedError, counts};
+
+/// More than any of these commands takes on a busy machine.
+const LIMIT: Duration = Duration::from_secs(200);
+
+fn bed() -> Bed {
+    Bed::new().nested().limit(LIMIT)
+}
+
+fn shell(script: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", script]);
+    command
+}
+
+/// A folder of the host, deleted when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path =
+            std::env::temp_dir().join(format!("outpatch-test-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Folder(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_command_sees_the_host_and_a_kvm_that_serves_and_its_words_come_out_apart() {
+    let here = Folder::new("words");
+    fs::write(here.0.join("file"), "the host's\n").unwrap();
+    let script = r#"
+        read line; echo "input: $line"; cat >/dev/null
+        pwd; cat file; echo "word: $WORD"
+        ls -d /sys/module/kvm_amd; test -w /dev/kvm && echo kvm
+        touch /usr/written 2>/dev/null || echo read-only
+        echo private > mine && cat mine
+        echo complaint >&2
+        exit 7"#;
+    let output = bed()
+        .output(
+            shell(script).current_dir(&here.0).env("WORD", "a b"),
+            b"first\nsecond\n",
+        )
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let folder = here.0.display();
+    let expected = format!(
+        "input: first\n{folder}\nthe host's\nword: a b\n/sys/module/kvm_amd\nkvm\nread-only\nprivate\n"
+    );
+    assert_eq!(stdout, expected, "stderr: {stderr}");
+    assert_eq!(stderr, "complaint\n");
+    assert_eq!(output.status.code(), Some(7));
+    assert!(
+        !here.0.join("mine").exists(),
+        "what was not named writable reached the host"
+    );
+}
+
+#[test]
+fn writable_folders_are_written_for_real_and_a_signal_is_reported_as_one() {
+    let out = Folder::new("writable");
+    let script = "head -c 3000000 /dev/zero; echo kept > $0/file; kill -9 $$";
+    let output = bed()
+        .writable(&out.0)
+        .output(shell(script).arg(&out.0), b"")
+        .unwrap();
+    assert_eq!(output.stdout.len(), 3_000_000);
+    assert_eq!(output.status.signal(), Some(9));
+    assert_eq!(fs::read_to_string(out.0.join("file")).unwrap(), "kept\n");
+}
+
+#[test]
+fn a_bed_that_dies_or_takes_too_long_is_not_the_commands_failure() {
+    let lost = counts().lost;
+    let crash = "echo before; sleep 1; echo c > /proc/sysrq-trigger; sleep 100";
+    match bed().output(&mut shell(crash), b"") {
+        Err(BedError::Died { console, .. }) => {
+            assert!(console.contains("Kernel panic"), "{console}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(counts().lost, lost + 1);
+    let short = Duration::from_secs(1);
+    let result = bed().limit(short).output(&mut shell("sleep 1000"), b"");
+    assert!(
+        matches!(result, Err(BedError::TimedOut(l)) if l == short),
+        "{result:?}"
+    );
+    assert_eq!(
+        counts().lost,
+        lost + 1,
+        "a bed that was stopped is not lost"
+    );
+}
+
+/// The `bed` program with a command that goes on for ever, once the command runs.
+fn endless() -> (Child, Vec<u32>) {
+    let mut bed = Command::new(env!("CARGO_BIN_EXE_bed"))
+        .args([
+            "run",
+            "--nested",
+            "--",
+            "sh",
+            "-c",
+            "echo runs; exec sleep 10000",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let out = bed.stdout.take().unwrap();
+    BufReader::new(out).read_line(&mut line).unwrap();
+    assert_eq!(line, "runs\n");
+    let children = children_of(bed.id());
+    assert_eq!(children.len(), 2, "QEMU and the file server");
+    (bed, children)
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        found.extend(
+            list.split_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
+    }
+    found
+}
+
+fn gone(pid: u32) -> bool {
+    // What nobody has waited for yet is gone as well.
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat
+            .rsplit(')')
+            .next()
+            .is_some_and(|s| s.trim_start().starts_with('Z')),
+        Err(_) => true,
+    }
+}
+
+fn signal(name: &str, pid: u32) {
+    let status = Command::new("kill")
+        .args([name, &pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn two_at_once_do_not_collide_and_nothing_is_left_of_those_that_are_killed() {
+    let (one, two) = std::thread::scope(|scope| {
+        let one = scope.spawn(endless);
+        let two = scope.spawn(endless);
+        (one.join().unwrap(), two.join().unwrap())
+    });
+    for ((mut bed, children), how) in [(one, "-INT"), (two, "-KILL")] {
+        let pid = bed.id();
+        assert!(
+            children.iter().all(|c| !gone(*c)),
+            "{how}: it ran on while the other was killed"
+        );
+        signal(how, pid);
+        bed.wait().unwrap();
+        let until = Instant::now() + Duration::from_secs(10);
+        while !children.iter().all(|c| gone(*c)) {
+            assert!(
+                Instant::now() < until,
+                "{how}: processes are left: {children:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let sockets = format!("outpatch-bed-{pid}-");
+        for entry in fs::read_dir(std::env::temp_dir()).unwrap().flatten() {
+            let name = entry.file_name();
+            assert!(
+                !name.to_string_lossy().starts_with(&sockets),
+                "{how}: {name:?} is left"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_bed_program_reports_as_a_shell_does() {
+    let bed = Path::new(env!("CARGO_BIN_EXE_bed"));
+    let run = |arguments: &[&str]| {
+        Command::new(bed)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let output = run(&["run", "--nested", "--", "/no/such/program"]);
+    assert_eq!(output.status.code(), Some(127), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/program"));
+    let output = run(&[
+        "run",
+        "--nested",
+        "--writable",
+        "/no/such/folder",
+        "--",
+        "true",
+    ]);
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/folder"));
+    let output = run(&["probe"]);
+    assert_eq!(output.status.code(), Some(0));
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        said.starts_with("native: ") || said.starts_with("nested: "),
+        "{said}"
+    );
+}
