@@ -1,0 +1,216 @@
+//! What every scenario needs: kernels, initramfs and patches made on the host, a scratch folder, and the count of guests.
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use guests::{
+    drive::{Guest, GuestSpec},
+    kernels::Generation,
+    stock::{Stock, build_outpatch},
+};
+use serde::{Deserialize, Serialize};
+
+/// All that is made before the bed starts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Assets {
+    /// The `outpatch` binary.
+    pub binary: PathBuf,
+    /// By generation: "5.10", "6.1", "6.12", "7.3".
+    pub stock: BTreeMap<String, Stock>,
+}
+
+impl Assets {
+    /// Fetches and builds what is not there yet, once a process.
+    pub fn prepare() -> Result<&'static Assets> {
+        static ASSETS: OnceLock<Result<Assets, String>> = OnceLock::new();
+        let made = ASSETS.get_or_init(|| Assets::make().map_err(|error| format!("{error:#}")));
+        made.as_ref().map_err(|error| anyhow!(error.clone()))
+    }
+}
+
+/// The patches that every kernel with headers gets built.
+const PATCHES: [&str; 5] = [
+    "livepatch-sample",
+    "getpid",
+    "not-livepatch",
+    "unknown-function",
+    "unknown-symbol",
+];
+
+impl Assets {
+    fn make() -> Result<Assets> {
+        let mut stock = BTreeMap::new();
+        for generation in Generation::ALL {
+            // Headers that this host's compiler can use exist for these two.
+            let patches: &[&str] = match generation {
+                Generation::V6_1 | Generation::V6_12 => &PATCHES,
+                _ => &[],
+            };
+            stock.insert(generation.to_string(), Stock::prepare(generation, patches)?);
+        }
+        Ok(Assets {
+            binary: build_outpatch()?,
+            stock,
+        })
+    }
+}
+
+/// Counts of guests over all scenarios of this run.
+#[derive(Debug, Default)]
+pub struct Tally {
+    boots: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl Tally {
+    /// Adds what a scenario left in its scratch folder.
+    pub fn add(&self, scratch: &Path) {
+        let text = fs::read_to_string(scratch.join("guests")).unwrap_or_default();
+        let count = |word: &str| text.lines().filter(|line| *line == word).count() as u64;
+        self.boots.fetch_add(count("boot"), Ordering::Relaxed);
+        self.lost.fetch_add(count("lost"), Ordering::Relaxed);
+    }
+
+    /// Guests started.
+    pub fn boots(&self) -> u64 {
+        self.boots.load(Ordering::Relaxed)
+    }
+
+    /// Guests lost, for whatever reason.
+    pub fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// A folder that goes when dropped.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// A new folder below the system's own for such things.
+    pub fn new() -> Result<Scratch> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let name = format!(
+            "outpatch-tests-{}-{}",
+            std::process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let path = env::temp_dir().join(name);
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Scratch(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A leftover folder harms nothing.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The scenario's view, inside the bed.
+#[derive(Debug)]
+pub struct Bench {
+    /// What the host made.
+    pub assets: Assets,
+    scratch: PathBuf,
+}
+
+impl Bench {
+    /// Reads what the host made.
+    pub fn load(spec: &Path) -> Result<Bench> {
+        let assets =
+            serde_json::from_slice(&fs::read(spec).with_context(|| spec.display().to_string())?)?;
+        let scratch = spec
+            .parent()
+            .context("the spec is in no folder")?
+            .to_owned();
+        Ok(Bench { assets, scratch })
+    }
+
+    /// A generation.
+    pub fn stock(&self, generation: &str) -> Result<&Stock> {
+        self.assets
+            .stock
+            .get(generation)
+            .with_context(|| format!("no kernel {generation}"))
+    }
+
+    /// A folder that this scenario may write to; sockets go there as well.
+    pub fn sockets(&self) -> PathBuf {
+        env::temp_dir()
+    }
+
+    /// Boots a guest; a guest lost before its shell is reported, counted, and booted once more.
+    pub fn boot(&self, generation: &str, cpus: u32, append: &str) -> Result<Guest> {
+        let stock = self.stock(generation)?;
+        let spec = GuestSpec {
+            binary: self.assets.binary.clone(),
+            kernel: stock.bzimage.clone(),
+            initrd: stock.initrd.clone(),
+            cpus,
+            append: append.to_owned(),
+        };
+        let first = self.try_boot(&spec);
+        match first {
+            Ok(guest) => Ok(guest),
+            Err(error) => {
+                println!(
+                    "LOST a {generation} guest with {cpus} vCPUs while it booted, once more: {error:#}"
+                );
+                self.try_boot(&spec)
+            }
+        }
+    }
+
+    fn try_boot(&self, spec: &GuestSpec) -> Result<Guest> {
+        self.count("boot")?;
+        let booted = Guest::boot(spec, &self.sockets());
+        if booted.is_err() {
+            self.count("lost")?;
+        }
+        booted
+    }
+
+    /// Runs `body` on the guest; if it fails and the guest is gone, that is counted.
+    pub fn with(
+        &self,
+        mut guest: Guest,
+        body: impl FnOnce(&mut Guest) -> Result<()>,
+    ) -> Result<()> {
+        let result = body(&mut guest);
+        if result.is_err() && !guest.is_running() {
+            self.count("lost")?;
+        }
+        result?;
+        let status = guest.poweroff()?;
+        ensure!(
+            status.success(),
+            "after poweroff the VMM ended with {status}"
+        );
+        Ok(())
+    }
+
+    fn count(&self, word: &str) -> Result<()> {
+        let path = self.scratch.join("guests");
+        let mut file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)?;
+        writeln!(file, "{word}").with_context(|| path.display().to_string())
+    }
+}

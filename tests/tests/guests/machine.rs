@@ -1,0 +1,123 @@
+//! The VMM itself: console, pause and resume, ways to end.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Scenario, bench::Bench};
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all: Vec<Scenario> = [("6.1", 1), ("6.12", 8)]
+        .map(|(generation, cpus)| {
+            Scenario::new(
+                format!("machine::console_and_cpus_{generation}_{cpus}"),
+                move |bench| console_and_cpus(bench, generation, cpus),
+            )
+        })
+        .into();
+    all.push(Scenario::new(
+        "machine::pause_holds_the_guest_and_loses_nothing",
+        pause_holds,
+    ));
+    all.push(Scenario::new("machine::ends_are_told_apart", ends));
+    all
+}
+
+/// Every vCPU is online, and long output both ways arrives whole.
+fn console_and_cpus(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
+    bench.with(bench.boot(generation, cpus, "")?, |guest| {
+        ensure!(
+            guest.sh("nproc")? == cpus.to_string(),
+            "not all vCPUs are online"
+        );
+        let lines = guest.sh(
+            "i=0; while [ $i -lt 2000 ]; do echo line-$i-of-the-long-output; i=$((i+1)); done",
+        )?;
+        for (number, line) in lines.lines().enumerate() {
+            ensure!(
+                line == format!("line-{number}-of-the-long-output"),
+                "line {number} came as {line:?}"
+            );
+        }
+        ensure!(
+            lines.lines().count() == 2000,
+            "{} of 2000 lines came",
+            lines.lines().count()
+        );
+        let long = "x".repeat(900);
+        ensure!(
+            guest.sh(&format!("echo {long} | wc -c"))? == "901",
+            "typed input was lost"
+        );
+        Ok(())
+    })
+}
+
+/// A paused guest does not run; pausing at any moment of its output loses none.
+fn pause_holds(bench: &Bench) -> Result<()> {
+    bench.with(bench.boot("6.12", 2, "")?, |guest| {
+        let log = guest.dmesg()?;
+        let outpatch = guest.outpatch().clone();
+        guest.console().type_in(
+            "i=0; while [ $i -lt 3000 ]; do echo tick-$i.; i=$((i+1)); done; echo all-ticks\n",
+        )?;
+        for _ in 0..20 {
+            outpatch.ok(&["pause"])?;
+            let held = guest.console().text().len();
+            thread::sleep(Duration::from_millis(30));
+            // What was already in the pipe may still arrive; afterwards nothing may.
+            let settled = guest.console().text().len();
+            thread::sleep(Duration::from_millis(50));
+            ensure!(
+                guest.console().text().len() == settled,
+                "a paused guest printed (held at {held})"
+            );
+            outpatch.ok(&["resume"])?;
+            thread::sleep(Duration::from_millis(20));
+        }
+        let text = guest
+            .console()
+            .wait_for("all-ticks", Duration::from_secs(60))?;
+        for tick in 0..3000 {
+            ensure!(
+                text.contains(&format!("tick-{tick}.")),
+                "tick {tick} was lost"
+            );
+        }
+        guest.expect_unharmed(&log)
+    })
+}
+
+/// Poweroff, reset, the operator's stop, Ctrl-A x and a panic's triple fault each end the process with its documented status.
+fn ends(bench: &Bench) -> Result<()> {
+    let limit = Duration::from_secs(30);
+    for (typed, status) in [("poweroff -f\n", 0), ("reboot -f\n", 0), ("\u{1}x", 0)] {
+        let mut guest = bench.boot("6.12", 2, "")?;
+        guest.console().type_in(typed)?;
+        let end = guest
+            .wait_end(limit)
+            .with_context(|| format!("typed {typed:?}"))?;
+        ensure!(
+            end.code() == Some(status),
+            "typed {typed:?}, the VMM ended with {end}"
+        );
+        ensure!(
+            !guest.socket().exists(),
+            "the socket is left behind after {typed:?}"
+        );
+    }
+    let mut guest = bench.boot("6.12", 2, "")?;
+    let asked = Instant::now();
+    guest.outpatch().ok(&["stop"])?;
+    let end = guest.wait_end(limit)?;
+    ensure!(end.code() == Some(0), "stopped, the VMM ended with {end}");
+    ensure!(
+        asked.elapsed() < limit,
+        "stopping took {:?}",
+        asked.elapsed()
+    );
+    Ok(())
+}

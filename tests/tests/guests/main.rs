@@ -1,0 +1,142 @@
+//! Stock kernels booted, patched and checked under a real KVM: the host's own where it serves, else the nested test bed.
+//!
+//! Each scenario runs in a bed of its own, in a process of its own: this binary, started again inside. A guest that is lost
+//! before outpatch first touched it is the bed's loss: it is printed, counted, and the boot tried once more. A guest lost later
+//! fails its scenario.
+
+mod bench;
+mod generations;
+mod insmod;
+mod machine;
+mod patching;
+mod refusals;
+mod stacks;
+
+use std::{
+    env,
+    process::{Command, ExitCode},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use guests::bed::Bed;
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::bench::{Assets, Bench, Tally};
+
+/// How long one scenario may take.
+const SCENARIO_LIMIT: Duration = Duration::from_secs(600);
+
+/// What a scenario does, given its bench.
+type Body = Box<dyn Fn(&Bench) -> Result<()> + Send + Sync>;
+
+/// A named scenario, run inside the bed.
+struct Scenario {
+    name: String,
+    run: Body,
+}
+
+impl Scenario {
+    fn new(
+        name: impl Into<String>,
+        run: impl Fn(&Bench) -> Result<()> + Send + Sync + 'static,
+    ) -> Scenario {
+        Scenario {
+            name: name.into(),
+            run: Box::new(run),
+        }
+    }
+}
+
+fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    all.extend(machine::scenarios());
+    all.extend(stacks::scenarios());
+    all.extend(refusals::scenarios());
+    all.extend(generations::scenarios());
+    all.extend(insmod::scenarios());
+    all.extend(patching::scenarios());
+    all
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = env::args().collect();
+    if let [_, flag, name, spec] = words.as_slice()
+        && flag == "--inside"
+    {
+        return inside(name, spec);
+    }
+    outside()
+}
+
+/// On the host: one trial a scenario, and the count of guests at the end.
+fn outside() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Two cores and time limits inside: scenarios go one by one unless the caller says otherwise.
+    arguments.test_threads.get_or_insert(1);
+    let tally = Arc::new(Tally::default());
+    let trials = scenarios()
+        .into_iter()
+        .map(|scenario| {
+            let tally = Arc::clone(&tally);
+            Trial::test(scenario.name.clone(), move || {
+                run_in_bed(&scenario.name, &tally)
+                    .map_err(|error| Failed::from(format!("{error:#}")))
+            })
+        })
+        .collect();
+    let listing = arguments.list;
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !listing {
+        println!(
+            "guest boots: {}, of them lost: {}",
+            tally.boots(),
+            tally.lost()
+        );
+    }
+    conclusion.exit_code()
+}
+
+fn run_in_bed(name: &str, tally: &Tally) -> Result<()> {
+    let assets = Assets::prepare()?;
+    let scratch = bench::Scratch::new()?;
+    let spec = scratch.path().join("assets.json");
+    std::fs::write(&spec, serde_json::to_vec(assets)?)?;
+    let mut command = Command::new(env::current_exe()?);
+    command.arg("--inside").arg(name).arg(&spec);
+    let out = Bed::new()
+        .writable(scratch.path())
+        .limit(SCENARIO_LIMIT)
+        .output(&mut command, b"");
+    // Count first: a scenario that failed booted its guests too.
+    tally.add(scratch.path());
+    let out = out.context("the test bed")?;
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+    if !out.status.success() {
+        bail!("{}\n{text}", out.status);
+    }
+    print!("{text}");
+    Ok(())
+}
+
+/// In the bed: one scenario.
+fn inside(name: &str, spec: &str) -> ExitCode {
+    let result = Bench::load(spec.as_ref()).and_then(|bench| {
+        let scenario = scenarios()
+            .into_iter()
+            .find(|scenario| scenario.name == name);
+        (scenario.with_context(|| format!("no scenario {name}"))?.run)(&bench)
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}

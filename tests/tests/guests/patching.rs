@@ -1,0 +1,108 @@
+//! The main job: 50 times on and off in one boot, under load, on each kernel, number of vCPUs and page-table isolation.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use guests::drive::Guest;
+
+use crate::{Scenario, bench::Bench};
+
+/// How often each patch goes on and off in one boot.
+const ROUNDS: u32 = 50;
+/// Processes that call the patched system call without a pause.
+const HAMMERS: u32 = 20;
+
+/// A patch module and how its effect shows in the guest.
+#[derive(Debug)]
+pub struct Patch {
+    /// File name, less `.ko`.
+    pub file: &'static str,
+    /// The module's name.
+    pub name: &'static str,
+    probe: &'static str,
+    sign: &'static str,
+}
+
+/// The kernel's own sample, and a patch of a system call.
+pub const PATCHES: [Patch; 2] = [
+    Patch {
+        file: "livepatch-sample",
+        name: "livepatch_sample",
+        probe: "cat /proc/cmdline",
+        sign: "this has been live patched",
+    },
+    // The patch adds a million to every answer.
+    Patch {
+        file: "getpid",
+        name: "getpid",
+        probe: "sh -c 'echo $$' | sed 's/^1[0-9]\\{6\\}$/patched/'",
+        sign: "patched",
+    },
+];
+
+impl Patch {
+    /// Checks in the guest that the patch is, or is not, in force for a new process.
+    pub fn expect(&self, guest: &mut Guest, patched: bool) -> Result<()> {
+        let seen = guest.sh(self.probe)?;
+        ensure!(
+            seen.contains(self.sign) == patched,
+            "{} should be {patched}, but `{}` says {seen:?}",
+            self.name,
+            self.probe
+        );
+        Ok(())
+    }
+}
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for generation in ["6.1", "6.12"] {
+        for cpus in [1, 2, 4] {
+            for pti in [false, true] {
+                let name = format!(
+                    "patching::{ROUNDS}_rounds_{generation}_{cpus}_vcpus{}",
+                    if pti { "_pti" } else { "" }
+                );
+                all.push(Scenario::new(name, move |bench| {
+                    rounds(bench, generation, cpus, pti)
+                }));
+            }
+        }
+    }
+    all
+}
+
+fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {
+    bench.with(bench.boot(generation, cpus, if pti { "pti=on" } else { "" })?, |guest| {
+        let stock = bench.stock(generation)?;
+        let outpatch = guest.outpatch().clone();
+        if pti {
+            let state = guest.sh("cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true")?;
+            ensure!(state.contains("PTI") || state.contains("page tables isolation: enabled"), "PTI is not on: {state}");
+        }
+        guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
+        let log = guest.dmesg()?;
+        let started = Instant::now();
+        for patch in &PATCHES {
+            let file = stock.patch(patch.file)?;
+            for round in 0..ROUNDS {
+                outpatch.ok(&["apply", file])?;
+                // The guest itself is asked in every tenth round: a process started there costs more than a patch.
+                if round % 10 == 0 {
+                    patch.expect(guest, true)?;
+                }
+                outpatch.ok(&["revert", patch.name])?;
+                if round % 10 == 0 {
+                    patch.expect(guest, false)?;
+                }
+            }
+        }
+        let took = started.elapsed();
+        println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}", 4 * ROUNDS);
+        guest.sh("killall -USR1 hammer; sleep 1")?;
+        let answers = guest.sh("cat /tmp/hammer")?;
+        println!("{}", answers.lines().next().unwrap_or_default());
+        ensure!(answers.contains(" wrong=0 "), "a system call answered wrongly: {answers}");
+        guest.expect_unharmed(&log)
+    })
+}

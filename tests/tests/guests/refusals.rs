@@ -1,0 +1,247 @@
+//! Bad input: one clear line, a non-zero status, and a guest that does not notice.
+
+use std::{
+    fs,
+    os::unix::net::UnixListener,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::{Reply, one_line_refusal};
+
+use crate::{Scenario, bench::Bench};
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all: Vec<Scenario> = ["6.1", "6.12"]
+        .map(|generation| {
+            Scenario::new(format!("refusals::modules_{generation}"), move |bench| {
+                modules(bench, generation)
+            })
+        })
+        .into();
+    all.push(Scenario::new("refusals::command_line", command_line));
+    all
+}
+
+/// Files that are no livepatch for this guest.
+fn modules(bench: &Bench, generation: &str) -> Result<()> {
+    let stock = bench.stock(generation)?;
+    let other = bench.stock(if generation == "6.1" { "6.12" } else { "6.1" })?;
+    let folder = bench.sockets();
+    let good = fs::read(stock.patch("livepatch-sample")?)?;
+    let truncated = write(&folder, "truncated.ko", &good[..good.len() / 2])?;
+    let header = write(&folder, "header.ko", &good[..40])?;
+    let text = write(
+        &folder,
+        "text.ko",
+        b"this is not an ELF file, it is a line of text\n",
+    )?;
+    let empty = write(&folder, "empty.ko", b"")?;
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        outpatch.ok(&["ps"])?;
+        let log = guest.dmesg()?;
+        let cases = [
+            ("not an ELF", text.as_str(), "ELF"),
+            ("an empty file", empty.as_str(), "empty.ko"),
+            ("a truncated file", truncated.as_str(), "truncated"),
+            ("a file cut in its header", header.as_str(), "header.ko"),
+            (
+                "not a livepatch",
+                stock.patch("not-livepatch")?,
+                "livepatch",
+            ),
+            (
+                "another kernel's vermagic",
+                other.patch("livepatch-sample")?,
+                "vermagic",
+            ),
+            (
+                "a function that is not in this kernel",
+                stock.patch("unknown-function")?,
+                "outpatch_no_such_function",
+            ),
+            (
+                "a symbol that is not in this kernel",
+                stock.patch("unknown-symbol")?,
+                "outpatch_no_such_symbol",
+            ),
+            (
+                "no such file",
+                "/nonexistent/patch.ko",
+                "/nonexistent/patch.ko",
+            ),
+        ];
+        for (what, file, expected) in cases {
+            let line = outpatch.refused(&["apply", file]).context(what)?;
+            ensure!(
+                line.contains(expected),
+                "{what}: {expected:?} is not in {line:?}"
+            );
+            println!("{generation}: {what}: {line}");
+        }
+        let status = outpatch.json(&["status"])?;
+        ensure!(
+            status.as_array().is_some_and(Vec::is_empty),
+            "a refused patch left something: {status}"
+        );
+        outpatch.refused(&["revert", "livepatch_sample"])?;
+        outpatch.refused(&["stack", "99999"])?;
+        guest.expect_unharmed(&log)?;
+        // After all this the guest takes a good patch.
+        outpatch.ok(&["apply", stock.patch("livepatch-sample")?])?;
+        ensure!(
+            guest
+                .sh("cat /proc/cmdline")?
+                .contains("this has been live patched"),
+            "the good patch has no effect"
+        );
+        outpatch.refused(&["apply", stock.patch("livepatch-sample")?])?;
+        outpatch.ok(&["revert", "livepatch_sample"])?;
+        guest.expect_unharmed(&log)
+    })
+}
+
+fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {
+    let path = folder.join(name);
+    fs::write(&path, content).with_context(|| path.display().to_string())?;
+    Ok(path.to_str().context("a path that is no UTF-8")?.to_owned())
+}
+
+/// `outpatch run` called wrongly.
+fn command_line(bench: &Bench) -> Result<()> {
+    let stock = bench.stock("6.12")?;
+    let kernel = stock.bzimage.to_str().context("path")?;
+    let initrd = stock.initrd.to_str().context("path")?;
+    let folder = bench.sockets();
+    let taken = folder.join("taken.sock");
+    let _listener = UnixListener::bind(&taken)?;
+    let taken = taken.to_str().context("path")?;
+    let text = write(
+        &folder,
+        "text.img",
+        b"neither a kernel nor anything else that boots, but long enough to look at\n",
+    )?;
+    let image = fs::read(&stock.bzimage)?;
+    let half = write(&folder, "half.img", &image[..image.len() / 2])?;
+    let run = |kernel: &str, initrd: &str, more: &[&str]| -> Result<Reply> {
+        let out = Command::new(&bench.assets.binary)
+            .args([
+                "run",
+                "--kernel",
+                kernel,
+                "--initrd",
+                initrd,
+                "--append",
+                "console=ttyS0",
+            ])
+            .args(more)
+            .stdin(Stdio::null())
+            .output()?;
+        Ok(Reply::from(&out))
+    };
+    let plain = ["--cpus", "1", "--memory", "256M"];
+    let long = "x".repeat(5000);
+    let cases: [(&str, Reply, &str); 10] = [
+        (
+            "kernel file missing",
+            run("/nonexistent/vmlinuz", initrd, &plain)?,
+            "/nonexistent/vmlinuz",
+        ),
+        (
+            "initrd file missing",
+            run(kernel, "/nonexistent/initrd", &plain)?,
+            "/nonexistent/initrd",
+        ),
+        ("not a bzImage", run(&text, initrd, &plain)?, "text.img"),
+        (
+            "a truncated bzImage",
+            run(&half, initrd, &plain)?,
+            "half.img",
+        ),
+        (
+            "0 vCPUs",
+            run(kernel, initrd, &["--cpus", "0", "--memory", "256M"])?,
+            "cpus",
+        ),
+        (
+            "1000 vCPUs",
+            run(kernel, initrd, &["--cpus", "1000", "--memory", "256M"])?,
+            "1000",
+        ),
+        (
+            "no memory size",
+            run(kernel, initrd, &["--cpus", "1", "--memory", "lots"])?,
+            "lots",
+        ),
+        (
+            "too little memory",
+            run(kernel, initrd, &["--cpus", "1", "--memory", "1M"])?,
+            "memory",
+        ),
+        (
+            "socket in use",
+            run(
+                kernel,
+                initrd,
+                &["--cpus", "1", "--memory", "256M", "--socket", taken],
+            )?,
+            "taken.sock",
+        ),
+        (
+            "a command line too long",
+            run(
+                kernel,
+                initrd,
+                &["--cpus", "1", "--memory", "256M", "--append", &long],
+            )?,
+            "append",
+        ),
+    ];
+    for (what, reply, expected) in cases {
+        let line = one_line_refusal(what, &reply)?;
+        ensure!(
+            line.contains(expected),
+            "{what}: {expected:?} is not in {line:?}"
+        );
+        println!("{what}: {line}");
+    }
+    let gone = Command::new(&bench.assets.binary)
+        .args(["ps", "--socket", "/nonexistent/guest.sock"])
+        .output()?;
+    let reply = Reply::from(&gone);
+    ensure!(
+        one_line_refusal("no socket", &reply)?.contains("/nonexistent/guest.sock"),
+        "{reply:?}"
+    );
+    // A mount namespace whose /dev is empty: the machine's own stays as it is.
+    let bare = Command::new("unshare")
+        .args([
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /dev && exec \"$@\"",
+            "sh",
+        ])
+        .arg(&bench.assets.binary)
+        .args([
+            "run",
+            "--kernel",
+            kernel,
+            "--initrd",
+            initrd,
+            "--append",
+            "console=ttyS0",
+        ])
+        .args(plain)
+        .output()?;
+    let line = one_line_refusal("no /dev/kvm", &Reply::from(&bare))?;
+    ensure!(
+        line.contains("/dev/kvm"),
+        "the line does not name /dev/kvm: {line}"
+    );
+    Ok(())
+}

@@ -1,0 +1,106 @@
+//! Our view of a quiet guest against the guest's own: tasks, and every sleeping task's stack frame by frame.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{Scenario, bench::Bench};
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for generation in ["6.1", "6.12"] {
+        all.push(Scenario::new(
+            format!("stacks::equal_the_guests_own_{generation}"),
+            move |bench| equal(bench, generation),
+        ));
+    }
+    all
+}
+
+/// At least this many stacks are compared on each kernel.
+const ENOUGH: usize = 50;
+
+/// `/proc` lists the same threads under the same names, and each sleeper's frames are those of `/proc/PID/stack`.
+fn equal(bench: &Bench, generation: &str) -> Result<()> {
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        guest.sh("sleeper 24 & sleep 1")?;
+        let listing = guest.sh(
+            "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; cat $t/stack; done",
+        )?;
+        let theirs = parse(&listing)?;
+        let ps = outpatch.json(&["ps"])?;
+        let tasks = ps.as_array().context("ps is no list")?;
+        // The shell that lists /proc comes and goes with its children; every thread that stays must be in both.
+        let ours: BTreeSet<i64> = tasks.iter().filter_map(|task| task["pid"].as_i64()).filter(|pid| *pid != 0).collect();
+        let staying: BTreeSet<i64> = theirs.keys().copied().filter(|pid| guest.sh(&format!("[ -e /proc/{pid} ]")).is_ok()).collect();
+        ensure!(staying.is_subset(&ours), "not in ps: {:?}", staying.difference(&ours));
+        ensure!(ours.is_subset(&staying), "only in ps: {:?}", ours.difference(&staying));
+        let idle = tasks.iter().filter(|task| task["kind"] == "idle").count();
+        ensure!(idle == 2, "{idle} idle tasks on 2 vCPUs");
+        let mut compared = 0;
+        for (pid, (comm, frames)) in &theirs {
+            let Some(task) = tasks.iter().find(|task| task["pid"].as_i64() == Some(*pid)) else { continue };
+            ensure!(task["comm"] == comm.as_str(), "{pid} is {comm:?}, not {}", task["comm"]);
+            if task["on_cpu"] == true || frames.is_empty() {
+                continue;
+            }
+            let stack = outpatch.json(&["stack", &pid.to_string()])?;
+            let found = symbols(&stack)?;
+            ensure!(stack["verdict"] == "reliable", "{pid} {comm}: {stack}");
+            ensure!(found == *frames, "{pid} {comm}:\nours  {found:?}\nguest {frames:?}");
+            compared += 1;
+        }
+        println!("{generation}: {compared} stacks equal");
+        ensure!(compared >= ENOUGH, "only {compared} stacks compared");
+        for vcpu in tasks.iter().filter(|task| task["vcpu"].is_number()) {
+            ensure!(vcpu["on_cpu"] == true, "a task on a vCPU that the scheduler has not put there: {vcpu}");
+        }
+        guest.expect_unharmed(&log)
+    })
+}
+
+type Stacks = BTreeMap<i64, (String, Vec<String>)>;
+
+/// The guest's listing: `T PID COMM` and then the lines of its stack.
+fn parse(listing: &str) -> Result<Stacks> {
+    let mut stacks = Stacks::new();
+    let mut current = None;
+    for line in listing.lines() {
+        if let Some(rest) = line.strip_prefix("T ") {
+            let (pid, comm) = rest.split_once(' ').context("a thread with no name")?;
+            let pid = pid.parse()?;
+            stacks.insert(pid, (comm.to_owned(), Vec::new()));
+            current = Some(pid);
+        } else if let (Some(frame), Some(pid)) = (line.strip_prefix("[<0>] "), current) {
+            if let Some((_, frames)) = stacks.get_mut(&pid) {
+                frames.push(frame.trim().to_owned());
+            }
+        } else if !line.trim().is_empty() {
+            bail!("a line that is no frame: {line:?}");
+        }
+    }
+    Ok(stacks)
+}
+
+/// Our frames as the guest prints them, less the scheduler's own (`stack_trace_save_tsk` leaves those out).
+fn symbols(stack: &Value) -> Result<Vec<String>> {
+    let frames = stack["frames"]
+        .as_array()
+        .context("a stack with no frames")?;
+    let leading = frames
+        .iter()
+        .take_while(|frame| frame["sched"] == true)
+        .count();
+    frames[leading..]
+        .iter()
+        .map(|frame| {
+            Ok(frame["symbol"]
+                .as_str()
+                .context("a frame with no symbol")?
+                .to_owned())
+        })
+        .collect()
+}
