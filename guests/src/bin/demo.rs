@@ -148,7 +148,9 @@ fn watch(outpatch: &Outpatch, words: &[&str]) -> Result<()> {
 
 fn pauses(outpatch: &Outpatch) -> Result<()> {
     let status = outpatch.json(&["status"])?;
-    let patch = status.get(0).context("no patch in the status")?;
+    let patch = status
+        .pointer("/patches/0")
+        .context("no patch in the status")?;
     let number = |path: &str| {
         patch
             .pointer(path)

@@ -85,7 +85,7 @@ impl Guest {
             commands: 0,
         };
         guest.console.wait_for(READY, BOOT_LIMIT)?;
-        guest.sh("stty -echo; PS1=")?;
+        guest.sh("stty -echo; PS1=; PS2=")?;
         Ok(guest)
     }
 

@@ -68,6 +68,8 @@ pub(super) struct Section {
     pub flags: u64,
     pub align: u64,
     pub size: u64,
+    /// It holds relocations of another section. Those of livepatch are flagged as loaded, so the flags do not tell.
+    pub is_relocations: bool,
     /// Where its bytes are in the file; `None`: zeroes.
     file: Option<Range<usize>>,
     /// Ordinary relocations, by offset.
@@ -84,6 +86,7 @@ impl Section {
             flags,
             align: 1,
             size,
+            is_relocations: false,
             file: None,
             relocations: Vec::new(),
             late: BTreeMap::new(),
@@ -332,6 +335,7 @@ fn section(
         align: raw.sh_addralign(LE).max(1),
         flags: raw.sh_flags(LE).0,
         size: raw.sh_size(LE),
+        is_relocations: raw.sh_type(LE) == elf::SHT_RELA,
         name,
         file,
         relocations: Vec::new(),

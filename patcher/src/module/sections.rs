@@ -108,7 +108,7 @@ const REFUSED: &[(&str, &str)] = &[
 /// Decides for one section.
 pub(super) fn fate(section: &Section) -> Result<Fate, &'static str> {
     let name = section.name.as_str();
-    if !section.is_alloc() || section.size == 0 {
+    if !section.is_alloc() || section.size == 0 || section.is_relocations {
         return Ok(Fate::Dropped);
     }
     let refused = |(prefix, _): &&(&str, &str)| *prefix == name || within(name, prefix);

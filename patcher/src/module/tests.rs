@@ -218,11 +218,11 @@ fn static_branches_follow_keys_that_cannot_change() {
     assert_eq!(error(&ko, &target), LinkError::Booting);
     // A key that may change, of the kernel and of the patch.
     let mut target = Table::new();
-    target.give("kernel_key", KERNEL + 0xa000);
+    target.give("kernel_key", KERNEL + 0xb000);
     target.exports.get_mut("kernel_key").unwrap().crc = None;
     target
         .symbols
-        .insert("kernel_key".into(), vec![KERNEL + 0xa000]);
+        .insert("kernel_key".into(), vec![KERNEL + 0xb000]);
     let refused = LinkError::StaticKey {
         function: "new_victim".into(),
         key: "kernel_key".into(),
@@ -526,7 +526,7 @@ fn relocations_are_checked() {
     };
     is(with((8, 9, "puts", 0)), "type 9");
     is(with((8, R32, "puts", 0)), "out of reach");
-    is(with((8, PC32, "puts", i64::from(i32::MAX))), "out of reach");
+    is(with((8, PC32, "puts", i64::from(i32::MIN))), "out of reach");
     is(with((13, PC32, "puts", 0)), "not empty");
     is(with((0, PC32, "puts", 0)), "not empty");
     is(with((8, PLT32, "__fentry__", -4)), "__fentry__");

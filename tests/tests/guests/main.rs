@@ -135,7 +135,8 @@ fn inside(name: &str, spec: &str) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{name}: {error:?}");
+            // One line of causes: a backtrace through the harness says nothing.
+            eprintln!("{name}: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -83,7 +83,7 @@ fn modules(bench: &Bench, generation: &str) -> Result<()> {
         }
         let status = outpatch.json(&["status"])?;
         ensure!(
-            status.as_array().is_some_and(Vec::is_empty),
+            status["patches"].as_array().is_some_and(Vec::is_empty),
             "a refused patch left something: {status}"
         );
         outpatch.refused(&["revert", "livepatch_sample"])?;
