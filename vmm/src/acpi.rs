@@ -29,7 +29,7 @@ const IAPC_NO_VGA: u16 = 1 << 2;
 
 /// The tables do not fit where they belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the ACPI tables do not fit below 1 MiB")]
+#[error("the ACPI tables do not fit in the 64 KiB that they have")]
 pub struct NoRoom;
 
 /// Writes the tables of a machine with `cpus` vCPUs, and says where the RSDP is.

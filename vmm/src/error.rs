@@ -15,7 +15,7 @@ use crate::vcpus::PauseError;
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// A number of vCPUs that no guest may have.
-    #[error("{0} vCPUs: a guest has 1 to {MAX_CPUS}")]
+    #[error("--cpus {0}: a guest has 1 to {MAX_CPUS} vCPUs")]
     Cpus(u32),
     /// A size of RAM that the host cannot map.
     #[error("cannot allocate {} MiB of guest memory: {why}", size >> 20)]
@@ -63,6 +63,9 @@ pub enum RunError {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] NoRoom),
+    /// The reset vector.
+    #[error("the reset vector: {0}")]
+    Firmware(#[from] vm_memory::GuestMemoryError),
     /// Threads, file descriptors, the terminal.
     #[error("{0}: {1}")]
     Host(&'static str, std::io::Error),

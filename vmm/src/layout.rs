@@ -21,7 +21,9 @@ pub const LOW_MEMORY_END: GuestAddress = GuestAddress(0x9_fc00);
 /// ACPI tables; the RSDP is the first, at the start of the area that a guest searches for it.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// End of the area for ACPI tables.
-pub const ACPI_END: GuestAddress = GuestAddress(0x10_0000);
+pub const ACPI_END: GuestAddress = GuestAddress(0xf_0000);
+/// Where a PC's processor starts after a reset, as real mode sees it.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// RAM from here on is the kernel's to use.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 /// RAM below 4 GiB ends here at the latest: the rest is for the interrupt controllers and devices.

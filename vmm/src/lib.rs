@@ -9,6 +9,7 @@ pub mod config;
 pub mod cpuid;
 pub mod devices;
 pub mod error;
+pub mod firmware;
 pub mod handle;
 pub mod kvm_run;
 pub mod layout;

@@ -22,6 +22,7 @@ use crate::devices::i8042::{self, I8042};
 use crate::devices::power::{self, Power};
 use crate::devices::serial::{self, Com1};
 use crate::error::RunError;
+use crate::firmware;
 use crate::handle::{Shared, VmHandle, VmState};
 use crate::msrs;
 use crate::output::Output;
@@ -73,6 +74,7 @@ where
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;
     let ram = vm.memory().ram();
     let rsdp = acpi::write_tables(ram, cpus)?;
+    firmware::write(ram)?;
     let entry = kernel.load(ram, config.initrd.as_deref(), &config.cmdline, rsdp)?;
     msrs::write_boot_tables(ram)?;
     for (vcpu, _) in &vcpus {

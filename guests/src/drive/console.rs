@@ -80,19 +80,23 @@ impl Console {
     /// When the console closes or `limit` passes first, with the console's last lines.
     pub fn wait_for(&mut self, marker: &str, limit: Duration) -> Result<String> {
         let deadline = Instant::now() + limit;
+        // Looked through already: output comes in small pieces, and a long one must not be searched from its start at each.
+        let mut searched = self.seen;
         let mut state = self
             .printed
             .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         loop {
-            let unseen = &state.bytes[self.seen..];
-            if let Some(at) = find(unseen, marker.as_bytes()) {
-                let end = at + marker.len();
-                let text = String::from_utf8_lossy(&unseen[..end]).into_owned();
-                self.seen += end;
+            if let Some(at) = find(&state.bytes[searched..], marker.as_bytes()) {
+                let end = searched + at + marker.len();
+                let text = String::from_utf8_lossy(&state.bytes[self.seen..end]).into_owned();
+                self.seen = end;
                 return Ok(text);
             }
+            searched = (state.bytes.len() + 1)
+                .saturating_sub(marker.len())
+                .max(searched);
             let left = deadline.saturating_duration_since(Instant::now());
             if state.closed || left.is_zero() {
                 let why = if state.closed { "closed" } else { "was silent" };

@@ -116,7 +116,7 @@ pub enum LinkError {
     Target(#[from] TargetError),
     /// Built for another kernel.
     #[error(
-        "the module is built for kernel `{module}`, the guest runs `{kernel}`{}: build it against the guest's kernel",
+        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: build it against the guest's kernel",
         .symbol.as_ref().map(|s| format!(" and disagrees about {s}")).unwrap_or_default()
     )]
     Vermagic {

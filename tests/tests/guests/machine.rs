@@ -91,18 +91,28 @@ fn pause_holds(bench: &Bench) -> Result<()> {
     })
 }
 
-/// Poweroff, reset, the operator's stop, Ctrl-A x and a panic's triple fault each end the process with its documented status.
+/// Poweroff, reset by each way that a guest may choose, Ctrl-A x, the operator's stop, a panic's reset and a triple fault each end
+/// the process with its documented status.
 fn ends(bench: &Bench) -> Result<()> {
     let limit = Duration::from_secs(30);
-    for (typed, status) in [("poweroff -f\n", 0), ("reboot -f\n", 0), ("\u{1}x", 0)] {
-        let mut guest = bench.boot("6.12", 2, "")?;
+    for (append, typed, status) in [
+        ("", "poweroff -f\n", 0),
+        ("", "reboot -f\n", 0),
+        ("reboot=k", "reboot -f\n", 0),
+        ("reboot=a", "reboot -f\n", 0),
+        ("", "\u{1}x", 0),
+        ("", "echo c > /proc/sysrq-trigger\n", 0),
+        // A guest that asks for its own triple fault ends as any triple fault does.
+        ("reboot=t", "reboot -f\n", 1),
+    ] {
+        let mut guest = bench.boot("6.12", 2, append)?;
         guest.console().type_in(typed)?;
         let end = guest
             .wait_end(limit)
-            .with_context(|| format!("typed {typed:?}"))?;
+            .with_context(|| format!("{append} typed {typed:?}"))?;
         ensure!(
             end.code() == Some(status),
-            "typed {typed:?}, the VMM ended with {end}"
+            "{append} typed {typed:?}, the VMM ended with {end}"
         );
         ensure!(
             !guest.socket().exists(),

@@ -26,7 +26,13 @@ pub fn apply(
         path: file.to_owned(),
         source,
     })?;
-    let begun: PatchStatus = connection.post("/patches", module)?;
+    let begun: PatchStatus =
+        connection
+            .post("/patches", module)
+            .map_err(|source| VerbError::Module {
+                path: file.to_owned(),
+                source,
+            })?;
     follow(
         connection,
         begun,

@@ -128,6 +128,14 @@ pub enum VerbError {
         /// Why.
         source: io::Error,
     },
+    /// The VMM does not take the file.
+    #[error("{}: {source}", path.display())]
+    Module {
+        /// Which.
+        path: PathBuf,
+        /// The VMM's words.
+        source: AskError,
+    },
     /// Standard output, or the event queue.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -151,7 +159,11 @@ impl From<WatchError> for VerbError {
 impl VerbError {
     fn exit_status(&self) -> u8 {
         match self {
-            VerbError::Ask(error) if error.is_unreachable() => UNREACHABLE,
+            VerbError::Ask(error) | VerbError::Module { source: error, .. }
+                if error.is_unreachable() =>
+            {
+                UNREACHABLE
+            }
             VerbError::TimedOut(_) => TIMED_OUT,
             _ => FAILED,
         }
