@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -458,6 +459,24 @@ static void nonblocking(int fd)
 	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
+/*
+ * QEMU's emulation of SVM writes to the word of pending interrupts at each entry and exit of a guest, with no lock against the
+ * thread that raises them: now and then an interrupt is forgotten until the next one comes. Where that was the timer's, no next
+ * one comes and the machine stands still. The PIT, which the kernel has done with by now, ticks by itself in periodic mode,
+ * whether anybody answers or not: each tick brings back what was forgotten. Nothing listens to the ticks themselves.
+ */
+static void tick(void)
+{
+	enum { DATA = 0x40, MODE = 0x43, PERIODIC = 0x34, DIVISOR = 1193182 / 100 };
+
+	if (ioperm(DATA, 4, 1))
+		fail("the PIT");
+	outb(PERIODIC, MODE);
+	outb(DIVISOR & 0xff, DATA);
+	outb(DIVISOR >> 8, DATA);
+	ioperm(DATA, 4, 0);
+}
+
 int main(void)
 {
 	struct spec spec = { 0 };
@@ -472,6 +491,7 @@ int main(void)
 	must_mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
 	must_mount("proc", "/proc", "proc", 0, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	tick();
 	load_modules();
 	open_port();
 	build_tree();

@@ -3,6 +3,8 @@
  * hammer N FILE [getpid|uname]: N processes that make one system call without a break and check every answer. It is either
  * the stock kernel's (the old) or the one of the patches in guests/patches (the new); anything else is counted as wrong.
  *
+ * With N = 0 it asks once, by itself, and prints which answer it got: old, new or wrong.
+ *
  * On SIGUSR1, and at the end (SIGTERM, SIGINT), FILE is replaced by a report: one line of totals, then one for each process.
  *   calls, old, new, wrong: answers of each sort
  *   to_new, to_old: how often a process's answers changed, that way or back
@@ -27,6 +29,7 @@
 #define NEW_SYSNAME "outpatch"
 
 enum answer { OLD, NEW, WRONG };
+static const char *const names[] = { "old", "new", "wrong" };
 
 struct counter {
 	pid_t pid;
@@ -119,10 +122,16 @@ static void write_report(void)
 
 		fprintf(out, "pid=%d old=%lu new=%lu wrong=%lu to_new=%lu to_old=%lu last=%s\n", c->pid, c->answers[OLD],
 			c->answers[NEW], c->answers[WRONG], c->to_new, c->to_old,
-			c->last == OLD ? "old" : c->last == NEW ? "new" : "wrong");
+			names[c->last]);
 	}
 	fclose(out);
 	rename(draft, file);
+}
+
+static int ask_once(enum answer (*ask)(pid_t))
+{
+	prctl(PR_SET_NAME, "hammering");
+	return puts(names[ask(syscall(SYS_gettid))]) < 0;
 }
 
 static void on_signal(int number)
@@ -147,8 +156,10 @@ int main(int argc, char **argv)
 	file = argv[2];
 	if (argc > 3 && !strcmp(argv[3], "uname"))
 		ask = ask_uname;
-	if (count < 1 || count > 10000)
+	if (count < 0 || count > 10000)
 		return 2;
+	if (count == 0)
+		return ask_once(ask);
 	counters = mmap(NULL, count * sizeof(*counters), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (counters == MAP_FAILED)
 		return 1;

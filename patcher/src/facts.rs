@@ -148,7 +148,10 @@ fn klp(kernel: &Kernel) -> Result<KlpFacts, PatchError> {
 fn poke(kernel: &Kernel) -> Result<PokeFacts, PatchError> {
     if let Ok(array) = kernel.symbols.address("text_poke_array") {
         return Ok(PokeFacts::Array {
-            entries: kernel.btf.field("text_poke_array.nr_entries")?.of(array),
+            entries: kernel
+                .btf
+                .field("smp_text_poke_array.nr_entries")?
+                .of(array),
             refs: kernel.symbols.address("text_poke_array_refs")?,
         });
     }

@@ -228,6 +228,8 @@ fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command 
             "none",
             "-no-reboot",
         ])
+        // A HPET would take the PIT's place: see `tick` in `guests/programs/bed-init.c`.
+        .args(["-machine", "pc,hpet=off"])
         .args(["-accel", "tcg,thread=multi,tb-size=512"])
         .args(["-cpu", CPU])
         .args(["-smp", &size.cpus.to_string(), "-m", &format!("{memory}M")])

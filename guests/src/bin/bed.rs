@@ -41,8 +41,8 @@ struct Options {
     /// A folder that may be written for real (can be given many times); all else is read-only or goes with the bed
     #[arg(long, value_name = "DIR")]
     writable: Vec<PathBuf>,
-    /// CPUs of a nested bed
-    #[arg(long, default_value_t = 2)]
+    /// CPUs of a nested bed; with more than one it may die under its guests
+    #[arg(long, default_value_t = 1)]
     cpus: u32,
     /// Memory of a nested bed, in MiB
     #[arg(long, default_value_t = 4096, value_name = "MIB")]

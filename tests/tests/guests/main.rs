@@ -28,6 +28,9 @@ use crate::bench::{Assets, Bench, Tally};
 /// How long one scenario may take.
 const SCENARIO_LIMIT: Duration = Duration::from_secs(600);
 
+/// Beds at once at the most: each takes 4 GiB of memory.
+const MOST_BEDS: usize = 4;
+
 /// What a scenario does, given its bench.
 type Body = Box<dyn Fn(&Bench) -> Result<()> + Send + Sync>;
 
@@ -73,8 +76,9 @@ fn main() -> ExitCode {
 /// On the host: one trial a scenario, and the count of guests at the end.
 fn outside() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // Two cores and time limits inside: scenarios go one by one unless the caller says otherwise.
-    arguments.test_threads.get_or_insert(1);
+    // A nested bed keeps one core busy; the time limits inside allow no more than one for each.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    arguments.test_threads.get_or_insert(cores.min(MOST_BEDS));
     let tally = Arc::new(Tally::default());
     let trials = scenarios()
         .into_iter()

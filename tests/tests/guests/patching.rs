@@ -31,12 +31,12 @@ pub const PATCHES: [Patch; 2] = [
         probe: "cat /proc/cmdline",
         sign: "this has been live patched",
     },
-    // The patch adds a million to every answer.
+    // It changes the answers of the program that knows of it.
     Patch {
         file: "getpid",
         name: "getpid",
-        probe: "sh -c 'echo $$' | sed 's/^1[0-9]\\{6\\}$/patched/'",
-        sign: "patched",
+        probe: "hammer 0 - getpid",
+        sign: "new",
     },
 ];
 
@@ -80,8 +80,8 @@ fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {
             let state = guest.sh("cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true")?;
             ensure!(state.contains("PTI") || state.contains("page tables isolation: enabled"), "PTI is not on: {state}");
         }
-        guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
         let log = guest.dmesg()?;
+        guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
         let started = Instant::now();
         for patch in &PATCHES {
             let file = stock.patch(patch.file)?;
@@ -99,7 +99,7 @@ fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {
         }
         let took = started.elapsed();
         println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}", 4 * ROUNDS);
-        guest.sh("killall -USR1 hammer; sleep 1")?;
+        guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
         let answers = guest.sh("cat /tmp/hammer")?;
         println!("{}", answers.lines().next().unwrap_or_default());
         ensure!(answers.contains(" wrong=0 "), "a system call answered wrongly: {answers}");
