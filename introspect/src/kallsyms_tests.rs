@@ -87,7 +87,7 @@ fn tables(layout: Layout) -> Vec<u8> {
     };
     let offsets = |out: &mut Vec<u8>| {
         align(out, label);
-        for (_, (gva, _)) in symbols.iter().enumerate() {
+        for (gva, _) in &symbols {
             let at = out.len();
             out.extend(offset(at, *gva).to_le_bytes());
         }

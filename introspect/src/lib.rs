@@ -2,6 +2,14 @@
 //!
 //! No KVM, no writes, no symbol file: the same calls work on a live guest and on a dump. Everything read is hostile input.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        reason = "tests cast numbers that they made themselves"
+    )
+)]
+
 pub mod addr;
 pub mod btf;
 mod btf_raw;

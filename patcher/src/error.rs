@@ -79,6 +79,10 @@ pub enum PatchError {
     #[error("patch {0} is already in the guest; revert it first")]
     AlreadyApplied(String),
 
+    /// The guest itself has loaded a module of this name, which would patch the same functions.
+    #[error("the guest itself has loaded module {0}; remove it there first")]
+    LoadedInGuest(String),
+
     /// A transition is running; there is one at a time.
     #[error("patch {0} is in transition; wait for it, or revert it")]
     InTransition(String),
@@ -130,6 +134,7 @@ impl PatchError {
             }
             PatchError::BadPatch(_) => ErrorKind::BadPatch,
             PatchError::AlreadyApplied(_)
+            | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)
             | PatchError::AlreadyPatched { .. }
             | PatchError::Site { .. } => ErrorKind::Conflict,

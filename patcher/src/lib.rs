@@ -2,6 +2,14 @@
 //!
 //! Reads the guest through `introspect`, changes it through the narrow [`Machine`] trait, and knows nothing of KVM.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        reason = "tests cast numbers that they made themselves"
+    )
+)]
+
 mod apply;
 mod cave;
 pub mod error;

@@ -244,9 +244,7 @@ impl Patcher {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
         let loaded = guest.loaded_modules(paused.memory())?;
         if loaded.contains(name) {
-            return Err(PatchError::AlreadyApplied(format!(
-                "{name} (loaded by the guest itself)"
-            )));
+            return Err(PatchError::LoadedInGuest(name.into()));
         }
         Ok(())
     }

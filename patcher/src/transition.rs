@@ -96,7 +96,7 @@ impl Transition {
     }
 
     /// Enters what a step found, once it is carried out.
-    pub fn enter<'t>(&mut self, tasks: &'t [Task], findings: Vec<Finding>) {
+    pub fn enter(&mut self, tasks: &[Task], findings: Vec<Finding>) {
         self.ledger
             .enter(self.began.elapsed(), tasks.iter().zip(findings));
     }

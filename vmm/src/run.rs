@@ -134,7 +134,7 @@ where
     }
     match verdict? {
         Verdict::Exit(kind) => Ok(kind),
-        Verdict::Died(ended) => Err(RunError::Died(Box::new(ended))),
+        Verdict::Died(ended) => Err(RunError::Died(ended)),
     }
 }
 
@@ -177,7 +177,7 @@ fn duplicate(stream: impl AsFd) -> Result<std::os::fd::OwnedFd, RunError> {
 #[derive(Debug)]
 enum Verdict {
     Exit(ExitKind),
-    Died(Ended),
+    Died(Box<Ended>),
 }
 
 /// The event loop, until there is a verdict.
@@ -223,7 +223,7 @@ impl MutEventSubscriber for Ends {
             self.reports.try_recv().ok().map(|ended| match ended.end {
                 End::PowerOff => Verdict::Exit(ExitKind::PowerOff),
                 End::Reset => Verdict::Exit(ExitKind::Reset),
-                _ => Verdict::Died(ended),
+                _ => Verdict::Died(Box::new(ended)),
             })
         } else if events.fd() == self.stop.as_raw_fd() {
             let _ = self.stop.read();

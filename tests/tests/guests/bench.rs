@@ -38,12 +38,18 @@ impl Assets {
 }
 
 /// The patches that every kernel with headers gets built.
-const PATCHES: [&str; 5] = [
+const PATCHES: [&str; 11] = [
     "livepatch-sample",
     "getpid",
+    "two-functions",
     "not-livepatch",
     "unknown-function",
     "unknown-symbol",
+    "wrong-sympos",
+    "callbacks",
+    "percpu",
+    "module-object",
+    "features",
 ];
 
 impl Assets {

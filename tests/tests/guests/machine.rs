@@ -56,6 +56,11 @@ fn console_and_cpus(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
     })
 }
 
+/// A guest that runs prints several lines in this time.
+const SILENCE: Duration = Duration::from_millis(200);
+/// How long what a paused guest has printed may take to arrive.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
 /// A paused guest does not run; pausing at any moment of its output loses none.
 fn pause_holds(bench: &Bench) -> Result<()> {
     bench.with(bench.boot("6.12", 2, "")?, |guest| {
@@ -66,15 +71,18 @@ fn pause_holds(bench: &Bench) -> Result<()> {
         )?;
         for _ in 0..20 {
             outpatch.ok(&["pause"])?;
-            let held = guest.console().text().len();
-            thread::sleep(Duration::from_millis(30));
-            // What was already in the pipe may still arrive; afterwards nothing may.
-            let settled = guest.console().text().len();
-            thread::sleep(Duration::from_millis(50));
-            ensure!(
-                guest.console().text().len() == settled,
-                "a paused guest printed (held at {held})"
-            );
+            // What was already on its way may still arrive; a guest that goes on would never fall silent.
+            let deadline = Instant::now() + SETTLE_LIMIT;
+            let mut held = guest.console().text().len();
+            loop {
+                thread::sleep(SILENCE);
+                let now = guest.console().text().len();
+                if now == held {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "a paused guest goes on printing");
+                held = now;
+            }
             outpatch.ok(&["resume"])?;
             thread::sleep(Duration::from_millis(20));
         }

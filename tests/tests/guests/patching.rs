@@ -57,6 +57,10 @@ impl Patch {
 pub fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for generation in ["6.1", "6.12"] {
+        all.push(Scenario::new(
+            format!("patching::together_{generation}"),
+            move |bench| together(bench, generation),
+        ));
         for cpus in [1, 2, 4] {
             for pti in [false, true] {
                 let name = format!(
@@ -70,6 +74,34 @@ pub fn scenarios() -> Vec<Scenario> {
         }
     }
     all
+}
+
+/// Two functions in one patch change together, and two patches beside each other come and go in any order.
+fn together(bench: &Bench, generation: &str) -> Result<()> {
+    let [sample, getpid] = &PATCHES;
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let stock = bench.stock(generation)?;
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        outpatch.ok(&["apply", stock.patch("two-functions")?])?;
+        ensure!(guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew", "not both are new");
+        // Functions that are patched already are refused with the name of who did it.
+        let line = outpatch.refused(&["apply", stock.patch(getpid.file)?])?;
+        ensure!(line.contains("two_functions"), "the refusal does not name the patch: {line}");
+        outpatch.ok(&["revert", "two_functions"])?;
+        sample.expect(guest, false)?;
+        getpid.expect(guest, false)?;
+        outpatch.ok(&["apply", stock.patch(sample.file)?])?;
+        outpatch.ok(&["apply", stock.patch(getpid.file)?])?;
+        sample.expect(guest, true)?;
+        getpid.expect(guest, true)?;
+        outpatch.ok(&["revert", sample.name])?;
+        sample.expect(guest, false)?;
+        getpid.expect(guest, true)?;
+        outpatch.ok(&["revert"])?;
+        getpid.expect(guest, false)?;
+        guest.expect_unharmed(&log)
+    })
 }
 
 fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {
@@ -98,7 +130,8 @@ fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {
             }
         }
         let took = started.elapsed();
-        println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}", 4 * ROUNDS);
+        let pauses = &outpatch.json(&["status"])?["vm"]["pauses"];
+        println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}, pauses {pauses}", 4 * ROUNDS);
         guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
         let answers = guest.sh("cat /tmp/hammer")?;
         println!("{}", answers.lines().next().unwrap_or_default());

@@ -68,6 +68,27 @@ fn modules(bench: &Bench, generation: &str) -> Result<()> {
                 "outpatch_no_such_export",
             ),
             (
+                "a function that is not there so often",
+                stock.patch("wrong-sympos")?,
+                "cmdline_proc_show",
+            ),
+            ("callbacks", stock.patch("callbacks")?, "callbacks"),
+            (
+                "per-CPU variables",
+                stock.patch("percpu")?,
+                "per-CPU variables",
+            ),
+            (
+                "a function of a module",
+                stock.patch("module-object")?,
+                "module",
+            ),
+            (
+                "code that accesses user memory",
+                stock.patch("features")?,
+                "__ex_table",
+            ),
+            (
                 "no such file",
                 "/nonexistent/patch.ko",
                 "/nonexistent/patch.ko",

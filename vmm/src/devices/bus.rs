@@ -22,10 +22,13 @@ pub trait Device: Send {
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect;
 }
 
+/// First address, number of addresses, and who answers there.
+type Range = (u64, u64, Arc<Mutex<dyn Device>>);
+
 /// Devices by address. What no device answers reads as all ones and ignores writes, as on a PC.
 #[derive(Default)]
 pub struct Bus {
-    ranges: Vec<(u64, u64, Arc<Mutex<dyn Device>>)>,
+    ranges: Vec<Range>,
 }
 
 impl std::fmt::Debug for Bus {

@@ -144,7 +144,7 @@ impl Time {
 /// Two decimal digits in a byte; what does not fit is cut to its last two digits.
 fn bcd(value: u64) -> u8 {
     let value = u8::try_from(value % 100).unwrap_or(0);
-    (value / 10) << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 #[cfg(test)]
