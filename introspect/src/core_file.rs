@@ -319,9 +319,7 @@ struct Found {
 
 impl Found {
     fn read(&mut self, align: u64, bytes: &[u8]) -> Result<(), CoreError> {
-        for note in
-            NoteIterator::<Header>::new(LE, align.into(), bytes).map_err(CoreError::Notes)?
-        {
+        for note in NoteIterator::<Header>::new(LE, align, bytes).map_err(CoreError::Notes)? {
             let note = note.map_err(CoreError::Notes)?;
             let is = |name: &str| note.name() == name.as_bytes();
             if is(core_notes::OUTPATCH) {

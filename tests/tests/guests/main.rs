@@ -5,6 +5,7 @@
 //! fails its scenario.
 
 mod bench;
+mod dumps;
 mod generations;
 mod insmod;
 mod machine;
@@ -56,6 +57,7 @@ fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
+    all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
