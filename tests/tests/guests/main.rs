@@ -5,6 +5,7 @@
 //! fails its scenario.
 
 mod bench;
+mod blocked;
 mod generations;
 mod insmod;
 mod machine;
@@ -59,6 +60,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
+    all.extend(blocked::scenarios());
     all.extend(patching::scenarios());
     all
 }
