@@ -374,7 +374,10 @@ fn what_cannot_be_is_one_line_and_a_status() {
     let bench = Bench::new();
     let junk = bench.module("junk");
     let line = refused(&bench.run(&["apply", &junk]), 1);
-    assert_eq!(line, "outpatch: this is no ELF file; build one\n");
+    assert_eq!(
+        line,
+        format!("outpatch: {junk}: this is no ELF file; build one\n")
+    );
     let line = refused(&bench.run(&["apply", "/nowhere/x.ko"]), 1);
     assert!(line.contains("/nowhere/x.ko"), "{line}");
     refused(&bench.run(&["apply", "/"]), 1);
