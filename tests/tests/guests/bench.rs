@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use guests::{
-    drive::{Guest, GuestSpec},
+    drive::{Guest, GuestSpec, MEMORY_MIB},
     kernels::Generation,
     stock::{Stock, build_outpatch},
 };
@@ -170,6 +170,7 @@ impl Bench {
             kernel: stock.bzimage.clone(),
             initrd: stock.initrd.clone(),
             cpus,
+            memory_mib: MEMORY_MIB,
             append: append.to_owned(),
         };
         let first = self.try_boot(&spec);
