@@ -1,0 +1,55 @@
+"""Times drgn on a core: prints JSON with seconds for listing all tasks and for the stacks of a sample of them."""
+
+import json
+import sys
+import time
+
+import drgn
+from drgn.helpers.linux.pid import for_each_task
+
+vmlinux, core, sample = sys.argv[1], sys.argv[2], int(sys.argv[3])
+prog = drgn.Program()
+prog.set_core_dump(core)
+prog.load_debug_info([vmlinux])
+
+RUNS = 5
+
+
+def median(times):
+    return sorted(times)[len(times) // 2]
+
+
+def listing():
+    start = time.perf_counter()
+    found = [(task.pid.value_(), task.comm.string_()) for task in for_each_task(prog)]
+    return time.perf_counter() - start, len(found)
+
+
+listings = [listing() for _ in range(RUNS)]
+# Running tasks have no saved frame, and their registers may be in no note that drgn reads.
+asleep = [task for task in for_each_task(prog) if not task.on_cpu.value_()]
+chosen = asleep[:: max(1, len(asleep) // sample)][:sample]
+# The unwind data are read at the first stack.
+for task in chosen[:20]:
+    len(prog.stack_trace(task))
+
+
+def unwinding():
+    start = time.perf_counter()
+    frames = sum(len(prog.stack_trace(task)) for task in chosen)
+    return time.perf_counter() - start, frames
+
+
+stacks = [unwinding() for _ in range(RUNS)]
+print(
+    json.dumps(
+        {
+            "version": getattr(drgn, "__version__", "of unknown version"),
+            "tasks": listings[0][1],
+            "list": median([time for time, _ in listings]),
+            "stacks": len(chosen),
+            "frames": stacks[0][1],
+            "unwind": median([time for time, _ in stacks]),
+        }
+    )
+)
