@@ -20,8 +20,8 @@ use crate::vcpu::VcpuRegs;
 
 /// The image is read so much at a time.
 const CHUNK: usize = 2 << 20;
-/// Behind the token table come at most so many bytes of other kallsyms tables.
-const TABLES: usize = 16 << 20;
+/// Behind the token table come so many bytes of other kallsyms tables: what a stock kernel has with room, then the most that can be.
+const TABLES: [usize; 2] = [2 << 20, 16 << 20];
 /// It has a page (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
 const MAX_VMCOREINFO: usize = 64 << 10;
 /// The largest BTF of a stock kernel has 7 MiB.
@@ -268,6 +268,8 @@ fn symbols(phys: &dyn PhysMemory, candidate: Candidate) -> Result<Symbols, Kalls
     let mut bytes = Vec::new();
     let mut searched = 0;
     let mut tokens = None;
+    let mut tables = TABLES.iter();
+    let mut enough = tables.next();
     for at in (0..candidate.end.since(start)).step_by(CHUNK) {
         let len = bytes.len();
         bytes.resize(len + CHUNK, 0);
@@ -280,7 +282,9 @@ fn symbols(phys: &dyn PhysMemory, candidate: Candidate) -> Result<Symbols, Kalls
         }
         tokens = tokens.or_else(|| kallsyms::digits(&bytes, searched));
         searched = bytes.len().saturating_sub(64);
-        if tokens.is_some_and(|tokens| bytes.len() >= tokens + TABLES) {
+        if let (Some(tokens), Some(tables_len)) = (tokens, enough)
+            && bytes.len() >= tokens + tables_len
+        {
             let window = Window {
                 start,
                 bytes: &bytes,
@@ -288,7 +292,7 @@ fn symbols(phys: &dyn PhysMemory, candidate: Candidate) -> Result<Symbols, Kalls
             if let Ok(symbols) = kallsyms::parse(window, image) {
                 return Ok(symbols);
             }
-            tokens = Some(usize::MAX - TABLES); // digits, but not these: read all
+            enough = tables.next(); // longer tables, or digits, but not these: read more, and then all
         }
     }
     let window = Window {
