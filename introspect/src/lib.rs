@@ -29,6 +29,7 @@ pub mod orc_table;
 pub mod paging;
 pub mod percpu;
 pub mod reader;
+mod record;
 pub mod stack;
 pub mod stacks;
 pub mod stacks_code;
