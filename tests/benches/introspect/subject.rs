@@ -125,7 +125,9 @@ pub fn stacks(
 pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
     // Of ten, one waits for a process and one for a thread (guests/programs/sleeper.c), all named for how they sleep.
     let expected = usize::try_from(sleepers / 10 * 12)?;
-    let asleep = all.iter().filter(|(task, _)| task.comm.starts_with("sleep-"));
+    let asleep = all
+        .iter()
+        .filter(|(task, _)| task.comm.starts_with("sleep-"));
     let mut found = 0;
     for (task, stack) in asleep {
         let Task { pid, comm, .. } = task;
