@@ -14,6 +14,7 @@ use guests::{cache::Cache, drgn::Drgn, kernels::Generation};
 use introspect::{Stack, Task, Verdict};
 
 use super::{
+    crash,
     oracle::{Oracle, Told},
     ours::Ours,
 };
@@ -50,13 +51,19 @@ pub fn judge(
     let drgn = Drgn::fetch(&Cache::open()?)?;
     let mut oracle = Oracle::start(&drgn, vmlinux)?;
     let mut counts = Counts::default();
+    let mut asked_crash = false;
     loop {
         let last = ended.load(Ordering::Acquire);
         let mut waiting = finished_cores(cores)?;
         waiting.sort_unstable();
         for core in &waiting {
-            compare(core, &mut oracle, &mut counts)
-                .with_context(|| format!("{generation}: pause {}", counts.pauses))?;
+            let compared = compare(core, &mut oracle, &mut counts);
+            let ours =
+                compared.with_context(|| format!("{generation}: pause {}", counts.pauses))?;
+            if let (Some(ours), false) = (ours, asked_crash) {
+                crash::opens(generation, vmlinux, core, &ours)?;
+                asked_crash = true;
+            }
             fs::remove_file(core)?;
         }
         if last && waiting.is_empty() {
@@ -76,13 +83,14 @@ fn finished_cores(folder: &Path) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<()> {
+/// One core; what introspect says of it, if no lock was held.
+fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Option<Ours>> {
     counts.pauses += 1;
     let ours = match Ours::read(core)? {
         Ok(ours) => ours,
         Err(lock) => {
             *counts.busy.entry(lock).or_default() += 1;
-            return Ok(());
+            return Ok(None);
         }
     };
     let told = oracle.tasks(core)?;
@@ -109,7 +117,7 @@ fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<()> 
     if counts.differences.len() > before {
         keep(core)?;
     }
-    Ok(())
+    Ok(Some(ours))
 }
 
 /// Keeps a core that shows a difference where `OUTPATCH_KEEP_CORES` says.

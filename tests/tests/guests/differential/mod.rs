@@ -4,6 +4,7 @@
 //! The guest runs in the bed and is dumped there; the cores are judged on the host, where nothing is emulated. A plain run compares
 //! a few pauses of one generation; `OUTPATCH_DIFFERENTIAL=PAUSES` asks for that many of every generation.
 
+mod crash;
 mod judge;
 mod oracle;
 mod ours;

@@ -11,7 +11,7 @@ import sys
 
 import drgn
 from drgn.helpers.linux.cpumask import for_each_online_cpu, for_each_possible_cpu
-from drgn.helpers.linux.percpu import per_cpu_ptr
+from drgn.helpers.linux.percpu import per_cpu, per_cpu_ptr
 from drgn.helpers.linux.pid import for_each_task
 from drgn.helpers.linux.sched import cpu_curr
 
@@ -24,6 +24,17 @@ def idle_tasks(prog):
         idle = per_cpu_ptr(prog["idle_threads"].address_of_(), cpu)[0]
         if idle:
             yield idle
+
+
+def current_tasks(prog):
+    """By the run queue and by the CPU itself: they differ while the CPU is being switched."""
+    for cpu in for_each_online_cpu(prog):
+        yield cpu_curr(prog, cpu)
+        try:
+            current = per_cpu(prog["pcpu_hot"], cpu).current_task
+        except KeyError:
+            current = per_cpu(prog["current_task"], cpu)
+        yield current.read_()
 
 
 def kernel_frames(prog, task):
@@ -62,7 +73,7 @@ def tasks(core, vmlinux):
     for listed, group in (
         (True, for_each_task(prog)),
         (True, idle_tasks(prog)),
-        (False, (cpu_curr(prog, cpu) for cpu in for_each_online_cpu(prog))),
+        (False, current_tasks(prog)),
     ):
         for task in group:
             if task.value_() not in described:
