@@ -32,15 +32,28 @@ impl Stock {
     /// When a package cannot be had or a patch cannot be built.
     pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
         let cache = Cache::open()?;
-        let kernel = Kernel::fetch(&cache, generation)?;
+        Stock::of(&cache, Kernel::fetch(&cache, generation)?, patches)
+    }
+
+    /// The newest kernel of a generation of which there is debugging information, without patches, and its `vmlinux`.
+    ///
+    /// # Errors
+    /// When a package cannot be had.
+    pub fn prepare_debug(generation: Generation) -> Result<(Stock, PathBuf)> {
+        let cache = Cache::open()?;
+        let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
+        Ok((Stock::of(&cache, kernel, &[])?, vmlinux))
+    }
+
+    fn of(cache: &Cache, kernel: Kernel, patches: &[&str]) -> Result<Stock> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
         for name in patches {
-            let module = patches::build(&cache, &kernel, name)?;
+            let module = patches::build(cache, &kernel, name)?;
             initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
             built.insert((*name).to_owned(), module);
         }
-        let initrd = initramfs.build(&cache)?;
+        let initrd = initramfs.build(cache)?;
         Ok(Stock {
             release: kernel.release,
             bzimage: kernel.bzimage,

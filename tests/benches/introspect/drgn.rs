@@ -7,17 +7,16 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use guests::{cache::Cache, drgn::Drgn, stock::Stock};
 use serde::Deserialize;
 
 use crate::{
-    cores::Core,
+    cores::{Core, GENERATION},
     report::{Figures, count},
 };
 
-/// The Python that has drgn, where that is not `python3`.
-const PYTHON: &str = "OUTPATCH_PYTHON";
-/// The kernel's vmlinux with DWARF, where it is not where Debian's `-dbg` package has it.
-const VMLINUX: &str = "OUTPATCH_VMLINUX";
+/// When it is set, drgn and the kernel's debugging information are fetched into the cache.
+const FETCH: &str = "OUTPATCH_DRGN";
 const SCRIPT: &str = include_str!("drgn.py");
 /// drgn takes milliseconds for each stack: as many as this are enough.
 const SAMPLE: usize = 200;
@@ -38,34 +37,41 @@ struct Times {
 /// # Errors
 /// When drgn is there and fails.
 pub fn beside(core: &Core, release: &str, ours: &Figures) -> Result<()> {
-    let python = env::var_os(PYTHON).unwrap_or_else(|| "python3".into());
-    let mut import = Command::new(&python);
-    import.args(["-c", "import drgn"]).stderr(Stdio::null());
-    if !import.status().is_ok_and(|status| status.success()) {
+    let Some((python, vmlinux)) = find(release)? else {
         println!(
-            "\ndrgn is not installed: `pip install drgn` in a virtual environment, and {PYTHON}=…/bin/python3, for the ratio to it"
+            "\nno drgn beside it: python3 cannot import drgn, or there is no /usr/lib/debug/boot/vmlinux-{release}; {FETCH}=1 fetches both into the cache"
         );
         return Ok(());
-    }
-    let vmlinux = env::var_os(VMLINUX).map_or_else(
-        || PathBuf::from(format!("/usr/lib/debug/boot/vmlinux-{release}")),
-        PathBuf::from,
-    );
-    if !vmlinux.is_file() {
-        println!(
-            "\ndrgn needs {}: it is in Debian's linux-image-{release}-dbg; unpack it anywhere and set {VMLINUX}",
-            vmlinux.display()
-        );
-        return Ok(());
-    }
-    let theirs = run(&python, &vmlinux, core)?;
+    };
+    let theirs = run(python, &vmlinux, core)?;
     print(&theirs, ours);
     Ok(())
 }
 
-fn run(python: &std::ffi::OsStr, vmlinux: &Path, core: &Core) -> Result<Times> {
-    let output = Command::new(python)
-        .args(["-c", SCRIPT])
+/// A Python that has drgn, with the script as its last argument so far, and the kernel's vmlinux.
+fn find(release: &str) -> Result<Option<(Command, PathBuf)>> {
+    if env::var_os(FETCH).is_some() {
+        let (stock, vmlinux) = Stock::prepare_debug(GENERATION)?;
+        ensure!(
+            stock.release == release,
+            "the cores are of Linux {release}, and debugging information is for {}",
+            stock.release
+        );
+        let mut python = Drgn::fetch(&Cache::open()?)?.command(Path::new("-c"));
+        python.arg(SCRIPT);
+        return Ok(Some((python, vmlinux)));
+    }
+    let mut import = Command::new("python3");
+    import.args(["-c", "import drgn"]).stderr(Stdio::null());
+    let vmlinux = PathBuf::from(format!("/usr/lib/debug/boot/vmlinux-{release}"));
+    let found = vmlinux.is_file() && import.status().is_ok_and(|status| status.success());
+    let mut python = Command::new("python3");
+    python.args(["-c", SCRIPT]);
+    Ok(found.then_some((python, vmlinux)))
+}
+
+fn run(mut python: Command, vmlinux: &Path, core: &Core) -> Result<Times> {
+    let output = python
         .args([vmlinux, &core.path])
         .arg(SAMPLE.to_string())
         .stdin(Stdio::null())
