@@ -62,7 +62,9 @@ struct Plan {
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
     let stock = Stock::prepare(GENERATION, &[])?;
-    let sleeper = programs::IN_GUEST.iter().find(|source| source.name == "sleeper");
+    let sleeper = programs::IN_GUEST
+        .iter()
+        .find(|source| source.name == "sleeper");
     let sleeper = sleeper.context("no sleeper among the guest's programs")?;
     let mark = fingerprint([sleeper.text.as_bytes(), EDITION.as_bytes()]);
     let place = cache.root().join(format!("cores/{}-{mark}", stock.release));

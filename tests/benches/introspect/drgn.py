@@ -28,7 +28,8 @@ def listing():
 listings = [listing() for _ in range(RUNS)]
 # Running tasks have no saved frame, and their registers may be in no note that drgn reads.
 asleep = [task for task in for_each_task(prog) if not task.on_cpu.value_()]
-chosen = asleep[:: max(1, len(asleep) // sample)][:sample]
+# An odd step: the ways to sleep come in turn, and all are to be among them.
+chosen = asleep[:: max(1, len(asleep) // sample) | 1][:sample]
 # The unwind data are read at the first stack. Some stacks drgn follows through user mode, for a thousand frames of nothing:
 # those are left out.
 LONGEST = 64
