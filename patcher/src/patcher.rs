@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::{Kernel, Task, VcpuRegs};
+use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use crate::apply;
 use crate::error::PatchError;
@@ -108,6 +108,29 @@ impl Patcher {
             let name = |task| names.stack(task, look.stack(task));
             Ok(look.tasks.iter().map(name).collect())
         })
+    }
+
+    /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn symbols<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Vec<ListedSymbol>, PatchError> {
+        self.guest(machine)?;
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
+        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
+        paused.resume()?;
+        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
+        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
+            gva: symbol.gva,
+            letter: symbol.letter,
+            name: symbol.name.to_owned(),
+            module: None,
+        });
+        Ok(core.chain(behind).collect())
     }
 
     /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use introspect::TaskKind;
 use patcher::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
-use vmm::api::wire::{Dump, StackFrame, Task, TaskStack, Vm, VmState};
+use vmm::api::wire::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, ControlSocket, Kind, Limits, Problem, Server};
 
 /// A guest of two tasks. `init` switches at once; `stuck` only when a module that is called so has not been applied.
@@ -29,6 +29,15 @@ fn task(pid: i32, comm: &str) -> Task {
         cpu: Some(0),
         patch_state: Some(-1),
         comm: comm.to_owned(),
+    }
+}
+
+fn symbol(address: &str, letter: char, name: &str, module: Option<&str>) -> Symbol {
+    Symbol {
+        address: format!("0x{address}"),
+        letter,
+        name: name.to_owned(),
+        module: module.map(str::to_owned),
     }
 }
 
@@ -74,6 +83,13 @@ impl Control for MadeUp {
 
     fn tasks(&mut self) -> Result<Vec<Task>, Problem> {
         Ok(vec![task(1, "init"), task(77, "evil\x1b[2J")])
+    }
+
+    fn symbols(&mut self) -> Result<Vec<Symbol>, Problem> {
+        Ok(vec![
+            symbol("ffffffff81000000", 'T', "_text", None),
+            symbol("ffffffffc0000000", 't', "init", Some("dummy")),
+        ])
     }
 
     fn stack(&mut self, pid: i32) -> Result<TaskStack, Problem> {

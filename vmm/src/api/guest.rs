@@ -96,6 +96,14 @@ impl Control for Guest {
         Ok(stack.into())
     }
 
+    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
+        let symbols = self
+            .patcher
+            .symbols(&mut self.machine)
+            .map_err(|error| problem(&error))?;
+        Ok(symbols.into_iter().map(wire::Symbol::from).collect())
+    }
+
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
         let mut dump = NewDump::create(path).map_err(|error| dump_problem(&error))?;
         let (written, paused) = self

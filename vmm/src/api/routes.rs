@@ -59,6 +59,7 @@ pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::DELETE, path: "/vm", handler: |m| on(m, stop_vm) },
     Route { method: Method::GET, path: "/tasks", handler: |m| on(m, tasks) },
     Route { method: Method::GET, path: "/tasks/{pid}/stack", handler: |m| on(m, stack) },
+    Route { method: Method::GET, path: "/symbols", handler: |m| on(m, symbols) },
     Route { method: Method::POST, path: "/dumps", handler: |m| on(m, dump) },
     Route { method: Method::GET, path: "/patches", handler: |m| on(m, patches) },
     Route { method: Method::POST, path: "/patches", handler: |m| on(m, apply) },
@@ -130,6 +131,10 @@ async fn stack(
         )
     })?;
     Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
+}
+
+async fn symbols(State(app): State<App>) -> Result<Json<Vec<wire::Symbol>>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.symbols()).await??))
 }
 
 async fn dump(State(app): State<App>, body: Body) -> Result<impl IntoResponse, Problem> {
@@ -217,7 +222,7 @@ async fn no_route() -> Problem {
     Problem::new(
         Kind::NotFound,
         "no such resource",
-        "the resources are /version, /vm, /tasks, /dumps, /patches and /metrics",
+        "the resources are /version, /vm, /tasks, /symbols, /dumps, /patches and /metrics",
     )
 }
 

@@ -130,6 +130,15 @@ impl Control for FakeGuest {
         })
     }
 
+    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
+        Ok(vec![wire::Symbol {
+            address: "0xffffffff81000000".into(),
+            letter: 'T',
+            name: "_text".into(),
+            module: None,
+        }])
+    }
+
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
         self.note(format!("dump {}", path.display()));
         Ok(wire::Dump {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
-use vmm::api::wire::{Task, TaskStack};
+use vmm::api::wire::{Symbol, Task, TaskStack};
 
 use super::connection::Connection;
 use super::core::CoreGuest;
@@ -78,6 +78,14 @@ impl Guest {
         match self {
             Guest::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
             Guest::Core(core) => core.stack(pid),
+        }
+    }
+
+    /// Its symbols.
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+        match self {
+            Guest::Live(connection) => Ok(connection.get("/symbols")?),
+            Guest::Core(core) => core.symbols(),
         }
     }
 }

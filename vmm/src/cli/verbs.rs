@@ -10,7 +10,6 @@ use introspect::CoreError;
 use patcher::PatchError;
 
 use super::connection::{AskError, Connection};
-use super::core::CoreGuest;
 use super::screen::Screen;
 use super::source::Source;
 use super::transition::WatchError;
@@ -58,15 +57,11 @@ pub enum Verb {
         #[command(flatten)]
         source: Source,
     },
-    /// List the symbols of the kernel in a core file and of its modules, as /proc/kallsyms would.
+    /// List the symbols of the guest's kernel and modules, as its /proc/kallsyms does.
     #[command(after_help = EXIT_STATUSES)]
     Symbols {
-        /// The core file.
-        #[arg(long, value_name = "FILE")]
-        core: PathBuf,
-        /// Print JSON instead of text.
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        source: Source,
     },
     /// Write a core file of the guest, which stands still meanwhile: for crash, drgn, and the verbs that take --core.
     #[command(after_help = EXIT_STATUSES)]
@@ -229,7 +224,7 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
         Verb::Stack { pid, all, source } => {
             look::stack(&mut source.open()?, pid, all, source.json(), screen)
         }
-        Verb::Symbols { core, json } => look::symbols(&mut CoreGuest::open(&core)?, json, screen),
+        Verb::Symbols { source } => look::symbols(&mut source.open()?, source.json(), screen),
         Verb::Dump { file, target } => dump::dump(&target.connect()?, &file, target.json, screen),
         Verb::Apply {
             file,
