@@ -13,6 +13,7 @@ mod machine;
 mod patching;
 mod refusals;
 mod stacks;
+mod symbols;
 
 use std::{
     env,
@@ -58,6 +59,7 @@ fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
+    all.extend(symbols::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
