@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
-    /// By generation: "5.10", "6.1", "6.12", "7.3".
+    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3".
     pub stock: BTreeMap<String, Stock>,
 }
 
@@ -56,18 +56,10 @@ const PATCHES: [&str; 12] = [
 /// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
 const MODULES: [&str; 3] = ["dummy", "nf_conntrack", "nfsd"];
 
-/// The generations that a plain run boots, in the cloud flavour. The rest of the matrix is asked for: see [`crate::flavours`].
-const GENERATIONS: [Generation; 4] = [
-    Generation::V5_10,
-    Generation::V6_1,
-    Generation::V6_12,
-    Generation::V7_3,
-];
-
 impl Assets {
     fn make() -> Result<Assets> {
         let mut stock = BTreeMap::new();
-        for generation in GENERATIONS {
+        for generation in Generation::ALL {
             // Headers that this host's compiler can use exist for these two.
             let patches: &[&str] = match generation {
                 Generation::V6_1 | Generation::V6_12 => &PATCHES,
