@@ -6,16 +6,17 @@ use std::time::Duration;
 use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use crate::apply;
+use crate::check::Trial;
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::look::Look;
 use crate::machine::Machine;
-use crate::module;
+use crate::module::{self, LivepatchModule};
 use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{PatchPhase, PatchStatus, PauseReport};
+use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::{Direction, Scene, Step, Transition};
 use crate::view::TaskStack;
 
@@ -183,20 +184,14 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<String, PatchError> {
-        self.no_transition()?;
-        let module = module::parse(file)?;
+        let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
-        if self.patches.iter().any(|patch| patch.name() == name) {
-            return Err(PatchError::AlreadyApplied(name));
-        }
-        self.guest(machine)?.facts()?;
-        self.not_loaded(machine, &name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let patch = apply::prepare(machine, guest, &mut self.places, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let begun = self
-            .ready(machine)
+            .ready(machine, at)
             .and_then(|()| self.begin(machine, at, Direction::Apply));
         if let Err(error) = begun {
             // Where the undo failed the guest may still lead there.
@@ -209,6 +204,36 @@ impl Patcher {
             self.reverted = None;
         }
         Ok(name)
+    }
+
+    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    ///
+    /// # Errors
+    /// [`PatchError`], that of `apply`.
+    pub fn check<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<CheckReport, PatchError> {
+        let module = self.welcome(machine, file)?;
+        let Patcher {
+            guest,
+            places,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let mut meter = PauseReport::default();
+        let found = patiently(|| {
+            let paused = Paused::begin(machine, &mut meter)?;
+            trial.step(guest, paused.memory(), &paused.vcpus)
+        });
+        trial.forget(guest);
+        pauses.merge(&meter);
+        let (tasks, step) = found?;
+        Ok(trial.report(&tasks, step, meter))
     }
 
     /// Begins to revert the applied patch `name`, or turns its running transition round.
@@ -269,6 +294,23 @@ impl Patcher {
         self.pauses
     }
 
+    /// The module in `file`, when nothing is in its way before its contents are looked at.
+    fn welcome<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<LivepatchModule, PatchError> {
+        self.no_transition()?;
+        let module = module::parse(file)?;
+        let name = module.name();
+        if self.patches.iter().any(|patch| patch.name() == name) {
+            return Err(PatchError::AlreadyApplied(name.into()));
+        }
+        self.guest(machine)?.facts()?;
+        self.not_loaded(machine, name)?;
+        Ok(module)
+    }
+
     fn no_transition(&self) -> Result<(), PatchError> {
         match self.patches.iter().find(|p| p.transition.is_some()) {
             None => Ok(()),
@@ -292,9 +334,11 @@ impl Patcher {
         Ok(())
     }
 
-    /// What a transition needs in hidden memory is there.
-    fn ready<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+    /// What the patch and a transition need in hidden memory is there.
+    fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        apply::fill(machine, &guest.kernel, &self.places, patch)?;
         self.places
             .dummy(machine, &guest.kernel, guest.facts()?)
             .map(drop)

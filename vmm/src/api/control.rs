@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::PatchStatus;
+use patcher::{CheckReport, PatchStatus};
 use tokio::sync::oneshot;
 
 use super::problem::{Kind, Problem};
@@ -39,6 +39,8 @@ pub trait Control: Send + 'static {
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem>;
     /// All patches, in the order they were applied in.
     fn patches(&mut self) -> Vec<PatchStatus>;
+    /// What applying a livepatch module would come to.
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem>;
     /// Begins to apply a livepatch module, and says its name.
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem>;
     /// Begins to revert a patch.

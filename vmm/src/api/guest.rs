@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use patcher::{ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
+use patcher::{CheckReport, ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
 
 use super::control::Control;
 use super::problem::{Kind, Problem};
@@ -125,6 +125,12 @@ impl Control for Guest {
 
     fn patches(&mut self) -> Vec<PatchStatus> {
         self.patcher.status()
+    }
+
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem> {
+        self.patcher
+            .check(&mut self.machine, module)
+            .map_err(|error| problem(&error))
     }
 
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {

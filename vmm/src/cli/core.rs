@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use introspect::{CoreFile, VcpuRegs};
-use patcher::{Machine, MachineError, PatchError, Patcher};
+use patcher::{CheckReport, Machine, MachineError, PatchError, Patcher};
 use vm_memory::GuestAddress;
 use vmm::api::wire::{Symbol, Task, TaskStack};
 
@@ -47,6 +47,16 @@ impl CoreGuest {
     pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
         let stack = self.patcher.stack(&mut self.machine, pid);
         Ok(stack.map_err(|error| self.failed(error))?.into())
+    }
+
+    /// What applying a module, read from `file`, would come to.
+    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
+        let report = self.patcher.check(&mut self.machine, module);
+        report.map_err(|source| VerbError::NotForCore {
+            file: file.to_owned(),
+            core: self.path.clone(),
+            source,
+        })
     }
 
     /// All symbols.

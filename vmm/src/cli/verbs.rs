@@ -13,7 +13,7 @@ use super::connection::{AskError, Connection};
 use super::screen::Screen;
 use super::source::Source;
 use super::transition::WatchError;
-use super::{dump, look, patches, power};
+use super::{check, dump, look, patches, power};
 
 /// Which VMM, and how to print.
 #[derive(Debug, Args)]
@@ -60,6 +60,14 @@ pub enum Verb {
     /// List the symbols of the guest's kernel and modules, as its /proc/kallsyms does.
     #[command(after_help = EXIT_STATUSES)]
     Symbols {
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Say what applying a livepatch module would come to, and who is in its way now; nothing is changed.
+    #[command(after_help = EXIT_STATUSES)]
+    Check {
+        /// The module: the .ko that insmod would take.
+        file: PathBuf,
         #[command(flatten)]
         source: Source,
     },
@@ -161,6 +169,16 @@ pub enum VerbError {
         /// Why.
         source: PatchError,
     },
+    /// The guest in the core file would not take the module.
+    #[error("{} in {}: {source}", file.display(), core.display())]
+    NotForCore {
+        /// The module.
+        file: PathBuf,
+        /// The core.
+        core: PathBuf,
+        /// Why.
+        source: PatchError,
+    },
     /// The VMM does not take the file.
     #[error("{}: {source}", path.display())]
     Module {
@@ -225,6 +243,9 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
             look::stack(&mut source.open()?, pid, all, source.json(), screen)
         }
         Verb::Symbols { source } => look::symbols(&mut source.open()?, source.json(), screen),
+        Verb::Check { file, source } => {
+            check::check(&mut source.open()?, &file, source.json(), screen)
+        }
         Verb::Dump { file, target } => dump::dump(&target.connect()?, &file, target.json, screen),
         Verb::Apply {
             file,
