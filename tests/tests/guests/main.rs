@@ -6,6 +6,7 @@
 
 mod bench;
 mod blocked;
+mod check;
 mod dumps;
 mod generations;
 mod insmod;
@@ -65,6 +66,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
+    all.extend(check::scenarios());
     all.extend(patching::scenarios());
     all
 }
