@@ -84,10 +84,16 @@ fn together(bench: &Bench, generation: &str) -> Result<()> {
         let outpatch = guest.outpatch().clone();
         let log = guest.dmesg()?;
         outpatch.ok(&["apply", stock.patch("two-functions")?])?;
-        ensure!(guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew", "not both are new");
+        ensure!(
+            guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
+            "not both are new"
+        );
         // Functions that are patched already are refused with the name of who did it.
         let line = outpatch.refused(&["apply", stock.patch(getpid.file)?])?;
-        ensure!(line.contains("two_functions"), "the refusal does not name the patch: {line}");
+        ensure!(
+            line.contains("two_functions"),
+            "the refusal does not name the patch: {line}"
+        );
         outpatch.ok(&["revert", "two_functions"])?;
         sample.expect(guest, false)?;
         getpid.expect(guest, false)?;
