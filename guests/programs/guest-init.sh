@@ -23,4 +23,10 @@ fi
 echo "outpatch guest ready"
 while :; do
 	PS1='guest# ' setsid cttyhack sh
+	# A shell that was not asked to end has a reason, and the kernel may have logged it.
+	ended=$?
+	if [ $ended != 0 ]; then
+		echo "the shell on the console ended: $ended"
+		dmesg | tail -n 20
+	fi
 done

@@ -97,7 +97,8 @@ static void *thread_sleeps(void *unused)
 {
 	(void)unused;
 	prctl(PR_SET_NAME, "sleep-thread");
-	pause();
+	for (;;)
+		pause();
 	return NULL;
 }
 

@@ -69,13 +69,14 @@ macro_rules! patch_sources {
 }
 
 /// Our patches: name and source.
-const OURS: [(&str, &str); 12] = patch_sources![
+const OURS: [(&str, &str); 13] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
     "getpid",
     "module-object",
     "not-livepatch",
+    "pause",
     "percpu",
     "two-functions",
     "uname",

@@ -174,4 +174,52 @@ mod tests {
             .collect();
         assert_eq!(candidates(&ram, &vcpus).len(), MAX_CANDIDATES);
     }
+
+    /// What a dump that lacks the system call entry's MSR leaves to go by, with the vCPU in user mode.
+    #[test]
+    fn interrupt_gates_alone_lead_to_the_image() {
+        let mut ram = Ram::new(0x10_0000);
+        ram.u64(0x1000 + 8 * 511, 0x2003);
+        ram.u64(0x2000 + 8 * 510, 0x3003);
+        // Four large pages from 0x8100_0000 on, in physical memory from 16 MiB on.
+        for page in 0..4 {
+            ram.u64(
+                0x3000 + 8 * (8 + page),
+                (0x100_0000 + page as u64 * STEP) | 0x83,
+            );
+        }
+        // The interrupt table at the start of the last 512 GiB but one.
+        ram.u64(0x1000 + 8 * 508, 0x4003);
+        ram.u64(0x4000, 0x5003);
+        ram.u64(0x5000, 0x6003);
+        ram.u64(0x6000, 0x7003);
+        let entry = 0xffff_ffff_8140_1230_u64;
+        ram.u64(
+            0x7000,
+            entry & 0xffff | (entry & 0xffff_0000) << 32 | 0x8e00 << 32,
+        );
+        ram.u64(0x7008, entry >> 32);
+        let regs = VcpuRegs {
+            cpl: 3,
+            cr0: 1 << 31,
+            cr3: 0x1000,
+            efer: 1 << 10,
+            idt_base: 0xffff_fe00_0000_0000,
+            idt_limit: 15,
+            online: true,
+            ..VcpuRegs::default()
+        };
+        let found = candidates(&ram, std::slice::from_ref(&regs));
+        let [candidate] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(candidate.base, Gva(0xffff_ffff_8100_0000));
+        assert_eq!(candidate.phys, GuestAddress(0x100_0000));
+        assert_eq!(candidate.end, Gva(0xffff_ffff_8180_0000));
+        let offline = VcpuRegs {
+            online: false,
+            ..regs
+        };
+        assert!(candidates(&ram, &[offline]).is_empty());
+    }
 }

@@ -22,6 +22,8 @@ use crate::vcpu::VcpuRegs;
 const CHUNK: usize = 2 << 20;
 /// Behind the token table come at most so many bytes of other kallsyms tables.
 const TABLES: usize = 16 << 20;
+/// It has a page (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
+const MAX_VMCOREINFO: usize = 64 << 10;
 /// The largest BTF of a stock kernel has 7 MiB.
 const MAX_BTF: usize = 64 << 20;
 const MAX_BANNER: usize = 512;
@@ -189,6 +191,19 @@ impl Kernel {
     #[must_use]
     pub fn symbolize(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         self.symbols.at(gva)
+    }
+
+    /// What the kernel has written down for readers of its crash dumps (`kernel/crash_core.c: vmcoreinfo_data`): lines of
+    /// `NAME=VALUE`. `None` for a kernel that cannot crash-dump.
+    #[must_use]
+    pub fn vmcoreinfo(&self, memory: &KernelMemory<'_>) -> Option<Vec<u8>> {
+        let data = memory
+            .pointer(self.symbols.address("vmcoreinfo_data").ok()?)
+            .ok()?;
+        let size = memory
+            .u64(self.symbols.address("vmcoreinfo_size").ok()?)
+            .ok()?;
+        memory.bytes(data, size, MAX_VMCOREINFO).ok()
     }
 
     /// Whether `gva` is code of the core kernel (`core_kernel_text`, init text included).

@@ -13,6 +13,9 @@
 pub mod addr;
 pub mod btf;
 mod btf_raw;
+pub mod core_error;
+pub mod core_file;
+pub mod core_notes;
 pub mod find;
 pub mod kallsyms;
 pub mod kernel;
@@ -46,6 +49,8 @@ pub mod vcpu;
 
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};
+pub use core_error::CoreError;
+pub use core_file::CoreFile;
 pub use kernel::{FindError, Kernel, NotReady, TextRanges};
 pub use layout::Layout;
 pub use livepatch::Livepatch;

@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::{Kernel, Task};
+use introspect::{Kernel, Task, VcpuRegs};
 
 use crate::apply;
 use crate::error::PatchError;
@@ -108,6 +108,26 @@ impl Patcher {
             let name = |task| names.stack(task, look.stack(task));
             Ok(look.tasks.iter().map(name).collect())
         })
+    }
+
+    /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
+    /// where it has not been found, early in boot for one.
+    ///
+    /// # Errors
+    /// [`PatchError`] when the guest cannot be stopped or resumed.
+    pub fn hold<M: Machine, T>(
+        &mut self,
+        machine: &mut M,
+        work: impl FnOnce(Option<&Kernel>, &M::Memory, &[VcpuRegs]) -> T,
+    ) -> Result<(T, Duration), PatchError> {
+        if let Err(error) = self.guest(machine) {
+            tracing::debug!(%error, "held without its kernel being known");
+        }
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = self.guest.as_ref().map(|guest| &guest.kernel);
+        let done = work(kernel, paused.memory(), &paused.vcpus);
+        let length = paused.resume()?;
+        Ok((done, length))
     }
 
     /// One short pause for one question, asked again while the guest is busy.

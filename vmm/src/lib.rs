@@ -8,6 +8,7 @@ pub mod boot;
 pub mod config;
 pub mod cpuid;
 pub mod devices;
+pub mod dump;
 pub mod error;
 pub mod firmware;
 pub mod handle;

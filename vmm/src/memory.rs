@@ -6,7 +6,9 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use introspect::{PhysMemory, Unbacked};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// Guest-physical memory of one VM. Clones share it.
 #[derive(Clone, Debug)]
@@ -51,6 +53,18 @@ impl VmMemory {
             &*hidden
         };
         backing.write_slice(bytes, gpa).map_err(|_| missed)
+    }
+
+    /// All that backs the guest, RAM and hidden memory: start and length, in order of address.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<(GuestAddress, u64)> {
+        let hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
+        let regions = self.ram.iter().chain(hidden.iter());
+        let mut ranges: Vec<_> = regions
+            .map(|region| (region.start_addr(), region.len()))
+            .collect();
+        ranges.sort_unstable();
+        ranges
     }
 
     /// Makes `region` readable and writable here; refused (false) when it overlaps other hidden memory.

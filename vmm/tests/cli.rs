@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use introspect::TaskKind;
 use patcher::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
-use vmm::api::wire::{StackFrame, Task, TaskStack, Vm, VmState};
+use vmm::api::wire::{Dump, StackFrame, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, ControlSocket, Kind, Limits, Problem, Server};
 
 /// A guest of two tasks. `init` switches at once; `stuck` only when a module that is called so has not been applied.
@@ -98,6 +98,14 @@ impl Control for MadeUp {
                 "look",
             )),
         }
+    }
+
+    fn dump(&mut self, path: &Path) -> Result<Dump, Problem> {
+        Ok(Dump {
+            path: path.display().to_string(),
+            bytes: 3 << 20,
+            paused_us: 1500,
+        })
     }
 
     fn patches(&mut self) -> Vec<PatchStatus> {
@@ -256,6 +264,35 @@ fn tasks_and_stacks_are_printed_as_people_know_them() {
 }
 
 #[test]
+fn a_dump_goes_to_an_absolute_path() {
+    let bench = Bench::new();
+    assert_eq!(
+        bench.ok(&["dump", "/cores/a"]),
+        "/cores/a: 3 MiB, the guest stood still for 2 ms\n"
+    );
+    let here = std::env::current_dir().unwrap().join("a");
+    let made = bench.json(&["dump", "a", "--json"]);
+    assert_eq!(made["path"], here.to_str().unwrap());
+}
+
+#[test]
+fn a_core_takes_the_place_of_a_socket() {
+    let bench = Bench::new();
+    let junk = bench.module("no core");
+    // The socket in the environment has a guest; the core is asked all the same.
+    for verb in [&["ps"][..], &["stack", "1"], &["symbols"]] {
+        let line = refused(&bench.run(&[verb, &["--core", &junk]].concat()), 1);
+        assert!(line.contains("it is not an ELF file"), "{line}");
+        assert!(line.contains(&junk), "{line}");
+    }
+    let line = refused(&bench.run(&["ps", "--core", "/nowhere/core"]), 1);
+    assert!(line.starts_with("outpatch: /nowhere/core: "), "{line}");
+    refused(&bench.run(&["ps", "--core", "/"]), 1);
+    let line = refused(&bench.run(&["ps", "--core", &junk, "--socket", "/x"]), 2);
+    assert!(line.contains("cannot be used with"), "{line}");
+}
+
+#[test]
 fn a_patch_is_followed_to_its_end_and_back() {
     let bench = Bench::new();
     let module = bench.module("fix");
@@ -337,7 +374,10 @@ fn what_cannot_be_is_one_line_and_a_status() {
     let bench = Bench::new();
     let junk = bench.module("junk");
     let line = refused(&bench.run(&["apply", &junk]), 1);
-    assert_eq!(line, "outpatch: this is no ELF file; build one\n");
+    assert_eq!(
+        line,
+        format!("outpatch: {junk}: this is no ELF file; build one\n")
+    );
     let line = refused(&bench.run(&["apply", "/nowhere/x.ko"]), 1);
     assert!(line.contains("/nowhere/x.ko"), "{line}");
     refused(&bench.run(&["apply", "/"]), 1);

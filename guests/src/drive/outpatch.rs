@@ -70,6 +70,19 @@ impl Outpatch {
         Ok(Reply::from(&out))
     }
 
+    /// Calls `outpatch VERB …` with no socket, whatever comes of it: for verbs that need no running guest.
+    ///
+    /// # Errors
+    /// When the binary cannot be started.
+    pub fn offline(&self, args: &[&str]) -> Result<Reply> {
+        let out = Command::new(&self.binary)
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot start {}", self.binary.display()))?;
+        Ok(Reply::from(&out))
+    }
+
     /// Like [`call`](Self::call), for a call that must succeed.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ impl Assets {
 }
 
 /// The patches that every kernel with headers gets built.
-const PATCHES: [&str; 11] = [
+const PATCHES: [&str; 12] = [
     "livepatch-sample",
     "getpid",
     "two-functions",
@@ -47,6 +47,7 @@ const PATCHES: [&str; 11] = [
     "unknown-symbol",
     "wrong-sympos",
     "callbacks",
+    "pause",
     "percpu",
     "module-object",
     "features",

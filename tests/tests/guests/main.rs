@@ -2,9 +2,11 @@
 //!
 //! Each scenario runs in a bed of its own, in a process of its own: this binary, started again inside. A guest that is lost
 //! before outpatch first touched it is the bed's loss: it is printed, counted, and the boot tried once more. A guest lost later
-//! fails its scenario.
+//! fails its scenario. A bed that is lost, all guests in it with it, is treated alike: said, counted, and tried once more.
 
 mod bench;
+mod blocked;
+mod dumps;
 mod generations;
 mod insmod;
 mod machine;
@@ -20,7 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use guests::bed::Bed;
+use guests::bed::{self, Bed, BedError};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::bench::{Assets, Bench, Tally};
@@ -56,9 +58,11 @@ fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
+    all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
+    all.extend(blocked::scenarios());
     all.extend(patching::scenarios());
     all
 }
@@ -94,15 +98,35 @@ fn outside() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !listing {
         println!(
-            "guest boots: {}, of them lost: {}",
+            "guest boots: {}, of them lost: {}; nested beds: {}, of them lost: {}",
             tally.boots(),
-            tally.lost()
+            tally.lost(),
+            bed::counts().started,
+            bed::counts().lost
         );
     }
     conclusion.exit_code()
 }
 
+/// A bed that dies says nothing about the scenario in it: that is told and counted, and the scenario gets another bed, once.
 fn run_in_bed(name: &str, tally: &Tally) -> Result<()> {
+    match run_in_one_bed(name, tally) {
+        Err(error) if is_beds_death(&error) => {
+            println!("LOST the bed of {name}, once more: {error:#}");
+            run_in_one_bed(name, tally)
+        }
+        done => done,
+    }
+}
+
+fn is_beds_death(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref::<BedError>(),
+        Some(BedError::Died { .. })
+    )
+}
+
+fn run_in_one_bed(name: &str, tally: &Tally) -> Result<()> {
     let assets = Assets::prepare()?;
     let scratch = bench::Scratch::new()?;
     let spec = scratch.path().join("assets.json");

@@ -83,11 +83,7 @@ fn modules(bench: &Bench, generation: &str) -> Result<()> {
                 stock.patch("module-object")?,
                 "module",
             ),
-            (
-                "code that accesses user memory",
-                stock.patch("features")?,
-                "__ex_table",
-            ),
+            ("code that warns", stock.patch("features")?, "__bug_table"),
             (
                 "no such file",
                 "/nonexistent/patch.ko",

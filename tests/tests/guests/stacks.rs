@@ -52,8 +52,8 @@ fn equal(bench: &Bench, generation: &str) -> Result<()> {
             if task["vcpu"].is_number() || frames.is_empty() {
                 continue;
             }
-            same_stack(guest, *pid, frames).with_context(|| format!("{pid} {comm}"))?;
-            compared += 1;
+            let same = same_stack(guest, *pid, frames).with_context(|| format!("{pid} {comm}"))?;
+            compared += usize::from(same);
         }
         println!("{generation}: {compared} stacks equal");
         ensure!(compared >= ENOUGH, "only {compared} stacks compared");
@@ -64,26 +64,34 @@ fn equal(bench: &Bench, generation: &str) -> Result<()> {
     })
 }
 
-/// How often a task may have moved on between the guest's answer and ours.
+/// How often a task that moves is looked at again.
 const MOVES: usize = 5;
 
-/// Our stack of `pid` is reliable and equals the guest's, which was `frames` a while ago. Even in a quiet guest some kernel threads
-/// wake up now and then: then both are asked again.
-fn same_stack(guest: &mut Guest, pid: i64, frames: &[String]) -> Result<()> {
+/// Whether our stack of `pid` is reliable and equals the guest's, which was `frames` a while ago. Even in a quiet guest some kernel
+/// threads wake up now and then: where the two differ both are asked again, and held against each other if the task did not run
+/// in between. False: it ran each time.
+fn same_stack(guest: &mut Guest, pid: i64, frames: &[String]) -> Result<bool> {
     let outpatch = guest.outpatch().clone();
-    let mut theirs = frames.to_vec();
-    for move_ in 0.. {
+    let ours = |outpatch: &guests::drive::Outpatch| -> Result<Vec<String>> {
         let stack = outpatch.json(&["stack", &pid.to_string()])?;
         ensure!(stack["reliable"] == true, "{stack}");
-        let ours = symbols(&stack)?;
-        if ours == theirs {
-            return Ok(());
-        }
-        ensure!(move_ < MOVES, "\nours  {ours:?}\nguest {theirs:?}");
-        println!("{pid} moved between the two looks");
-        theirs = guest_frames(&guest.sh(&format!("cat /proc/{pid}/stack"))?);
+        symbols(&stack)
+    };
+    if ours(&outpatch)? == frames {
+        return Ok(true);
     }
-    Ok(())
+    for _ in 0..MOVES {
+        let switches = format!("grep ctxt_switches /proc/{pid}/status");
+        let before = guest.sh(&switches)?;
+        let theirs = guest_frames(&guest.sh(&format!("cat /proc/{pid}/stack"))?);
+        let ours = ours(&outpatch)?;
+        if guest.sh(&switches)? == before {
+            ensure!(ours == theirs, "\nours  {ours:?}\nguest {theirs:?}");
+            return Ok(true);
+        }
+    }
+    println!("{pid} does not sleep for long enough");
+    Ok(false)
 }
 
 /// The frames in what `/proc/PID/stack` says.

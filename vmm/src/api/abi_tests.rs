@@ -40,6 +40,7 @@ fn every_field_of_an_answer_is_described() {
         let body = match (route.method.as_str(), route.path) {
             ("PATCH", "/vm") => r#"{"state":"running"}"#,
             ("PATCH", _) => r#"{"enabled":false}"#,
+            ("POST", "/dumps") => r#"{"path":"/guest.core"}"#,
             ("POST", _) => "\x7fELF",
             _ => "",
         };

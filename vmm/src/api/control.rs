@@ -4,6 +4,7 @@
 //! bounded queue, and each carries its own way back.
 
 use std::io;
+use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -32,6 +33,8 @@ pub trait Control: Send + 'static {
     fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem>;
     /// One task's stack.
     fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem>;
+    /// Writes a core of the guest to a new file at this absolute path.
+    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem>;
     /// All patches, in the order they were applied in.
     fn patches(&mut self) -> Vec<PatchStatus>;
     /// Begins to apply a livepatch module, and says its name.

@@ -2,14 +2,15 @@
 //!
 //! Only translates: what can be done is the patcher's, how the answers look is the wire's.
 
+use std::path::Path;
 use std::time::Duration;
 
-use introspect::{PatchState, Verdict};
 use patcher::{ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
 
 use super::control::Control;
 use super::problem::{Kind, Problem};
 use super::wire;
+use crate::dump::{DumpError, NewDump};
 use crate::handle::{VmHandle, VmState};
 use crate::machine::VmMachine;
 
@@ -84,7 +85,7 @@ impl Control for Guest {
             .patcher
             .tasks(&mut self.machine)
             .map_err(|error| problem(&error))?;
-        Ok(tasks.iter().map(task).collect())
+        Ok(tasks.iter().map(wire::Task::from).collect())
     }
 
     fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem> {
@@ -92,23 +93,25 @@ impl Control for Guest {
             .patcher
             .stack(&mut self.machine, pid)
             .map_err(|error| problem(&error))?;
-        let reason = match &stack.verdict {
-            Verdict::Reliable => None,
-            Verdict::Unreliable(reason) => Some(reason.to_string()),
-        };
-        Ok(wire::TaskStack {
-            task: task(&stack.task),
-            reliable: reason.is_none(),
-            reason,
-            frames: stack
-                .frames
-                .into_iter()
-                .map(|frame| wire::StackFrame {
-                    ip: frame.ip.to_string(),
-                    symbol: frame.name,
-                    scheduler: frame.sched,
-                })
-                .collect(),
+        Ok(stack.into())
+    }
+
+    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
+        let mut dump = NewDump::create(path).map_err(|error| dump_problem(&error))?;
+        let (written, paused) = self
+            .patcher
+            .hold(&mut self.machine, |kernel, memory, vcpus| {
+                let vmcoreinfo =
+                    kernel.and_then(|kernel| kernel.vmcoreinfo(&kernel.memory(memory)));
+                dump.write(memory, vcpus, vmcoreinfo.as_deref())
+            })
+            .map_err(|error| problem(&error))?;
+        let bytes = written.map_err(|error| dump_problem(&error))?;
+        dump.finish().map_err(|error| dump_problem(&error))?;
+        Ok(wire::Dump {
+            path: path.display().to_string(),
+            bytes,
+            paused_us: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX),
         })
     }
 
@@ -151,24 +154,6 @@ fn release_of(banner: &str) -> Option<String> {
     words.split_whitespace().next().map(str::to_owned)
 }
 
-fn task(task: &introspect::Task) -> wire::Task {
-    wire::Task {
-        pid: task.pid,
-        tgid: task.tgid,
-        state: task.state_letter(),
-        kind: task.kind,
-        vcpu: task.vcpu,
-        cpu: task.cpu,
-        patch_state: task.patch_state.map(|state| match state {
-            PatchState::Idle => -1,
-            PatchState::Unpatched => 0,
-            PatchState::Patched => 1,
-            PatchState::Invalid(raw) => raw,
-        }),
-        comm: task.comm.clone(),
-    }
-}
-
 fn problem(error: &PatchError) -> Problem {
     let (kind, detail) = match error.kind() {
         ErrorKind::BadPatch => (
@@ -197,6 +182,25 @@ fn problem(error: &PatchError) -> Problem {
             "the guest runs on as before, but its kernel is not one that outpatch can read",
         ),
         ErrorKind::Machine => (Kind::Internal, "see the VMM's own messages"),
+    };
+    Problem::new(kind, error, detail)
+}
+
+fn dump_problem(error: &DumpError) -> Problem {
+    let (kind, detail) = match error {
+        DumpError::Relative(_) => (Kind::BadRequest, "give an absolute path"),
+        DumpError::Exists(_) => (
+            Kind::Conflict,
+            "give another name, or remove it first: nothing is overwritten",
+        ),
+        DumpError::Create { .. } => (
+            Kind::BadRequest,
+            "give a path in a folder that the VMM may write to",
+        ),
+        _ => (
+            Kind::Internal,
+            "the guest runs on as before, and nothing is left of the dump",
+        ),
     };
     Problem::new(kind, error, detail)
 }

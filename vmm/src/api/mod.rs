@@ -13,7 +13,7 @@ pub mod routes;
 pub mod server;
 pub mod socket;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 pub mod wire;

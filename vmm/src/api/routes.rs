@@ -59,6 +59,7 @@ pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::DELETE, path: "/vm", handler: |m| on(m, stop_vm) },
     Route { method: Method::GET, path: "/tasks", handler: |m| on(m, tasks) },
     Route { method: Method::GET, path: "/tasks/{pid}/stack", handler: |m| on(m, stack) },
+    Route { method: Method::POST, path: "/dumps", handler: |m| on(m, dump) },
     Route { method: Method::GET, path: "/patches", handler: |m| on(m, patches) },
     Route { method: Method::POST, path: "/patches", handler: |m| on(m, apply) },
     Route { method: Method::GET, path: "/patches/{name}", handler: |m| on(m, patch) },
@@ -129,6 +130,12 @@ async fn stack(
         )
     })?;
     Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
+}
+
+async fn dump(State(app): State<App>, body: Body) -> Result<impl IntoResponse, Problem> {
+    let wire::NewDump { path } = app.json(body).await?;
+    let dump = app.mailbox.look(move |c| c.dump(path.as_ref()));
+    Ok((StatusCode::CREATED, Json(dump.await??)))
 }
 
 async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Problem> {
@@ -210,7 +217,7 @@ async fn no_route() -> Problem {
     Problem::new(
         Kind::NotFound,
         "no such resource",
-        "the resources are /version, /vm, /tasks, /patches and /metrics",
+        "the resources are /version, /vm, /tasks, /dumps, /patches and /metrics",
     )
 }
 

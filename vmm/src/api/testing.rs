@@ -130,6 +130,15 @@ impl Control for FakeGuest {
         })
     }
 
+    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
+        self.note(format!("dump {}", path.display()));
+        Ok(wire::Dump {
+            path: path.display().to_string(),
+            bytes: 4096,
+            paused_us: 7,
+        })
+    }
+
     fn patches(&mut self) -> Vec<PatchStatus> {
         self.patches.clone()
     }

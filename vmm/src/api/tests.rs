@@ -80,6 +80,28 @@ fn a_patch_is_applied_driven_on_and_reverted() {
     assert_eq!(served.logged(), ["apply 13", "revert fix"]);
 }
 
+#[test]
+fn a_core_is_asked_for_by_its_path() {
+    let served = Served::plain();
+    let made = served.ask("POST", "/dumps", br#"{"path":"/cores/a"}"#);
+    assert_eq!(made.status, 201, "{made:?}");
+    assert_eq!(
+        made.json(),
+        json!({"path": "/cores/a", "bytes": 4096, "paused_us": 7})
+    );
+    for body in [
+        "",
+        "{}",
+        r#"{"path":7}"#,
+        r#"{"path":"/a","compress":true}"#,
+    ] {
+        served
+            .ask("POST", "/dumps", body.as_bytes())
+            .refused(Kind::BadRequest);
+    }
+    assert_eq!(served.logged(), ["dump /cores/a"]);
+}
+
 fn wait_for_phase(served: &Served, phase: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

@@ -2,7 +2,7 @@
 //!
 //! Patches are told as [`patcher::PatchStatus`]. Field names and meanings are promised in `docs/ABI`.
 
-use introspect::TaskKind;
+use introspect::{PatchState, TaskKind, Verdict};
 use patcher::PauseReport;
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,25 @@ pub struct PatchChange {
     pub enabled: bool,
 }
 
+/// The body of `POST /dumps`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewDump {
+    /// Where the core goes: an absolute path, as the VMM sees the file system; no file may be there.
+    pub path: String,
+}
+
+/// What `POST /dumps` has made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dump {
+    /// The core.
+    pub path: String,
+    /// Its length; memory that is zero takes no room on the disk.
+    pub bytes: u64,
+    /// How long the guest stood still for it.
+    pub paused_us: u64,
+}
+
 /// One task of `GET /tasks`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
@@ -102,6 +121,49 @@ pub struct StackFrame {
     pub symbol: String,
     /// A frame of the scheduler itself, which `/proc/PID/stack` leaves out at the top.
     pub scheduler: bool,
+}
+
+impl From<&introspect::Task> for Task {
+    fn from(task: &introspect::Task) -> Task {
+        Task {
+            pid: task.pid,
+            tgid: task.tgid,
+            state: task.state_letter(),
+            kind: task.kind,
+            vcpu: task.vcpu,
+            cpu: task.cpu,
+            patch_state: task.patch_state.map(|state| match state {
+                PatchState::Idle => -1,
+                PatchState::Unpatched => 0,
+                PatchState::Patched => 1,
+                PatchState::Invalid(raw) => raw,
+            }),
+            comm: task.comm.clone(),
+        }
+    }
+}
+
+impl From<patcher::TaskStack> for TaskStack {
+    fn from(stack: patcher::TaskStack) -> TaskStack {
+        let reason = match &stack.verdict {
+            Verdict::Reliable => None,
+            Verdict::Unreliable(reason) => Some(reason.to_string()),
+        };
+        TaskStack {
+            task: Task::from(&stack.task),
+            reliable: reason.is_none(),
+            reason,
+            frames: stack
+                .frames
+                .into_iter()
+                .map(|frame| StackFrame {
+                    ip: frame.ip.to_string(),
+                    symbol: frame.name,
+                    scheduler: frame.sched,
+                })
+                .collect(),
+        }
+    }
 }
 
 /// What every refused request answers.

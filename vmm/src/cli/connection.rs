@@ -103,6 +103,16 @@ impl Connection {
         self.ask(Method::PATCH, resource, Content::Json(body))
     }
 
+    /// `POST` with a JSON body.
+    pub fn create<T: DeserializeOwned>(
+        &self,
+        resource: &str,
+        new: &impl Serialize,
+    ) -> Result<T, AskError> {
+        let body = serde_json::to_vec(new).map_err(|e| self.no_answer(e))?;
+        self.ask(Method::POST, resource, Content::Json(body))
+    }
+
     /// `POST` of a module's bytes.
     pub fn post<T: DeserializeOwned>(
         &self,

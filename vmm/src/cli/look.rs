@@ -1,15 +1,16 @@
-//! `outpatch ps` and `outpatch stack`.
+//! `outpatch ps`, `outpatch stack` and `outpatch symbols`: of a running guest, or of one in a core file.
 
 use vmm::api::wire::{Task, TaskStack};
 
-use super::connection::Connection;
+use super::core::CoreGuest;
 use super::screen::{Screen, Tone};
+use super::source::Guest;
 use super::transition::word;
 use super::verbs::VerbError;
 
 /// The tasks, a line each.
-pub fn ps(connection: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
-    let tasks: Vec<Task> = connection.get("/tasks")?;
+pub fn ps(guest: &mut Guest, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    let tasks = guest.tasks()?;
     if json {
         return Ok(screen.json(&tasks)?);
     }
@@ -36,13 +37,13 @@ fn dash(number: Option<impl ToString>) -> String {
 
 /// One task's stack.
 pub fn stack(
-    connection: &Connection,
+    guest: &mut Guest,
     pid: i32,
     all: bool,
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let stack: TaskStack = connection.get(&format!("/tasks/{pid}/stack"))?;
+    let stack = guest.stack(pid)?;
     if json {
         return Ok(screen.json(&stack)?);
     }
@@ -51,6 +52,27 @@ pub fn stack(
     }
     let (tone, verdict) = verdict(&stack);
     Ok(screen.line(tone, &verdict)?)
+}
+
+/// The symbols of a kernel and its modules, a line each.
+pub fn symbols(
+    guest: &mut CoreGuest,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let symbols = guest.symbols()?;
+    if json {
+        return Ok(screen.json(&symbols)?);
+    }
+    for symbol in symbols {
+        let (letter, name) = (symbol.letter, symbol.name);
+        let line = format!("{:016x} {letter} {name}", symbol.address.0);
+        match symbol.module {
+            Some(module) => screen.fields(&[&line, &format!("[{module}]")])?,
+            None => screen.fields(&[&line])?,
+        }
+    }
+    Ok(screen.flush()?)
 }
 
 /// The lines of `/proc/PID/stack` (`fs/proc/base.c: proc_pid_stack`).

@@ -3,10 +3,13 @@
 #[cfg(test)]
 mod abi_tests;
 mod connection;
+mod core;
+mod dump;
 mod look;
 mod patches;
 mod power;
 pub mod run;
 mod screen;
+mod source;
 mod transition;
 pub mod verbs;

@@ -2,7 +2,7 @@
 //!
 //! Names come from the guest, so nothing that a terminal would act on is passed on.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, BufWriter, IsTerminal, Write};
 
 use serde::Serialize;
 
@@ -44,7 +44,7 @@ impl Screen<'_> {
     pub fn stdout() -> Screen<'static> {
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Screen {
-            out: Box::new(io::stdout().lock()),
+            out: Box::new(BufWriter::new(io::stdout().lock())),
             colour: io::stdout().is_terminal() && !no_colour,
         }
     }
@@ -59,6 +59,17 @@ impl Screen<'_> {
             writeln!(self.out, "{text}")?;
         }
         // Somebody watches a transition by these lines.
+        self.out.flush()
+    }
+
+    /// A line of very many: what is in it, set apart by tabs. It may only be seen after [`flush`](Self::flush).
+    pub fn fields(&mut self, fields: &[&str]) -> io::Result<()> {
+        let fields: Vec<String> = fields.iter().map(|field| printable(field)).collect();
+        writeln!(self.out, "{}", fields.join("\t"))
+    }
+
+    /// Shows all that was printed.
+    pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 

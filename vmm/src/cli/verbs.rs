@@ -6,11 +6,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use introspect::CoreError;
+use patcher::PatchError;
 
 use super::connection::{AskError, Connection};
+use super::core::CoreGuest;
 use super::screen::Screen;
+use super::source::Source;
 use super::transition::WatchError;
-use super::{look, patches, power};
+use super::{dump, look, patches, power};
 
 /// Which VMM, and how to print.
 #[derive(Debug, Args)]
@@ -41,7 +45,7 @@ pub enum Verb {
     #[command(after_help = EXIT_STATUSES)]
     Ps {
         #[command(flatten)]
-        target: Target,
+        source: Source,
     },
     /// Show a task's kernel stack, as /proc/PID/stack would, and whether it can be relied on.
     #[command(after_help = EXIT_STATUSES)]
@@ -51,6 +55,24 @@ pub enum Verb {
         /// Also the scheduler's own frames at the top, which /proc/PID/stack leaves out.
         #[arg(long)]
         all: bool,
+        #[command(flatten)]
+        source: Source,
+    },
+    /// List the symbols of the kernel in a core file and of its modules, as /proc/kallsyms would.
+    #[command(after_help = EXIT_STATUSES)]
+    Symbols {
+        /// The core file.
+        #[arg(long, value_name = "FILE")]
+        core: PathBuf,
+        /// Print JSON instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a core file of the guest, which stands still meanwhile: for crash, drgn, and the verbs that take --core.
+    #[command(after_help = EXIT_STATUSES)]
+    Dump {
+        /// The file, which must not be there yet.
+        file: PathBuf,
         #[command(flatten)]
         target: Target,
     },
@@ -128,6 +150,22 @@ pub enum VerbError {
         /// Why.
         source: io::Error,
     },
+    /// The core file cannot be used.
+    #[error("{}: {source}", path.display())]
+    Core {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: CoreError,
+    },
+    /// The guest in the core file cannot be read.
+    #[error("{}: {source}", path.display())]
+    InCore {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: PatchError,
+    },
     /// The VMM does not take the file.
     #[error("{}: {source}", path.display())]
     Module {
@@ -187,10 +225,12 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
     let mut screen = Screen::stdout();
     let screen = &mut screen;
     match verb {
-        Verb::Ps { target } => look::ps(&target.connect()?, target.json, screen),
-        Verb::Stack { pid, all, target } => {
-            look::stack(&target.connect()?, pid, all, target.json, screen)
+        Verb::Ps { source } => look::ps(&mut source.open()?, source.json(), screen),
+        Verb::Stack { pid, all, source } => {
+            look::stack(&mut source.open()?, pid, all, source.json(), screen)
         }
+        Verb::Symbols { core, json } => look::symbols(&mut CoreGuest::open(&core)?, json, screen),
+        Verb::Dump { file, target } => dump::dump(&target.connect()?, &file, target.json, screen),
         Verb::Apply {
             file,
             waiting,

@@ -1,0 +1,33 @@
+//! Prints every kernel stack in a core file: `cargo run --example stacks -p introspect -- guest.core`.
+
+use std::error::Error;
+use std::path::Path;
+
+use introspect::{CoreFile, Kernel, Unwinder, Verdict, tasks};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let path = std::env::args().nth(1).ok_or("which core file?")?;
+    let core = CoreFile::open(Path::new(&path))?;
+    let kernel = Kernel::find(&core, core.vcpus())?;
+    let memory = kernel.memory(&core);
+    let mut unwinder = Unwinder::new(&kernel, &memory)?;
+    unwinder.refresh(&kernel, &memory)?;
+    println!("{}", kernel.banner);
+
+    for task in tasks(&kernel, &memory, core.vcpus())? {
+        let on_it = |vcpu: &&introspect::VcpuRegs| task.vcpu == Some(vcpu.index);
+        let regs = core.vcpus().iter().find(on_it);
+        let stack = unwinder.stack(&memory, &task, regs);
+        println!("\n{} {} {}", task.pid, task.state_letter(), task.comm);
+        for frame in &stack.frames {
+            match kernel.symbolize(frame.ip) {
+                Some((symbol, offset)) => println!("  {}+{offset:#x}", symbol.name),
+                None => println!("  {}", frame.ip),
+            }
+        }
+        if let Verdict::Unreliable(reason) = stack.verdict {
+            println!("  unreliable: {reason}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! A transition that cannot end at once: tasks sleep in the patched function, are named, and move when they leave it.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use guests::drive::{Guest, Outpatch};
+use serde_json::Value;
+
+use crate::{Scenario, bench::Bench};
+
+pub fn scenarios() -> Vec<Scenario> {
+    ["6.1", "6.12"]
+        .map(|generation| {
+            Scenario::new(
+                format!("blocked::sleepers_in_the_function_{generation}"),
+                move |bench| sleepers(bench, generation),
+            )
+        })
+        .into()
+}
+
+/// Those of `sleeper`'s processes that are in pause(2).
+const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
+/// Exit status of the command line when the transition goes on.
+const TIMED_OUT: i32 = 4;
+/// How long a transition that nothing blocks any more may take.
+const SOON: Duration = Duration::from_secs(30);
+
+fn sleepers(bench: &Bench, generation: &str) -> Result<()> {
+    let patch = bench.stock(generation)?.patch("pause")?;
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        guest.sh("sleeper 10 & sleep 1")?;
+        ensure!(
+            pausing(guest)? == "__do_sys_pause",
+            "sleep-pause does not sleep in pause(2)"
+        );
+
+        stays_blocked(guest, &outpatch, patch)?;
+        // The other way there is nothing in the way: those who have not moved need not move back.
+        outpatch.ok(&["revert", "pause"])?;
+        ensure!(
+            states(guest)? == BTreeSet::from([-1]),
+            "states are left behind"
+        );
+        ensure!(
+            pausing(guest)? == "__do_sys_pause",
+            "a task was moved while it slept in the function"
+        );
+
+        stays_blocked(guest, &outpatch, patch)?;
+        // Stopping wakes them, and what they stop in is the way back to user mode.
+        let each = BLOCKERS.join("|");
+        let pids = format!(
+            "$(grep -lE '^({each})$' /proc/[0-9]*/task/[0-9]*/comm | sed 's/.comm//;s/.*.task.//')"
+        );
+        guest.sh(&format!(
+            "for p in {pids}; do kill -STOP $p; kill -CONT $p; done"
+        ))?;
+        let ended = end_of_transition(&outpatch)?;
+        for task in list(&ended, "/tasks")? {
+            let comm = task["comm"].as_str().unwrap_or_default();
+            if BLOCKERS.contains(&comm) {
+                ensure!(task["way"] == "boundary", "{task}");
+            }
+        }
+        ensure!(
+            states(guest)? == BTreeSet::from([-1]),
+            "states are left behind"
+        );
+        ensure!(
+            pausing(guest)? != "__do_sys_pause",
+            "a task went back to the old function"
+        );
+
+        // They never are in the new function for long.
+        outpatch.ok(&["revert", "pause"])?;
+        guest.sh("sleep 1")?;
+        ensure!(
+            pausing(guest)? == "__do_sys_pause",
+            "the new function is still there"
+        );
+        guest.expect_unharmed(&log)
+    })
+}
+
+/// Applies the patch, and sees who is in its way: named by the command line, by the status with the frame, and by the guest itself.
+fn stays_blocked(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
+    let reply = outpatch.call(&["apply", patch, "--timeout", "2"])?;
+    ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
+    let status = the_patch(outpatch)?;
+    ensure!(status["transition"] == true, "{status}");
+    let waiting: Vec<&Value> = list(&status, "/tasks")?
+        .iter()
+        .filter(|task| task["way"].is_null())
+        .collect();
+    let names: BTreeSet<&str> = waiting
+        .iter()
+        .filter_map(|task| task["comm"].as_str())
+        .collect();
+    ensure!(names == BTreeSet::from(BLOCKERS), "these wait: {names:?}");
+    for task in waiting {
+        let (comm, blocker) = (
+            task["comm"].as_str().unwrap_or_default(),
+            task["blocker"].as_str().unwrap_or_default(),
+        );
+        ensure!(
+            blocker.contains("__do_sys_pause+"),
+            "the frame is not named: {task}"
+        );
+        ensure!(
+            reply.stderr.contains(comm),
+            "{comm} is not in {:?}",
+            reply.stderr
+        );
+        let state = guest.sh(&format!("cat /proc/{}/patch_state", task["pid"]))?;
+        ensure!(state == "0", "{comm} has patch state {state}");
+    }
+    // A child of a task that has moved is born there.
+    let born = guest.sh("cat /proc/self/patch_state /proc/$$/patch_state")?;
+    ensure!(
+        born == "1\n1",
+        "the shell and its child have patch states {born:?}"
+    );
+    Ok(())
+}
+
+fn end_of_transition(outpatch: &Outpatch) -> Result<Value> {
+    let deadline = Instant::now() + SOON;
+    while Instant::now() < deadline {
+        let status = the_patch(outpatch)?;
+        if status["transition"] == false {
+            return Ok(status);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    bail!("the transition does not end: {}", the_patch(outpatch)?)
+}
+
+fn the_patch(outpatch: &Outpatch) -> Result<Value> {
+    outpatch.json(&["status", "pause"])
+}
+
+fn list<'v>(value: &'v Value, at: &str) -> Result<&'v Vec<Value>> {
+    value
+        .pointer(at)
+        .and_then(Value::as_array)
+        .with_context(|| format!("no {at} in {value}"))
+}
+
+/// The patch states of all threads.
+fn states(guest: &mut Guest) -> Result<BTreeSet<i64>> {
+    let text = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state 2>/dev/null || true")?;
+    text.lines().map(|line| Ok(line.parse()?)).collect()
+}
+
+/// The function that sleep-pause sleeps in, as the guest's own unwinder sees it.
+fn pausing(guest: &mut Guest) -> Result<String> {
+    let stack = guest.sh(
+        "p=$(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1); cat ${p%comm}stack | head -1",
+    )?;
+    let frame = stack
+        .strip_prefix("[<0>] ")
+        .with_context(|| format!("no frame: {stack:?}"))?;
+    Ok(frame.split('+').next().unwrap_or_default().to_owned())
+}

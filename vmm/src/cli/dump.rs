@@ -1,0 +1,37 @@
+//! `outpatch dump`.
+
+use std::path::Path;
+
+use vmm::api::wire::{Dump, NewDump};
+
+use super::connection::Connection;
+use super::screen::{Screen, Tone};
+use super::verbs::VerbError;
+
+/// Has the VMM write a core file.
+pub fn dump(
+    connection: &Connection,
+    file: &Path,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    // The VMM may have been started elsewhere.
+    let path = std::path::absolute(file)?;
+    let path = path.into_os_string().into_string().map_err(|path| {
+        VerbError::Unfit(format!(
+            "{} cannot be said in JSON: it is not UTF-8",
+            path.display()
+        ))
+    })?;
+    let dump: Dump = connection.create("/dumps", &NewDump { path })?;
+    if json {
+        return Ok(screen.json(&dump)?);
+    }
+    let line = format!(
+        "{}: {} MiB, the guest stood still for {} ms",
+        dump.path,
+        dump.bytes.div_ceil(1 << 20),
+        dump.paused_us.div_ceil(1000)
+    );
+    Ok(screen.line(Tone::Good, &line)?)
+}

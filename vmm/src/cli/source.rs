@@ -1,0 +1,111 @@
+//! What a look looks at: a running guest, through its VMM, or a core file.
+//!
+//! Whoever shows tasks and stacks need not know which.
+
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, Command, FromArgMatches};
+use vmm::api::wire::{Task, TaskStack};
+
+use super::connection::Connection;
+use super::core::CoreGuest;
+use super::verbs::VerbError;
+
+/// Which guest, and how to print.
+#[derive(Debug, Args)]
+struct Given {
+    /// The control socket of the VMM, as given to `outpatch run --socket`.
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "OUTPATCH_SOCKET",
+        required_unless_present = "core"
+    )]
+    socket: Option<PathBuf>,
+    /// A core file instead of a running guest: from `outpatch dump`, or from QEMU's dump-guest-memory.
+    #[arg(long, value_name = "FILE")]
+    core: Option<PathBuf>,
+    /// Print the API's JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The arguments, of which just one says what to look at.
+#[derive(Debug)]
+pub struct Source(Given);
+
+/// A guest that can be looked at.
+#[derive(Debug)]
+pub enum Guest {
+    /// It runs.
+    Live(Connection),
+    /// It is in a file.
+    Core(Box<CoreGuest>),
+}
+
+impl Source {
+    /// The guest.
+    ///
+    /// # Errors
+    /// When the core file is none.
+    pub fn open(&self) -> Result<Guest, VerbError> {
+        match (&self.0.core, &self.0.socket) {
+            (Some(core), _) => Ok(Guest::Core(Box::new(CoreGuest::open(core)?))),
+            (None, Some(socket)) => Ok(Guest::Live(Connection::new(socket)?)),
+            (None, None) => Err(VerbError::Unfit("say which guest".to_owned())),
+        }
+    }
+
+    /// Whether to print JSON.
+    pub fn json(&self) -> bool {
+        self.0.json
+    }
+}
+
+impl Guest {
+    /// Its tasks.
+    pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
+        match self {
+            Guest::Live(connection) => Ok(connection.get("/tasks")?),
+            Guest::Core(core) => core.tasks(),
+        }
+    }
+
+    /// One task's stack.
+    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
+        match self {
+            Guest::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
+            Guest::Core(core) => core.stack(pid),
+        }
+    }
+}
+
+/// By hand for one reason: a socket from the environment must not keep anybody from giving a core, and one on the command line
+/// must. The derived conflict knows no difference.
+impl FromArgMatches for Source {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Source, clap::Error> {
+        let given = Given::from_arg_matches(matches)?;
+        let says_socket = matches.value_source("socket") == Some(ValueSource::CommandLine);
+        if says_socket && given.core.is_some() {
+            let why = "the argument '--core <FILE>' cannot be used with '--socket <PATH>'";
+            return Err(clap::Error::raw(ErrorKind::ArgumentConflict, why));
+        }
+        Ok(Source(given))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.0.update_from_arg_matches(matches)
+    }
+}
+
+impl Args for Source {
+    fn augment_args(command: Command) -> Command {
+        Given::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Given::augment_args_for_update(command)
+    }
+}

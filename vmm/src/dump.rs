@@ -1,0 +1,379 @@
+//! A core file of a guest that stands still: ELF64 with physical addresses, as QEMU's `dump-guest-memory` writes it.
+//!
+//! Knows ELF and files. What the notes say is [`introspect::core_notes`]'s, and stopping the guest the caller's. The file comes
+//! into being under another name beside its own, so that a core that is there is whole; it is the owner's alone, because a guest's
+//! memory holds secrets.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use introspect::{PhysMemory, Unbacked, VcpuRegs, core_notes};
+use object::LittleEndian as LE;
+use object::elf;
+use object::endian::{U16, U32, U64};
+use object::pod;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use vm_memory::GuestAddress;
+
+use crate::memory::VmMemory;
+
+type Header = elf::FileHeader64<LE>;
+type ProgramHeader = elf::ProgramHeader64<LE>;
+
+const PAGE: usize = 4096;
+const ZEROES: [u8; PAGE] = [0; PAGE];
+/// Memory is copied so many bytes at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Why there is no core.
+#[derive(Debug, thiserror::Error)]
+pub enum DumpError {
+    /// The path depends on where the VMM was started.
+    #[error("{} is not an absolute path", .0.display())]
+    Relative(PathBuf),
+    /// Something is there.
+    #[error("{} exists", .0.display())]
+    Exists(PathBuf),
+    /// The file cannot be made.
+    #[error("cannot create {}: {source}", path.display())]
+    Create {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file cannot be written to its end, or not be given its name.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Memory went away meanwhile.
+    #[error(transparent)]
+    Memory(#[from] Unbacked),
+    /// More pieces of memory than an ELF header counts.
+    #[error("the guest's memory is in {0} pieces, which is too many for a core")]
+    Pieces(usize),
+}
+
+/// A core that is being written. Dropped before it is finished, it leaves nothing behind.
+#[derive(Debug)]
+pub struct NewDump {
+    file: File,
+    /// What it is called until it is whole.
+    part: PathBuf,
+    path: PathBuf,
+}
+
+impl NewDump {
+    /// Begins the core that shall be at `path`.
+    ///
+    /// # Errors
+    /// [`DumpError`]: `path` is not absolute, something is there, or its folder does not take a new file.
+    pub fn create(path: &Path) -> Result<NewDump, DumpError> {
+        let path = path.to_owned();
+        if !path.is_absolute() {
+            return Err(DumpError::Relative(path));
+        }
+        let mut part = path.clone().into_os_string();
+        part.push(".part");
+        let part = PathBuf::from(part);
+        if let Some(there) = [&path, &part]
+            .into_iter()
+            .find(|p| p.is_symlink() || p.exists())
+        {
+            return Err(DumpError::Exists(there.clone()));
+        }
+        let created = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&part);
+        match created {
+            Ok(file) => Ok(NewDump { file, part, path }),
+            Err(source) => Err(DumpError::Create { path: part, source }),
+        }
+    }
+
+    /// Writes all of it; how long it is. The guest must stand still meanwhile.
+    ///
+    /// # Errors
+    /// [`DumpError`]; drop it then.
+    pub fn write(
+        &mut self,
+        memory: &VmMemory,
+        vcpus: &[VcpuRegs],
+        vmcoreinfo: Option<&[u8]>,
+    ) -> Result<u64, DumpError> {
+        let ranges = memory.ranges();
+        let notes = core_notes::write(vcpus, vmcoreinfo);
+        let layout = Layout::new(&ranges, notes.len())?;
+        self.put(&layout.head(), 0)?;
+        self.put(&notes, layout.notes.offset)?;
+        for piece in &layout.memory {
+            self.copy(memory, piece)?;
+        }
+        // What was skipped at the end is part of it too.
+        self.file
+            .set_len(layout.end)
+            .map_err(|source| self.failed(source))?;
+        Ok(layout.end)
+    }
+
+    /// Makes sure that it is on the disk, and gives it its name.
+    ///
+    /// # Errors
+    /// [`DumpError`]; nothing is left then.
+    pub fn finish(self) -> Result<(), DumpError> {
+        self.file.sync_all().map_err(|source| self.failed(source))?;
+        let renamed = renameat_with(CWD, &self.part, CWD, &self.path, RenameFlags::NOREPLACE);
+        match renamed.map_err(io::Error::from) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(DumpError::Exists(self.path.clone()))
+            }
+            // Not each file system can refuse to replace: there, that nothing was there a moment ago must do.
+            Err(_) => std::fs::rename(&self.part, &self.path).map_err(|source| self.failed(source)),
+        }
+    }
+
+    /// Copies one piece of memory; pages of zeroes become holes.
+    fn copy(&self, memory: &VmMemory, piece: &Piece) -> Result<(), DumpError> {
+        let mut buffer = vec![0; CHUNK];
+        let mut done = 0;
+        while done < piece.len {
+            let left = usize::try_from(piece.len - done).unwrap_or(usize::MAX);
+            let len = left.min(CHUNK);
+            let chunk = buffer.get_mut(..len).unwrap_or_default();
+            memory.read(GuestAddress(piece.start + done), chunk)?;
+            self.put_sparse(chunk, piece.offset + done)?;
+            done += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the runs of pages that are not all zero.
+    fn put_sparse(&self, chunk: &[u8], offset: u64) -> Result<(), DumpError> {
+        let is_zero = |page: &&[u8]| ZEROES.starts_with(page);
+        let pages: Vec<&[u8]> = chunk.chunks(PAGE).collect();
+        let mut at = 0;
+        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            let len = run.iter().map(|page| page.len()).sum::<usize>();
+            if !run.first().is_some_and(is_zero) {
+                let bytes = chunk.get(at..at + len).unwrap_or_default();
+                self.put(bytes, offset + at as u64)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn put(&self, bytes: &[u8], offset: u64) -> Result<(), DumpError> {
+        let written = self.file.write_all_at(bytes, offset);
+        written.map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: io::Error) -> DumpError {
+        DumpError::Write {
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+impl Drop for NewDump {
+    fn drop(&mut self) {
+        // Once it is finished nothing has this name any more.
+        let _ = std::fs::remove_file(&self.part);
+    }
+}
+
+/// A part of the file that one program header describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    /// In physical memory.
+    start: u64,
+    len: u64,
+    /// In the file.
+    offset: u64,
+}
+
+/// Where everything goes: headers, notes, and on whole pages the memory.
+#[derive(Debug)]
+struct Layout {
+    notes: Piece,
+    memory: Vec<Piece>,
+    /// Number of program headers.
+    count: u16,
+    end: u64,
+}
+
+impl Layout {
+    fn new(ranges: &[(GuestAddress, u64)], notes: usize) -> Result<Layout, DumpError> {
+        let count = ranges.len() + 1;
+        let count = u16::try_from(count)
+            .ok()
+            .filter(|count| *count < elf::PN_XNUM)
+            .ok_or(DumpError::Pieces(count))?;
+        let head = size_of::<Header>() + usize::from(count) * size_of::<ProgramHeader>();
+        let notes = Piece {
+            start: 0,
+            len: notes as u64,
+            offset: head as u64,
+        };
+        let mut end = (notes.offset + notes.len).next_multiple_of(PAGE as u64);
+        let memory = ranges
+            .iter()
+            .map(|(start, len)| {
+                let offset = end;
+                end = end.saturating_add(*len);
+                Piece {
+                    start: start.0,
+                    len: *len,
+                    offset,
+                }
+            })
+            .collect();
+        Ok(Layout {
+            notes,
+            memory,
+            count,
+            end,
+        })
+    }
+
+    /// The ELF header and the program headers, that of the notes first.
+    fn head(&self) -> Vec<u8> {
+        let mut out = pod::bytes_of(&file_header(self.count)).to_vec();
+        let notes = program_header(elf::PT_NOTE, self.notes, 0);
+        out.extend_from_slice(pod::bytes_of(&notes));
+        for piece in &self.memory {
+            let header = program_header(elf::PT_LOAD, *piece, piece.len);
+            out.extend_from_slice(pod::bytes_of(&header));
+        }
+        out
+    }
+}
+
+fn file_header(count: u16) -> Header {
+    let size = |size: usize| U16::new(LE, u16::try_from(size).unwrap_or(u16::MAX));
+    Header {
+        e_ident: elf::Ident {
+            magic: elf::ELFMAG,
+            class: elf::ELFCLASS64,
+            data: elf::ELFDATA2LSB,
+            version: elf::EV_CURRENT,
+            os_abi: elf::ELFOSABI_NONE,
+            abi_version: 0,
+            padding: [0; 7],
+        },
+        e_type: U16::new(LE, elf::ET_CORE),
+        e_machine: U16::new(LE, elf::EM_X86_64),
+        e_version: U32::new(LE, u32::from(elf::EV_CURRENT.0)),
+        e_entry: U64::new(LE, 0),
+        e_phoff: U64::new(LE, size_of::<Header>() as u64),
+        e_shoff: U64::new(LE, 0),
+        e_flags: U32::new(LE, elf::FileFlags(0)),
+        e_ehsize: size(size_of::<Header>()),
+        e_phentsize: size(size_of::<ProgramHeader>()),
+        e_phnum: U16::new(LE, count),
+        e_shentsize: U16::new(LE, 0),
+        e_shnum: U16::new(LE, 0),
+        e_shstrndx: U16::new(LE, elf::SymbolSection(0)),
+    }
+}
+
+/// Virtual addresses are not told: the notes have the page tables.
+fn program_header(kind: elf::ProgramType, piece: Piece, in_memory: u64) -> ProgramHeader {
+    ProgramHeader {
+        p_type: U32::new(LE, kind),
+        p_flags: U32::new(LE, elf::ProgramFlags(0)),
+        p_offset: U64::new(LE, piece.offset),
+        p_vaddr: U64::new(LE, 0),
+        p_paddr: U64::new(LE, piece.start),
+        p_filesz: U64::new(LE, piece.len),
+        p_memsz: U64::new(LE, in_memory),
+        p_align: U64::new(LE, 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::Arc;
+
+    use introspect::CoreFile;
+    use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
+
+    use super::*;
+    use crate::api::testing::TempDir;
+
+    const HIGH: GuestAddress = GuestAddress(1 << 32);
+
+    fn memory() -> VmMemory {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).unwrap();
+        let memory = VmMemory::new(ram);
+        let hidden = GuestRegionMmap::from_range(HIGH, 2 << 20, None).unwrap();
+        assert!(memory.insert_hidden(Arc::new(hidden)));
+        memory
+            .write(GuestAddress(0x1ff8), b"over the edge")
+            .unwrap();
+        memory.write(HIGH, b"hidden").unwrap();
+        memory
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let folder = TempDir::new();
+        let path = folder.path().join("core");
+        let memory = memory();
+        let vcpus = [0, 1].map(|index| VcpuRegs {
+            index,
+            lstar: 7,
+            ..VcpuRegs::default()
+        });
+        let mut dump = NewDump::create(&path).unwrap();
+        let bytes = dump.write(&memory, &vcpus, Some(b"OSRELEASE=6\n")).unwrap();
+        assert!(!path.exists(), "it is not whole yet");
+        dump.finish().unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert_eq!(metadata.len(), bytes);
+        assert_eq!(metadata.mode() & 0o777, 0o600);
+        assert!(metadata.blocks() * 512 < 1 << 20, "zeroes take no room");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+        let core = CoreFile::open(&path).unwrap();
+        assert_eq!(core.vcpus(), vcpus);
+        assert_eq!(core.ranges().collect::<Vec<_>>(), memory.ranges());
+        let (mut from_core, mut from_memory) = (vec![1; 8 << 20], vec![2; 8 << 20]);
+        core.read(GuestAddress(0), &mut from_core).unwrap();
+        memory.read(GuestAddress(0), &mut from_memory).unwrap();
+        assert!(from_core == from_memory);
+        let mut hidden = [0; 6];
+        core.read(HIGH, &mut hidden).unwrap();
+        assert_eq!(&hidden, b"hidden");
+    }
+
+    #[test]
+    fn nothing_is_overwritten_and_nothing_is_left() {
+        let folder = TempDir::new();
+        let path = folder.path().join("core");
+        let refused = |path: &Path| NewDump::create(path).unwrap_err();
+        assert!(matches!(refused(Path::new("core")), DumpError::Relative(_)));
+        let nowhere = folder.path().join("no/core");
+        assert!(matches!(refused(&nowhere), DumpError::Create { .. }));
+        drop(NewDump::create(&path).unwrap());
+        let mut dump = NewDump::create(&path).unwrap();
+        assert!(matches!(refused(&path), DumpError::Exists(_)));
+        dump.write(&memory(), &[], None).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(dump.finish(), Err(DumpError::Exists(_))));
+        assert!(matches!(refused(&path), DumpError::Exists(_)));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}
