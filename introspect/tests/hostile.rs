@@ -216,7 +216,7 @@ fn kallsyms_cut_anywhere() {
 
 /// A `.BTF` section of these words, with the strings `\0a\0`.
 fn btf(types: &[u32]) -> Result<Btf, BtfError> {
-    let len = 4 * types.len() as u32;
+    let len = u32::try_from(4 * types.len()).unwrap();
     let words = [0x0001_eb9f, 24, 0, len, len, 3];
     let mut bytes: Vec<u8> = words
         .iter()
