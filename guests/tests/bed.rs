@@ -114,15 +114,11 @@ fn a_bed_that_dies_or_takes_too_long_is_not_the_commands_failure() {
 
 /// The `bed` program with a command that goes on for ever, once the command runs.
 fn endless() -> (Child, Vec<u32>) {
-    let mut bed = Command::new(env!("CARGO_BIN_EXE_bed"))
-        .args([
-            "run",
-            "--nested",
-            "--",
-            "sh",
-            "-c",
-            "echo runs; exec sleep 10000",
-        ])
+    // Whoever started us may have had the interrupt ignored, as shells do for what they start in the background.
+    let mut bed = Command::new("env")
+        .args(["--default-signal=INT", env!("CARGO_BIN_EXE_bed")])
+        .args(["run", "--nested", "--"])
+        .args(["sh", "-c", "echo runs; exec sleep 10000"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())

@@ -17,6 +17,8 @@ use super::{console::Console, outpatch::Outpatch};
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one shell command may take unless the caller says otherwise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// Printed, in angle brackets, by the shell that commands are typed to.
+const SCRIPT_SHELL: &str = "script-shell";
 /// Of every guest. On a busy machine a guest's clocksource watchdog complains in its log now and then, patched or not: without it
 /// the log can be held against what it was.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable";
@@ -91,8 +93,20 @@ impl Guest {
             commands: 0,
         };
         guest.console.wait_for(READY, BOOT_LIMIT)?;
-        guest.sh("stty -echo; PS1=; PS2=")?;
+        guest.take_shell()?;
         Ok(guest)
+    }
+
+    /// Turns the console's shell for people into one that reads a script: BusyBox's interactive shell takes the end of a
+    /// background job for the end of its input when the terminal does not echo.
+    fn take_shell(&mut self) -> Result<()> {
+        self.console.type_in(&format!(
+            "stty -echo; exec sh -c \"printf '<%s>' {SCRIPT_SHELL}; exec sh /proc/self/fd/0\"\n"
+        ))?;
+        self.console
+            .wait_for(&format!("<{SCRIPT_SHELL}>"), COMMAND_LIMIT)
+            .context("starting the shell that the guest is driven by")?;
+        Ok(())
     }
 
     /// The command line, bound to this guest.
