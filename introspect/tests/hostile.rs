@@ -16,19 +16,14 @@ use introspect::{
 };
 use vm_memory::GuestAddress;
 
-use allocations::measured;
 use fuzz::image::{self, module_at, signal_at, task_at, virt};
 use fuzz::mutate::{Mutated, PARTS};
 
-#[path = "hostile/allocations.rs"]
-mod allocations;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 
 /// No input may take longer, however it is built.
 const MAX_TIME: Duration = Duration::from_secs(2);
-/// Nor may it make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
-const MAX_BYTES: usize = 64 << 20;
 /// Inside `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the BTF made here has them.
 const TASKS: usize = 72;
 const THREAD_NODE: usize = 88;
@@ -39,10 +34,9 @@ const ORC_COUNT: usize = 200;
 /// Runs `work` within the bounds.
 fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
-    let (out, peak) = measured(work);
+    let out = fuzz::capped(what, work);
     let took = start.elapsed();
     assert!(took < MAX_TIME, "{what} took {took:?}");
-    assert!(peak < MAX_BYTES, "{what} held {peak} bytes at once");
     out
 }
 

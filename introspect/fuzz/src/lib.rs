@@ -18,12 +18,26 @@ use introspect::orc_table::OrcTable;
 use introspect::{AddressSpace, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Unwinder};
 use vm_memory::GuestAddress;
 
+mod allocations;
 pub mod btf;
 pub mod image;
 pub mod mutate;
 pub mod symbols;
 
 use mutate::{Mutated, PARTS};
+
+/// No input may make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
+pub const MAX_BYTES: usize = 64 << 20;
+
+/// Runs `work` and counts what it holds.
+///
+/// # Panics
+/// If that was ever more than [`MAX_BYTES`].
+pub fn capped<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let (out, peak) = allocations::measured(work);
+    assert!(peak < MAX_BYTES, "{what} held {peak} bytes at once");
+    out
+}
 
 /// A target: how far it came.
 pub type Target = fn(&[u8]) -> usize;
