@@ -21,7 +21,7 @@ const STEP: u64 = 2 << 20;
 /// No image is longer: the largest of a stock kernel has about 64 MiB.
 const MAX_IMAGE: u64 = 256 << 20;
 /// Each place may cost a look at a whole image, and each vCPU of a hostile guest can show another.
-const MAX_CANDIDATES: usize = 8;
+const MAX_CANDIDATES: usize = 4;
 const GATES: usize = 256;
 const GATE: usize = 16;
 

@@ -17,7 +17,7 @@ pub use crate::symbols::{Symbol, SymbolError, Symbols};
 /// Tokens, one for each value of a byte.
 const TOKENS: usize = 256;
 /// No generation comes near so many symbols: stock kernels have about 200,000.
-const MAX_SYMBOLS: u32 = 1 << 20;
+const MAX_SYMBOLS: u32 = 1 << 19;
 /// The token table is at most this long: 256 tokens, few of them over 16 bytes.
 const MAX_TOKEN_TABLE: usize = 8192;
 /// A compressed name has at most this many bytes (`KSYM_NAME_LEN` is 512).
@@ -25,10 +25,12 @@ const MAX_NAME: usize = 1024;
 /// A name has at most this many characters. Each of its bytes can stand for a token of any length.
 const MAX_EXPANDED: usize = 1024;
 /// All names together, in characters; stock kernels have about 5 MiB.
-const MAX_NAMES: usize = 64 << 20;
-/// Steps to find the tables, in bytes and words looked at: some hundred times what an honest kernel takes. Places that look
+const MAX_NAMES: usize = 16 << 20;
+/// Steps to find the tables and to read them, in bytes and words looked at: some ten times what an honest kernel takes. Places that look
 /// like tables and are none can lie as close together as a guest likes, and each costs a search of its own.
-const MAX_STEPS: usize = 1 << 28;
+const MAX_STEPS: usize = 1 << 27;
+/// Steps that one symbol costs when all are sorted.
+const SORT: usize = 20;
 /// One marker for so many names.
 const MARKED: usize = 256;
 /// What 256 names take: more than two bytes each, less than this.
@@ -38,7 +40,7 @@ const MIN_MARKERS: usize = 64;
 /// Labels are at least so aligned.
 const ALIGN: usize = 4;
 /// `"0\0" "1\0" … "9\0"`: digits are never part of a longer token, so these tokens are always so.
-const DIGITS: [u8; 20] = *b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
+pub(crate) const DIGITS: [u8; 20] = *b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
 
 /// Why there are no symbols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,9 +116,13 @@ struct Names {
 
 /// What is left of [`MAX_STEPS`].
 #[derive(Debug)]
-struct Steps(Cell<usize>);
+pub(crate) struct Steps(Cell<usize>);
 
 impl Steps {
+    pub(crate) fn new() -> Steps {
+        Steps(Cell::new(MAX_STEPS))
+    }
+
     /// Takes so many; `None` when none are left, then and from then on.
     fn take(&self, steps: usize) -> Option<()> {
         let left = self.0.get().saturating_sub(steps);
@@ -143,20 +149,15 @@ enum Encoding {
 /// The offset of the first token-table digits at or behind `from`.
 #[must_use]
 pub fn digits(bytes: &[u8], from: usize) -> Option<usize> {
-    // Horspool: the last byte under the pattern says how far it can move.
-    let mut skip = [DIGITS.len(); 256];
-    for (i, &byte) in DIGITS.iter().enumerate().take(DIGITS.len() - 1) {
-        if let Some(slot) = skip.get_mut(usize::from(byte)) {
-            *slot = DIGITS.len() - 1 - i;
-        }
-    }
+    // Like Horspool's, but by the last two bytes under the pattern: images have much more of zeroes than of digits.
     let mut at = from;
     while let Some(part) = bytes.get(at..at.checked_add(DIGITS.len())?) {
-        if part == DIGITS {
-            return Some(at);
-        }
-        let last = part.last().copied().unwrap_or_default();
-        at += skip.get(usize::from(last)).copied().unwrap_or(1);
+        at += match part {
+            [.., b'9', 0] if part == DIGITS => return Some(at),
+            [.., digit @ b'0'..=b'8', 0] => 2 * usize::from(b'9' - digit),
+            [.., digit @ b'0'..=b'9'] => 2 * usize::from(b'9' - digit) + 1,
+            _ => DIGITS.len(),
+        };
     }
     None
 }
@@ -166,13 +167,21 @@ pub fn digits(bytes: &[u8], from: usize) -> Option<usize> {
 /// # Errors
 /// [`KallsymsError`], naming the table that was found last.
 pub fn parse(window: Window<'_>, image: GvaRange) -> Result<Symbols, KallsymsError> {
+    parse_from(window, image, 0, &Steps::new())
+}
+
+/// The same, for token tables whose digits begin at or behind `from`.
+pub(crate) fn parse_from(
+    window: Window<'_>,
+    image: GvaRange,
+    mut from: usize,
+    steps: &Steps,
+) -> Result<Symbols, KallsymsError> {
     let mut error = KallsymsError::NoTokens;
-    let steps = Steps(Cell::new(MAX_STEPS));
-    let mut from = 0;
     while let Some(hit) = digits(window.bytes, from) {
         from = hit + 1;
-        if let Some(tokens) = Tokens::find(window, hit, &steps) {
-            match parse_with(window, image, &tokens, &steps) {
+        if let Some(tokens) = Tokens::find(window, hit, steps) {
+            match parse_with(window, image, &tokens, steps) {
                 Ok(symbols) => return Ok(symbols),
                 Err(found) => error = found,
             }
@@ -192,8 +201,8 @@ fn parse_with(
 ) -> Result<Symbols, KallsymsError> {
     let names = Names::find(window, tokens, steps)
         .ok_or(KallsymsError::NoNames(window.gva(tokens.table)))?;
-    addresses(window, image.start, tokens, &names)
-        .and_then(|addresses| collect(window, image, tokens, &names, addresses))
+    addresses(window, image.start, tokens, &names, steps)
+        .and_then(|addresses| collect(window, image, tokens, &names, addresses, steps))
         .ok_or(KallsymsError::NoAddresses(window.gva(names.names)))
 }
 
@@ -363,8 +372,9 @@ fn addresses(
     base: Gva,
     tokens: &Tokens,
     names: &Names,
+    steps: &Steps,
 ) -> Option<(usize, Encoding)> {
-    let text = position(window, tokens, names, "_text")?;
+    let text = position(window, tokens, names, steps)?;
     let behind = tokens.index + TOKENS * 2;
     let table = names.count.checked_mul(4)?;
     let mut candidates = Vec::new();
@@ -385,15 +395,16 @@ fn addresses(
         .find(|&(offsets, encoding)| address(window, offsets, encoding, text) == Some(base))
 }
 
-/// The position of a name among the names.
-fn position(window: Window<'_>, tokens: &Tokens, names: &Names, wanted: &str) -> Option<usize> {
+/// The position of `_text` among the names.
+fn position(window: Window<'_>, tokens: &Tokens, names: &Names, steps: &Steps) -> Option<usize> {
     let mut at = names.names;
     let mut name = String::new();
     for n in 0..names.count {
         let (compressed, next) = name_at(window, at)?;
         at = next;
         expand(tokens, compressed, &mut name)?;
-        if name.get(1..) == Some(wanted) {
+        steps.take(name.len())?;
+        if name.get(1..) == Some("_text") {
             return Some(n);
         }
     }
@@ -421,8 +432,10 @@ fn collect(
     tokens: &Tokens,
     names: &Names,
     (offsets, encoding): (usize, Encoding),
+    steps: &Steps,
 ) -> Option<Symbols> {
-    let mut builder = Builder::with_capacity(names.count, names.count.saturating_mul(24));
+    // As much as there may be, so that it never grows: what is not used costs nothing, and is given back.
+    let mut builder = Builder::with_capacity(names.count, MAX_NAMES);
     let mut at = names.names;
     let mut name = String::new();
     let mut end = image.start;
@@ -438,6 +451,7 @@ fn collect(
             end = gva;
         }
         room = room.checked_sub(bare.len())?;
+        steps.take(name.len() + SORT)?;
         builder.push(gva, letter, bare)?;
     }
     // Without `_end` among them, what the page tables show must do.
