@@ -19,6 +19,9 @@ use vm_memory::GuestAddress;
 use fuzz::image::{self, module_at, signal_at, task_at, virt};
 use fuzz::mutate::{Mutated, PARTS};
 
+#[path = "hostile/cores.rs"]
+mod cores;
+
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use introspect_fuzz::{btf, image, kallsyms, ram};
+use introspect_fuzz::{btf, cores, image, kallsyms, ram};
 
 /// A record of `mutate`: a value in a part of memory.
 fn record(part: u8, mode: u8, place: usize, value: u64) -> Vec<u8> {
@@ -64,6 +64,7 @@ fn main() {
     );
     write("modules", "many-symbols", &record(0, 4, 0x208, 0xf_ffff));
     write("modules", "many-entries", &record(0, 4, 200, 0xf_ffff));
+    core_files();
     write("whole", "good", &[]);
     for (part, place) in (0..9).flat_map(|part| [(part, 8), (part, 0x100)]) {
         write(
@@ -72,4 +73,32 @@ fn main() {
             &record(part, 1, place, image::TASKS as u64),
         );
     }
+}
+
+fn core_files() {
+    let notes = cores::notes(2);
+    let parts = cores::good(&notes);
+    let good = cores::bytes(&parts);
+    let write = |name: &str, bytes: &[u8]| write("core_file", name, bytes);
+    let with = |name: &str, n, field, value| write(name, &cores::with(&parts, n, field, value));
+    write("good", &good);
+    write("not-elf", b"KDUMP   and more");
+    write("no-notes", &cores::bytes(&parts[1..]));
+    write("no-memory", &cores::bytes(&parts[..1]));
+    write("cut-in-the-headers", &good[..150]);
+    write("cut-in-the-notes", &good[..1000]);
+    write("cut-in-the-memory", &good[..good.len() - 2]);
+    with("overlap", 2, cores::P_PADDR, image::IMAGE as u64 + 4);
+    with("offset-beyond-the-file", 2, cores::P_OFFSET, u64::MAX);
+    with("notes-beyond-the-file", 0, cores::P_FILESZ, 1 << 20);
+    with("notes-without-end", 0, cores::P_FILESZ, u64::MAX);
+    with("notes-of-another-alignment", 0, cores::P_ALIGN, 1 << 40);
+    with("memory-is-the-headers", 5, cores::P_OFFSET, 0);
+    with("an-exabyte-of-zeroes", 5, cores::P_MEMSZ, 1 << 60);
+    let mut itself = good.clone();
+    itself[cores::E_PHOFF..][..8].fill(0);
+    write("headers-are-the-file-header", &itself);
+    let mut many = good;
+    many[cores::E_PHNUM..][..2].fill(0xff);
+    write("count-in-a-section-that-is-not", &many);
 }

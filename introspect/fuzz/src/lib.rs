@@ -15,11 +15,16 @@ use introspect::kallsyms::Window;
 use introspect::modules::modules as list;
 use introspect::orc::Encoding;
 use introspect::orc_table::OrcTable;
-use introspect::{AddressSpace, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Unwinder};
+use introspect::{
+    AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Unwinder,
+    VcpuRegs,
+};
 use vm_memory::GuestAddress;
 
 mod allocations;
 pub mod btf;
+pub mod cores;
+pub mod dump;
 pub mod image;
 pub mod mutate;
 pub mod symbols;
@@ -43,13 +48,14 @@ pub fn capped<T>(what: &str, work: impl FnOnce() -> T) -> T {
 pub type Target = fn(&[u8]) -> usize;
 
 /// Every target by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("kallsyms", kallsyms),
     ("btf", types),
     ("orc", orc),
     ("page_tables", page_tables),
     ("tasks", tasks),
     ("modules", modules),
+    ("core_file", core_file),
     ("whole", whole),
 ];
 
@@ -176,26 +182,41 @@ pub fn modules(data: &[u8]) -> usize {
     seen
 }
 
-/// All of it: damage anywhere, then from the registers of a vCPU to every stack.
-pub fn whole(data: &[u8]) -> usize {
-    let memory = Mutated::new(ram(), &PARTS, data);
-    stacks(&memory)
-}
-
-/// How many stacks of a guest with one vCPU can be relied on.
-pub fn stacks(memory: &dyn PhysMemory) -> usize {
-    let vcpus = image::vcpus();
-    let Ok(kernel) = Kernel::find(memory, &vcpus) else {
+/// A core file: all bytes of it.
+pub fn core_file(data: &[u8]) -> usize {
+    let Ok(core) = CoreFile::new(cores::file(data)) else {
         return 0;
     };
+    1 + cores::edges(&core) + stacks(&core, core.vcpus())
+}
+
+/// All of it: damage anywhere, then from the registers of a vCPU to every stack. Of a real guest where the environment names one.
+pub fn whole(data: &[u8]) -> usize {
+    if let Some(dump) = dump::named() {
+        return dump.damaged(data);
+    }
+    let memory = Mutated::new(ram(), &PARTS, data);
+    stacks(&memory, &image::vcpus())
+}
+
+/// How many stacks of a guest can be relied on.
+pub fn stacks(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
+    let Ok(kernel) = Kernel::find(memory, vcpus) else {
+        return 0;
+    };
+    stacks_of(&kernel, memory, vcpus)
+}
+
+/// The same, of a guest whose kernel is known.
+pub fn stacks_of(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
     let reader = kernel.memory(memory);
     let (Ok(tasks), Ok(mut unwinder)) = (
-        introspect::tasks(&kernel, &reader, &vcpus),
-        Unwinder::new(&kernel, &reader),
+        introspect::tasks(kernel, &reader, vcpus),
+        Unwinder::new(kernel, &reader),
     ) else {
         return 0;
     };
-    let _ = unwinder.refresh(&kernel, &reader);
+    let _ = unwinder.refresh(kernel, &reader);
     tasks
         .iter()
         .filter(|task| {

@@ -2,13 +2,13 @@
 //!
 //! A record has twelve bytes: which part of memory, how the value is meant, where in the part, and the value.
 
-use introspect::memory::{PhysMemory, Unbacked};
+use introspect::{CoreFile, PhysMemory, Unbacked};
 use vm_memory::GuestAddress;
 
 use super::image;
 
 /// Most records that count.
-const MAX_CHANGES: usize = 64;
+pub const MAX_CHANGES: usize = 64;
 const RECORD: usize = 12;
 
 /// A part of memory, by where it begins and its length.
@@ -29,18 +29,38 @@ pub const PARTS: [Part; 9] = [
 
 /// Guest memory and what is different in it.
 #[derive(Debug)]
-pub struct Mutated<'b> {
-    base: &'b [u8],
+pub struct Mutated<'b, B: Base + ?Sized = [u8]> {
+    base: &'b B,
     changes: Vec<(usize, Vec<u8>)>,
+}
+
+/// Memory that nobody has damaged.
+pub trait Base {
+    /// As [`PhysMemory::read`].
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked>;
+}
+
+impl Base for [u8] {
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+        let len = buf.len();
+        let unbacked = Unbacked { gpa, len };
+        let start = usize::try_from(gpa.0).map_err(|_| unbacked)?;
+        let end = start.checked_add(len).ok_or(unbacked)?;
+        buf.copy_from_slice(self.get(start..end).ok_or(unbacked)?);
+        Ok(())
+    }
+}
+
+impl Base for CoreFile {
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+        self.read(gpa, buf)
+    }
 }
 
 impl<'b> Mutated<'b> {
     /// Memory changed in `parts` as the records of `data` say.
     pub fn new(base: &'b [u8], parts: &[Part], data: &[u8]) -> Mutated<'b> {
-        let mut out = Mutated {
-            base,
-            changes: Vec::new(),
-        };
+        let mut out = Mutated::of(base);
         let (records, _) = data.as_chunks::<RECORD>();
         for record in records.iter().take(MAX_CHANGES) {
             out.change(parts, record);
@@ -66,6 +86,16 @@ impl<'b> Mutated<'b> {
         let width = 1 << (3 - (mode >> 2 & 3));
         self.set(start + place, &value.to_le_bytes()[..width]);
     }
+}
+
+impl<'b, B: Base + ?Sized> Mutated<'b, B> {
+    /// Memory as it is, to be changed.
+    pub fn of(base: &'b B) -> Mutated<'b, B> {
+        Mutated {
+            base,
+            changes: Vec::new(),
+        }
+    }
 
     /// Puts bytes at a physical address.
     pub fn set(&mut self, at: usize, bytes: &[u8]) {
@@ -73,15 +103,10 @@ impl<'b> Mutated<'b> {
     }
 }
 
-impl PhysMemory for Mutated<'_> {
+impl<B: Base + ?Sized> PhysMemory for Mutated<'_, B> {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
-        let unbacked = Unbacked {
-            gpa,
-            len: buf.len(),
-        };
-        let start = usize::try_from(gpa.0).map_err(|_| unbacked)?;
-        let end = start.checked_add(buf.len()).ok_or(unbacked)?;
-        buf.copy_from_slice(self.base.get(start..end).ok_or(unbacked)?);
+        self.base.fill(gpa, buf)?;
+        let start = usize::try_from(gpa.0).unwrap_or(usize::MAX);
         for (at, bytes) in &self.changes {
             for (place, byte) in (*at..).zip(bytes) {
                 if let Some(to) = place.checked_sub(start).and_then(|i| buf.get_mut(i)) {

@@ -12,6 +12,11 @@ pub fn tables(base: u64, symbols: &[(&str, u64)], fill: u64) -> Vec<u8> {
     for (n, at) in (all.len()..COUNT).zip(fill..) {
         all.push((format!("tf{n:05}"), at));
     }
+    of(base, &all)
+}
+
+/// The tables for these symbols, each name with its letter in front.
+pub fn of(base: u64, all: &[(String, u64)]) -> Vec<u8> {
     let mut names = Vec::new();
     let mut markers = Vec::new();
     for (n, (name, _)) in all.iter().enumerate() {
@@ -25,7 +30,7 @@ pub fn tables(base: u64, symbols: &[(&str, u64)], fill: u64) -> Vec<u8> {
     let mut out = (all.len() as u32).to_le_bytes().to_vec();
     out.extend([0; 4]);
     out.extend(names);
-    for part in [markers, table, index, offsets(base, &all)] {
+    for part in [markers, table, index, offsets(base, all)] {
         out.resize(out.len().next_multiple_of(8), 0);
         out.extend(part);
     }
