@@ -110,11 +110,17 @@ impl Packages {
         self.fetch_as(name, suites, || Ok(vec![name.to_owned()]))
     }
 
-    /// The newest package in `suites` whose name has this beginning and this end.
-    pub fn fetch_newest(&self, start: &str, end: &str, suites: &[&str]) -> Result<Package> {
+    /// The newest package in `suites` whose name has this beginning, this end, and is one of `ours`.
+    pub fn fetch_newest(
+        &self,
+        start: &str,
+        end: &str,
+        ours: impl Fn(&str) -> bool,
+        suites: &[&str],
+    ) -> Result<Package> {
         self.fetch_as(&format!("{start}*{end}"), suites, || {
             let mut names = self.apt.names(start)?;
-            names.retain(|n| n.ends_with(end));
+            names.retain(|n| n.ends_with(end) && ours(n));
             Ok(names)
         })
     }

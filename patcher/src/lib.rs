@@ -12,6 +12,7 @@
 
 mod apply;
 mod cave;
+mod check;
 pub mod error;
 mod facts;
 mod guest;
@@ -41,5 +42,8 @@ mod window;
 pub use error::{ErrorKind, PatchError};
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
-pub use status::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
+pub use status::{
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
+    PieceReport, TaskReport, TaskWay,
+};
 pub use view::{NamedFrame, TaskStack};

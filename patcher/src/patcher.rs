@@ -3,19 +3,20 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::{Kernel, Task, VcpuRegs};
+use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use crate::apply;
+use crate::check::Trial;
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::look::Look;
 use crate::machine::Machine;
-use crate::module;
+use crate::module::{self, LivepatchModule};
 use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{PatchPhase, PatchStatus, PauseReport};
+use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::{Direction, Scene, Step, Transition};
 use crate::view::TaskStack;
 use crate::wake::Waker;
@@ -113,6 +114,29 @@ impl Patcher {
         })
     }
 
+    /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn symbols<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Vec<ListedSymbol>, PatchError> {
+        self.guest(machine)?;
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
+        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
+        paused.resume()?;
+        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
+        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
+            gva: symbol.gva,
+            letter: symbol.letter,
+            name: symbol.name.to_owned(),
+            module: None,
+        });
+        Ok(core.chain(behind).collect())
+    }
+
     /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
     /// where it has not been found, early in boot for one.
     ///
@@ -163,20 +187,14 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<String, PatchError> {
-        self.no_transition()?;
-        let module = module::parse(file)?;
+        let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
-        if self.patches.iter().any(|patch| patch.name() == name) {
-            return Err(PatchError::AlreadyApplied(name));
-        }
-        self.guest(machine)?.facts()?;
-        self.not_loaded(machine, &name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let patch = apply::prepare(machine, guest, &mut self.places, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let begun = self
-            .ready(machine)
+            .ready(machine, at)
             .and_then(|()| self.begin(machine, at, Direction::Apply));
         if let Err(error) = begun {
             // Where the undo failed the guest may still lead there.
@@ -189,6 +207,36 @@ impl Patcher {
             self.reverted = None;
         }
         Ok(name)
+    }
+
+    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    ///
+    /// # Errors
+    /// [`PatchError`], that of `apply`.
+    pub fn check<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<CheckReport, PatchError> {
+        let module = self.welcome(machine, file)?;
+        let Patcher {
+            guest,
+            places,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let mut meter = PauseReport::default();
+        let found = patiently(|| {
+            let paused = Paused::begin(machine, &mut meter)?;
+            trial.step(guest, paused.memory(), &paused.vcpus)
+        });
+        trial.forget(guest);
+        pauses.merge(&meter);
+        let (tasks, step) = found?;
+        Ok(trial.report(&tasks, step, meter))
     }
 
     /// Begins to revert the applied patch `name`, or turns its running transition round.
@@ -284,6 +332,23 @@ impl Patcher {
         self.pauses
     }
 
+    /// The module in `file`, when nothing is in its way before its contents are looked at.
+    fn welcome<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<LivepatchModule, PatchError> {
+        self.no_transition()?;
+        let module = module::parse(file)?;
+        let name = module.name();
+        if self.patches.iter().any(|patch| patch.name() == name) {
+            return Err(PatchError::AlreadyApplied(name.into()));
+        }
+        self.guest(machine)?.facts()?;
+        self.not_loaded(machine, name)?;
+        Ok(module)
+    }
+
     fn no_transition(&self) -> Result<(), PatchError> {
         match self.patches.iter().find(|p| p.transition.is_some()) {
             None => Ok(()),
@@ -307,9 +372,11 @@ impl Patcher {
         Ok(())
     }
 
-    /// What a transition needs in hidden memory is there.
-    fn ready<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+    /// What the patch and a transition need in hidden memory is there.
+    fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        apply::fill(machine, &guest.kernel, &self.places, patch)?;
         self.places
             .dummy(machine, &guest.kernel, guest.facts()?)
             .map(drop)

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use guests::{
     bed::Bed,
     drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch},
-    kernels::Generation,
-    stock::{Stock, build_outpatch},
+    kernels::{Flavour, Generation},
+    stock::{Order, Stock, build_outpatch},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,12 @@ fn outside() -> Result<ExitCode> {
     let binary = build_outpatch()?;
     spinner.finish_and_clear();
     bed.prepare()?;
-    let stock = Stock::prepare(Generation::V6_12, &[PATCH])?;
+    let stock = Stock::prepare(Order {
+        generation: Generation::V6_12,
+        flavour: Flavour::Cloud,
+        patches: &[PATCH],
+        modules: &[],
+    })?;
     let spec = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
     fs::write(&spec, serde_json::to_vec(&Parts { binary, stock })?)
         .with_context(|| spec.display().to_string())?;

@@ -14,8 +14,8 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use guests::{
     drive::{Guest, GuestSpec, MEMORY_MIB},
-    kernels::Generation,
-    stock::{Stock, build_outpatch},
+    kernels::{Flavour, Generation},
+    stock::{Order, Stock, build_outpatch},
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
-    /// By generation: "5.10", "6.1", "6.12", "7.3".
+    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3".
     pub stock: BTreeMap<String, Stock>,
 }
 
@@ -53,6 +53,9 @@ const PATCHES: [&str; 12] = [
     "features",
 ];
 
+/// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
+const MODULES: [&str; 3] = ["dummy", "nf_conntrack", "nfsd"];
+
 impl Assets {
     fn make() -> Result<Assets> {
         let mut stock = BTreeMap::new();
@@ -62,7 +65,13 @@ impl Assets {
                 Generation::V6_1 | Generation::V6_12 => &PATCHES,
                 _ => &[],
             };
-            stock.insert(generation.to_string(), Stock::prepare(generation, patches)?);
+            let order = Order {
+                generation,
+                flavour: Flavour::Cloud,
+                patches,
+                modules: &MODULES,
+            };
+            stock.insert(generation.to_string(), Stock::prepare(order)?);
         }
         Ok(Assets {
             binary: build_outpatch()?,

@@ -6,6 +6,7 @@
 
 mod bench;
 mod blocked;
+mod check;
 mod differential;
 mod dumps;
 mod generations;
@@ -14,6 +15,7 @@ mod machine;
 mod patching;
 mod refusals;
 mod stacks;
+mod symbols;
 
 use std::{
     env,
@@ -82,11 +84,13 @@ fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
+    all.extend(symbols::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
+    all.extend(check::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
     all

@@ -130,6 +130,31 @@ pub struct StackFrame {
     pub scheduler: bool,
 }
 
+/// One symbol of `GET /symbols`: a line of `/proc/kallsyms`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Symbol {
+    /// Its address, `0x…`.
+    pub address: String,
+    /// The type's letter.
+    #[serde(rename = "type")]
+    pub letter: char,
+    /// Its name.
+    pub name: String,
+    /// The module that it is in, or what the kernel puts in its place; `null` for the kernel's own.
+    pub module: Option<String>,
+}
+
+impl From<introspect::ListedSymbol> for Symbol {
+    fn from(symbol: introspect::ListedSymbol) -> Symbol {
+        Symbol {
+            address: symbol.gva.to_string(),
+            letter: symbol.letter,
+            name: symbol.name,
+            module: symbol.module,
+        }
+    }
+}
+
 impl From<&introspect::Task> for Task {
     fn from(task: &introspect::Task) -> Task {
         Task {

@@ -1,15 +1,13 @@
 //! `outpatch apply`, `status` and `revert`.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 
 use patcher::{PatchPhase, PatchStatus};
 use serde::Serialize;
-use vmm::api::routes::MODULE_LIMIT;
 use vmm::api::wire::{PatchChange, Vm};
 
 use super::connection::Connection;
+use super::module::read_module;
 use super::screen::{Screen, Tone};
 use super::transition::{Outcome, Watch, pauses, task_head, task_line, ways, word};
 use super::verbs::{VerbError, Waiting};
@@ -22,10 +20,7 @@ pub fn apply(
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let module = read_module(file).map_err(|source| VerbError::File {
-        path: file.to_owned(),
-        source,
-    })?;
+    let module = read_module(file)?;
     let begun: PatchStatus =
         connection
             .post("/patches", module)
@@ -42,19 +37,6 @@ pub fn apply(
         json,
         screen,
     )
-}
-
-/// The whole file; one that no VMM would take is not read to its end.
-fn read_module(file: &Path) -> io::Result<Vec<u8>> {
-    let limit = u64::try_from(MODULE_LIMIT).unwrap_or(u64::MAX);
-    let mut module = Vec::new();
-    let mut start = File::open(file)?.take(limit.saturating_add(1));
-    start.read_to_end(&mut module)?;
-    if module.len() > MODULE_LIMIT {
-        let why = format!("longer than {} MiB, which no module is", MODULE_LIMIT >> 20);
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    Ok(module)
 }
 
 /// Reverts the patch `name`, or the only one.
