@@ -13,6 +13,7 @@
 pub mod addr;
 pub mod btf;
 mod btf_raw;
+mod core_cache;
 pub mod core_error;
 pub mod core_file;
 pub mod core_notes;
