@@ -166,14 +166,23 @@ fn module(w: &mut Writer, basic: &Basic) {
         ("mem", memories, 80),
         ("kallsyms", long, 192),
         ("arch", arch, 200),
+        ("syms", long, 224),
+        ("num_syms", word, 232),
     ];
-    w.structure("module", 224, &members);
+    w.structure("module", 240, &members);
+    let export = [
+        ("value_offset", word, 0),
+        ("name_offset", word, 4),
+        ("namespace_offset", word, 8),
+    ];
+    w.structure("kernel_symbol", 12, &export);
     let symbols = [
         ("symtab", long, 0),
         ("num_symtab", word, 8),
         ("strtab", long, 16),
+        ("typetab", long, 24),
     ];
-    w.structure("mod_kallsyms", 24, &symbols);
+    w.structure("mod_kallsyms", 32, &symbols);
     w.values("mod_mem_type", &[("MOD_TEXT", 0), ("MOD_INIT_TEXT", 4)]);
 }
 

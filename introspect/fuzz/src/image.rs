@@ -296,6 +296,15 @@ fn modules(ram: &mut Builder) {
         ram.put(at + 0x318, &[1, 0, 0, 0, 0x12, 0, 1, 0]);
         ram.long(at + 0x320, virt(text) + 0x10);
         ram.put(at + 0x400, b"\0work\0");
+        ram.long(at + 0x218, virt(at + 0x500));
+        ram.put(at + 0x500, b"\0t");
+        // It exports the one that it has; both distances count from the word that holds them.
+        ram.long(at + 224, virt(at + 0x600));
+        ram.word(at + 232, 1);
+        let to_text = (text + 0x10).wrapping_sub(at + 0x600);
+        ram.put(at + 0x600, &(to_text as u32).to_le_bytes());
+        let to_name = (at + 0x401).wrapping_sub(at + 0x604);
+        ram.put(at + 0x604, &(to_name as u32).to_le_bytes());
     }
 }
 
