@@ -14,9 +14,9 @@ use guests::{
     bed::Bed,
     cache::{Cache, fingerprint},
     drive::{Guest, GuestSpec},
-    kernels::Generation,
+    kernels::{Flavour, Generation},
     programs,
-    stock::{Stock, build_outpatch},
+    stock::{Order, Stock, build_outpatch},
 };
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +61,12 @@ struct Plan {
 /// When no guest could be had or driven; nothing is kept then.
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
-    let stock = Stock::prepare(GENERATION, &[])?;
+    let stock = Stock::prepare(Order {
+        generation: GENERATION,
+        flavour: Flavour::Cloud,
+        patches: &[],
+        modules: &[],
+    })?;
     let sleeper = programs::IN_GUEST
         .iter()
         .find(|source| source.name == "sleeper");
