@@ -42,14 +42,14 @@ impl CachedFile {
     /// # Errors
     /// What the operating system says, also when the file ends before.
     pub(crate) fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        if buf.len() <= SMALL && self.from_blocks(buf, offset).is_some() {
+        if buf.len() <= SMALL && self.copy_blocks(buf, offset).is_some() {
             return Ok(());
         }
         self.file.read_exact_at(buf, offset)
     }
 
     /// `None` when a block cannot be had: the end of the file is in none.
-    fn from_blocks(&self, buf: &mut [u8], offset: u64) -> Option<()> {
+    fn copy_blocks(&self, buf: &mut [u8], offset: u64) -> Option<()> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = offset;
         let mut rest = buf;

@@ -88,7 +88,7 @@ fn print(theirs: &Times, ours: &Figures) {
     let one_list = theirs.list / count(theirs.tasks);
     let our_list = ours.list.seconds() / count(ours.tasks);
     println!(
-        "\ndrgn {}: {} tasks with pid and comm in {:.0} ms; outpatch: {} tasks with all fields in {:.2} ms: {:.0} times as fast a task",
+        "\nthe same core read by drgn {}, in CPU time: {} tasks with pid and comm in {:.0} ms; outpatch: {} tasks with all fields in {:.2} ms: {:.0} times as fast a task",
         theirs.version,
         theirs.tasks,
         theirs.list * 1e3,
@@ -99,7 +99,7 @@ fn print(theirs: &Times, ours: &Figures) {
     let one_stack = theirs.unwind / count(theirs.stacks);
     let our_stack = ours.stacks.seconds() / count(ours.tasks);
     println!(
-        "drgn: {} stacks (a sample) with {} frames in {:.0} ms, {:.0} frames/s; outpatch, listing included: {:.0} frames/s: {:.0} times as fast a stack",
+        "drgn: {} stacks (a sample) with {} frames, inlined ones counted, in {:.0} ms, {:.0} frames/s; outpatch, listing included: {:.0} frames/s: {:.0} times as fast a stack",
         theirs.stacks,
         theirs.frames,
         theirs.unwind * 1e3,

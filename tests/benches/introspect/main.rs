@@ -1,9 +1,11 @@
 //! How fast a guest's kernel, tasks and stacks are read, on cores of a stock kernel with 100 to 20,000 sleeping processes.
 //!
-//! `cargo bench -p tests` captures the cores where the cache has none (one boot in the test bed), lets Criterion measure, then
-//! prints a table over all sizes, the memory it takes and, where drgn is installed, the ratio to it.
+//! `cargo bench -p tests` captures the cores where the cache has none (one boot in the test bed), lets Criterion measure
+//! CPU time, then prints a table over all sizes with the time on the clock, too, the memory it takes and, where drgn is installed, the
+//! ratio to it.
 
 mod cores;
+mod cpu;
 mod drgn;
 mod report;
 mod subject;
@@ -15,6 +17,7 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 
 use crate::{
     cores::{Core, SIZES},
+    cpu::CpuTime,
     report::Figures,
     subject::Subject,
 };
@@ -45,6 +48,7 @@ fn bench(words: &[String]) -> Result<()> {
         .sample_size(20)
         .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(4))
+        .with_measurement(CpuTime)
         .configure_from_args();
     let (release, cores) = cores::all()?;
     for core in &cores {
@@ -63,7 +67,7 @@ fn bench(words: &[String]) -> Result<()> {
 }
 
 /// The cost of all stacks, on each size.
-fn all_stacks(criterion: &mut Criterion, subject: &Subject) -> Result<()> {
+fn all_stacks(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     let mut group = criterion.benchmark_group(ALL_STACKS);
     for (name, memory) in subject.memories() {
@@ -82,7 +86,7 @@ fn all_stacks(criterion: &mut Criterion, subject: &Subject) -> Result<()> {
 }
 
 /// Each step on its own.
-fn steps(criterion: &mut Criterion, subject: &Subject) -> Result<()> {
+fn steps(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     for (name, memory) in subject.memories() {
         let kernel = subject::first_contact(memory, vcpus)?;

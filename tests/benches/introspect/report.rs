@@ -12,6 +12,7 @@ use introspect::{CoreFile, PhysMemory, Stack, Task};
 
 use crate::{
     cores::Core,
+    cpu,
     subject::{self, Subject},
 };
 
@@ -38,26 +39,26 @@ pub struct Figures {
     pub stacks: Timing,
 }
 
-/// How long something took, in several runs.
+/// How long something took: medians of several runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Half the runs took no longer.
-    pub median: Duration,
-    /// The run that the machine's other work disturbed least.
-    pub fastest: Duration,
+    /// On the clock.
+    pub wall: Duration,
+    /// On a CPU.
+    pub cpu: Duration,
 }
 
 impl Timing {
-    /// The median in seconds.
+    /// The time on a CPU, in seconds.
     pub fn seconds(&self) -> f64 {
-        self.median.as_secs_f64()
+        self.cpu.as_secs_f64()
     }
 }
 
 impl fmt::Display for Timing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
-        let text = format!("{:.2} ({:.2})", ms(self.median), ms(self.fastest));
+        let text = format!("{:.2} ({:.2})", ms(self.wall), ms(self.cpu));
         f.pad(&text)
     }
 }
@@ -84,7 +85,9 @@ impl Figures {
 
     /// The header of [`Figures::print`].
     pub fn print_header() {
-        println!("\nin ms, the median of {RUNS} runs (and the fastest); stacks include the list");
+        println!(
+            "\nin ms on the clock (and on a CPU), medians of {RUNS} runs; stacks include the list; the last two by CPU time"
+        );
         println!(
             "{:>8} {:<9} {:>6} {:>7} {:>15} {:>15} {:>15} {:>15} {:>12} {:>9}",
             "sleepers",
@@ -127,17 +130,20 @@ fn frames(all: &[(Task, Stack)]) -> usize {
 
 /// Times several runs. What a run returns is dropped outside of it.
 fn time<T>(mut run: impl FnMut() -> Result<T>) -> Result<Timing> {
-    let mut times = Vec::with_capacity(RUNS);
+    let mut walls = Vec::with_capacity(RUNS);
+    let mut cpus = Vec::with_capacity(RUNS);
     for _ in 0..RUNS {
-        let start = Instant::now();
+        let (start, used) = (Instant::now(), cpu::used());
         let done = run()?;
-        times.push(start.elapsed());
+        cpus.push(cpu::used() - used);
+        walls.push(start.elapsed());
         drop(done);
     }
-    times.sort_unstable();
+    walls.sort_unstable();
+    cpus.sort_unstable();
     Ok(Timing {
-        median: times[RUNS / 2],
-        fastest: times[0],
+        wall: walls[RUNS / 2],
+        cpu: cpus[RUNS / 2],
     })
 }
 
