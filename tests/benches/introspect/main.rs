@@ -13,7 +13,7 @@ mod subject;
 use std::{env, path::Path, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 
 use crate::{
     cores::{Core, SIZES},
@@ -51,12 +51,14 @@ fn bench(words: &[String]) -> Result<()> {
         .with_measurement(CpuTime)
         .configure_from_args();
     let (release, cores) = cores::all()?;
+    // One group for all sizes, so that Criterion draws a line through them.
+    let mut group = criterion.benchmark_group(ALL_STACKS);
     for core in &cores {
-        let subject = Subject::load(core)?;
-        all_stacks(&mut criterion, &subject)?;
-        if core.sleepers == MAIN {
-            steps(&mut criterion, &subject)?;
-        }
+        all_stacks(&mut group, &Subject::load(core)?)?;
+    }
+    group.finish();
+    for core in cores.iter().filter(|core| core.sleepers == MAIN) {
+        steps(&mut criterion, &Subject::load(core)?)?;
     }
     criterion.final_summary();
     // Without it Criterion only tries each benchmark, or lists them.
@@ -67,9 +69,8 @@ fn bench(words: &[String]) -> Result<()> {
 }
 
 /// The cost of all stacks, on each size.
-fn all_stacks(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<()> {
+fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
-    let mut group = criterion.benchmark_group(ALL_STACKS);
     for (name, memory) in subject.memories() {
         let kernel = subject::first_contact(memory, vcpus)?;
         let unwinder = subject::unwind_data(&kernel, memory)?;
@@ -81,7 +82,6 @@ fn all_stacks(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<(
             bencher.iter_with_large_drop(|| subject::stacks(&kernel, &unwinder, memory, vcpus));
         });
     }
-    group.finish();
     Ok(())
 }
 
