@@ -83,7 +83,7 @@ impl Trial {
             patch: &self.patch,
             signal: None,
         };
-        let step = scene.begin(Direction::Apply)?;
+        let step = scene.begin(Direction::Apply, false)?;
         Ok((look.tasks, step))
     }
 

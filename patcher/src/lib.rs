@@ -43,7 +43,7 @@ pub use error::{ErrorKind, PatchError};
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
 pub use status::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
-    PieceReport, TaskReport, TaskWay,
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
+    PauseReport, PieceReport, TaskReport, TaskWay,
 };
 pub use view::{NamedFrame, TaskStack};

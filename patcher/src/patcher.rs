@@ -16,7 +16,7 @@ use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
+use crate::status::{CheckReport, Mode, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::{Direction, Scene, Step, Transition};
 use crate::view::TaskStack;
 use crate::wake::Waker;
@@ -26,6 +26,11 @@ use crate::wake::Waker;
 const RESCHEDULE_VECTOR: u8 = 0xfd;
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
+/// How often all tasks are tried to be moved in one pause, where that is wanted or nothing; and where it is only preferred.
+const AT_ONCE_LOOKS: u32 = 20;
+const AUTO_LOOKS: u32 = 3;
+/// The time between two such tries.
+const AT_ONCE_WAIT: Duration = Duration::from_millis(2);
 /// The time between two such looks grows from the first to the second of these.
 const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
@@ -186,6 +191,7 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         file: &[u8],
+        mode: Mode,
     ) -> Result<String, PatchError> {
         let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
@@ -195,7 +201,7 @@ impl Patcher {
         let at = self.patches.len() - 1;
         let begun = self
             .ready(machine, at)
-            .and_then(|()| self.begin(machine, at, Direction::Apply));
+            .and_then(|()| self.begin(machine, at, Direction::Apply, mode));
         if let Err(error) = begun {
             // Where the undo failed the guest may still lead there.
             if !matches!(error, PatchError::Undo { .. }) {
@@ -243,16 +249,61 @@ impl Patcher {
     ///
     /// # Errors
     /// [`PatchError`], with the guest as it was.
-    pub fn revert<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
-        let found = self.patches.iter().position(|patch| patch.name() == name);
-        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
+    pub fn revert<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        name: &str,
+        mode: Mode,
+    ) -> Result<(), PatchError> {
+        let at = self.position(name)?;
         match self.patches.get(at).map(|patch| patch.phase) {
             Some(PatchPhase::Applying) => self.turn_round(machine, at),
             Some(PatchPhase::Applied) => {
                 self.no_transition()?;
-                self.begin(machine, at, Direction::Revert)
+                self.begin(machine, at, Direction::Revert, mode)
             }
             _ => Err(PatchError::InTransition(name.into())),
+        }
+    }
+
+    /// Turns the running transition of patch `name` round, whichever way it goes: those who have moved are to move back.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on as before.
+    pub fn cancel<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+        let at = self.in_transition(name)?;
+        self.turn_round(machine, at)
+    }
+
+    /// Ends the running transition of patch `name` by moving every task now, wherever it is. What is given up: a task that is in an
+    /// old function goes on in it, and calls new ones from there, or the other way round. The patch's code stays in the guest for
+    /// ever, as nobody knows who is still in it; it can be reverted, not removed.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on as before.
+    pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+        let at = self.in_transition(name)?;
+        let direction = self.direction(at).ok_or_else(not_found)?;
+        let (tasks, step, _) =
+            patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
+        tracing::warn!(patch = name, "a transition was forced");
+        if let Some(patch) = self.patches.get_mut(at) {
+            patch.forced = true;
+        }
+        self.enter(at, direction, &tasks, step);
+        Ok(())
+    }
+
+    fn position(&self, name: &str) -> Result<usize, PatchError> {
+        let found = self.patches.iter().position(|patch| patch.name() == name);
+        found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))
+    }
+
+    fn in_transition(&self, name: &str) -> Result<usize, PatchError> {
+        let at = self.position(name)?;
+        match self.direction(at) {
+            Some(_) => Ok(at),
+            None => Err(PatchError::NoTransition(name.into())),
         }
     }
 
@@ -268,11 +319,7 @@ impl Patcher {
         name: &str,
         after: Duration,
     ) -> Result<(), PatchError> {
-        let found = self.patches.iter().position(|patch| patch.name() == name);
-        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
-        if self.direction(at).is_none() {
-            return Err(PatchError::NoTransition(name.into()));
-        }
+        let at = self.in_transition(name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
         if facts.klp.notify_signal.is_none() {
@@ -387,28 +434,58 @@ impl Patcher {
         machine: &mut M,
         at: usize,
         direction: Direction,
+        mode: Mode,
+    ) -> Result<(), PatchError> {
+        let at_once = match mode {
+            Mode::PerTask => 0,
+            Mode::Auto => AUTO_LOOKS,
+            Mode::StopMachine => AT_ONCE_LOOKS,
+        };
+        let mut refusal = None;
+        for look in 0..at_once {
+            if look > 0 {
+                sleep(AT_ONCE_WAIT);
+            }
+            match self.begin_once(machine, at, direction, true) {
+                Err(error @ PatchError::NotAtOnce { .. }) => refusal = Some(error),
+                done => return done,
+            }
+        }
+        match (mode, refusal) {
+            (Mode::StopMachine, Some(refusal)) => Err(refusal),
+            _ => self.begin_once(machine, at, direction, false),
+        }
+    }
+
+    fn begin_once<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        direction: Direction,
+        at_once: bool,
     ) -> Result<(), PatchError> {
         let mut transition = Some(Transition::new(direction));
         let (tasks, step, _) = patiently(|| {
-            self.carry_out_for(machine, at, &mut transition, |scene| scene.begin(direction))
+            self.carry_out_for(machine, at, &mut transition, |scene| {
+                scene.begin(direction, at_once)
+            })
         })?;
         if let Some(patch) = self.patches.get_mut(at) {
             patch.transition = transition;
-            patch.phase = match direction {
-                Direction::Apply => PatchPhase::Applying,
-                Direction::Revert => PatchPhase::Reverting,
-            };
+            patch.phase = direction.phase();
         }
         self.enter(at, direction, &tasks, step);
         Ok(())
     }
 
+    /// Turns the running transition of a patch round.
     fn turn_round<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
-        let (from, to) = (Direction::Apply, Direction::Revert);
+        let from = self.direction(at).ok_or_else(not_found)?;
+        let to = from.back();
         let (tasks, step, _) =
             patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
         if let Some(patch) = self.patches.get_mut(at) {
-            patch.phase = PatchPhase::Reverting;
+            patch.phase = to.phase();
             if let Some(transition) = &mut patch.transition {
                 transition.turn(to);
             }
@@ -447,6 +524,10 @@ impl Patcher {
             return;
         }
         let patch = self.patches.remove(at);
+        if patch.forced {
+            // Somebody may be in its code for ever: it stays where it is, and what is known of it stays known.
+            return;
+        }
         self.places.give_back(patch.code);
         patch
             .data

@@ -19,7 +19,7 @@ use crate::place::Places;
 use crate::quiet::{self, NO_STATE, Stop};
 use crate::redirect::{EncodeError, SITE_LEN};
 use crate::signal;
-use crate::status::{PauseReport, TaskReport, TaskWay};
+use crate::status::{PatchPhase, PauseReport, TaskReport, TaskWay};
 use crate::wake::{self, Start, Waker};
 
 /// The time to the second look.
@@ -45,6 +45,24 @@ impl Direction {
         match self {
             Direction::Apply => 1,
             Direction::Revert => 0,
+        }
+    }
+
+    /// The other way.
+    #[must_use]
+    pub fn back(self) -> Direction {
+        match self {
+            Direction::Apply => Direction::Revert,
+            Direction::Revert => Direction::Apply,
+        }
+    }
+
+    /// What a patch that moves this way is doing.
+    #[must_use]
+    pub fn phase(self) -> PatchPhase {
+        match self {
+            Direction::Apply => PatchPhase::Applying,
+            Direction::Revert => PatchPhase::Reverting,
         }
     }
 
@@ -192,11 +210,11 @@ pub struct Scene<'a> {
 
 impl Scene<'_> {
     /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
-    /// to move. When nobody is left, no task ever sees a transition at all.
+    /// to move. When nobody is left, no task ever sees a transition at all; `at_once` wants that or nothing.
     ///
     /// # Errors
     /// [`Stop`]; nothing is to be written.
-    pub fn begin(&self, direction: Direction) -> Result<Step, Stop> {
+    pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, Stop> {
         quiet::no_transition(&self.look.memory, self.facts)?;
         self.text_is_still()?;
         self.no_states()?;
@@ -214,6 +232,9 @@ impl Scene<'_> {
             self.plan_end(direction, &mut step.plan)?;
             step.finished = true;
             return Ok(step);
+        }
+        if at_once {
+            return Err(self.not_at_once(&step.findings));
         }
         self.plan_globals(direction.target(), Some(self.dummy), &mut step.plan)?;
         for (task, standing) in self.look.tasks.iter().zip(&standings) {
@@ -294,6 +315,45 @@ impl Scene<'_> {
             step.wake = waker.plan(self.look, self.places, &sleepers, &mut step.plan)?;
         }
         Ok(())
+    }
+
+    /// Moves everybody, wherever they are (`kernel/livepatch/transition.c: klp_force_transition`).
+    ///
+    /// # Errors
+    /// [`Stop`]; nothing is to be written.
+    pub fn force(&self, direction: Direction) -> Result<Step, Stop> {
+        self.is_ours(direction)?;
+        // Whoever is just storing a state, or handing it to a child, is let finish.
+        self.look.no_vcpu_in(&self.switching())?;
+        let target = direction.target();
+        let moved = |task: &Task| match state(task) == target {
+            true => Finding::There(None),
+            false => Finding::There(Some(TaskWay::Forced)),
+        };
+        let mut step = Step::new(self.look.tasks.iter().map(moved).collect());
+        for task in self.look.tasks.iter().filter(|task| state(task) != target) {
+            self.plan_state(task, target, &mut step.plan)?;
+            self.plan_pending(task, false, &mut step.plan)?;
+        }
+        Ok(step)
+    }
+
+    /// Somebody is in the way of moving all in this pause.
+    fn not_at_once(&self, findings: &[Finding]) -> Stop {
+        let each = self.look.tasks.iter().zip(findings);
+        let mut blocked = each.filter_map(|(task, finding)| match finding {
+            Finding::Blocked(blocked) => {
+                Some(format!("{} {} {}", task.pid, task.comm, blocked.why))
+            }
+            Finding::There(_) => None,
+        });
+        match blocked.next() {
+            Some(blocker) => Stop::Fail(PatchError::NotAtOnce {
+                blocker,
+                others: blocked.count(),
+            }),
+            None => Stop::Busy("a vCPU is between two tasks".into()),
+        }
     }
 
     /// Turns a running transition round, as `klp_reverse_transition` does: those who have moved are to move back.
@@ -411,7 +471,10 @@ impl Scene<'_> {
     fn may_end(&self, direction: Direction) -> Result<(), Stop> {
         self.look.every_vcpu_has_a_task()?;
         self.look.no_vcpu_in(&self.switching())?;
-        if direction == Direction::Revert {
+        if direction == Direction::Revert && self.patch.forced {
+            // Whoever is in the new code may stay: it is not taken away.
+            self.text_is_still()?;
+        } else if direction == Direction::Revert {
             // A task that has moved can still be in a stub, on its way to the old function.
             self.look.no_task_in(&self.patch.new_code())?;
             self.text_is_still()?;
@@ -433,7 +496,9 @@ impl Scene<'_> {
             Direction::Apply => self.plan_sites(plan, Redirect::to_new),
             Direction::Revert => {
                 self.plan_sites(plan, |redirect| Ok(redirect.site.nop))?;
-                self.places.plan_clear(memory, self.patch.code, plan)?;
+                if !self.patch.forced {
+                    self.places.plan_clear(memory, self.patch.code, plan)?;
+                }
                 Ok(())
             }
         }

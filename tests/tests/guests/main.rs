@@ -12,6 +12,7 @@ mod dumps;
 mod generations;
 mod insmod;
 mod machine;
+mod modes;
 mod patching;
 mod refusals;
 mod stacks;
@@ -90,6 +91,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
+    all.extend(modes::scenarios());
     all.extend(check::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
@@ -172,8 +174,12 @@ fn run_in_one_bed(scenario: &Scenario, tally: &Tally) -> Result<()> {
         let judged = judge.join().map_err(|_| anyhow!("the judge panicked"))?;
         match ran {
             Err(error) if is_beds_death(&error) => Err(error),
-            // The judge's word first: when it gives up, the scenario does too.
-            ran => judged.and(ran),
+            // When the judge gives up, the scenario does too: its word first.
+            Err(error) => match judged {
+                Err(judged) => Err(anyhow!("{judged:#}\n{error:#}")),
+                Ok(()) => Err(error),
+            },
+            Ok(()) => judged,
         }
     })
 }
