@@ -131,6 +131,10 @@ pub enum NotReady {
 impl Kernel {
     /// Finds the kernel from memory and the registers of stopped vCPUs alone.
     ///
+    /// Reads the kernel's image from end to end, and its types. All that it keeps is fixed once the guest runs
+    /// (`system_state` is `SYSTEM_RUNNING`), so it depends on no lock; the vCPUs may run on while it reads, if one of the page tables that
+    /// their registers name stays. Linear in the image: hundreds of milliseconds for a stock kernel. Good as long as the guest is not reset.
+    ///
     /// # Errors
     /// [`FindError::NotReady`] when it is too early; any other when it is no kernel that we understand.
     pub fn find(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Kernel, FindError> {
@@ -187,7 +191,7 @@ impl Kernel {
         KernelMemory::new(phys, self.space)
     }
 
-    /// The core kernel's symbol that `gva` belongs to and the offset into it.
+    /// The core kernel's symbol that `gva` belongs to and the offset into it. Reads nothing; a binary search.
     #[must_use]
     pub fn symbolize(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         self.symbols.at(gva)

@@ -86,7 +86,7 @@ impl PerCpu {
         &self.cpus
     }
 
-    /// The CPUs that are on now (`cpu_online_mask`), rising.
+    /// The CPUs that are on now (`cpu_online_mask`), rising. One bit each, which changes at once: no lock is needed.
     ///
     /// # Errors
     /// [`ReadError`].
