@@ -19,12 +19,14 @@ use guests::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::flavours;
+
 /// All that is made before the bed starts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
-    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3".
+    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3", and of other flavours "6.1-generic" and the like.
     pub stock: BTreeMap<String, Stock>,
 }
 
@@ -72,6 +74,15 @@ impl Assets {
                 modules: &MODULES,
             };
             stock.insert(generation.to_string(), Stock::prepare(order)?);
+        }
+        for (generation, flavour) in flavours::wanted() {
+            let order = Order {
+                generation,
+                flavour,
+                patches: &[],
+                modules: &MODULES,
+            };
+            stock.insert(flavours::key(generation, flavour), Stock::prepare(order)?);
         }
         Ok(Assets {
             binary: build_outpatch()?,

@@ -8,8 +8,10 @@ mod bench;
 mod blocked;
 mod check;
 mod dumps;
+mod flavours;
 mod generations;
 mod insmod;
+mod locks;
 mod machine;
 mod patching;
 mod refusals;
@@ -61,6 +63,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
     all.extend(symbols::scenarios());
+    all.extend(flavours::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
@@ -90,6 +93,7 @@ fn outside() -> ExitCode {
     let tally = Arc::new(Tally::default());
     let trials = scenarios()
         .into_iter()
+        .filter(flavours::is_wanted)
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {

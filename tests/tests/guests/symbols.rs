@@ -8,6 +8,7 @@ use guests::drive::Guest;
 use crate::{
     Scenario,
     bench::{Bench, Scratch},
+    locks,
 };
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -21,7 +22,7 @@ pub fn scenarios() -> Vec<Scenario> {
         .into()
 }
 
-/// Reading all of `/proc/kallsyms` takes a guest some seconds here.
+/// Reading all of `/proc/kallsyms` takes a guest some seconds here, and so does loading modules; on a busy machine far longer.
 const LISTING_LIMIT: Duration = Duration::from_secs(120);
 
 /// The console is slow and a listing has megabytes: guest and host compare sums, and where those differ the sums of so many lines
@@ -62,12 +63,13 @@ fn equal(bench: &Bench, generation: &str) -> Result<()> {
 }
 
 /// What `outpatch symbols` printed.
-struct Listing {
+pub struct Listing {
     text: String,
 }
 
 impl Listing {
-    fn lines(&self) -> usize {
+    /// How many symbols.
+    pub fn lines(&self) -> usize {
         self.text.lines().count()
     }
 
@@ -78,7 +80,10 @@ impl Listing {
 
 /// Every stock module that the guest was given.
 pub fn load_modules(guest: &mut Guest) -> Result<()> {
-    guest.sh("for m in $(cat /lib/modules/order); do insmod $m || exit 1; done")?;
+    guest.sh_within(
+        "for m in $(cat /lib/modules/order); do insmod $m || exit 1; done",
+        LISTING_LIMIT,
+    )?;
     Ok(())
 }
 
@@ -98,7 +103,7 @@ fn make_code(guest: &mut Guest) -> Result<()> {
 }
 
 /// The listing, if it is the guest's.
-fn same(guest: &mut Guest) -> Result<Listing> {
+pub fn same(guest: &mut Guest) -> Result<Listing> {
     let theirs = guest.sh_within(
         "cat /proc/kallsyms > /tmp/kallsyms; md5sum < /tmp/kallsyms",
         LISTING_LIMIT,
@@ -166,7 +171,8 @@ fn sums<'t>(pieces: impl IntoIterator<Item = &'t str>) -> Result<Vec<String>> {
     pieces.into_iter().map(sum).collect()
 }
 
-fn in_a_core(guest: &mut Guest, live: &Listing) -> Result<()> {
+/// The same from a core, and what its readers say of locks that are held.
+pub fn in_a_core(guest: &mut Guest, live: &Listing) -> Result<()> {
     let scratch = Scratch::new()?;
     let path = scratch.path().join("guest.core");
     let file = path.to_str().context("a scratch folder in UTF-8")?;
@@ -175,5 +181,5 @@ fn in_a_core(guest: &mut Guest, live: &Listing) -> Result<()> {
     let reply = outpatch.offline(&["symbols", "--core", file])?;
     ensure!(reply.status == Some(0), "{}", reply.stderr);
     ensure!(reply.stdout == live.text, "a core has other symbols");
-    Ok(())
+    locks::readers_say_busy(&path)
 }
