@@ -104,6 +104,15 @@ impl Generation {
             Generation::V7_3 => &["trixie-backports"],
         }
     }
+
+    /// The suites that have its kernels with their debugging information: not all of the above.
+    pub fn debug_suites(self) -> &'static [&'static str] {
+        match self {
+            // The security archive lists Debian 11's, but no longer has the files.
+            Generation::V5_10 => &["bullseye"],
+            _ => self.suites(),
+        }
+    }
 }
 
 impl Flavour {
@@ -168,6 +177,42 @@ impl Kernel {
         let start = format!("linux-image-{generation}.");
         let ours = |name: &str| flavour.has(name);
         let image = packages.fetch_newest(&start, flavour.end(), ours, suites)?;
+        Kernel::of(&packages, generation, flavour, image, suites)
+    }
+
+    /// The newest cloud kernel of a generation of which there is debugging information, and its `vmlinux`.
+    pub fn fetch_debug(
+        cache: &Cache,
+        generation: Generation,
+    ) -> Result<(Kernel, PathBuf), KernelError> {
+        let suites = generation.debug_suites();
+        let start = format!("linux-image-{generation}.");
+        let symbols = Packages::new(cache).only("*/vmlinux*");
+        let symbols = symbols.fetch_newest(&start, "-cloud-amd64-dbg", |_| true, suites)?;
+        let name = symbols.name.trim_end_matches("-dbg");
+        let packages = Packages::new(cache);
+        let image = packages.fetch(name, suites)?;
+        let kernel = Kernel::of(&packages, generation, Flavour::Cloud, image, suites)?;
+        let release = &kernel.release;
+        let vmlinux = symbols
+            .root
+            .join(format!("usr/lib/debug/boot/vmlinux-{release}"));
+        if !vmlinux.is_file() {
+            return Err(KernelError::Part {
+                what: "vmlinux",
+                release: release.clone(),
+            });
+        }
+        Ok((kernel, vmlinux))
+    }
+
+    fn of(
+        packages: &Packages,
+        generation: Generation,
+        flavour: Flavour,
+        image: Package,
+        suites: &[&str],
+    ) -> Result<Kernel, KernelError> {
         let release = image
             .name
             .strip_prefix("linux-image-")

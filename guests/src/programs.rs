@@ -43,10 +43,14 @@ pub const BED_INIT: Source = Source {
 };
 
 /// The programs that every initramfs has in its `/bin`.
-pub const IN_GUEST: [Source; 4] = [
+pub const IN_GUEST: [Source; 5] = [
     Source {
         name: "bpf",
         text: include_str!("../programs/bpf.c"),
+    },
+    Source {
+        name: "churn",
+        text: include_str!("../programs/churn.c"),
     },
     Source {
         name: "spin",

@@ -39,8 +39,6 @@ pub struct Stock {
     pub bzimage: PathBuf,
     /// The initramfs, with the patches in `/lib/patches` and the kernel's modules in `/lib/modules`.
     pub initrd: PathBuf,
-    /// The build configuration.
-    pub config: PathBuf,
     /// Patches built for this kernel, by name.
     pub patches: BTreeMap<String, PathBuf>,
 }
@@ -53,27 +51,40 @@ impl Stock {
     pub fn prepare(order: Order<'_>) -> Result<Stock> {
         let cache = Cache::open()?;
         let kernel = Kernel::fetch(&cache, order.generation, order.flavour)?;
+        Stock::of(&cache, kernel, order.patches, order.modules)
+    }
+
+    /// The newest kernel of a generation of which there is debugging information, without patches, and its `vmlinux`.
+    ///
+    /// # Errors
+    /// When a package cannot be had.
+    pub fn prepare_debug(generation: Generation) -> Result<(Stock, PathBuf)> {
+        let cache = Cache::open()?;
+        let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
+        Ok((Stock::of(&cache, kernel, &[], &[])?, vmlinux))
+    }
+
+    fn of(cache: &Cache, kernel: Kernel, patches: &[&str], modules: &[&str]) -> Result<Stock> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
-        for name in order.patches {
-            let module = patches::build(&cache, &kernel, name)?;
+        for name in patches {
+            let module = patches::build(cache, &kernel, name)?;
             initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
             built.insert((*name).to_owned(), module);
         }
         let mut files = String::new();
-        for module in modules::with_dependencies(&kernel.modules, order.modules)? {
+        for module in modules::with_dependencies(&kernel.modules, modules)? {
             files.push_str(&format!("{MODULES}/{}\n", module.file));
             initramfs =
                 initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);
         }
         let initrd = initramfs
             .with_content(&format!("{MODULES}/{ORDER}"), files)
-            .build(&cache)?;
+            .build(cache)?;
         Ok(Stock {
             release: kernel.release,
             bzimage: kernel.bzimage,
             initrd,
-            config: kernel.config,
             patches: built,
         })
     }

@@ -81,6 +81,7 @@ impl Trial {
             places: &self.places,
             dummy: self.dummy,
             patch: &self.patch,
+            signal: None,
         };
         let step = scene.begin(Direction::Apply)?;
         Ok((look.tasks, step))
@@ -102,7 +103,7 @@ impl Trial {
         let mut tasks = ledger.reports();
         for task in &mut tasks {
             // No transition began.
-            task.after_ms = None;
+            (task.since_ms, task.after_ms) = (None, None);
         }
         let patch = &self.patch;
         let functions = patch.redirects.iter().map(|redirect| {

@@ -29,12 +29,14 @@ mod place;
 mod quiet;
 mod redirect;
 mod room;
+mod signal;
 mod site;
 pub mod status;
 #[cfg(test)]
 mod testing;
 mod transition;
 pub mod view;
+mod wake;
 mod window;
 
 pub use error::{ErrorKind, PatchError};

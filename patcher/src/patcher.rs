@@ -19,6 +19,7 @@ use crate::quiet::Stop;
 use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::{Direction, Scene, Step, Transition};
 use crate::view::TaskStack;
+use crate::wake::Waker;
 
 /// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
 /// x86-64 has it; a guest that gets it without need does nothing.
@@ -38,6 +39,8 @@ pub struct Patcher {
     guest: Option<Guest>,
     places: Places,
     patches: Vec<Patch>,
+    /// What wakes sleepers, once somebody was to be woken.
+    waker: Option<Waker>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
@@ -253,6 +256,41 @@ impl Patcher {
         }
     }
 
+    /// From `after` the start of the running transition of patch `name` on, sends the fake signal to the tasks that keep the old state:
+    /// user tasks come by the kernel/user boundary, and the system calls that they sleep in restart or return EINTR, as with the
+    /// kernel's own; kthreads are woken. Stopped and traced tasks get nothing.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on without.
+    pub fn signal<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        name: &str,
+        after: Duration,
+    ) -> Result<(), PatchError> {
+        let found = self.patches.iter().position(|patch| patch.name() == name);
+        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
+        if self.direction(at).is_none() {
+            return Err(PatchError::NoTransition(name.into()));
+        }
+        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let facts = guest.facts()?.clone();
+        if facts.klp.notify_signal.is_none() {
+            return Err(PatchError::Unsupported(
+                "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show"
+                    .into(),
+            ));
+        }
+        if self.waker.is_none() {
+            self.waker = Some(Waker::prepare(machine, guest, &mut self.places, &facts)?);
+        }
+        let patch = self.patches.get_mut(at);
+        if let Some(transition) = patch.and_then(|patch| patch.transition.as_mut()) {
+            transition.signal_after(after);
+        }
+        Ok(())
+    }
+
     /// Drives the transition that runs, if any. `Some`: call again after that long. `None`: nothing to do.
     ///
     /// # Errors
@@ -447,7 +485,8 @@ impl Patcher {
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step, Duration), Stop> {
         let mut meter = PauseReport::default();
-        let done = self.in_pause(machine, at, &mut meter, make);
+        let signals = transition.as_ref().is_some_and(Transition::signals);
+        let done = self.in_pause(machine, at, signals, &mut meter, make);
         self.pauses.merge(&meter);
         if let Some(transition) = transition {
             transition.pauses.merge(&meter);
@@ -459,6 +498,12 @@ impl Patcher {
                 tracing::debug!(%error, vcpu, "no reschedule interrupt");
             }
         }
+        if let Some(start) = step.wake {
+            // The list is out: whatever comes to it first works it off, the next tick at the latest.
+            if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
+                tracing::warn!(%error, "sleepers are woken later");
+            }
+        }
         Ok((tasks, step, Duration::from_micros(meter.longest_us)))
     }
 
@@ -466,6 +511,7 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         at: usize,
+        signals: bool,
         meter: &mut PauseReport,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step), Stop> {
@@ -484,6 +530,7 @@ impl Patcher {
                 places: &self.places,
                 dummy,
                 patch,
+                signal: self.waker.as_ref().filter(|_| signals),
             };
             let step = make(&scene)?;
             (look.tasks, step)
@@ -497,6 +544,9 @@ impl Patcher {
             return Err(paused.undo(&mapped, error).into());
         }
         self.places.mapped();
+        if let (Some(waker), Some(_)) = (&mut self.waker, step.wake) {
+            waker.used = true;
+        }
         if let Err(error) = paused.resume() {
             // What was written stands; the machine says the rest with its next answer.
             tracing::error!(%error, "the guest could not be resumed");

@@ -48,11 +48,18 @@ pub struct TaskReport {
     pub comm: String,
     /// What sort of task.
     pub kind: TaskKind,
+    /// The letter that `ps` shows for what it does: `R S D T t X Z P I`.
+    pub state: char,
     /// How it got to the target state; `None`: it is not there yet.
     pub way: Option<TaskWay>,
     /// Why it is not there yet: the blocking frame, or why its stack cannot be relied on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocker: Option<String>,
+    /// Milliseconds from the start of the transition to the pause that first saw this blocker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since_ms: Option<u64>,
+    /// How often it was sent the fake signal, or woken.
+    pub signals: u32,
     /// Milliseconds from the start of the transition to the pause that saw it done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after_ms: Option<u64>,
@@ -93,6 +100,8 @@ pub struct PatchStatus {
     pub enabled: bool,
     /// The kernel's attribute: a transition is under way.
     pub transition: bool,
+    /// The kernel's attribute: tasks that keep the old state are sent the fake signal.
+    pub signal: bool,
     /// The functions that it replaces.
     pub functions: Vec<FunctionReport>,
     /// The tasks of the running or of the last transition, those not done first.

@@ -49,8 +49,11 @@ fn report(pid: i32, comm: &str) -> TaskReport {
         pid,
         comm: comm.to_owned(),
         kind: TaskKind::User,
+        state: 'S',
         way: None,
         blocker: Some("cmdline_proc_show+0x5/0x20".to_owned()),
+        since_ms: Some(0),
+        signals: 0,
         after_ms: None,
     }
 }
@@ -164,6 +167,7 @@ impl Control for MadeUp {
                 TaskReport {
                     way: Some(TaskWay::Stack),
                     blocker: None,
+                    since_ms: None,
                     ..report(1, "init")
                 },
             ],
@@ -191,6 +195,7 @@ impl Control for MadeUp {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".to_owned(),
                 name: "cmdline_proc_show".to_owned(),
@@ -218,10 +223,24 @@ impl Control for MadeUp {
         Ok(())
     }
 
+    /// What is stuck is so no longer once it is signalled.
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        let known = self
+            .patches
+            .iter_mut()
+            .find(|p| p.name == name && p.transition);
+        let Some(patch) = known else {
+            let why = format!("patch {name} is not in transition");
+            return Err(Problem::new(Kind::Conflict, why, "see the status"));
+        };
+        patch.signal = after.is_zero();
+        Ok(())
+    }
+
     fn poll(&mut self) -> Option<Duration> {
         let patch = self.patches.iter_mut().find(|p| p.transition)?;
         self.polls += 1;
-        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying;
+        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying && !patch.signal;
         for task in patch.tasks.iter_mut().filter(|t| !stuck || t.pid == 1) {
             task.way = Some(TaskWay::Stack);
             task.blocker = None;
@@ -426,6 +445,23 @@ fn a_patch_is_followed_to_its_end_and_back() {
     let both = bench.json(&["status", "--json"]);
     assert_eq!(both["vm"]["cpus"], 2);
     assert_eq!(both["patches"][0]["phase"], "reverted");
+}
+
+#[test]
+fn a_signal_moves_who_is_stuck() {
+    let bench = Bench::new();
+    let module = bench.module("stuck");
+    let line = refused(&bench.run(&["signal"]), 1);
+    assert_eq!(line, "outpatch: no patch is in transition\n");
+    bench.ok(&["apply", "--no-wait", &module]);
+    let text = bench.ok(&["signal"]);
+    assert!(text.starts_with("stuck: applying; "), "{text}");
+    let ended = bench.json(&["status", "stuck", "--json"]);
+    assert_eq!(ended["signal"], true, "{ended}");
+    bench.ok(&["revert", "stuck"]);
+
+    let text = bench.ok(&["apply", "--signal-after", "0", &module]);
+    assert!(text.contains("stuck: applied"), "{text}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use guests::{
     bed::Bed,
-    drive::{Guest, GuestSpec, Outpatch},
+    drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch},
     kernels::{Flavour, Generation},
     stock::{Order, Stock, build_outpatch},
 };
@@ -119,6 +119,7 @@ fn boot(parts: &Parts) -> Result<Guest> {
         kernel: parts.stock.bzimage.clone(),
         initrd: parts.stock.initrd.clone(),
         cpus: 2,
+        memory_mib: MEMORY_MIB,
         append: String::new(),
     };
     let guest = Guest::boot(&spec, &env::temp_dir())?;

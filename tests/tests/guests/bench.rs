@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use guests::{
-    drive::{Guest, GuestSpec},
+    drive::{Guest, GuestSpec, MEMORY_MIB},
     kernels::{Flavour, Generation},
     stock::{Order, Stock, build_outpatch},
 };
@@ -177,6 +177,11 @@ impl Bench {
             .with_context(|| format!("no kernel {generation}"))
     }
 
+    /// A folder that the host sees as well.
+    pub fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+
     /// A folder that this scenario may write to; sockets go there as well.
     pub fn sockets(&self) -> PathBuf {
         env::temp_dir()
@@ -184,12 +189,24 @@ impl Bench {
 
     /// Boots a guest; a guest lost before its shell is reported, counted, and booted once more.
     pub fn boot(&self, generation: &str, cpus: u32, append: &str) -> Result<Guest> {
+        self.boot_with(generation, cpus, MEMORY_MIB, append)
+    }
+
+    /// The same with another amount of memory.
+    pub fn boot_with(
+        &self,
+        generation: &str,
+        cpus: u32,
+        memory_mib: u32,
+        append: &str,
+    ) -> Result<Guest> {
         let stock = self.stock(generation)?;
         let spec = GuestSpec {
             binary: self.assets.binary.clone(),
             kernel: stock.bzimage.clone(),
             initrd: stock.initrd.clone(),
             cpus,
+            memory_mib,
             append: append.to_owned(),
         };
         let first = self.try_boot(&spec);

@@ -45,6 +45,8 @@ pub trait Control: Send + 'static {
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem>;
     /// Begins to revert a patch.
     fn revert(&mut self, name: &str) -> Result<(), Problem>;
+    /// Sends the fake signal in a patch's running transition, from so long after its start on.
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
     /// Drives a running transition on, and says after what time to do so again; `None`: there is none.
     fn poll(&mut self) -> Option<Duration>;
 }

@@ -145,6 +145,12 @@ impl Control for Guest {
             .map_err(|error| problem(&error))
     }
 
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        self.patcher
+            .signal(&mut self.machine, name, after)
+            .map_err(|error| problem(&error))
+    }
+
     fn poll(&mut self) -> Option<Duration> {
         match self.patcher.poll(&mut self.machine) {
             Ok(next) => {

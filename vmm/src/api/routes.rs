@@ -191,23 +191,54 @@ async fn change_patch(
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let wire::PatchChange { enabled } = app.json(body).await?;
+    let change: wire::PatchChange = app.json(body).await?;
+    check_change(&change)?;
     let change = app.mailbox.change(move |control| {
         let before = find(control.patches(), &name)?;
-        match (enabled, before.enabled) {
-            (true, true) | (false, false) => Ok(before),
-            (false, true) => {
-                control.revert(&name)?;
-                find(control.patches(), &name)
+        match (change.enabled, before.enabled) {
+            (Some(false), true) => control.revert(&name)?,
+            (Some(true), false) => {
+                return Err(Problem::new(
+                    Kind::Conflict,
+                    format!("{name} is not applied"),
+                    "apply its module again with POST /patches",
+                ));
             }
-            (true, false) => Err(Problem::new(
-                Kind::Conflict,
-                format!("{name} is not applied"),
-                "apply its module again with POST /patches",
-            )),
+            _ => {}
         }
+        if change.signal.is_some() {
+            let after = Duration::from_millis(change.signal_after_ms.unwrap_or(0));
+            control.signal(&name, after)?;
+        }
+        find(control.patches(), &name)
     });
     Ok(Json(change.await??))
+}
+
+/// What makes no sense is refused before anything is done.
+fn check_change(change: &wire::PatchChange) -> Result<(), Problem> {
+    let wrong = match change {
+        wire::PatchChange {
+            enabled: None,
+            signal: None,
+            ..
+        } => "the body changes nothing",
+        wire::PatchChange {
+            signal: Some(false),
+            ..
+        } => "a signal cannot be taken back",
+        wire::PatchChange {
+            signal: None,
+            signal_after_ms: Some(_),
+            ..
+        } => "signal_after_ms goes with signal",
+        _ => return Ok(()),
+    };
+    Err(Problem::new(
+        Kind::BadRequest,
+        wrong,
+        "give `enabled`, `signal`, or both",
+    ))
 }
 
 async fn metrics(State(app): State<App>) -> Result<Response, Problem> {

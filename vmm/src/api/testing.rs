@@ -184,8 +184,11 @@ impl Control for FakeGuest {
                 pid: 1,
                 comm: "init".into(),
                 kind: TaskKind::User,
+                state: 'S',
                 way: None,
                 blocker: Some("in do_wait+0x1/0x2".into()),
+                since_ms: None,
+                signals: 0,
                 after_ms: None,
             }],
             at_once: false,
@@ -208,6 +211,7 @@ impl Control for FakeGuest {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),
@@ -218,8 +222,11 @@ impl Control for FakeGuest {
                 pid: 1,
                 comm: "init".into(),
                 kind: TaskKind::User,
+                state: 'S',
                 way: None,
                 blocker: Some("in do_wait+0x1/0x2".into()),
+                since_ms: Some(0),
+                signals: 1,
                 after_ms: Some(0),
             }],
             transition_ms: 0,
@@ -235,6 +242,11 @@ impl Control for FakeGuest {
             patch.phase = PatchPhase::Reverting;
             (patch.enabled, patch.transition) = (false, true);
         }
+        Ok(())
+    }
+
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        self.note(format!("signal {name} after {after:?}"));
         Ok(())
     }
 

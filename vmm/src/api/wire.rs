@@ -50,12 +50,19 @@ pub struct VmChange {
     pub state: VmState,
 }
 
-/// The body of `PATCH /patches/{name}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The body of `PATCH /patches/{name}`: one change, or both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PatchChange {
     /// `false`: revert it.
-    pub enabled: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// `true`: send the fake signal to tasks that keep the old state, in the transition that runs (or that `enabled` begins).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<bool>,
+    /// With `signal`: only from so many milliseconds after the transition's start on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal_after_ms: Option<u64>,
 }
 
 /// The body of `POST /dumps`.

@@ -28,6 +28,7 @@ pub fn apply(
                 path: file.to_owned(),
                 source,
             })?;
+    let begun = signal_after(connection, begun, waiting)?;
     follow(
         connection,
         begun,
@@ -50,8 +51,12 @@ pub fn revert(
         Some(name) => name.to_owned(),
         None => the_only_one(&connection.get::<Vec<PatchStatus>>("/patches")?)?,
     };
-    let change = PatchChange { enabled: false };
+    let change = PatchChange {
+        enabled: Some(false),
+        ..PatchChange::default()
+    };
     let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let begun = signal_after(connection, begun, waiting)?;
     follow(
         connection,
         begun,
@@ -60,6 +65,60 @@ pub fn revert(
         json,
         screen,
     )
+}
+
+/// Sends the fake signal in the running transition of the patch `name`, or of the only one that has one.
+pub fn signal(
+    connection: &Connection,
+    name: Option<&str>,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let name = match name {
+        Some(name) => name.to_owned(),
+        None => {
+            let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
+            let moving = patches.into_iter().find(|patch| patch.transition);
+            let none = || VerbError::Unfit("no patch is in transition".to_owned());
+            moving.ok_or_else(none)?.name
+        }
+    };
+    let change = PatchChange {
+        signal: Some(true),
+        ..PatchChange::default()
+    };
+    let status: PatchStatus = connection.patch(&resource(&name), &change)?;
+    if json {
+        return Ok(screen.json(&status)?);
+    }
+    Ok(screen.line(Tone::Busy, &summary(&status))?)
+}
+
+/// Asks for the fake signal after the delay that was given, if the transition has not ended at once.
+fn signal_after(
+    connection: &Connection,
+    begun: PatchStatus,
+    waiting: &Waiting,
+) -> Result<PatchStatus, VerbError> {
+    let (Some(after), true) = (waiting.signal_after, begun.transition) else {
+        return Ok(begun);
+    };
+    let change = PatchChange {
+        signal: Some(true),
+        signal_after_ms: Some(u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+        ..PatchChange::default()
+    };
+    match connection.patch(&resource(&begun.name), &change) {
+        Ok(status) => Ok(status),
+        // It may have ended meanwhile; then there is nobody left to signal.
+        Err(error) => {
+            let now: PatchStatus = connection.get(&resource(&begun.name))?;
+            if now.transition {
+                return Err(error.into());
+            }
+            Ok(now)
+        }
+    }
 }
 
 fn the_only_one(patches: &[PatchStatus]) -> Result<String, VerbError> {
@@ -302,6 +361,7 @@ mod tests {
             phase,
             enabled: matches!(phase, PatchPhase::Applying | PatchPhase::Applied),
             transition,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),
@@ -313,16 +373,22 @@ mod tests {
                     pid,
                     comm: "sleeper".into(),
                     kind: TaskKind::User,
+                    state: 'S',
                     way: None,
                     blocker: Some("in cmdline_proc_show".into()),
+                    since_ms: Some(1),
+                    signals: 0,
                     after_ms: None,
                 })
                 .chain([TaskReport {
                     pid: 99,
                     comm: "sh".into(),
                     kind: TaskKind::User,
+                    state: 'R',
                     way: Some(TaskWay::Stack),
                     blocker: None,
+                    since_ms: None,
+                    signals: 0,
                     after_ms: Some(3),
                 }])
                 .collect(),

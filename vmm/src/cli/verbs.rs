@@ -35,6 +35,9 @@ pub struct Waiting {
     /// Stop waiting after so long, with exit status 4; the transition goes on.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub timeout: Option<Duration>,
+    /// Send the fake signal to tasks that have not switched after so long.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub signal_after: Option<Duration>,
 }
 
 /// The verbs.
@@ -93,6 +96,14 @@ pub enum Verb {
     #[command(after_help = EXIT_STATUSES)]
     Status {
         /// The patch.
+        name: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Send the fake signal to the tasks that have not switched: system calls that sleep restart, or return EINTR.
+    #[command(after_help = EXIT_STATUSES)]
+    Signal {
+        /// The patch; may be left out when one is in transition.
         name: Option<String>,
         #[command(flatten)]
         target: Target,
@@ -254,6 +265,9 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
         } => patches::apply(&target.connect()?, &file, &waiting, target.json, screen),
         Verb::Status { name, target } => {
             patches::status(&target.connect()?, name.as_deref(), target.json, screen)
+        }
+        Verb::Signal { name, target } => {
+            patches::signal(&target.connect()?, name.as_deref(), target.json, screen)
         }
         Verb::Revert {
             name,
