@@ -8,6 +8,7 @@ const MAX_TYPES: usize = 2 << 20;
 
 /// BTF that is not as it should be, or lacks what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BtfError {
     /// The header is not BTF's.
     #[error("not BTF: {0}")]

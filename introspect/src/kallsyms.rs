@@ -33,6 +33,7 @@ const DIGITS: [u8; 20] = *b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
 
 /// Why there are no symbols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum KallsymsError {
     /// No token table with its index.
     #[error("no kallsyms token table in the kernel's read-only data")]

@@ -76,6 +76,7 @@ pub struct TextRanges {
 
 /// Why no kernel was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FindError {
     /// The guest has not booted so far: try again later.
     #[error("the guest's kernel is not up yet: {0}")]
@@ -119,6 +120,7 @@ pub enum FindError {
 
 /// How far the guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NotReady {
     /// No vCPU's registers lead to a kernel image: firmware, decompressor, or the first instructions.
     #[error("no vCPU shows a kernel image")]

@@ -40,6 +40,7 @@ pub struct ListedSymbol {
 
 /// Why the symbols could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ListingError {
     /// The modules.
     #[error(transparent)]

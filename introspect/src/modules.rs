@@ -23,6 +23,7 @@ const MAX_NAME: usize = 56;
 
 /// Why the modules could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ModulesError {
     /// The kernel has no list of modules.
     #[error(transparent)]

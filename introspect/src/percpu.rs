@@ -22,6 +22,7 @@ pub enum PerCpuKind {
 
 /// Why per-CPU variables cannot be found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PerCpuError {
     /// A symbol is missing.
     #[error(transparent)]

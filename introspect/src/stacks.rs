@@ -28,6 +28,7 @@ use crate::{
 
 /// Why no stack of a guest can be walked.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UnwinderError {
     /// A symbol is missing: a kernel without `CONFIG_UNWINDER_ORC` has no tables.
     #[error("no unwind data in the guest's kernel: {0}")]

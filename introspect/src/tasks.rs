@@ -28,6 +28,7 @@ const PF_KTHREAD: u32 = 0x20_0000;
 
 /// Why the tasks cannot be told now.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TasksError {
     /// The lists are being changed: resume the guest for a moment and look again.
     #[error("{0} is held for writing: try again")]

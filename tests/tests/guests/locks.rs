@@ -76,7 +76,11 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
     let listed = listing::behind_core(&kernel, &memory)?;
     let mutex = kernel.symbols.address("module_mutex")?;
     let owner = kernel.symbols.address("init_task")?;
-    let pane = Pane::over(&core, &kernel, mutex, &owner.0.to_le_bytes())?;
+    // A mutex begins with its owner, but for an rt_mutex.
+    let word = kernel
+        .btf
+        .first_field(&["mutex.owner", "rt_mutex_base.owner", "rt_mutex.owner"])?;
+    let pane = Pane::over(&core, &kernel, word.of(mutex), &owner.0.to_le_bytes())?;
     ensure!(
         kernel
             .layout
