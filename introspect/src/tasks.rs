@@ -31,7 +31,7 @@ const PF_KTHREAD: u32 = 0x20_0000;
 #[non_exhaustive]
 pub enum TasksError {
     /// The lists are being changed: resume the guest for a moment and look again.
-    #[error("{0} is held for writing: try again")]
+    #[error("{0} is held for writing")]
     Busy(&'static str),
     /// Memory that the lists lead to cannot be read.
     #[error("cannot read the list of tasks: {0}")]
