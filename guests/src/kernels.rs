@@ -177,10 +177,10 @@ impl Kernel {
         let start = format!("linux-image-{generation}.");
         let ours = |name: &str| flavour.has(name);
         let image = packages.fetch_newest(&start, flavour.end(), ours, suites)?;
-        Kernel::of(&packages, generation, flavour, image, suites)
+        Kernel::of(&packages, (generation, flavour), image, suites)
     }
 
-    /// The newest cloud kernel of a generation of which there is debugging information, and its `vmlinux`.
+    /// The newest kernel of a generation, for virtual machines, of which there is debugging information, and its `vmlinux`.
     pub fn fetch_debug(
         cache: &Cache,
         generation: Generation,
@@ -192,7 +192,7 @@ impl Kernel {
         let name = symbols.name.trim_end_matches("-dbg");
         let packages = Packages::new(cache);
         let image = packages.fetch(name, suites)?;
-        let kernel = Kernel::of(&packages, generation, Flavour::Cloud, image, suites)?;
+        let kernel = Kernel::of(&packages, (generation, Flavour::Cloud), image, suites)?;
         let release = &kernel.release;
         let vmlinux = symbols
             .root
@@ -208,8 +208,7 @@ impl Kernel {
 
     fn of(
         packages: &Packages,
-        generation: Generation,
-        flavour: Flavour,
+        (generation, flavour): (Generation, Flavour),
         image: Package,
         suites: &[&str],
     ) -> Result<Kernel, KernelError> {

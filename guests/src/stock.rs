@@ -51,29 +51,35 @@ impl Stock {
     pub fn prepare(order: Order<'_>) -> Result<Stock> {
         let cache = Cache::open()?;
         let kernel = Kernel::fetch(&cache, order.generation, order.flavour)?;
-        Stock::of(&cache, kernel, order.patches, order.modules)
+        Stock::of(&cache, kernel, order)
     }
 
-    /// The newest kernel of a generation of which there is debugging information, without patches, and its `vmlinux`.
+    /// The newest kernel of a generation of which there is debugging information, bare, and its `vmlinux`.
     ///
     /// # Errors
     /// When a package cannot be had.
     pub fn prepare_debug(generation: Generation) -> Result<(Stock, PathBuf)> {
         let cache = Cache::open()?;
         let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
-        Ok((Stock::of(&cache, kernel, &[], &[])?, vmlinux))
+        let bare = Order {
+            generation,
+            flavour: kernel.flavour,
+            patches: &[],
+            modules: &[],
+        };
+        Ok((Stock::of(&cache, kernel, bare)?, vmlinux))
     }
 
-    fn of(cache: &Cache, kernel: Kernel, patches: &[&str], modules: &[&str]) -> Result<Stock> {
+    fn of(cache: &Cache, kernel: Kernel, order: Order<'_>) -> Result<Stock> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
-        for name in patches {
+        for name in order.patches {
             let module = patches::build(cache, &kernel, name)?;
             initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
             built.insert((*name).to_owned(), module);
         }
         let mut files = String::new();
-        for module in modules::with_dependencies(&kernel.modules, modules)? {
+        for module in modules::with_dependencies(&kernel.modules, order.modules)? {
             files.push_str(&format!("{MODULES}/{}\n", module.file));
             initramfs =
                 initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);

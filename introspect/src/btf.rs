@@ -11,8 +11,12 @@ pub use crate::btf_raw::BtfError;
 
 /// Typedefs and qualifiers in front of a type, and arrays in arrays: no real type has nearly so many.
 const MAX_DEPTH: usize = 64;
-/// Members looked at for one name: bounds what nested unnamed structures can cost.
-const MAX_MEMBERS: usize = 1 << 16;
+/// Steps to answer one question: members looked at, typedefs followed. Bounds what nested unnamed structures, long chains of
+/// typedefs and many structures of one name can cost together; `task_struct` needs some hundreds.
+const MAX_STEPS: usize = 1 << 16;
+/// All names of structures, unions and enumerations together; the largest kernels have 3 MiB. They are sorted, and types can
+/// share one long name.
+const MAX_NAMES: usize = 32 << 20;
 
 /// A bit field: which bits of the bytes that its [`Member`] covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +62,17 @@ impl Member {
     }
 }
 
+/// What is left of [`MAX_STEPS`].
+struct Steps(usize);
+
+impl Steps {
+    /// Takes one, for type `id`.
+    fn take(&mut self, id: u32) -> Result<(), BtfError> {
+        self.0 = self.0.checked_sub(1).ok_or(BtfError::Malformed(id))?;
+        Ok(())
+    }
+}
+
 /// The types of a kernel.
 #[derive(Debug)]
 pub struct Btf {
@@ -79,13 +94,20 @@ impl Btf {
                 Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::DataSec
             )
         };
-        let mut named: Vec<u32> = raw
-            .iter()
-            .filter(|(_, found)| wanted(found.kind) && found.name != 0)
-            .map(|(id, _)| id)
-            .collect();
-        let name = |id: &u32| raw.get(*id).map_or(&b""[..], |found| raw.name(found.name));
-        named.sort_by(|a, b| name(a).cmp(name(b)));
+        let mut named: Vec<(&[u8], u32)> = Vec::new();
+        let mut names = 0;
+        for (id, found) in raw.iter() {
+            if wanted(found.kind) && found.name != 0 {
+                let name = raw.name(found.name);
+                names += name.len();
+                named.push((name, id));
+            }
+        }
+        if names > MAX_NAMES {
+            return Err(BtfError::Header("its names are too long"));
+        }
+        named.sort_unstable(); // by name, then by id
+        let named = named.into_iter().map(|(_, id)| id).collect();
         Ok(Btf { raw, named })
     }
 
@@ -115,7 +137,7 @@ impl Btf {
             .iter()
             .map_while(move |&id| {
                 let found = self.raw.get(id)?;
-                (self.raw.name(found.name) == name.as_bytes()).then_some((id, found))
+                self.raw.is_named(found.name, name).then_some((id, found))
             })
     }
 
@@ -149,10 +171,14 @@ impl Btf {
         let mut parts = path.split('.');
         let name = parts.next().unwrap_or_default();
         let mut error = BtfError::NoType(name.to_owned());
+        let mut steps = Steps(MAX_STEPS);
         for (id, _) in self.aggregates(name) {
-            match self.follow(id, parts.clone(), path) {
+            match self.follow(id, parts.clone(), path, &mut steps) {
                 Ok(member) => return Ok(member),
                 Err(found) => error = found,
+            }
+            if steps.0 == 0 {
+                break;
             }
         }
         Err(error)
@@ -183,10 +209,11 @@ impl Btf {
         id: u32,
         parts: impl Iterator<Item = &'p str>,
         path: &str,
+        steps: &mut Steps,
     ) -> Result<Member, BtfError> {
         let mut member = Member {
             offset: 0,
-            size: self.type_size(id)?,
+            size: self.extent(id, steps)?.0,
             bits: None,
             count: None,
             type_id: id,
@@ -197,17 +224,23 @@ impl Btf {
                 field: part.to_owned(),
             };
             let (bit, found) = self
-                .find_member(member.type_id, part)?
+                .find_member(member.type_id, part, steps)?
                 .ok_or_else(no_field)?;
-            member = self.describe(member.offset, bit, found)?;
+            member = self.describe(member.offset, bit, found, steps)?;
         }
         Ok(member)
     }
 
     /// What the member at `bit` of the structure at `base` is.
-    fn describe(&self, base: u64, bit: u64, found: RawMember) -> Result<Member, BtfError> {
-        let type_id = self.strip(found.type_id)?;
-        let (size, count) = self.extent(type_id)?;
+    fn describe(
+        &self,
+        base: u64,
+        bit: u64,
+        found: RawMember,
+        steps: &mut Steps,
+    ) -> Result<Member, BtfError> {
+        let type_id = self.strip(found.type_id, steps)?;
+        let (size, count) = self.extent(type_id, steps)?;
         let mut offset = base.wrapping_add(bit / 8);
         let mut size = size;
         let mut bits = None;
@@ -233,19 +266,23 @@ impl Btf {
     }
 
     /// A member by name, also inside members that have none: its bit offset and itself.
-    fn find_member(&self, id: u32, name: &str) -> Result<Option<(u64, RawMember)>, BtfError> {
+    fn find_member(
+        &self,
+        id: u32,
+        name: &str,
+        steps: &mut Steps,
+    ) -> Result<Option<(u64, RawMember)>, BtfError> {
         let mut work = vec![(id, 0u64)];
-        let mut budget = MAX_MEMBERS;
         while let Some((id, base)) = work.pop() {
             let Some(aggregate) = self.raw.get(id) else {
                 return Err(BtfError::Malformed(id));
             };
             for member in self.raw.members(&aggregate) {
-                budget = budget.checked_sub(1).ok_or(BtfError::Malformed(id))?;
+                steps.take(id)?;
                 let bit = base.wrapping_add(u64::from(member.bit));
                 if member.name == 0 {
-                    work.push((self.strip(member.type_id)?, bit));
-                } else if self.raw.name(member.name) == name.as_bytes() {
+                    work.push((self.strip(member.type_id, steps)?, bit));
+                } else if self.raw.is_named(member.name, name) {
                     return Ok(Some((bit, member)));
                 }
             }
@@ -254,9 +291,10 @@ impl Btf {
     }
 
     /// Past typedefs and qualifiers.
-    fn strip(&self, id: u32) -> Result<u32, BtfError> {
+    fn strip(&self, id: u32, steps: &mut Steps) -> Result<u32, BtfError> {
         let mut at = id;
         for _ in 0..MAX_DEPTH {
+            steps.take(id)?;
             match self.raw.get(at) {
                 Some(found) if found.kind.is_transparent() => at = found.size_or_type,
                 _ => return Ok(at),
@@ -265,13 +303,9 @@ impl Btf {
         Err(BtfError::Malformed(id))
     }
 
-    fn type_size(&self, id: u32) -> Result<u64, BtfError> {
-        self.extent(id).map(|(size, _)| size)
-    }
-
     /// Bytes of a type, and how many elements when it is an array (of arrays: all of them).
-    fn extent(&self, id: u32) -> Result<(u64, Option<u64>), BtfError> {
-        let mut at = self.strip(id)?;
+    fn extent(&self, id: u32, steps: &mut Steps) -> Result<(u64, Option<u64>), BtfError> {
+        let mut at = self.strip(id, steps)?;
         let mut count: Option<u64> = None;
         for _ in 0..MAX_DEPTH {
             let Some(found) = self.raw.get(at) else {
@@ -282,7 +316,7 @@ impl Btf {
                 return Ok((size.saturating_mul(count.unwrap_or(1)), count));
             };
             count = Some(count.unwrap_or(1).saturating_mul(u64::from(array.count)));
-            at = self.strip(array.element)?;
+            at = self.strip(array.element, steps)?;
         }
         Err(BtfError::Malformed(id))
     }
@@ -296,7 +330,7 @@ impl Btf {
             .iter()
             .filter(|(_, found)| matches!(found.kind, Kind::Enum | Kind::Enum64))
             .flat_map(|(_, found)| self.raw.enumerators(found))
-            .find(|&(name, _)| self.raw.name(name) == enumerator.as_bytes())
+            .find(|&(name, _)| self.raw.is_named(name, enumerator))
             .map(|(_, value)| value)
             .ok_or_else(|| BtfError::NoType(enumerator.to_owned()))
     }

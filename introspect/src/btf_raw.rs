@@ -5,6 +5,9 @@ const HEADER: usize = 24;
 const MAGIC: u16 = 0xeb9f;
 /// Types of the largest kernels: about 130,000.
 const MAX_TYPES: usize = 2 << 20;
+/// `KSYM_NAME_LEN`, the kernel's own bound (`kernel/bpf/btf.c: btf_name_valid_identifier`). What is longer is no name: to look
+/// for its end would be to read all strings, once for each type that has it.
+const MAX_NAME: usize = 512;
 
 /// BTF that is not as it should be, or lacks what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -207,12 +210,25 @@ impl Raw {
             .filter_map(|id| Some((id, self.get(id)?)))
     }
 
+    /// The strings from `offset` on.
+    fn strings_from(&self, offset: u32) -> &[u8] {
+        let strings = self.bytes.get(self.strings.clone()).unwrap_or_default();
+        strings.get(offset as usize..).unwrap_or_default()
+    }
+
     /// A string; empty when it is not one.
     pub(crate) fn name(&self, offset: u32) -> &[u8] {
-        let strings = self.bytes.get(self.strings.clone()).unwrap_or_default();
-        let rest = strings.get(offset as usize..).unwrap_or_default();
-        let len = rest.iter().position(|&byte| byte == 0).unwrap_or(0);
-        rest.get(..len).unwrap_or_default()
+        let rest = self.strings_from(offset);
+        let near = rest.get(..rest.len().min(MAX_NAME)).unwrap_or_default();
+        let len = near.iter().position(|&byte| byte == 0).unwrap_or(0);
+        near.get(..len).unwrap_or_default()
+    }
+
+    /// Whether the string at `offset` is `name`, at the cost of `name` however long the string is.
+    pub(crate) fn is_named(&self, offset: u32, name: &str) -> bool {
+        self.strings_from(offset)
+            .strip_prefix(name.as_bytes())
+            .is_some_and(|rest| rest.first() == Some(&0))
     }
 
     /// The trailing records of a type, each of so many words.

@@ -190,6 +190,67 @@ fn damage_is_named() {
     assert_eq!(Btf::parse(bad).unwrap_err(), BtfError::Truncated(1));
 }
 
+/// Ten seconds are a hundred times what each of these takes, and a fraction of what it would take without the bound.
+fn in_time<T>(work: impl FnOnce() -> T) -> T {
+    let start = std::time::Instant::now();
+    let out = work();
+    assert!(start.elapsed().as_secs() < 10, "took {:?}", start.elapsed());
+    out
+}
+
+/// `count` structures with no members, each of that name.
+fn many_of_one_name(w: &mut Writer, name: &str, count: u32) {
+    let name = w.name(name);
+    for _ in 0..count {
+        w.words(&[name, 4 << 24, 8]);
+    }
+}
+
+#[test]
+fn a_string_without_end_is_not_read_once_for_each_type() {
+    let mut w = Writer::default();
+    many_of_one_name(&mut w, &"n".repeat(8 << 20), 200_000);
+    w.strings.pop();
+    in_time(|| Btf::parse(w.finish()).unwrap().has("nothing"));
+}
+
+#[test]
+fn long_names_shared_by_many_types_are_refused() {
+    let mut w = Writer::default();
+    many_of_one_name(&mut w, &"n".repeat(511), 100_000);
+    let error = in_time(|| Btf::parse(w.finish()).unwrap_err());
+    assert_eq!(error, BtfError::Header("its names are too long"));
+}
+
+#[test]
+fn many_structures_of_one_name_do_not_multiply_the_cost_of_one() {
+    let mut w = Writer::default();
+    let (name, junk) = (w.name("task_struct"), w.name("junk"));
+    // Type 1 has as many members as can be; all others are `task_struct { struct { … }; }` around it.
+    w.words(&[0, 4 << 24 | 60_000, 8]);
+    for _ in 0..60_000 {
+        w.words(&[junk, 0, 0]);
+    }
+    for _ in 0..100_000 {
+        w.words(&[name, 4 << 24 | 1, 8, 0, 1, 0]);
+    }
+    let btf = Btf::parse(w.finish()).unwrap();
+    assert!(in_time(|| btf.member("task_struct.pid")).is_err());
+}
+
+#[test]
+fn a_structure_inside_itself_ends() {
+    let mut w = Writer::default();
+    let (name, junk) = (w.name("task_struct"), w.name("junk"));
+    w.words(&[name, 4 << 24 | 3, 8, 0, 1, 0, 0, 2, 0, junk, 1, 0]);
+    w.words(&[0, 5 << 24 | 2, 8, 0, 1, 0, 0, 2, 0]);
+    let btf = Btf::parse(w.finish()).unwrap();
+    assert_eq!(
+        in_time(|| btf.member("task_struct.pid")),
+        Err(BtfError::Malformed(2))
+    );
+}
+
 proptest! {
     #[test]
     fn no_damage_panics(at in any::<prop::sample::Index>(), junk in proptest::collection::vec(any::<u8>(), 1..32)) {

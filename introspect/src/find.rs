@@ -20,6 +20,8 @@ pub const IMAGE_WINDOW: GvaRange =
 const STEP: u64 = 2 << 20;
 /// No image is longer: the largest of a stock kernel has about 64 MiB.
 const MAX_IMAGE: u64 = 256 << 20;
+/// Each place may cost a look at a whole image, and each vCPU of a hostile guest can show another.
+const MAX_CANDIDATES: usize = 4;
 const GATES: usize = 256;
 const GATE: usize = 16;
 
@@ -36,7 +38,15 @@ pub struct Candidate {
     pub end: Gva,
 }
 
-/// Every place that the vCPUs' registers lead to, most likely first; none early in boot.
+impl Candidate {
+    /// Whether the two lead to the same image: vCPUs have each their own tables, and all map the kernel alike.
+    fn is_same(&self, other: &Candidate) -> bool {
+        let place = |c: &Candidate| (c.base, c.phys, c.end, c.space.levels);
+        place(self) == place(other)
+    }
+}
+
+/// Every place that the vCPUs' registers lead to, most likely first, each once; none early in boot.
 #[must_use]
 pub fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
     let mut found: Vec<Candidate> = Vec::new();
@@ -50,11 +60,14 @@ pub fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
             let memory = KernelMemory::new(phys, space);
             for hint in hints(&memory, regs) {
                 if let Some(candidate) = image(&memory, hint) {
-                    if !found.contains(&candidate) {
+                    if !found.iter().any(|known| known.is_same(&candidate)) {
                         found.push(candidate);
                     }
                     break;
                 }
+            }
+            if found.len() >= MAX_CANDIDATES {
+                return found;
             }
         }
     }
@@ -127,6 +140,40 @@ fn image(memory: &KernelMemory<'_>, hint: Gva) -> Option<Candidate> {
 mod tests {
     use super::*;
     use crate::testing::Ram;
+
+    /// A vCPU whose tables at `root` map `entry` at the start of the image window.
+    fn vcpu(ram: &mut Ram, root: u64, entry: u64) -> VcpuRegs {
+        let at = |offset: u64| usize::try_from(root + offset).unwrap();
+        ram.u64(at(8 * 511), (root + 0x1000) | 3);
+        ram.u64(at(0x1000 + 8 * 510), (root + 0x2000) | 3);
+        ram.u64(at(0x2000), entry | 0x83);
+        VcpuRegs {
+            cr0: 1 << 31,
+            efer: 1 << 10,
+            cr3: root,
+            lstar: IMAGE_WINDOW.start.0 + 0x1000,
+            online: true,
+            ..VcpuRegs::default()
+        }
+    }
+
+    #[test]
+    fn tables_that_map_one_image_are_one_candidate() {
+        let mut ram = Ram::new(0x10_0000);
+        let vcpus: Vec<_> = (0..16)
+            .map(|n| vcpu(&mut ram, 0x4000 * (n + 1), 0x20_0000))
+            .collect();
+        assert_eq!(candidates(&ram, &vcpus).len(), 1);
+    }
+
+    #[test]
+    fn many_vcpus_do_not_make_many_candidates() {
+        let mut ram = Ram::new(0x10_0000);
+        let vcpus: Vec<_> = (0..32)
+            .map(|n| vcpu(&mut ram, 0x4000 * (n + 1), 0x20_0000 * (n + 1)))
+            .collect();
+        assert_eq!(candidates(&ram, &vcpus).len(), MAX_CANDIDATES);
+    }
 
     /// What a dump that lacks the system call entry's MSR leaves to go by, with the vCPU in user mode.
     #[test]

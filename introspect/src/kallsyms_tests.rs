@@ -172,6 +172,62 @@ fn digits_are_found_wherever_they_are() {
     }
 }
 
+/// Twenty seconds are far more than the bounds allow, and a fraction of what it would take without them.
+fn in_time<T>(work: impl FnOnce() -> T) -> T {
+    let start = std::time::Instant::now();
+    let out = work();
+    assert!(start.elapsed().as_secs() < 20, "took {:?}", start.elapsed());
+    out
+}
+
+#[test]
+fn a_window_full_of_digits_ends() {
+    let bytes = DIGITS.repeat((24 << 20) / DIGITS.len());
+    assert_eq!(
+        in_time(|| read(&bytes)).unwrap_err(),
+        KallsymsError::Endless
+    );
+}
+
+#[test]
+fn tokens_that_blow_up_names_are_refused() {
+    let good = tables(Layout::New);
+    let digits = digits(&good, 0).unwrap();
+    let index = digits
+        + good[digits..]
+            .windows(6)
+            .position(|w| w == [0, 0, 3, 0, 12, 0])
+            .unwrap();
+    // One token takes the place of many: 3000 letters where "zz" was, and every index behind it moves.
+    let table = digits - usize::from(u16::from_le_bytes([good[index + 96], good[index + 97]]));
+    let token = table + usize::from(u16::from_le_bytes([good[index + 4], good[index + 5]]));
+    let mut bad = good[..token].to_vec();
+    bad.extend([b'y'; 3000]);
+    bad.extend(&good[token..index]);
+    for n in 0..256 {
+        let at = index + 2 * n;
+        let start = u16::from_le_bytes([good[at], good[at + 1]]);
+        bad.extend((start + if n > 2 { 3000 } else { 0 }).to_le_bytes());
+    }
+    bad.extend(&good[index + 512..]);
+    assert!(read(&bad).is_ok(), "as long as no name uses it");
+    let name = bad.windows(6).position(|w| w == b"T_text").unwrap();
+    bad[name + 1] = 2;
+    assert!(matches!(read(&bad), Err(KallsymsError::NoAddresses(_))));
+}
+
+#[test]
+fn markers_that_wrap_are_not_walked_again_and_again() {
+    let good = tables(Layout::Old);
+    let token_table = digits(&good, 0).unwrap() - 200;
+    let mut bytes = Vec::new();
+    for n in 0..4u32 << 20 {
+        bytes.extend(n.wrapping_mul(0x8000).to_le_bytes());
+    }
+    bytes.extend(&good[token_table & !7..]);
+    assert!(in_time(|| read(&bytes)).is_err());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 

@@ -7,7 +7,8 @@ use vm_memory::GuestAddress;
 use crate::addr::{Gva, GvaRange};
 use crate::btf::{Btf, BtfError};
 use crate::find::{self, Candidate, IMAGE_WINDOW};
-use crate::kallsyms::{self, KallsymsError, Window};
+use crate::kallsyms::KallsymsError;
+use crate::kallsyms_image::Search;
 use crate::layout::Layout;
 use crate::livepatch::{Livepatch, LivepatchError};
 use crate::memory::PhysMemory;
@@ -18,14 +19,10 @@ use crate::symbols::{Symbol, SymbolError, Symbols};
 use crate::tif::Tif;
 use crate::vcpu::VcpuRegs;
 
-/// The image is read so much at a time.
-const CHUNK: usize = 2 << 20;
-/// Behind the token table come at most so many bytes of other kallsyms tables.
-const TABLES: usize = 16 << 20;
 /// It has a page (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
 const MAX_VMCOREINFO: usize = 64 << 10;
 /// The largest BTF of a stock kernel has 7 MiB.
-const MAX_BTF: usize = 64 << 20;
+const MAX_BTF: usize = 16 << 20;
 const MAX_BANNER: usize = 512;
 
 /// A guest's kernel. Good as long as the guest is not reset.
@@ -141,8 +138,9 @@ impl Kernel {
     /// [`FindError::NotReady`] when it is too early; any other when it is no kernel that we understand.
     pub fn find(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Kernel, FindError> {
         let mut error = FindError::NotReady(NotReady::NoImage);
+        let mut search = Search::new();
         for candidate in find::candidates(phys, vcpus) {
-            match Kernel::at(phys, candidate) {
+            match Kernel::at(phys, candidate, &mut search) {
                 Ok(kernel) => return Ok(kernel),
                 Err(found) => {
                     tracing::debug!(base = %candidate.base, error = %found, "no kernel here");
@@ -153,11 +151,15 @@ impl Kernel {
         Err(error)
     }
 
-    fn at(phys: &dyn PhysMemory, candidate: Candidate) -> Result<Kernel, FindError> {
-        let symbols = symbols(phys, candidate).map_err(|error| FindError::Kallsyms {
-            base: candidate.base,
-            error,
-        })?;
+    fn at(
+        phys: &dyn PhysMemory,
+        candidate: Candidate,
+        search: &mut Search,
+    ) -> Result<Kernel, FindError> {
+        let base = candidate.base;
+        let symbols = search
+            .symbols(phys, candidate)
+            .map_err(|error| FindError::Kallsyms { base, error })?;
         let space = space(phys, candidate, &symbols)?;
         let memory = KernelMemory::new(phys, space);
         let phys_base = phys_base(candidate, &symbols, &memory)?;
@@ -253,55 +255,6 @@ impl TextRanges {
             sched: symbols.between("__sched_text_start", "__sched_text_end")?,
         })
     }
-}
-
-/// Reads the image's data, which begin where its code ends, until kallsyms is in what was read.
-fn symbols(phys: &dyn PhysMemory, candidate: Candidate) -> Result<Symbols, KallsymsError> {
-    let memory = KernelMemory::new(phys, candidate.space);
-    let code = |gva| {
-        memory
-            .translate(gva)
-            .is_ok_and(|mapping| mapping.executable)
-    };
-    let mut start = candidate.base;
-    while start < candidate.end && code(start) {
-        start = start.add(CHUNK as u64);
-    }
-    if start >= candidate.end {
-        start = candidate.base; // before the kernel protects itself, all of it is executable
-    }
-    let image = GvaRange::new(candidate.base, candidate.end);
-    let mut bytes = Vec::new();
-    let mut searched = 0;
-    let mut tokens = None;
-    for at in (0..candidate.end.since(start)).step_by(CHUNK) {
-        let len = bytes.len();
-        bytes.resize(len + CHUNK, 0);
-        let distance = start.since(candidate.base) + at;
-        let gpa = GuestAddress(candidate.phys.0.wrapping_add(distance));
-        let read = bytes.get_mut(len..).map(|chunk| phys.read(gpa, chunk));
-        if !matches!(read, Some(Ok(()))) {
-            bytes.truncate(len);
-            break;
-        }
-        tokens = tokens.or_else(|| kallsyms::digits(&bytes, searched));
-        searched = bytes.len().saturating_sub(64);
-        if tokens.is_some_and(|tokens| bytes.len() >= tokens + TABLES) {
-            let window = Window {
-                start,
-                bytes: &bytes,
-            };
-            if let Ok(symbols) = kallsyms::parse(window, image) {
-                return Ok(symbols);
-            }
-            tokens = Some(usize::MAX - TABLES); // digits, but not these: read all
-        }
-    }
-    let window = Window {
-        start,
-        bytes: &bytes,
-    };
-    kallsyms::parse(window, image)
 }
 
 /// The kernel's own tables, checked to map the image where the vCPU's do.

@@ -57,6 +57,7 @@ pub mod core_file;
 pub mod core_notes;
 pub mod find;
 pub mod kallsyms;
+mod kallsyms_image;
 pub mod kernel;
 pub mod layout;
 pub mod listing;

@@ -14,8 +14,8 @@ use crate::module_symbols::ModuleSymbols;
 use crate::reader::{KernelMemory, ReadError};
 use crate::symbols::SymbolError;
 
-/// No guest has more modules.
-const MAX_MODULES: usize = 16384;
+/// No guest has more modules: a distribution builds some 4000, and a guest loads some hundreds.
+const MAX_MODULES: usize = 8192;
 /// No module has more code.
 const MAX_TEXT: u64 = 256 << 20;
 /// `MODULE_NAME_LEN`.

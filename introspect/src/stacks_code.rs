@@ -4,6 +4,8 @@
 //! stacks or tasks. Regions are the core kernel, its modules, and whatever the patcher placed: the kernel knows nothing of the
 //! last, so whoever places code adds its region here.
 
+use std::collections::HashSet;
+
 use crate::{
     addr::{Gva, GvaRange},
     orc::{Entry, Kind},
@@ -74,8 +76,9 @@ pub struct CoreText {
 #[derive(Clone, Debug)]
 pub struct CodeMap {
     core: CoreText,
-    /// By start; disjoint. These go before the core: patches lie in the padding of its text.
-    regions: Vec<(RegionId, CodeRegion)>,
+    /// By start; disjoint. These go before the core: patches lie in the padding of its text. Boxed, so that little is moved where
+    /// thousands are inserted before others.
+    regions: Vec<(RegionId, Box<CodeRegion>)>,
     busy: Vec<GvaRange>,
     /// Around all of `busy`: ordinary frames lie outside and need no look at each.
     busy_around: GvaRange,
@@ -136,13 +139,18 @@ impl CodeMap {
         }
         let id = RegionId(self.next_id);
         self.next_id += 1;
-        self.regions.insert(at, (id, region));
+        self.regions.insert(at, (id, Box::new(region)));
         Ok(id)
     }
 
     /// Drops a region; unknown ones are gone already.
     pub fn remove(&mut self, id: RegionId) {
         self.regions.retain(|(other, _)| *other != id);
+    }
+
+    /// Drops many regions in one go.
+    pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
+        self.regions.retain(|(id, _)| !ids.contains(id));
     }
 
     /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.

@@ -3,7 +3,7 @@
 //! Knows which modules were there at the last look, and copies the unwind data of those that came since; it must not know how
 //! the list of modules is laid out ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::{
     addr::Gva,
@@ -17,6 +17,8 @@ use crate::{
 
 /// No module has more entries; the largest of a stock kernel have about 40,000.
 const MAX_MODULE_ENTRIES: usize = 1 << 20;
+/// All modules together, in entries: they take some 30 MiB here. Thousands of modules can name one and the same table.
+const MAX_ALL_ENTRIES: usize = 2 << 20;
 
 /// Why the modules could not be looked at.
 pub type RefreshError = ModulesError;
@@ -31,6 +33,8 @@ pub(crate) struct ModuleRegions {
 struct Known {
     proof: Vec<(Gva, u64)>,
     regions: Vec<RegionId>,
+    /// How many unwind entries the regions have together.
+    entries: usize,
 }
 
 impl ModuleRegions {
@@ -58,47 +62,54 @@ impl ModuleRegions {
                 None => came.push((module, proof)),
             }
         }
-        for known in gone.into_values() {
-            for id in known.regions {
-                code.remove(id);
-            }
+        let gone: HashSet<RegionId> = gone.into_values().flat_map(|known| known.regions).collect();
+        if !gone.is_empty() {
+            code.remove_all(&gone);
         }
+        let kept: usize = self.known.values().map(|known| known.entries).sum();
+        let mut room = MAX_ALL_ENTRIES.saturating_sub(kept);
         for (module, proof) in came {
-            let regions = add(code, memory, encoding, &module, &proof);
-            self.known.insert(module.addr, Known { proof, regions });
+            let known = add(code, memory, encoding, &module, proof, room);
+            room = room.saturating_sub(known.entries);
+            self.known.insert(module.addr, known);
         }
         Ok(())
     }
 }
 
-/// A module whose data are not to be had, or lies over another, is left out: stacks on it are unreliable.
+/// A module whose data are not to be had, are more than there is `room` for, or that lies over another, is left out: stacks on it
+/// are unreliable.
 fn add(
     code: &mut CodeMap,
     memory: &KernelMemory<'_>,
     encoding: Encoding,
     module: &Module,
-    proof: &[(Gva, u64)],
-) -> Vec<RegionId> {
-    let Some(orc) = module
-        .orc
-        .as_ref()
-        .and_then(|orc| table(memory, encoding, orc))
-    else {
-        return Vec::new();
+    proof: Vec<(Gva, u64)>,
+    room: usize,
+) -> Known {
+    let needed = |orc: &&ModuleOrc| orc.count as usize * module.text.len();
+    let orc = module.orc.as_ref().filter(|orc| needed(orc) <= room);
+    let mut known = Known {
+        proof,
+        regions: Vec::new(),
+        entries: 0,
     };
-    module
-        .text
-        .iter()
-        .filter_map(|text| {
-            let region = CodeRegion {
-                name: module.name.clone(),
-                text: *text,
-                orc: orc.clone(),
-                proof: proof.to_vec(),
-            };
-            code.add(region).ok()
-        })
-        .collect()
+    let Some(orc) = orc.and_then(|orc| table(memory, encoding, orc)) else {
+        return known;
+    };
+    for text in &module.text {
+        let region = CodeRegion {
+            name: module.name.clone(),
+            text: *text,
+            orc: orc.clone(),
+            proof: known.proof.clone(),
+        };
+        if let Ok(id) = code.add(region) {
+            known.regions.push(id);
+            known.entries += orc.len();
+        }
+    }
+    known
 }
 
 fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Option<OrcTable> {

@@ -87,7 +87,11 @@ impl Builder {
 
     /// Sorts and indexes. `image` is what the kernel covers in virtual memory.
     pub(crate) fn build(self, image: GvaRange) -> Option<Symbols> {
-        let Builder { names, mut entries } = self;
+        let Builder {
+            mut names,
+            mut entries,
+        } = self;
+        names.shrink_to_fit();
         let count = u32::try_from(entries.len()).ok()?;
         entries.sort_by_key(|entry| entry.gva); // stable
         let mut symbols = Symbols {

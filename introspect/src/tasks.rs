@@ -5,7 +5,7 @@
 //!
 //! Follows `include/linux/sched/signal.h: for_each_process_thread` and `kernel/fork.c: copy_process`.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use crate::{
     addr::Gva,
@@ -18,8 +18,9 @@ use crate::{
     vcpu::VcpuRegs,
 };
 
-/// `PID_MAX_LIMIT`: no kernel has more tasks.
-pub const MAX_TASKS: usize = 4 << 20;
+/// More tasks than any guest has: a kernel with 128 GiB allows itself about so many (`kernel/fork.c: set_max_threads`). They take
+/// some 300 MiB here, and task structures in a hostile guest can overlap.
+pub const MAX_TASKS: usize = 1 << 20;
 
 const PF_IDLE: u32 = 0x2;
 const PF_IO_WORKER: u32 = 0x10;
@@ -117,7 +118,8 @@ fn check_count(kernel: &Kernel, memory: &KernelMemory<'_>, found: usize) -> Resu
 #[derive(Debug, Default)]
 struct Listing {
     tasks: Vec<Task>,
-    seen: HashSet<Gva>,
+    /// Where in `tasks` each is.
+    seen: HashMap<Gva, usize>,
 }
 
 impl Listing {
@@ -134,7 +136,7 @@ impl Listing {
                 self.add(reader.read(thread)?)?;
                 node = reader.memory.pointer(layout.list_next.of(node))?;
             }
-            if !self.seen.contains(&leader) {
+            if !self.seen.contains_key(&leader) {
                 return Err(TasksError::Leaderless(leader));
             }
             let next = reader
@@ -144,18 +146,18 @@ impl Listing {
             if leader == init_task {
                 return Ok(());
             }
-            if self.seen.contains(&leader) {
+            if self.seen.contains_key(&leader) {
                 return Err(TasksError::Cycle(leader));
             }
         }
     }
 
     fn add(&mut self, task: Task) -> Result<(), TasksError> {
-        if !self.seen.insert(task.addr) {
-            return Err(TasksError::Cycle(task.addr));
-        }
         if self.tasks.len() >= MAX_TASKS {
             return Err(TasksError::TooMany);
+        }
+        if self.seen.insert(task.addr, self.tasks.len()).is_some() {
+            return Err(TasksError::Cycle(task.addr));
         }
         self.tasks.push(task);
         Ok(())
@@ -173,10 +175,11 @@ impl Listing {
             if idle.is_null() {
                 continue;
             }
-            if !self.seen.contains(&idle) {
+            if !self.seen.contains_key(&idle) {
                 self.add(reader.read(idle)?)?;
             }
-            if let Some(task) = self.tasks.iter_mut().find(|task| task.addr == idle) {
+            let known = self.seen.get(&idle);
+            if let Some(task) = known.and_then(|&index| self.tasks.get_mut(index)) {
                 task.kind = TaskKind::Idle;
                 task.cpu = Some(*cpu);
             }
@@ -187,15 +190,14 @@ impl Listing {
     /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
     fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[OnCpu]) {
         for on in running {
-            if !self.seen.contains(&on.task)
+            if !self.seen.contains_key(&on.task)
                 && let Ok(task) = reader.read(on.task)
             {
-                self.seen.insert(task.addr);
+                self.seen.insert(task.addr, self.tasks.len());
                 self.tasks.push(task);
             }
         }
-        let by_task: std::collections::HashMap<Gva, &OnCpu> =
-            running.iter().map(|on| (on.task, on)).collect();
+        let by_task: HashMap<Gva, &OnCpu> = running.iter().map(|on| (on.task, on)).collect();
         for task in &mut self.tasks {
             if let Some(on) = by_task.get(&task.addr) {
                 task.vcpu = Some(on.vcpu);
@@ -205,11 +207,13 @@ impl Listing {
     }
 
     /// `kernel/sched/core.c: init_idle` says of each idle task that it is on its CPU, also when that CPU has never started.
-    /// Where every vCPU that runs is accounted for, it runs nowhere.
+    /// Where every vCPU that runs is accounted for, it runs nowhere. `online` rises.
     fn settle_offline_idle(&mut self, online: &[u32], all_known: bool) {
-        for task in &mut self.tasks {
-            let offline = task.cpu.is_some_and(|cpu| !online.contains(&cpu));
-            if task.kind == TaskKind::Idle && task.vcpu.is_none() && offline && all_known {
+        let idle = |task: &&mut Task| task.kind == TaskKind::Idle && task.vcpu.is_none();
+        for task in self.tasks.iter_mut().filter(idle) {
+            // Any task can call itself idle: a look through all CPUs for each would be too many.
+            let offline = |cpu| online.binary_search(&cpu).is_err();
+            if all_known && task.cpu.is_some_and(offline) {
                 task.on_cpu = false;
             }
         }

@@ -103,7 +103,8 @@ impl Trial {
         let mut tasks = ledger.reports();
         for task in &mut tasks {
             // No transition began.
-            (task.since_ms, task.after_ms) = (None, None);
+            task.after_ms = None;
+            task.since_ms = None;
         }
         let patch = &self.patch;
         let functions = patch.redirects.iter().map(|redirect| {
