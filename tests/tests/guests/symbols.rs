@@ -75,7 +75,7 @@ impl Listing {
 /// Every stock module that the guest was given.
 pub fn load_modules(guest: &mut Guest) -> Result<()> {
     guest.sh_within(
-        "for m in $(cat /lib/modules/order); do insmod $m || exit 1; done",
+        "(for m in $(cat /lib/modules/order); do insmod $m || exit 1; done)",
         LISTING_LIMIT,
     )?;
     Ok(())
