@@ -20,6 +20,8 @@ use crate::symbols::SymbolError;
 
 /// No list of these is longer.
 const MAX_ENTRIES: usize = 1 << 16;
+/// All of them together; a guest with every module of its distribution has some 300,000.
+const MAX_LISTED: usize = 1 << 19;
 /// `KSYM_NAME_LEN`, the largest so far, less the NUL.
 const MAX_NAME: usize = 511;
 
@@ -38,6 +40,7 @@ pub struct ListedSymbol {
 
 /// Why the symbols could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ListingError {
     /// The modules.
     #[error(transparent)]
@@ -51,6 +54,9 @@ pub enum ListingError {
     /// A list leads out of memory.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// There are more symbols than any guest has: tables of many modules can be one and the same memory.
+    #[error("modules list more than {MAX_LISTED} symbols")]
+    TooMany,
     /// A list has no end.
     #[error("the list {list} does not end after {MAX_ENTRIES} entries")]
     Endless {
@@ -61,7 +67,7 @@ pub enum ListingError {
 
 /// All that comes behind the kernel's own symbols ([`Kernel::symbols`], which never change), in the guest's order.
 ///
-/// Linear in the number of symbols.
+/// n log n in the number of symbols, of which there is a limit. What it can say wrong: see the head of this module.
 ///
 /// # Errors
 /// [`ListingError`].
@@ -72,6 +78,9 @@ pub fn behind_core(
     let mut listed = Vec::new();
     for module in modules(kernel, memory)? {
         let symbols = module.symbols(kernel, memory)?;
+        if listed.len() + symbols.listed().len() > MAX_LISTED {
+            return Err(ListingError::TooMany);
+        }
         listed.extend(symbols.listed().map(|symbol| ListedSymbol {
             gva: symbol.gva,
             letter: symbol.letter,

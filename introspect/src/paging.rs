@@ -53,6 +53,7 @@ pub struct Mapping {
 
 /// Why a virtual address leads nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Unmapped {
     /// The entry is not present.
     #[error("not mapped (level {level} entry {entry:#x})")]
@@ -150,6 +151,19 @@ impl AddressSpace {
         let value = gva.0.cast_signed();
         (value << unused) >> unused == value
     }
+}
+
+/// Where the entry for `gva` is in the last table on the way to it.
+pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
+    table | ((gva.0 >> 12) & 0x1ff) << 3
+}
+
+/// The frame that an entry of a last table leads to; `None` when it leads nowhere.
+pub(crate) const fn small_frame(entry: u64) -> Option<u64> {
+    if entry & PRESENT == 0 {
+        return None;
+    }
+    Some(entry & FRAME)
 }
 
 #[cfg(test)]
