@@ -29,6 +29,7 @@ mod place;
 mod quiet;
 mod redirect;
 mod room;
+mod scene;
 mod signal;
 mod site;
 pub mod status;
