@@ -14,6 +14,7 @@ use object::pod::{self, Pod};
 use object::read::elf::NoteIterator;
 use vm_memory::GuestAddress;
 
+use crate::core_cache::CachedFile;
 use crate::core_error::CoreError;
 use crate::core_notes::{self, NoteError};
 use crate::memory::{PhysMemory, Unbacked};
@@ -43,7 +44,7 @@ struct Segment {
 /// An open core file.
 #[derive(Debug)]
 pub struct CoreFile {
-    file: File,
+    file: CachedFile,
     /// In order of address; none overlap.
     segments: Vec<Segment>,
     vcpus: Vec<VcpuRegs>,
@@ -72,7 +73,7 @@ impl CoreFile {
         let segments = segments(&input, &table)?;
         let vcpus = vcpus(&input, &table)?;
         Ok(CoreFile {
-            file: input.file,
+            file: CachedFile::new(input.file),
             segments,
             vcpus,
         })
@@ -353,4 +354,4 @@ fn push(
 
 #[cfg(test)]
 #[path = "core_file_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// A file that has no name any more.
-fn file(bytes: &[u8]) -> File {
+pub(crate) fn file(bytes: &[u8]) -> File {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = COUNT.fetch_add(1, Ordering::Relaxed);
     let path = std::env::temp_dir().join(format!("outpatch-core-{}-{unique}", std::process::id()));

@@ -15,6 +15,8 @@ use crate::symbols::Symbols;
 const CHUNK: usize = 2 << 20;
 /// In front of the token table, and behind it, come at most so many bytes of other tables; stock kernels have about 5 MiB.
 const TABLES: usize = 10 << 20;
+/// Behind the token table of a stock kernel come no more than so many bytes: enough for the first look, which seldom needs another.
+const STOCK_TABLES: usize = 2 << 20;
 /// What has been searched is forgotten when it is so much.
 const FORGET: usize = 2 * CHUNK;
 /// So much of all images together is searched: a hostile guest can show several, as large as it likes.
@@ -45,17 +47,21 @@ impl Search {
         let mut at = data(phys, candidate);
         let mut piece = Piece::new(at);
         let mut error = KallsymsError::NoTokens;
+        let mut behind = STOCK_TABLES;
         loop {
             let distance = at.since(candidate.base);
             let gpa = GuestAddress(candidate.phys.0.wrapping_add(distance));
             let more = at < candidate.end && self.afford() && piece.append(phys, gpa);
             at = at.add(CHUNK as u64);
-            if let Some(hit) = piece.hit(more) {
+            if let Some(hit) = piece.hit(more, behind) {
                 match kallsyms::parse_from(piece.window(), image, hit, &self.steps) {
                     Ok(symbols) => return Ok(symbols),
                     Err(found) => error = found,
                 }
-                piece.pass(hit);
+                if behind == TABLES {
+                    piece.pass(hit);
+                }
+                behind = TABLES; // once in an image: to read little pays where it is enough
             }
             if !more || error == KallsymsError::Endless {
                 return Err(error);
@@ -127,8 +133,8 @@ impl Piece {
         is_there
     }
 
-    /// Digits of a token table, once the tables behind it are here too, or all that there are.
-    fn hit(&mut self, more: bool) -> Option<usize> {
+    /// Digits of a token table, once so much `behind` it is here too, or all that there is.
+    fn hit(&mut self, more: bool, behind: usize) -> Option<usize> {
         let Some(hit) = kallsyms::digits(&self.bytes, self.searched) else {
             self.searched = self
                 .searched
@@ -136,7 +142,7 @@ impl Piece {
             return None;
         };
         self.searched = hit;
-        (!more || hit + TABLES <= self.bytes.len()).then_some(hit)
+        (!more || hit + behind <= self.bytes.len()).then_some(hit)
     }
 
     /// The digits at `hit` and all others here are of no kallsyms, as far as the tables behind them are here.

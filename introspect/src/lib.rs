@@ -52,6 +52,7 @@
 pub mod addr;
 pub mod btf;
 mod btf_raw;
+mod core_cache;
 pub mod core_error;
 pub mod core_file;
 pub mod core_notes;
@@ -70,6 +71,7 @@ pub mod orc_table;
 pub mod paging;
 pub mod percpu;
 pub mod reader;
+mod record;
 pub mod stack;
 pub mod stacks;
 pub mod stacks_code;

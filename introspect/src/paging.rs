@@ -153,6 +153,19 @@ impl AddressSpace {
     }
 }
 
+/// Where the entry for `gva` is in the last table on the way to it.
+pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
+    table | ((gva.0 >> 12) & 0x1ff) << 3
+}
+
+/// The frame that an entry of a last table leads to; `None` when it leads nowhere.
+pub(crate) const fn small_frame(entry: u64) -> Option<u64> {
+    if entry & PRESENT == 0 {
+        return None;
+    }
+    Some(entry & FRAME)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,9 +6,11 @@
 use std::cell::Cell;
 use std::fmt;
 
+use vm_memory::GuestAddress;
+
 use crate::addr::Gva;
 use crate::memory::{PhysMemory, Unbacked};
-use crate::paging::{AddressSpace, Mapping, Unmapped};
+use crate::paging::{self, AddressSpace, Mapping, Unmapped};
 
 /// Slots of each translation cache; a power of two.
 const SLOTS: usize = 256;
@@ -79,6 +81,8 @@ pub struct KernelMemory<'m> {
     space: AddressSpace,
     small: Cache,
     large: Cache,
+    /// Where the last tables lie, by the 2 MiB that each maps: what a processor's paging-structure caches remember.
+    tables: Cache,
 }
 
 impl fmt::Debug for KernelMemory<'_> {
@@ -124,6 +128,7 @@ impl<'m> KernelMemory<'m> {
             space,
             small: Cache::new(),
             large: Cache::new(),
+            tables: Cache::new(),
         }
     }
 
@@ -164,7 +169,7 @@ impl<'m> KernelMemory<'m> {
             let len = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at_mut(len);
             self.phys
-                .read(vm_memory::GuestAddress(gpa), now)
+                .read(GuestAddress(gpa), now)
                 .map_err(|cause| ReadError {
                     gva: at,
                     cause: cause.into(),
@@ -187,7 +192,15 @@ impl<'m> KernelMemory<'m> {
         if let Some(frame) = self.small.get(gva.0 / SMALL_PAGE) {
             return Ok(within(frame, SMALL_PAGE));
         }
+        if let Some(frame) = self.last_level(gva) {
+            self.small.set(gva.0 / SMALL_PAGE, frame);
+            return Ok(within(frame, SMALL_PAGE));
+        }
         let mapping = self.translate(gva)?;
+        if mapping.page_size == SMALL_PAGE {
+            let table = mapping.entry_gpa.0 & !(SMALL_PAGE - 1);
+            self.tables.set(gva.0 / LARGE_PAGE, table);
+        }
         let (cache, size) = if mapping.page_size >= LARGE_PAGE {
             (&self.large, LARGE_PAGE)
         } else {
@@ -196,6 +209,15 @@ impl<'m> KernelMemory<'m> {
         let frame = mapping.gpa.0 & !(size - 1);
         cache.set(gva.0 / size, frame);
         Ok(within(frame, size))
+    }
+
+    /// The frame of a small page whose last table is known; `None` also when its entry does not lead on, so that the walk says why.
+    fn last_level(&self, gva: Gva) -> Option<u64> {
+        let table = self.tables.get(gva.0 / LARGE_PAGE)?;
+        let entry = GuestAddress(paging::last_entry(table, gva));
+        let mut raw = [0; 8];
+        self.phys.read(entry, &mut raw).ok()?;
+        paging::small_frame(u64::from_le_bytes(raw))
     }
 
     fn array<const N: usize>(&self, gva: Gva) -> Result<[u8; N], ReadError> {
@@ -322,7 +344,6 @@ impl<'m> KernelMemory<'m> {
 mod tests {
     use super::*;
     use crate::testing::Ram;
-    use vm_memory::GuestAddress;
 
     /// Virtual 0..0x2000 is two frames in reverse order; 0x2000 is not mapped; 2 MiB.. is a large page at 0.
     fn ram() -> Ram {
@@ -362,6 +383,24 @@ mod tests {
         let field = Field { offset: 2, size: 2 };
         assert_eq!(memory.field(Gva(0xffc), field).unwrap(), 0x6463);
         assert_eq!(field.container(field.of(Gva(7))), Gva(7));
+    }
+
+    #[test]
+    fn a_known_table_is_read_anew_for_each_page() {
+        let mut ram = ram();
+        ram.u64(0x4010, 0x7003);
+        ram.u64(0x7000, 7);
+        let memory = memory(&ram);
+        assert_eq!(
+            memory.u64(Gva(0x1000)).unwrap().to_le_bytes()[..4],
+            *b"efgh"
+        );
+        assert_eq!(memory.u64(Gva(0x2000)).unwrap(), 7);
+        let same = memory.space().translate(memory.phys(), Gva(0x3000));
+        assert_eq!(
+            memory.u64(Gva(0x3000)).unwrap_err().cause,
+            ReadCause::Unmapped(same.unwrap_err())
+        );
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::collections::HashMap;
 use crate::{
     addr::Gva,
     kernel::Kernel,
-    reader::{KernelMemory, ReadError},
+    reader::{Field, KernelMemory, ReadError},
+    record::Records,
     stacks_cpu::{PlacesError, StackPlaces},
     symbols::SymbolError,
     task::{PatchState, Task, TaskKind},
@@ -128,19 +129,20 @@ impl Listing {
         let layout = &reader.kernel.layout;
         let mut leader = init_task;
         loop {
-            let signal = reader.memory.pointer(layout.task.signal.of(leader))?;
+            reader.fields.hold(leader);
+            let signal = reader.fields.pointer(layout.task.signal.of(leader))?;
             let head = layout.signal.thread_head.of(signal);
             let mut node = reader.memory.pointer(layout.list_next.of(head))?;
             while node != head {
                 let thread = layout.task.thread_node.container(node);
                 self.add(reader.read(thread)?)?;
-                node = reader.memory.pointer(layout.list_next.of(node))?;
+                node = reader.fields.pointer(layout.list_next.of(node))?;
             }
             if !self.seen.contains_key(&leader) {
                 return Err(TasksError::Leaderless(leader));
             }
             let next = reader
-                .memory
+                .fields
                 .pointer(layout.list_next.of(layout.task.tasks.of(leader)))?;
             leader = layout.task.tasks.container(next);
             if leader == init_task {
@@ -224,9 +226,13 @@ impl Listing {
 struct TaskReader<'a, 'm> {
     kernel: &'a Kernel,
     memory: &'a KernelMemory<'m>,
+    fields: Records<'a, 'm>,
     /// `PF_USER_WORKER` where the kernel has it: the bit meant something else before.
     worker: u32,
 }
+
+/// As many bytes of a task's name are shown (`TASK_COMM_LEN`, without its end).
+const COMM: usize = 15;
 
 impl<'a, 'm> TaskReader<'a, 'm> {
     fn new(kernel: &'a Kernel, memory: &'a KernelMemory<'m>) -> Self {
@@ -234,6 +240,7 @@ impl<'a, 'm> TaskReader<'a, 'm> {
         TaskReader {
             kernel,
             memory,
+            fields: Records::new(memory, fields(kernel)),
             worker: if has_user_workers {
                 PF_IO_WORKER | PF_USER_WORKER
             } else {
@@ -244,32 +251,27 @@ impl<'a, 'm> TaskReader<'a, 'm> {
 
     fn read(&self, addr: Gva) -> Result<Task, ReadError> {
         let layout = &self.kernel.layout.task;
-        let memory = self.memory;
-        let word = |field| memory.field(addr, field);
-        let flags = memory.u32(layout.flags.of(addr))?;
+        let task = &self.fields;
+        task.hold(addr);
+        let word = |field| task.field(addr, field);
+        let flags = task.u32(layout.flags.of(addr))?;
         Ok(Task {
             addr,
-            pid: memory.i32(layout.pid.of(addr))?,
-            tgid: memory.i32(layout.tgid.of(addr))?,
-            comm: self.comm(addr)?,
+            pid: task.i32(layout.pid.of(addr))?,
+            tgid: task.i32(layout.tgid.of(addr))?,
+            comm: task.cstr::<COMM>(layout.comm.of(addr))?,
             kind: self.kind(flags),
             state: word(layout.state)?,
-            exit_state: memory.u32(layout.exit_state.of(addr))?,
+            exit_state: task.u32(layout.exit_state.of(addr))?,
             flags,
             tif: word(layout.thread_flags)?,
             on_cpu: word(layout.on_cpu)? != 0,
-            cpu: memory.u32(layout.cpu.of(addr)).ok(),
+            cpu: task.u32(layout.cpu.of(addr)).ok(),
             vcpu: None,
             patch_state: self.patch_state(addr)?,
             sp: Gva(word(layout.sp)?),
             stack: Gva(word(layout.stack)?),
         })
-    }
-
-    fn comm(&self, addr: Gva) -> Result<String, ReadError> {
-        const LONGEST: usize = 15;
-        self.memory
-            .cstr(self.kernel.layout.task.comm.of(addr), LONGEST)
     }
 
     fn kind(&self, flags: u32) -> TaskKind {
@@ -286,10 +288,38 @@ impl<'a, 'm> TaskReader<'a, 'm> {
             .livepatch
             .as_ref()
             .map(|livepatch| {
-                self.memory
+                self.fields
                     .i32(livepatch.patch_state.of(addr))
                     .map(PatchState::from)
             })
             .transpose()
     }
+}
+
+/// What is read of every task.
+fn fields(kernel: &Kernel) -> Vec<Field> {
+    let task = &kernel.layout.task;
+    let mut fields = vec![
+        task.thread_flags,
+        task.cpu,
+        task.state,
+        task.exit_state,
+        task.stack,
+        task.flags,
+        task.on_cpu,
+        task.tasks,
+        task.thread_node,
+        task.pid,
+        task.tgid,
+        task.comm,
+        task.signal,
+        task.sp,
+    ];
+    fields.extend(
+        kernel
+            .livepatch
+            .as_ref()
+            .map(|livepatch| livepatch.patch_state),
+    );
+    fields
 }

@@ -1,0 +1,143 @@
+//! What is measured: the calls that the VMM makes, on the memory of a guest that stands still.
+//!
+//! Memory comes in the two ways that users have it: mapped, as the VMM has its guest's, and read from a core file, as the
+//! command line's `--core` does.
+
+use anyhow::{Context, Result, ensure};
+use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, tasks};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::cores::Core;
+
+/// Memory is copied so many bytes at a time.
+const CHUNK: usize = 64 << 10;
+
+/// A guest, from its core.
+pub struct Subject {
+    /// How many sleepers it has.
+    pub sleepers: u32,
+    /// Its core file.
+    pub core: CoreFile,
+    /// Its memory, as the VMM maps it.
+    pub mapped: GuestMemoryMmap,
+}
+
+impl Subject {
+    /// Opens a core and copies the guest's memory out of it.
+    ///
+    /// # Errors
+    /// When the core is not one.
+    pub fn load(core: &Core) -> Result<Subject> {
+        let sleepers = core.sleepers;
+        let path = &core.path;
+        let core = CoreFile::open(path).with_context(|| path.display().to_string())?;
+        let mapped = map(&core)?;
+        Ok(Subject {
+            sleepers,
+            core,
+            mapped,
+        })
+    }
+
+    /// Both sorts of memory, with what to call each.
+    pub fn memories(&self) -> [(&'static str, &dyn PhysMemory); 2] {
+        [("mapped", &self.mapped), ("core file", &self.core)]
+    }
+
+    /// The registers of its vCPUs.
+    pub fn vcpus(&self) -> &[VcpuRegs] {
+        self.core.vcpus()
+    }
+}
+
+/// As much of the memory as is not zero, in a mapping of its own.
+fn map(core: &CoreFile) -> Result<GuestMemoryMmap> {
+    let ranges: Vec<(GuestAddress, usize)> = core
+        .ranges()
+        .map(|(start, len)| Ok((start, usize::try_from(len)?)))
+        .collect::<Result<_>>()?;
+    let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
+    let mut chunk = vec![0; CHUNK];
+    for (start, len) in core.ranges() {
+        for done in (0..len).step_by(CHUNK) {
+            let at = GuestAddress(start.0 + done);
+            let part = chunk.len().min(usize::try_from(len - done)?);
+            let bytes = &mut chunk[..part];
+            core.read(at, bytes)?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                mapped.write_slice(bytes, at)?;
+            }
+        }
+    }
+    Ok(mapped)
+}
+
+/// First contact: base, symbols, types, offsets.
+///
+/// # Errors
+/// When there is no kernel.
+pub fn first_contact(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Kernel> {
+    Ok(Kernel::find(memory, vcpus)?)
+}
+
+/// The unwind data of the kernel and of its modules.
+///
+/// # Errors
+/// When they cannot be had.
+pub fn unwind_data(kernel: &Kernel, memory: &dyn PhysMemory) -> Result<Unwinder> {
+    let memory = kernel.memory(memory);
+    let mut unwinder = Unwinder::new(kernel, &memory)?;
+    unwinder.refresh(kernel, &memory)?;
+    Ok(unwinder)
+}
+
+/// All tasks, as in one pause.
+///
+/// # Errors
+/// When the lists are broken.
+pub fn list(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Vec<Task>> {
+    Ok(tasks(kernel, &kernel.memory(memory), vcpus)?)
+}
+
+/// All tasks with their stacks, as in one pause.
+///
+/// # Errors
+/// When the lists are broken.
+pub fn stacks(
+    kernel: &Kernel,
+    unwinder: &Unwinder,
+    memory: &dyn PhysMemory,
+    vcpus: &[VcpuRegs],
+) -> Result<Vec<(Task, Stack)>> {
+    let memory = kernel.memory(memory);
+    let of = |task: Task| {
+        let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
+        let stack = unwinder.stack(&memory, &task, vcpus.iter().find(runs));
+        (task, stack)
+    };
+    Ok(tasks(kernel, &memory, vcpus)?.into_iter().map(of).collect())
+}
+
+/// That every sleeper is there, and that all of its stack is known: what is fast and wrong is worth nothing.
+///
+/// # Errors
+/// When one is missing, or its stack is not reliable.
+pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
+    // Of ten, one waits for a process and one for a thread (guests/programs/sleeper.c), all named for how they sleep.
+    let expected = usize::try_from(sleepers / 10 * 12)?;
+    let asleep = all
+        .iter()
+        .filter(|(task, _)| task.comm.starts_with("sleep-"));
+    let mut found = 0;
+    for (task, stack) in asleep {
+        let Task { pid, comm, .. } = task;
+        ensure!(task.state_letter() == 'S', "{comm} ({pid}) does not sleep");
+        ensure!(stack.is_reliable(), "{comm} ({pid}): {}", stack.verdict);
+        // A system call, what it waits in, and the scheduler.
+        let frames = stack.frames.len();
+        ensure!(frames >= 4, "{comm} ({pid}) has {frames} frames");
+        found += 1;
+    }
+    ensure!(found == expected, "{found} sleepers and not {expected}");
+    Ok(())
+}
