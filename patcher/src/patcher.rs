@@ -1,4 +1,4 @@
-//! The front: all that is known of one guest, and what can be asked of it.
+//! The front: all that is known of one guest, and what can be done to it. What can be asked of it: `questions`.
 
 mod drive;
 mod questions;
@@ -9,7 +9,6 @@ use std::time::Duration;
 use introspect::Kernel;
 
 use crate::apply;
-use crate::check::Trial;
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::machine::Machine;
@@ -18,7 +17,7 @@ use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{CheckReport, Mode, PatchPhase, PatchStatus, PauseReport};
+use crate::status::{Mode, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::Direction;
 use crate::wake::Waker;
 
@@ -113,36 +112,6 @@ impl Patcher {
             self.reverted = None;
         }
         Ok(name)
-    }
-
-    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
-    ///
-    /// # Errors
-    /// [`PatchError`], that of `apply`.
-    pub fn check<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        file: &[u8],
-    ) -> Result<CheckReport, PatchError> {
-        let module = self.welcome(machine, file)?;
-        let Patcher {
-            guest,
-            places,
-            patches,
-            pauses,
-            ..
-        } = self;
-        let guest = guest.as_mut().ok_or_else(not_found)?;
-        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
-        let mut meter = PauseReport::default();
-        let found = patiently(|| {
-            let paused = Paused::begin(machine, &mut meter)?;
-            trial.step(guest, paused.memory(), &paused.vcpus)
-        });
-        trial.forget(guest);
-        pauses.merge(&meter);
-        let (tasks, step) = found?;
-        Ok(trial.report(&tasks, step, meter))
     }
 
     /// Begins to revert the applied patch `name`, or turns its running transition round.

@@ -1,17 +1,18 @@
-//! What can be asked of a guest: short pauses that change nothing.
+//! What can be asked of a guest: each question is a short pause, and changes nothing.
 
 use std::time::Duration;
 
 use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
+use super::{Patcher, not_found, patiently};
+use crate::check::Trial;
 use crate::error::PatchError;
 use crate::look::Look;
 use crate::machine::Machine;
 use crate::patch::Patch;
 use crate::pause::Paused;
+use crate::status::{CheckReport, PauseReport};
 use crate::view::TaskStack;
-
-use super::{Patcher, not_found, patiently};
 
 impl Patcher {
     /// Every task of the guest, of one moment.
@@ -113,5 +114,35 @@ impl Patcher {
             let look = guest.look(paused.memory(), &paused.vcpus)?;
             Ok(question(patches, &look)?)
         })
+    }
+
+    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    ///
+    /// # Errors
+    /// [`PatchError`], that of `apply`.
+    pub fn check<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<CheckReport, PatchError> {
+        let module = self.welcome(machine, file)?;
+        let Patcher {
+            guest,
+            places,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let mut meter = PauseReport::default();
+        let found = patiently(|| {
+            let paused = Paused::begin(machine, &mut meter)?;
+            trial.step(guest, paused.memory(), &paused.vcpus)
+        });
+        trial.forget(guest);
+        pauses.merge(&meter);
+        let (tasks, step) = found?;
+        Ok(trial.report(&tasks, step, meter))
     }
 }

@@ -66,7 +66,10 @@ fn read(bench: &Bench, key: &str) -> Result<()> {
         let release = guest.sh("uname -r")?;
         ensure!(release == bench.stock(key)?.release, "it runs {release}");
         let stacks = stacks::equal_in(guest)?;
+        guest.expect_unharmed(&log)?;
         symbols::load_modules(guest)?;
+        // Modules have something to say when they come.
+        let log = guest.dmesg()?;
         let listing = symbols::same(guest)?;
         symbols::in_a_core(guest, &listing)?;
         let symbols = listing.lines();
