@@ -10,12 +10,12 @@ use crate::reader::{KernelMemory, ReadError};
 use crate::symbols::Symbol;
 
 /// Symbols of the largest drivers: about 100,000.
-const MAX_SYMBOLS: u64 = 1 << 20;
+const MAX_SYMBOLS: u64 = 1 << 18;
 /// `sizeof(Elf64_Sym)`.
 const SYMBOL: usize = 24;
 const MAX_NAME: usize = 512;
 /// All names of a module together.
-const MAX_NAMES: usize = 64 << 20;
+const MAX_NAMES: usize = 16 << 20;
 
 /// A module's symbols, in order of address.
 #[derive(Clone, Debug, Default)]

@@ -21,6 +21,8 @@ use fuzz::mutate::{Mutated, PARTS};
 
 #[path = "hostile/cores.rs"]
 mod cores;
+#[path = "hostile/largest.rs"]
+mod largest;
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;

@@ -21,7 +21,7 @@ use introspect::{
 };
 use vm_memory::GuestAddress;
 
-mod allocations;
+pub mod allocations;
 pub mod btf;
 pub mod cores;
 pub mod dump;
@@ -72,6 +72,12 @@ pub fn kernel() -> &'static Kernel {
         let memory = Mutated::new(ram(), &PARTS, &[]);
         Kernel::find(&memory, &image::vcpus()).expect("the guest that was made here has a kernel")
     })
+}
+
+/// Makes, or opens, the guests: what that takes is no input's fault.
+pub fn prepare() {
+    kernel();
+    dump::named();
 }
 
 /// Symbols: after `R` the bytes are the image, otherwise damage to good tables, and where they are cut off.
