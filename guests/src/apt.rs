@@ -18,12 +18,14 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// How long apt's lists are good before they are fetched again, when a package is wanted that is not in the cache.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
 /// The suites that something is taken from, with the archive that each is in.
-const SUITES: [(&str, Archive); 8] = [
+const SUITES: [(&str, Archive); 10] = [
     ("bullseye", Archive::Main),
     ("bullseye-security", Archive::Security),
     ("bookworm", Archive::Main),
     ("bookworm-backports", Archive::Main),
     ("bookworm-security", Archive::Security),
+    ("forky", Archive::Main),
+    ("sid", Archive::Main),
     ("trixie", Archive::Main),
     ("trixie-backports", Archive::Main),
     ("trixie-security", Archive::Security),
@@ -61,18 +63,27 @@ pub(crate) struct Apt {
 }
 
 impl Apt {
-    /// Runs `resolve` with lists that are there and young enough; old ones do when the archive cannot be reached.
+    /// Runs `resolve` with lists that are there, of all our suites and young enough; old ones do when the archive cannot be
+    /// reached.
     pub(crate) fn with_lists<T>(&self, resolve: impl Fn() -> Result<T>) -> Result<T> {
         let age = fs::metadata(self.folder.join("updated"))
             .and_then(|m| m.modified())
             .ok()
             .and_then(|t| SystemTime::now().duration_since(t).ok());
-        if age.is_none_or(|a| a > LISTS_AGE) {
+        if age.is_none_or(|a| a > LISTS_AGE) || !self.lists_all_suites() {
             let updated = self.update_lists();
             // apt reports one unreachable suite as a failure of the whole: what counts is whether we can resolve.
             return resolve().map_err(|e| updated.err().unwrap_or(e));
         }
         resolve()
+    }
+
+    /// Whether the lists were fetched for the suites that we take from now: an older outpatch may have had fewer.
+    fn lists_all_suites(&self) -> bool {
+        let listed = fs::read_to_string(self.folder.join("sources.list")).unwrap_or_default();
+        SUITES
+            .iter()
+            .all(|(suite, _)| listed.contains(&format!(" {suite} main\n")))
     }
 
     pub(crate) fn update_lists(&self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! Stock Debian kernels, by generation: the newest of each that the archive has, as users run them.
+//! Stock Debian kernels, by generation and flavour: the newest of each that the archive has, as users run them.
 //!
 //! No point version is named here: the newest match is taken and the cache's index says which that was.
 
@@ -18,8 +18,21 @@ pub enum Generation {
     V6_1,
     /// Debian 12's newer one (and, built by another compiler, Debian 13's).
     V6_12,
+    /// Debian's next: as long as `sid` or `forky` have it.
+    V7_2,
     /// Debian 13's newest.
     V7_3,
+}
+
+/// What a kernel is built for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Flavour {
+    /// Virtual machines: few drivers, small packages.
+    Cloud,
+    /// Any machine.
+    Generic,
+    /// The same, with `CONFIG_PREEMPT_RT`.
+    Rt,
 }
 
 /// Why there is no such kernel.
@@ -37,7 +50,7 @@ pub enum KernelError {
         release: String,
     },
     /// No such generation.
-    #[error("no kernel generation {0:?}: choose 5.10, 6.1, 6.12 or 7.3")]
+    #[error("no kernel generation {0:?}: choose 5.10, 6.1, 6.12, 7.2 or 7.3")]
     Generation(String),
 }
 
@@ -46,6 +59,8 @@ pub enum KernelError {
 pub struct Kernel {
     /// Its generation.
     pub generation: Generation,
+    /// Its flavour.
+    pub flavour: Flavour,
     /// What `uname -r` says in it.
     pub release: String,
     /// Its Debian version.
@@ -60,10 +75,11 @@ pub struct Kernel {
 
 impl Generation {
     /// Every generation, oldest first.
-    pub const ALL: [Generation; 4] = [
+    pub const ALL: [Generation; 5] = [
         Generation::V5_10,
         Generation::V6_1,
         Generation::V6_12,
+        Generation::V7_2,
         Generation::V7_3,
     ];
 
@@ -73,6 +89,7 @@ impl Generation {
             Generation::V5_10 => "5.10",
             Generation::V6_1 => "6.1",
             Generation::V6_12 => "6.12",
+            Generation::V7_2 => "7.2",
             Generation::V7_3 => "7.3",
         }
     }
@@ -83,8 +100,51 @@ impl Generation {
             Generation::V5_10 => &["bullseye-security", "bullseye"],
             Generation::V6_1 => &["bookworm-security", "bookworm"],
             Generation::V6_12 => &["bookworm-security", "bookworm-backports"],
+            Generation::V7_2 => &["forky", "sid"],
             Generation::V7_3 => &["trixie-backports"],
         }
+    }
+
+    /// The suites that have its kernels with their debugging information: not all of the above.
+    pub fn debug_suites(self) -> &'static [&'static str] {
+        match self {
+            // The security archive lists Debian 11's, but no longer has the files.
+            Generation::V5_10 => &["bullseye"],
+            _ => self.suites(),
+        }
+    }
+}
+
+impl Flavour {
+    /// Every flavour, the smallest first.
+    pub const ALL: [Flavour; 3] = [Flavour::Cloud, Flavour::Generic, Flavour::Rt];
+
+    /// The end of its packages' names, behind the version.
+    fn end(self) -> &'static str {
+        match self {
+            Flavour::Cloud => "-cloud-amd64",
+            Flavour::Generic => "-amd64",
+            Flavour::Rt => "-rt-amd64",
+        }
+    }
+
+    /// Whether a package of this name is of this flavour: the generic one's end is the end of all.
+    fn has(self, name: &str) -> bool {
+        let longest = Flavour::ALL
+            .into_iter()
+            .filter(|flavour| name.ends_with(flavour.end()))
+            .max_by_key(|flavour| flavour.end().len());
+        longest == Some(self)
+    }
+}
+
+impl fmt::Display for Flavour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Flavour::Cloud => "cloud",
+            Flavour::Generic => "generic",
+            Flavour::Rt => "rt",
+        })
     }
 }
 
@@ -106,12 +166,52 @@ impl FromStr for Generation {
 }
 
 impl Kernel {
-    /// The newest kernel of a generation, fetched or from the cache.
-    pub fn fetch(cache: &Cache, generation: Generation) -> Result<Kernel, KernelError> {
+    /// The newest kernel of a generation and flavour, fetched or from the cache.
+    pub fn fetch(
+        cache: &Cache,
+        generation: Generation,
+        flavour: Flavour,
+    ) -> Result<Kernel, KernelError> {
         let packages = Packages::new(cache);
         let suites = generation.suites();
         let start = format!("linux-image-{generation}.");
-        let image = packages.fetch_newest(&start, "-cloud-amd64", suites)?;
+        let ours = |name: &str| flavour.has(name);
+        let image = packages.fetch_newest(&start, flavour.end(), ours, suites)?;
+        Kernel::of(&packages, (generation, flavour), image, suites)
+    }
+
+    /// The newest kernel of a generation, for virtual machines, of which there is debugging information, and its `vmlinux`.
+    pub fn fetch_debug(
+        cache: &Cache,
+        generation: Generation,
+    ) -> Result<(Kernel, PathBuf), KernelError> {
+        let suites = generation.debug_suites();
+        let start = format!("linux-image-{generation}.");
+        let symbols = Packages::new(cache).only("*/vmlinux*");
+        let symbols = symbols.fetch_newest(&start, "-cloud-amd64-dbg", |_| true, suites)?;
+        let name = symbols.name.trim_end_matches("-dbg");
+        let packages = Packages::new(cache);
+        let image = packages.fetch(name, suites)?;
+        let kernel = Kernel::of(&packages, (generation, Flavour::Cloud), image, suites)?;
+        let release = &kernel.release;
+        let vmlinux = symbols
+            .root
+            .join(format!("usr/lib/debug/boot/vmlinux-{release}"));
+        if !vmlinux.is_file() {
+            return Err(KernelError::Part {
+                what: "vmlinux",
+                release: release.clone(),
+            });
+        }
+        Ok((kernel, vmlinux))
+    }
+
+    fn of(
+        packages: &Packages,
+        (generation, flavour): (Generation, Flavour),
+        image: Package,
+        suites: &[&str],
+    ) -> Result<Kernel, KernelError> {
         let release = image
             .name
             .strip_prefix("linux-image-")
@@ -156,6 +256,7 @@ impl Kernel {
         )?;
         Ok(Kernel {
             generation,
+            flavour,
             release,
             version,
             bzimage,
@@ -196,6 +297,19 @@ mod tests {
         };
         let parts = part_names(&image, "9.9.1+x");
         assert_eq!(parts, ["linux-binary-9.9.1+x", "linux-modules-9.9.1+x"]);
+    }
+
+    #[test]
+    fn flavours_are_told_apart_by_their_ends() {
+        for (name, flavour) in [
+            ("linux-image-9.9.1-amd64", Some(Flavour::Generic)),
+            ("linux-image-9.9.1-cloud-amd64", Some(Flavour::Cloud)),
+            ("linux-image-9.9.1-rt-amd64", Some(Flavour::Rt)),
+            ("linux-image-9.9.1-amd64-dbg", None),
+        ] {
+            let found: Vec<_> = Flavour::ALL.into_iter().filter(|f| f.has(name)).collect();
+            assert_eq!(found, flavour.into_iter().collect::<Vec<_>>(), "{name}");
+        }
     }
 
     #[test]

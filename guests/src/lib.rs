@@ -4,6 +4,8 @@ mod apt;
 pub mod bed;
 pub mod cache;
 pub mod cpio;
+pub mod crash;
+pub mod drgn;
 pub mod drive;
 pub mod headers;
 pub mod initramfs;

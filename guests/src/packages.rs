@@ -7,12 +7,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
 use crate::apt::{Apt, Candidate, run};
 use crate::cache::{At, Cache, CacheError, Staging, fingerprint};
-use crate::progress;
+use crate::{progress, tools};
 
 /// Why a package could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +81,7 @@ impl Package {
 pub struct Packages {
     cache: Cache,
     apt: Apt,
+    only: Option<&'static str>,
 }
 
 impl Packages {
@@ -90,6 +92,16 @@ impl Packages {
             apt: Apt {
                 folder: cache.root().join("apt"),
             },
+            only: None,
+        }
+    }
+
+    /// The same, but only files whose path matches a pattern (as tar's `--wildcards` takes it) are unpacked: for packages that
+    /// are large and of which little is wanted.
+    pub fn only(self, pattern: &'static str) -> Packages {
+        Packages {
+            only: Some(pattern),
+            ..self
         }
     }
 
@@ -98,11 +110,17 @@ impl Packages {
         self.fetch_as(name, suites, || Ok(vec![name.to_owned()]))
     }
 
-    /// The newest package in `suites` whose name has this beginning and this end.
-    pub fn fetch_newest(&self, start: &str, end: &str, suites: &[&str]) -> Result<Package> {
+    /// The newest package in `suites` whose name has this beginning, this end, and is one of `ours`.
+    pub fn fetch_newest(
+        &self,
+        start: &str,
+        end: &str,
+        ours: impl Fn(&str) -> bool,
+        suites: &[&str],
+    ) -> Result<Package> {
         self.fetch_as(&format!("{start}*{end}"), suites, || {
             let mut names = self.apt.names(start)?;
-            names.retain(|n| n.ends_with(end));
+            names.retain(|n| n.ends_with(end) && ours(n));
             Ok(names)
         })
     }
@@ -154,7 +172,8 @@ impl Packages {
         suites: &[&str],
         names: impl Fn() -> Result<Vec<String>>,
     ) -> Result<Package> {
-        let key = format!("{what}@{}", suites.join(","));
+        let part = self.only.map_or(String::new(), |part| format!(":{part}"));
+        let key = format!("{what}@{}{part}", suites.join(","));
         if let Some(found) = self.indexed(&key) {
             return Ok(found);
         }
@@ -216,7 +235,8 @@ impl Packages {
 
     fn place(&self, candidate: &Candidate) -> PathBuf {
         let version = candidate.version.replace(':', "%");
-        let name = format!("{}_{version}", candidate.name);
+        let part = if self.only.is_some() { ".part" } else { "" };
+        let name = format!("{}_{version}{part}", candidate.name);
         self.cache.root().join("packages").join(name)
     }
 
@@ -270,11 +290,39 @@ impl Packages {
         let tree = staging.path().join(format!("{name}.tree"));
         let bar = progress::spinner(&format!("unpacking {name}"));
         let mut command = self.apt.tool("dpkg-deb")?;
-        command.arg("-x").arg(deb).arg(&tree);
-        run(command, || bar.tick())?;
+        match self.only {
+            None => {
+                command.arg("-x").arg(deb).arg(&tree);
+                run(command, || bar.tick())?;
+            }
+            Some(pattern) => {
+                command.arg("--fsys-tarfile").arg(deb);
+                unpack_part(command, pattern, &tree, || bar.tick())?;
+            }
+        }
         bar.finish_and_clear();
         Ok(staging.publish(&tree, &self.place(candidate))?)
     }
+}
+
+/// Unpacks what matches `pattern` of the archive that `from` prints.
+fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()) -> Result<()> {
+    fs::create_dir_all(tree).at(tree)?;
+    let shown = tools::shown(&from);
+    let mut printing = from.stdout(Stdio::piped()).spawn().at(tree)?;
+    let mut tar = Command::new("tar");
+    tar.arg("-C").arg(tree).args(["-x", "--wildcards", pattern]);
+    tar.stdin(printing.stdout.take().map_or(Stdio::null(), Stdio::from));
+    let unpacked = run(tar, tick);
+    let status = printing.wait().at(tree)?;
+    unpacked?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(PackageError::Tool {
+        command: shown,
+        stderr: status.to_string(),
+    })
 }
 
 /// Is this the file of that package? They are called `name_version_arch.deb`, with a colon written as `%3a`.

@@ -43,7 +43,15 @@ pub const BED_INIT: Source = Source {
 };
 
 /// The programs that every initramfs has in its `/bin`.
-pub const IN_GUEST: [Source; 3] = [
+pub const IN_GUEST: [Source; 5] = [
+    Source {
+        name: "churn",
+        text: include_str!("../programs/churn.c"),
+    },
+    Source {
+        name: "bpf",
+        text: include_str!("../programs/bpf.c"),
+    },
     Source {
         name: "spin",
         text: include_str!("../programs/spin.c"),

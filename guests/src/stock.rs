@@ -8,43 +8,92 @@ use serde::{Deserialize, Serialize};
 use crate::{
     cache::Cache,
     initramfs::Initramfs,
-    kernels::{Generation, Kernel},
-    patches,
+    kernels::{Flavour, Generation, Kernel},
+    modules, patches,
 };
 
-/// One generation of stock kernel, ready to boot.
+/// Where a guest finds its kernel's own modules, and below it the file [`ORDER`].
+const MODULES: &str = "/lib/modules";
+/// The modules' files, a line each, in an order in which they can be loaded.
+const ORDER: &str = "order";
+
+/// What a guest is to have.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    /// The generation of its kernel.
+    pub generation: Generation,
+    /// The flavour.
+    pub flavour: Flavour,
+    /// Patches, by name.
+    pub patches: &'a [&'a str],
+    /// The kernel's own modules; those that they need come with them.
+    pub modules: &'a [&'a str],
+}
+
+/// One stock kernel, ready to boot.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Stock {
     /// `uname -r`.
     pub release: String,
     /// The bzImage.
     pub bzimage: PathBuf,
-    /// The initramfs, with the patches in `/lib/patches`.
+    /// The initramfs, with the patches in `/lib/patches` and the kernel's modules in `/lib/modules`.
     pub initrd: PathBuf,
+    /// The build configuration.
+    pub config: PathBuf,
     /// Patches built for this kernel, by name.
     pub patches: BTreeMap<String, PathBuf>,
 }
 
 impl Stock {
-    /// Fetches the newest kernel of a generation and builds what goes with it, or finds it all in the cache.
+    /// Fetches the newest kernel as ordered and builds what goes with it, or finds it all in the cache.
     ///
     /// # Errors
     /// When a package cannot be had or a patch cannot be built.
-    pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
+    pub fn prepare(order: Order<'_>) -> Result<Stock> {
         let cache = Cache::open()?;
-        let kernel = Kernel::fetch(&cache, generation)?;
+        let kernel = Kernel::fetch(&cache, order.generation, order.flavour)?;
+        Stock::of(&cache, kernel, order)
+    }
+
+    /// The newest kernel of a generation of which there is debugging information, bare, and its `vmlinux`.
+    ///
+    /// # Errors
+    /// When a package cannot be had.
+    pub fn prepare_debug(generation: Generation) -> Result<(Stock, PathBuf)> {
+        let cache = Cache::open()?;
+        let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
+        let bare = Order {
+            generation,
+            flavour: kernel.flavour,
+            patches: &[],
+            modules: &[],
+        };
+        Ok((Stock::of(&cache, kernel, bare)?, vmlinux))
+    }
+
+    fn of(cache: &Cache, kernel: Kernel, order: Order<'_>) -> Result<Stock> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
-        for name in patches {
-            let module = patches::build(&cache, &kernel, name)?;
+        for name in order.patches {
+            let module = patches::build(cache, &kernel, name)?;
             initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
             built.insert((*name).to_owned(), module);
         }
-        let initrd = initramfs.build(&cache)?;
+        let mut files = String::new();
+        for module in modules::with_dependencies(&kernel.modules, order.modules)? {
+            files.push_str(&format!("{MODULES}/{}\n", module.file));
+            initramfs =
+                initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);
+        }
+        let initrd = initramfs
+            .with_content(&format!("{MODULES}/{ORDER}"), files)
+            .build(cache)?;
         Ok(Stock {
             release: kernel.release,
             bzimage: kernel.bzimage,
             initrd,
+            config: kernel.config,
             patches: built,
         })
     }

@@ -172,6 +172,25 @@ pub struct ModuleSymbolsLayout {
     pub count: Field,
     /// `strtab`.
     pub strtab: Field,
+    /// `typetab`: the letter of each.
+    pub types: Field,
+    /// What the module exports.
+    pub exports: ExportsLayout,
+}
+
+/// Where a module says what it exports to all (`EXPORT_SYMBOL`; from 7.x on, to whomever).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportsLayout {
+    /// `module.syms`.
+    pub symbols: Field,
+    /// `module.num_syms`.
+    pub count: Field,
+    /// Bytes of a `struct kernel_symbol`.
+    pub size: u64,
+    /// `kernel_symbol.value_offset`.
+    pub value: Field,
+    /// `kernel_symbol.name_offset`.
+    pub name: Field,
 }
 
 /// `struct mod_arch_specific`: unwind data.
@@ -349,6 +368,14 @@ fn module(btf: &Btf) -> Result<ModuleLayout, BtfError> {
                 symtab: btf.field("mod_kallsyms.symtab")?,
                 count: btf.field("mod_kallsyms.num_symtab")?,
                 strtab: btf.field("mod_kallsyms.strtab")?,
+                types: btf.field("mod_kallsyms.typetab")?,
+                exports: ExportsLayout {
+                    symbols: btf.field("module.syms")?,
+                    count: btf.field("module.num_syms")?,
+                    size: btf.size_of("kernel_symbol")?,
+                    value: btf.field("kernel_symbol.value_offset")?,
+                    name: btf.field("kernel_symbol.name_offset")?,
+                },
             })
         })?,
         orc: when(btf.field("module.arch.num_orcs").is_ok(), || {

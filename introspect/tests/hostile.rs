@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use introspect::kallsyms::{KallsymsError, Window};
+use introspect::listing::{ListingError, behind_core};
 use introspect::modules::{ModulesError, modules};
 use introspect::orc::Encoding;
 use introspect::orc_table::{OrcTable, OrcTableError};
@@ -99,7 +100,7 @@ fn every_seed_and_every_past_finding() {
 #[test]
 fn the_guest_that_is_not_damaged_shows_all() {
     assert_eq!(fuzz::tasks(&[]), 5);
-    assert_eq!(fuzz::modules(&[]), 4);
+    assert_eq!(fuzz::modules(&[]), 9);
     assert_eq!(fuzz::whole(&[]), 5);
 }
 
@@ -288,6 +289,23 @@ fn modules_may_not_say_how_much_we_hold() {
             assert!(module.symbols(kernel, &reader).is_err());
         }
     });
+}
+
+#[test]
+fn lists_of_code_that_was_made_that_loop() {
+    let kernel = fuzz::kernel();
+    // The links of ftrace's, of BPF's and of a kprobe's entry.
+    for link in [image::MADE, image::MADE + 0x408, image::MADE + 0x800] {
+        let memory = with(&[(link, virt(link))]);
+        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        assert!(
+            matches!(found, Err(ListingError::Endless { .. })),
+            "{found:?}"
+        );
+        let memory = with(&[(link, 0)]);
+        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        assert!(matches!(found, Err(ListingError::Read(_))), "{found:?}");
+    }
 }
 
 #[test]

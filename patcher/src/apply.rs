@@ -1,6 +1,6 @@
 //! From a module's file to a patch that is ready for its first pause: everything that can be done while the guest runs.
 //!
-//! Nothing that the guest can see is written here.
+//! Nothing that the guest can see is written here, and nothing at all but by [`fill`].
 
 use introspect::orc_table::OrcTable;
 use introspect::stacks::Unwinder;
@@ -99,7 +99,7 @@ pub fn prepare<M: Machine>(
         stubs_at,
         stubs_len,
     };
-    let built = build(machine, guest, places, &facts, module, olds, &pieces);
+    let built = build(machine, guest, &facts, module, olds, &pieces);
     if built.is_err() {
         places.give_back(pieces.code);
         pieces
@@ -108,6 +108,25 @@ pub fn prepare<M: Machine>(
             .for_each(|data| places.give_back(data));
     }
     built
+}
+
+/// Puts the data of `patch` into its hidden memory, which the guest does not see yet.
+///
+/// # Errors
+/// [`PatchError`].
+pub fn fill<M: Machine>(
+    machine: &mut M,
+    kernel: &Kernel,
+    places: &Places,
+    patch: &Patch,
+) -> Result<(), PatchError> {
+    let Some(data) = patch.data else {
+        return Ok(());
+    };
+    let mut plan = Plan::new();
+    let memory = kernel.memory(machine.memory());
+    places.plan_fill(&memory, data, &patch.image.data, &mut plan)?;
+    plan.commit(machine).map(drop)
 }
 
 /// Where the patch goes.
@@ -119,9 +138,8 @@ struct Pieces {
 }
 
 fn build<M: Machine>(
-    machine: &mut M,
+    machine: &M,
     guest: &mut Guest,
-    places: &Places,
     facts: &Facts,
     module: &LivepatchModule,
     olds: Vec<Old>,
@@ -140,12 +158,6 @@ fn build<M: Machine>(
     let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
     let redirects = redirects(&image, olds, stubs.start)?;
     let code_bytes = code_bytes(&image, &redirects, facts, pieces)?;
-    if let Some(data) = pieces.data {
-        let mut plan = Plan::new();
-        let memory = guest.kernel.memory(machine.memory());
-        places.plan_fill(&memory, data, &image.data, &mut plan)?;
-        plan.commit(machine)?;
-    }
     let region = add_region(&mut guest.unwinder, &image)?;
     guest.unwinder.add_busy(stubs);
     Ok(Patch {

@@ -87,6 +87,10 @@ pub enum PatchError {
     #[error("patch {0} is in transition; wait for it, or revert it")]
     InTransition(String),
 
+    /// There is no transition to do it to.
+    #[error("patch {0} is not in transition")]
+    NoTransition(String),
+
     /// Another patch replaces this function already.
     #[error("function {function} is already patched by {patch}; revert that patch first")]
     AlreadyPatched {
@@ -136,6 +140,7 @@ impl PatchError {
             PatchError::AlreadyApplied(_)
             | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)
+            | PatchError::NoTransition(_)
             | PatchError::AlreadyPatched { .. }
             | PatchError::Site { .. } => ErrorKind::Conflict,
             PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,

@@ -25,6 +25,8 @@ pub struct KlpFacts {
     pub pending: u64,
     /// `TIF_NEED_RESCHED`, as a mask, where it is known.
     pub need_resched: Option<u64>,
+    /// `TIF_NOTIFY_SIGNAL`, as a mask, where it is known.
+    pub notify_signal: Option<u64>,
     /// `sizeof(struct klp_patch)`.
     pub patch_size: u64,
     /// The list heads of `struct klp_patch` that must not be left null.
@@ -132,6 +134,7 @@ fn klp(kernel: &Kernel) -> Result<KlpFacts, PatchError> {
         pending: bit(derived.pending_bit)
             .ok_or_else(|| PatchError::Guest("TIF_PATCH_PENDING is no bit of 64".into()))?,
         need_resched: kernel.tif.need_resched.and_then(bit),
+        notify_signal: kernel.tif.notify_signal.and_then(bit),
         patch_size: kernel.btf.size_of("klp_patch")?,
         patch_lists: vec![
             kernel.btf.field("klp_patch.list")?,

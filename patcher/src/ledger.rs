@@ -17,8 +17,17 @@ const MOST_EXITED: usize = 1024;
 pub enum Finding {
     /// It is where it is to go; the way, when it was we who moved it.
     There(Option<TaskWay>),
-    /// It is not, because of this.
-    Blocked(String),
+    /// It is not.
+    Blocked(Blocked),
+}
+
+/// Why a task is not there, and what was done about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Blocked {
+    /// Why not.
+    pub why: String,
+    /// It was sent the fake signal, or woken, in this look.
+    pub signalled: bool,
 }
 
 /// A task is known by its `task_struct` and its pid: the first is used again when a task is gone.
@@ -65,8 +74,11 @@ impl Ledger {
                     pid: task.pid,
                     comm: String::new(),
                     kind: task.kind,
+                    state: task.state_letter(),
                     way: None,
                     blocker: None,
+                    since_ms: None,
+                    signals: 0,
                     after_ms: None,
                 },
                 seen: 0,
@@ -78,14 +90,20 @@ impl Ledger {
         row.seen = looks;
         row.report.comm.clone_from(&task.comm);
         row.report.kind = task.kind;
+        row.report.state = task.state_letter();
         match finding {
-            Finding::Blocked(why) => {
-                row.report.blocker = Some(why);
+            Finding::Blocked(Blocked { why, signalled }) => {
+                if row.report.blocker.as_ref() != Some(&why) {
+                    row.report.since_ms = Some(after_ms);
+                    row.report.blocker = Some(why);
+                }
+                row.report.signals = row.report.signals.saturating_add(signalled.into());
                 row.report.way = None;
                 row.report.after_ms = None;
             }
             Finding::There(way) => {
                 row.report.blocker = None;
+                row.report.since_ms = None;
                 if row.report.way.is_none() {
                     let by_itself = match task.kind {
                         _ if known.is_none() => TaskWay::Born,
@@ -106,6 +124,7 @@ impl Ledger {
                 row.report.way = Some(TaskWay::Exited);
                 row.report.after_ms = Some(after_ms);
                 row.report.blocker = None;
+                row.report.since_ms = None;
             }
         }
         let gone = |row: &Row| row.seen != self.looks;
@@ -160,21 +179,15 @@ mod tests {
     fn task(addr: u64, pid: i32, kind: TaskKind) -> Task {
         Task {
             addr: Gva(addr),
-            pid,
-            tgid: pid,
-            comm: format!("t{pid}"),
-            kind,
-            state: 0,
-            exit_state: 0,
-            flags: 0,
-            tif: 0,
-            on_cpu: false,
-            cpu: None,
-            vcpu: None,
-            patch_state: None,
-            sp: Gva::NULL,
-            stack: Gva::NULL,
+            ..crate::testing::task(pid, kind)
         }
+    }
+
+    fn blocked(why: &str) -> Finding {
+        Finding::Blocked(Blocked {
+            why: why.into(),
+            signalled: false,
+        })
     }
 
     fn ms(n: u64) -> Duration {
@@ -188,11 +201,14 @@ mod tests {
             task(2, 11, TaskKind::User),
             task(3, 0, TaskKind::Idle),
         ];
-        let blocked = || Finding::Blocked("in f".into());
         let mut ledger = Ledger::default();
         ledger.enter(
             ms(0),
-            [(&a, blocked()), (&b, blocked()), (&idle, blocked())],
+            [
+                (&a, blocked("in f")),
+                (&b, blocked("in f")),
+                (&idle, blocked("in f")),
+            ],
         );
         assert!(ledger.reports().iter().all(|r| r.blocker.is_some()));
 
@@ -216,20 +232,40 @@ mod tests {
         let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
         let mut ledger = Ledger::default();
         let stack = Finding::There(Some(TaskWay::Stack));
-        ledger.enter(ms(0), [(&a, stack), (&b, Finding::Blocked("x".into()))]);
-        ledger.enter(
-            ms(9),
-            [
-                (&a, Finding::There(None)),
-                (&b, Finding::Blocked("y".into())),
-            ],
-        );
+        ledger.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
+        ledger.enter(ms(9), [(&a, Finding::There(None)), (&b, blocked("y"))]);
         let reports = ledger.reports();
         assert_eq!(reports[0].blocker.as_deref(), Some("y"));
         assert_eq!(
             (reports[1].way, reports[1].after_ms),
             (Some(TaskWay::Stack), Some(0))
         );
+    }
+
+    #[test]
+    fn says_since_when_and_how_often_it_was_signalled() {
+        let a = task(1, 1, TaskKind::User);
+        let in_frame = |why: &str, signalled| {
+            Finding::Blocked(Blocked {
+                why: why.into(),
+                signalled,
+            })
+        };
+        let mut ledger = Ledger::default();
+        for (at, why, signalled) in [
+            (0, "f", false),
+            (3, "f", true),
+            (7, "g", true),
+            (9, "g", true),
+        ] {
+            ledger.enter(ms(at), [(&a, in_frame(why, signalled))]);
+        }
+        let report = &ledger.reports()[0];
+        assert_eq!(report.blocker.as_deref(), Some("g"));
+        assert_eq!((report.since_ms, report.signals), (Some(7), 3));
+        ledger.enter(ms(10), [(&a, Finding::There(None))]);
+        let report = &ledger.reports()[0];
+        assert_eq!((report.since_ms, report.signals), (None, 3));
     }
 
     #[test]
@@ -240,10 +276,7 @@ mod tests {
             let child = task(2, pid, TaskKind::User);
             ledger.enter(
                 ms(0),
-                [
-                    (&stays, Finding::Blocked("x".into())),
-                    (&child, Finding::There(None)),
-                ],
+                [(&stays, blocked("x")), (&child, Finding::There(None))],
             );
         }
         let reports = ledger.reports();

@@ -12,6 +12,7 @@
 
 mod apply;
 mod cave;
+mod check;
 pub mod error;
 mod facts;
 mod guest;
@@ -28,16 +29,21 @@ mod place;
 mod quiet;
 mod redirect;
 mod room;
+mod signal;
 mod site;
 pub mod status;
 #[cfg(test)]
 mod testing;
 mod transition;
 pub mod view;
+mod wake;
 mod window;
 
 pub use error::{ErrorKind, PatchError};
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
-pub use status::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
+pub use status::{
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
+    PieceReport, TaskReport, TaskWay,
+};
 pub use view::{NamedFrame, TaskStack};

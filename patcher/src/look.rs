@@ -131,6 +131,18 @@ impl<'a> Look<'a> {
         }
     }
 
+    /// A vCPU that will take an interrupt soon, and the number of its CPU: one in user mode or idle rather than one that has its
+    /// interrupts off.
+    #[must_use]
+    pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
+        const IF: u64 = 1 << 9;
+        let running = self.tasks.iter().filter_map(|task| {
+            let vcpu = self.vcpu_of(task)?;
+            (vcpu.online && !vcpu.foreign).then_some((vcpu, task.cpu?))
+        });
+        running.max_by_key(|(vcpu, _)| (vcpu.rflags & IF != 0, vcpu.cpl))
+    }
+
     /// No vCPU runs kernel code of a task that is in no list (one that has just left them): such a task would be overlooked.
     ///
     /// # Errors

@@ -116,6 +116,7 @@ impl Patch {
             phase: self.phase,
             enabled: matches!(self.phase, PatchPhase::Applying | PatchPhase::Applied),
             transition: self.transition.is_some(),
+            signal: self.transition.as_ref().is_some_and(Transition::signals),
             functions: self
                 .redirects
                 .iter()

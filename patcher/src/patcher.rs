@@ -3,21 +3,23 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::{Kernel, Task, VcpuRegs};
+use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use crate::apply;
+use crate::check::Trial;
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::look::Look;
 use crate::machine::Machine;
-use crate::module;
+use crate::module::{self, LivepatchModule};
 use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{PatchPhase, PatchStatus, PauseReport};
+use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::{Direction, Scene, Step, Transition};
 use crate::view::TaskStack;
+use crate::wake::Waker;
 
 /// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
 /// x86-64 has it; a guest that gets it without need does nothing.
@@ -37,6 +39,8 @@ pub struct Patcher {
     guest: Option<Guest>,
     places: Places,
     patches: Vec<Patch>,
+    /// What wakes sleepers, once somebody was to be woken.
+    waker: Option<Waker>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
@@ -110,6 +114,29 @@ impl Patcher {
         })
     }
 
+    /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn symbols<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Vec<ListedSymbol>, PatchError> {
+        self.guest(machine)?;
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
+        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
+        paused.resume()?;
+        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
+        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
+            gva: symbol.gva,
+            letter: symbol.letter,
+            name: symbol.name.to_owned(),
+            module: None,
+        });
+        Ok(core.chain(behind).collect())
+    }
+
     /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
     /// where it has not been found, early in boot for one.
     ///
@@ -160,20 +187,14 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<String, PatchError> {
-        self.no_transition()?;
-        let module = module::parse(file)?;
+        let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
-        if self.patches.iter().any(|patch| patch.name() == name) {
-            return Err(PatchError::AlreadyApplied(name));
-        }
-        self.guest(machine)?.facts()?;
-        self.not_loaded(machine, &name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let patch = apply::prepare(machine, guest, &mut self.places, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let begun = self
-            .ready(machine)
+            .ready(machine, at)
             .and_then(|()| self.begin(machine, at, Direction::Apply));
         if let Err(error) = begun {
             // Where the undo failed the guest may still lead there.
@@ -186,6 +207,36 @@ impl Patcher {
             self.reverted = None;
         }
         Ok(name)
+    }
+
+    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    ///
+    /// # Errors
+    /// [`PatchError`], that of `apply`.
+    pub fn check<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<CheckReport, PatchError> {
+        let module = self.welcome(machine, file)?;
+        let Patcher {
+            guest,
+            places,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let mut meter = PauseReport::default();
+        let found = patiently(|| {
+            let paused = Paused::begin(machine, &mut meter)?;
+            trial.step(guest, paused.memory(), &paused.vcpus)
+        });
+        trial.forget(guest);
+        pauses.merge(&meter);
+        let (tasks, step) = found?;
+        Ok(trial.report(&tasks, step, meter))
     }
 
     /// Begins to revert the applied patch `name`, or turns its running transition round.
@@ -203,6 +254,41 @@ impl Patcher {
             }
             _ => Err(PatchError::InTransition(name.into())),
         }
+    }
+
+    /// From `after` the start of the running transition of patch `name` on, sends the fake signal to the tasks that keep the old state:
+    /// user tasks come by the kernel/user boundary, and the system calls that they sleep in restart or return EINTR, as with the
+    /// kernel's own; kthreads are woken. Stopped and traced tasks get nothing.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on without.
+    pub fn signal<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        name: &str,
+        after: Duration,
+    ) -> Result<(), PatchError> {
+        let found = self.patches.iter().position(|patch| patch.name() == name);
+        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
+        if self.direction(at).is_none() {
+            return Err(PatchError::NoTransition(name.into()));
+        }
+        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let facts = guest.facts()?.clone();
+        if facts.klp.notify_signal.is_none() {
+            return Err(PatchError::Unsupported(
+                "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show"
+                    .into(),
+            ));
+        }
+        if self.waker.is_none() {
+            self.waker = Some(Waker::prepare(machine, guest, &mut self.places, &facts)?);
+        }
+        let patch = self.patches.get_mut(at);
+        if let Some(transition) = patch.and_then(|patch| patch.transition.as_mut()) {
+            transition.signal_after(after);
+        }
+        Ok(())
     }
 
     /// Drives the transition that runs, if any. `Some`: call again after that long. `None`: nothing to do.
@@ -246,6 +332,23 @@ impl Patcher {
         self.pauses
     }
 
+    /// The module in `file`, when nothing is in its way before its contents are looked at.
+    fn welcome<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<LivepatchModule, PatchError> {
+        self.no_transition()?;
+        let module = module::parse(file)?;
+        let name = module.name();
+        if self.patches.iter().any(|patch| patch.name() == name) {
+            return Err(PatchError::AlreadyApplied(name.into()));
+        }
+        self.guest(machine)?.facts()?;
+        self.not_loaded(machine, name)?;
+        Ok(module)
+    }
+
     fn no_transition(&self) -> Result<(), PatchError> {
         match self.patches.iter().find(|p| p.transition.is_some()) {
             None => Ok(()),
@@ -269,9 +372,11 @@ impl Patcher {
         Ok(())
     }
 
-    /// What a transition needs in hidden memory is there.
-    fn ready<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+    /// What the patch and a transition need in hidden memory is there.
+    fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        apply::fill(machine, &guest.kernel, &self.places, patch)?;
         self.places
             .dummy(machine, &guest.kernel, guest.facts()?)
             .map(drop)
@@ -380,7 +485,8 @@ impl Patcher {
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step, Duration), Stop> {
         let mut meter = PauseReport::default();
-        let done = self.in_pause(machine, at, &mut meter, make);
+        let signals = transition.as_ref().is_some_and(Transition::signals);
+        let done = self.in_pause(machine, at, signals, &mut meter, make);
         self.pauses.merge(&meter);
         if let Some(transition) = transition {
             transition.pauses.merge(&meter);
@@ -392,6 +498,12 @@ impl Patcher {
                 tracing::debug!(%error, vcpu, "no reschedule interrupt");
             }
         }
+        if let Some(start) = step.wake {
+            // The list is out: whatever comes to it first works it off, the next tick at the latest.
+            if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
+                tracing::warn!(%error, "sleepers are woken later");
+            }
+        }
         Ok((tasks, step, Duration::from_micros(meter.longest_us)))
     }
 
@@ -399,6 +511,7 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         at: usize,
+        signals: bool,
         meter: &mut PauseReport,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step), Stop> {
@@ -417,6 +530,7 @@ impl Patcher {
                 places: &self.places,
                 dummy,
                 patch,
+                signal: self.waker.as_ref().filter(|_| signals),
             };
             let step = make(&scene)?;
             (look.tasks, step)
@@ -430,6 +544,9 @@ impl Patcher {
             return Err(paused.undo(&mapped, error).into());
         }
         self.places.mapped();
+        if let (Some(waker), Some(_)) = (&mut self.waker, step.wake) {
+            waker.used = true;
+        }
         if let Err(error) = paused.resume() {
             // What was written stands; the machine says the rest with its next answer.
             tracing::error!(%error, "the guest could not be resumed");

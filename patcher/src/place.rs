@@ -37,8 +37,16 @@ pub struct Piece {
     window: Option<usize>,
 }
 
+impl Piece {
+    /// Whether it is in the padding of the kernel's own text, and not in hidden memory.
+    #[must_use]
+    pub fn is_in_cave(&self) -> bool {
+        self.window.is_none()
+    }
+}
+
 /// All places in one guest.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Places {
     /// The cave, once looked for.
     cave: Option<Option<Room>>,
@@ -180,11 +188,7 @@ impl Places {
         if let Some(dummy) = self.dummy {
             return Ok(dummy);
         }
-        let need = Need {
-            len: facts.klp.patch_size,
-            align: 64,
-        };
-        let piece = self.take_data(machine, kernel, facts, need)?;
+        let piece = self.take_dummy(machine, kernel, facts)?;
         let at = piece.range.start;
         let mut plan = Plan::new();
         let zeroes = vec![0; usize::try_from(facts.klp.patch_size).unwrap_or_default()];
@@ -200,6 +204,23 @@ impl Places {
         }
         self.dummy = Some(at);
         Ok(at)
+    }
+
+    /// Takes room for the stand-in.
+    ///
+    /// # Errors
+    /// [`PatchError::NoRoom`].
+    pub fn take_dummy<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        kernel: &Kernel,
+        facts: &Facts,
+    ) -> Result<Piece, PatchError> {
+        let need = Need {
+            len: facts.klp.patch_size,
+            align: 64,
+        };
+        self.take_data(machine, kernel, facts, need)
     }
 
     /// The stand-in, once it is there.

@@ -48,11 +48,18 @@ pub struct TaskReport {
     pub comm: String,
     /// What sort of task.
     pub kind: TaskKind,
+    /// The letter that `ps` shows for what it does: `R S D T t X Z P I`.
+    pub state: char,
     /// How it got to the target state; `None`: it is not there yet.
     pub way: Option<TaskWay>,
     /// Why it is not there yet: the blocking frame, or why its stack cannot be relied on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocker: Option<String>,
+    /// Milliseconds from the start of the transition to the pause that first saw this blocker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since_ms: Option<u64>,
+    /// How often it was sent the fake signal, or woken.
+    pub signals: u32,
     /// Milliseconds from the start of the transition to the pause that saw it done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after_ms: Option<u64>,
@@ -93,6 +100,8 @@ pub struct PatchStatus {
     pub enabled: bool,
     /// The kernel's attribute: a transition is under way.
     pub transition: bool,
+    /// The kernel's attribute: tasks that keep the old state are sent the fake signal.
+    pub signal: bool,
     /// The functions that it replaces.
     pub functions: Vec<FunctionReport>,
     /// The tasks of the running or of the last transition, those not done first.
@@ -100,5 +109,61 @@ pub struct PatchStatus {
     /// Milliseconds that the running or the last transition has taken.
     pub transition_ms: u64,
     /// What it cost in pauses (the running or the last transition).
+    pub pauses: PauseReport,
+}
+
+/// A function that a patch would replace, as the guest has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundFunction {
+    /// `vmlinux` or the module's name.
+    pub object: String,
+    /// Its name.
+    pub name: String,
+    /// As in [`FunctionReport::sympos`].
+    pub sympos: u64,
+    /// Its first byte, as 0x and 16 hexadecimal digits.
+    pub address: String,
+    /// Its bytes, as kallsyms counts them; its parts elsewhere (`.cold`) not among them.
+    pub size: u64,
+}
+
+/// A symbol of the guest that a patch uses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundSymbol {
+    /// Its name.
+    pub name: String,
+    /// What it comes to; all zeroes for a weak symbol that the guest has not.
+    pub address: String,
+}
+
+/// Where a part of a patch would lie in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PieceReport {
+    /// Its first byte.
+    pub address: String,
+    /// Its bytes.
+    pub bytes: u64,
+    /// Memory that the guest's memory map does not name; else the padding of the kernel's own text.
+    pub hidden: bool,
+}
+
+/// What applying a patch would come to, had it been applied at that moment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// The patch module's name.
+    pub name: String,
+    /// The functions that it would replace.
+    pub functions: Vec<FoundFunction>,
+    /// What it uses of the guest, by name.
+    pub symbols: Vec<FoundSymbol>,
+    /// Its code.
+    pub code: PieceReport,
+    /// Its writable data, if it has any.
+    pub data: Option<PieceReport>,
+    /// Every task with the way in which it would switch, or what keeps it from that; those first.
+    pub tasks: Vec<TaskReport>,
+    /// Nobody was in the way: all would have switched in one pause.
+    pub at_once: bool,
+    /// What the check cost in pauses.
     pub pauses: PauseReport,
 }

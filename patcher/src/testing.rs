@@ -3,10 +3,31 @@
 
 use introspect::paging::AddressSpace;
 use introspect::reader::KernelMemory;
-use introspect::{Gva, PhysMemory, Unbacked, VcpuRegs};
+use introspect::{Gva, PhysMemory, Task, TaskKind, Unbacked, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use crate::machine::{Machine, MachineError};
+
+/// A task that sleeps nowhere.
+pub(crate) fn task(pid: i32, kind: TaskKind) -> Task {
+    Task {
+        addr: Gva::NULL,
+        pid,
+        tgid: pid,
+        comm: format!("t{pid}"),
+        kind,
+        state: 0,
+        exit_state: 0,
+        flags: 0,
+        tif: 0,
+        on_cpu: false,
+        cpu: None,
+        vcpu: None,
+        patch_state: None,
+        sp: Gva::NULL,
+        stack: Gva::NULL,
+    }
+}
 
 /// Where hidden memory begins.
 const HIDDEN: u64 = 1 << 40;

@@ -12,13 +12,15 @@ use introspect::{PatchState, Task, TaskKind};
 use crate::error::PatchError;
 use crate::facts::Facts;
 use crate::journal::Plan;
-use crate::ledger::{Finding, Ledger};
+use crate::ledger::{Blocked, Finding, Ledger};
 use crate::look::{Look, Standing, Watch};
 use crate::patch::{Patch, Redirect};
 use crate::place::Places;
 use crate::quiet::{self, NO_STATE, Stop};
 use crate::redirect::{EncodeError, SITE_LEN};
+use crate::signal;
 use crate::status::{PauseReport, TaskReport, TaskWay};
+use crate::wake::{self, Start, Waker};
 
 /// The time to the second look.
 const FIRST_WAIT: Duration = Duration::from_millis(1);
@@ -80,6 +82,8 @@ pub struct Transition {
     began: Instant,
     ledger: Ledger,
     wait: Duration,
+    /// From when on those who keep the old state are sent the fake signal.
+    signal: Option<Instant>,
 }
 
 impl Transition {
@@ -92,7 +96,24 @@ impl Transition {
             began: Instant::now(),
             ledger: Ledger::default(),
             wait: FIRST_WAIT,
+            signal: None,
         }
+    }
+
+    /// From `after` the start on, those who keep the old state are sent the fake signal, look by look.
+    pub fn signal_after(&mut self, after: Duration) {
+        let asked = self.began.checked_add(after);
+        self.signal = match (self.signal, asked) {
+            (Some(earlier), Some(asked)) => Some(earlier.min(asked)),
+            (known, asked) => known.or(asked),
+        };
+        self.wait = FIRST_WAIT;
+    }
+
+    /// Whether the fake signal is sent now.
+    #[must_use]
+    pub fn signals(&self) -> bool {
+        self.signal.is_some_and(|from| from <= Instant::now())
     }
 
     /// Enters what a step found, once it is carried out.
@@ -112,7 +133,12 @@ impl Transition {
     pub fn next_wait(&mut self, pause: Duration) -> Duration {
         let wait = self.wait.max(pause * PAUSE_SHARE);
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        wait
+        // The admin's delay is met, and what it changes is seen soon.
+        let until_signal = self
+            .signal
+            .map(|from| from.saturating_duration_since(Instant::now()))
+            .filter(|left| !left.is_zero());
+        wait.min(until_signal.unwrap_or(wait))
     }
 
     /// As far as it has come.
@@ -137,6 +163,8 @@ pub struct Step {
     pub finished: bool,
     /// vCPUs to send a reschedule interrupt once the guest runs.
     pub nudge: Vec<u32>,
+    /// The interrupt that wakes sleepers, likewise.
+    pub wake: Option<Start>,
 }
 
 impl From<EncodeError> for PatchError {
@@ -158,6 +186,8 @@ pub struct Scene<'a> {
     pub dummy: introspect::Gva,
     /// The patch.
     pub patch: &'a Patch,
+    /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
+    pub signal: Option<&'a Waker>,
 }
 
 impl Scene<'_> {
@@ -232,8 +262,38 @@ impl Scene<'_> {
                 self.plan_pending(task, true, &mut step.plan)?;
             }
         }
+        self.send_signals(&mut step)?;
         self.nudge(&mut step);
         Ok(step)
+    }
+
+    /// The fake signal to everybody who keeps the old state ([`signal`]).
+    fn send_signals(&self, step: &mut Step) -> Result<(), Stop> {
+        let (Some(waker), Some(flag)) = (self.signal, self.facts.klp.notify_signal) else {
+            return Ok(());
+        };
+        let memory = &self.look.memory;
+        // One list of sleepers is out at a time.
+        let idle = waker.is_idle(memory)?;
+        let mut sleepers = Vec::new();
+        for (task, finding) in self.look.tasks.iter().zip(&mut step.findings) {
+            let Finding::Blocked(blocked) = finding else {
+                continue;
+            };
+            let call = signal::call(task);
+            if call.flag && task.tif & flag == 0 {
+                self.plan_flags(task, true, flag, &mut step.plan)?;
+                blocked.signalled = true;
+            }
+            if call.wake && idle && sleepers.len() < wake::MOST {
+                sleepers.push(task);
+                blocked.signalled = true;
+            }
+        }
+        if !sleepers.is_empty() {
+            step.wake = waker.plan(self.look, self.places, &sleepers, &mut step.plan)?;
+        }
+        Ok(())
     }
 
     /// Turns a running transition round, as `klp_reverse_transition` does: those who have moved are to move back.
@@ -426,11 +486,22 @@ impl Scene<'_> {
 
     /// Plans `task`'s TIF_PATCH_PENDING. Nobody else writes the flags in this pause, so the others keep their values.
     fn plan_pending(&self, task: &Task, pending: bool, plan: &mut Plan) -> Result<(), Stop> {
+        self.plan_flags(task, pending, 0, plan)
+    }
+
+    /// The same, with other flags set.
+    fn plan_flags(
+        &self,
+        task: &Task,
+        pending: bool,
+        others: u64,
+        plan: &mut Plan,
+    ) -> Result<(), Stop> {
         let mut flags = if pending {
             task.tif | self.facts.klp.pending
         } else {
             task.tif & !self.facts.klp.pending
-        };
+        } | others;
         // An idle task looks at its flag only when it goes round its loop.
         if let (true, TaskKind::Idle, Some(bit)) = (pending, task.kind, self.facts.klp.need_resched)
         {
@@ -462,6 +533,7 @@ impl Step {
             findings,
             finished: false,
             nudge: Vec::new(),
+            wake: None,
         }
     }
 }
@@ -479,7 +551,10 @@ fn state(task: &Task) -> i32 {
 fn finding(standing: &Standing) -> Finding {
     match standing {
         Standing::Clean(way) => Finding::There(Some(*way)),
-        Standing::Blocked(why) => Finding::Blocked(why.clone()),
+        Standing::Blocked(why) => Finding::Blocked(Blocked {
+            why: why.clone(),
+            signalled: false,
+        }),
     }
 }
 

@@ -7,8 +7,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use introspect::TaskKind;
-use patcher::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
-use vmm::api::wire::{Dump, StackFrame, Task, TaskStack, Vm, VmState};
+use patcher::{
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
+    PieceReport, TaskReport, TaskWay,
+};
+use vmm::api::wire::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, ControlSocket, Kind, Limits, Problem, Server};
 
 /// A guest of two tasks. `init` switches at once; `stuck` only when a module that is called so has not been applied.
@@ -32,13 +35,25 @@ fn task(pid: i32, comm: &str) -> Task {
     }
 }
 
+fn symbol(address: &str, letter: char, name: &str, module: Option<&str>) -> Symbol {
+    Symbol {
+        address: format!("0x{address}"),
+        letter,
+        name: name.to_owned(),
+        module: module.map(str::to_owned),
+    }
+}
+
 fn report(pid: i32, comm: &str) -> TaskReport {
     TaskReport {
         pid,
         comm: comm.to_owned(),
         kind: TaskKind::User,
+        state: 'S',
         way: None,
         blocker: Some("cmdline_proc_show+0x5/0x20".to_owned()),
+        since_ms: Some(0),
+        signals: 0,
         after_ms: None,
     }
 }
@@ -74,6 +89,13 @@ impl Control for MadeUp {
 
     fn tasks(&mut self) -> Result<Vec<Task>, Problem> {
         Ok(vec![task(1, "init"), task(77, "evil\x1b[2J")])
+    }
+
+    fn symbols(&mut self) -> Result<Vec<Symbol>, Problem> {
+        Ok(vec![
+            symbol("ffffffff81000000", 'T', "_text", None),
+            symbol("ffffffffc0000000", 't', "init", Some("dummy")),
+        ])
     }
 
     fn stack(&mut self, pid: i32) -> Result<TaskStack, Problem> {
@@ -112,6 +134,51 @@ impl Control for MadeUp {
         self.patches.clone()
     }
 
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem> {
+        if module != b"fix" {
+            let why = "this is no ELF file";
+            return Err(Problem::new(Kind::BadModule, why, "build one"));
+        }
+        Ok(CheckReport {
+            name: "fix".into(),
+            functions: vec![FoundFunction {
+                object: "vmlinux".into(),
+                name: "cmdline_proc_show".into(),
+                sympos: 0,
+                address: "0xffffffff81000100".into(),
+                size: 42,
+            }],
+            symbols: vec![FoundSymbol {
+                name: "seq_printf".into(),
+                address: "0xffffffff81000200".into(),
+            }],
+            code: PieceReport {
+                address: "0xffffffff81800000".into(),
+                bytes: 96,
+                hidden: false,
+            },
+            data: Some(PieceReport {
+                address: "0xfffffffff2000000".into(),
+                bytes: 8,
+                hidden: true,
+            }),
+            tasks: vec![
+                report(77, "stuck"),
+                TaskReport {
+                    way: Some(TaskWay::Stack),
+                    blocker: None,
+                    ..report(1, "init")
+                },
+            ],
+            at_once: false,
+            pauses: PauseReport {
+                count: 1,
+                total_us: 200,
+                longest_us: 200,
+            },
+        })
+    }
+
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
         let name = match module {
             b"fix" => "fix",
@@ -127,6 +194,7 @@ impl Control for MadeUp {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".to_owned(),
                 name: "cmdline_proc_show".to_owned(),
@@ -154,10 +222,24 @@ impl Control for MadeUp {
         Ok(())
     }
 
+    /// What is stuck is so no longer once it is signalled.
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        let known = self
+            .patches
+            .iter_mut()
+            .find(|p| p.name == name && p.transition);
+        let Some(patch) = known else {
+            let why = format!("patch {name} is not in transition");
+            return Err(Problem::new(Kind::Conflict, why, "see the status"));
+        };
+        patch.signal = after.is_zero();
+        Ok(())
+    }
+
     fn poll(&mut self) -> Option<Duration> {
         let patch = self.patches.iter_mut().find(|p| p.transition)?;
         self.polls += 1;
-        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying;
+        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying && !patch.signal;
         for task in patch.tasks.iter_mut().filter(|t| !stuck || t.pid == 1) {
             task.way = Some(TaskWay::Stack);
             task.blocker = None;
@@ -264,6 +346,44 @@ fn tasks_and_stacks_are_printed_as_people_know_them() {
 }
 
 #[test]
+fn symbols_are_printed_as_kallsyms_is() {
+    let bench = Bench::new();
+    assert_eq!(
+        bench.ok(&["symbols"]),
+        "ffffffff81000000 T _text\nffffffffc0000000 t init\t[dummy]\n"
+    );
+    assert_eq!(bench.json(&["symbols", "--json"])[1]["module"], "dummy");
+}
+
+#[test]
+fn a_check_says_what_would_come_of_it_and_changes_nothing() {
+    let bench = Bench::new();
+    let module = bench.module("fix");
+    assert_eq!(
+        bench.ok(&["check", &module]),
+        "vmlinux:cmdline_proc_show,0 at 0xffffffff81000100, 42 bytes\n\
+         uses seq_printf at 0xffffffff81000200\n\
+         code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
+         data: 8 bytes at 0xfffffffff2000000, in hidden memory\n     \
+         77 stuck           user    waits     in the way: cmdline_proc_show+0x5/0x20\n\
+         fix: would apply; tasks that would switch at once: 1 by their stack; in the way now: 1; \
+         guest stopped 1 time, 0.200 ms in all, 0.200 ms at most\n"
+    );
+    let report = bench.json(&["check", &module, "--json"]);
+    assert_eq!(report["tasks"][0]["blocker"], "cmdline_proc_show+0x5/0x20");
+    assert_eq!(
+        bench.json(&["status", "--json"])["patches"],
+        serde_json::json!([])
+    );
+    let junk = bench.module("junk");
+    let line = refused(&bench.run(&["check", &junk]), 1);
+    assert!(line.contains("junk.ko: this is no ELF file"), "{line}");
+    refused(&bench.run(&["check", "/nowhere/x.ko"]), 1);
+    let line = refused(&bench.run(&["check", &module, "--core", &junk]), 1);
+    assert!(line.contains("it is not an ELF file"), "{line}");
+}
+
+#[test]
 fn a_dump_goes_to_an_absolute_path() {
     let bench = Bench::new();
     assert_eq!(
@@ -324,6 +444,23 @@ fn a_patch_is_followed_to_its_end_and_back() {
     let both = bench.json(&["status", "--json"]);
     assert_eq!(both["vm"]["cpus"], 2);
     assert_eq!(both["patches"][0]["phase"], "reverted");
+}
+
+#[test]
+fn a_signal_moves_who_is_stuck() {
+    let bench = Bench::new();
+    let module = bench.module("stuck");
+    let line = refused(&bench.run(&["signal"]), 1);
+    assert_eq!(line, "outpatch: no patch is in transition\n");
+    bench.ok(&["apply", "--no-wait", &module]);
+    let text = bench.ok(&["signal"]);
+    assert!(text.starts_with("stuck: applying; "), "{text}");
+    let ended = bench.json(&["status", "stuck", "--json"]);
+    assert_eq!(ended["signal"], true, "{ended}");
+    bench.ok(&["revert", "stuck"]);
+
+    let text = bench.ok(&["apply", "--signal-after", "0", &module]);
+    assert!(text.contains("stuck: applied"), "{text}");
 }
 
 #[test]

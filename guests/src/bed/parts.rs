@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::BedError;
 use crate::cache::{At, Cache, fingerprint};
 use crate::cpio::Archive;
-use crate::kernels::{Generation, Kernel};
+use crate::kernels::{Flavour, Generation, Kernel};
 use crate::packages::Packages;
 use crate::{modules, programs};
 
@@ -41,7 +41,7 @@ impl Parts {
         let bios = packages.fetch("seabios", &["bookworm"])?;
         let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
         let libraries = packages.fetch_libraries(&[&qemu, &server], LIBRARY_SUITE)?;
-        let kernel = Kernel::fetch(cache, Generation::V6_12)?;
+        let kernel = Kernel::fetch(cache, Generation::V6_12, Flavour::Cloud)?;
         let initramfs = initramfs(cache, &kernel)?;
         Ok(Parts {
             qemu: qemu.root.join("usr/bin/qemu-system-x86_64"),

@@ -12,9 +12,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use guests::{
     bed::Bed,
-    drive::{Guest, GuestSpec, Outpatch},
-    kernels::Generation,
-    stock::{Stock, build_outpatch},
+    drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch},
+    kernels::{Flavour, Generation},
+    stock::{Order, Stock, build_outpatch},
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,12 @@ fn outside() -> Result<ExitCode> {
     let binary = build_outpatch()?;
     spinner.finish_and_clear();
     bed.prepare()?;
-    let stock = Stock::prepare(Generation::V6_12, &[PATCH])?;
+    let stock = Stock::prepare(Order {
+        generation: Generation::V6_12,
+        flavour: Flavour::Cloud,
+        patches: &[PATCH],
+        modules: &[],
+    })?;
     let spec = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
     fs::write(&spec, serde_json::to_vec(&Parts { binary, stock })?)
         .with_context(|| spec.display().to_string())?;
@@ -114,6 +119,7 @@ fn boot(parts: &Parts) -> Result<Guest> {
         kernel: parts.stock.bzimage.clone(),
         initrd: parts.stock.initrd.clone(),
         cpus: 2,
+        memory_mib: MEMORY_MIB,
         append: String::new(),
     };
     let guest = Guest::boot(&spec, &env::temp_dir())?;

@@ -31,6 +31,9 @@ pub const STOLEN_TIME: [&str; 2] = [
 /// What the guests' init prints when its shell is there.
 const READY: &str = "outpatch guest ready";
 
+/// As much memory, in MiB, as a guest needs that does nothing out of the ordinary.
+pub const MEMORY_MIB: u32 = 512;
+
 /// What to boot.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {
@@ -42,6 +45,8 @@ pub struct GuestSpec {
     pub initrd: PathBuf,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// Memory in MiB; [`MEMORY_MIB`] for most.
+    pub memory_mib: u32,
     /// More words for the kernel's command line.
     pub append: String,
 }
@@ -75,7 +80,8 @@ impl Guest {
             .arg("--initrd")
             .arg(&spec.initrd)
             .args(["--append", &format!("{CMDLINE} {}", spec.append)])
-            .args(["--cpus", &spec.cpus.to_string(), "--memory", "512M"])
+            .args(["--cpus", &spec.cpus.to_string()])
+            .args(["--memory", &format!("{}M", spec.memory_mib)])
             .arg("--socket")
             .arg(&socket)
             .stdin(Stdio::piped())

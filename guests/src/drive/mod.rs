@@ -6,5 +6,5 @@ pub mod console;
 pub mod guest;
 pub mod outpatch;
 
-pub use guest::{Guest, GuestSpec};
+pub use guest::{Guest, GuestSpec, MEMORY_MIB};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};

@@ -185,7 +185,7 @@ pub fn modules(data: &[u8]) -> usize {
                 .count();
         }
     }
-    seen
+    seen + introspect::listing::behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
 }
 
 /// A core file: all bytes of it.

@@ -4,7 +4,10 @@ use introspect::orc::Encoding;
 use introspect::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
-use super::fuzz::image::{self, module_at};
+use introspect::listing::{ListingError, behind_core};
+use introspect::modules::modules;
+
+use super::fuzz::image::{self, module_at, virt};
 use super::{bounded, fuzz};
 
 #[test]
@@ -83,9 +86,50 @@ fn a_module_of_as_many_symbols_as_may_be() {
     let memory = fuzz::mutate::Mutated::of(&ram[..]);
     let kernel = fuzz::kernel();
     let reader = kernel.memory(&memory);
-    let module = introspect::modules::modules(kernel, &reader)
-        .unwrap()
-        .remove(0);
+    let module = modules(kernel, &reader).unwrap().remove(0);
     let symbols = bounded("symbols", || module.symbols(kernel, &reader)).unwrap();
     assert_eq!(symbols.iter().count(), SYMBOLS);
+}
+
+#[test]
+fn modules_that_share_one_table_of_symbols() {
+    const MODULES: usize = 4096;
+    const SYMBOLS: usize = 1 << 12;
+    for name in [0u8, 1] {
+        let mut ram = fuzz::ram().to_vec();
+        ram.resize(8 << 20, 0);
+        let (at, table) = (|n: usize| (4 << 20) + 0x100 * n, 6 << 20);
+        for symbol in ram[table..table + SYMBOLS * 24].as_chunks_mut::<24>().0 {
+            symbol[..8].copy_from_slice(&[name, 0, 0, 0, 0x12, 0, 1, 0]);
+        }
+        let strings = (8 << 20) - 0x1000;
+        ram[strings + 1..strings + 61].fill(b'a');
+        let mut put = |at: usize, value: u64| ram[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        for n in 1..4 {
+            let entry = image::IMAGE + image::TABLES + 0x4000 + 8 * n;
+            put(entry, (n as u64) << 21 | 0x83);
+        }
+        // One `struct mod_kallsyms` for all.
+        let direct = |at: usize| image::DIRECT + at as u64;
+        for (n, word) in [table, SYMBOLS, strings, strings].into_iter().enumerate() {
+            let word = if n == 1 { word as u64 } else { direct(word) };
+            put(0x7_0000 + 8 * n, word);
+        }
+        put(image::MODULES_HEAD, direct(at(0) + 8));
+        for n in 0..MODULES {
+            let next = match n + 1 {
+                MODULES => virt(image::MODULES_HEAD),
+                next => direct(at(next) + 8),
+            };
+            put(at(n) + 8, next);
+            put(at(n) + 192, direct(0x7_0000));
+        }
+        let memory = fuzz::mutate::Mutated::of(&ram[..]);
+        let kernel = fuzz::kernel();
+        let reader = kernel.memory(&memory);
+        assert_eq!(modules(kernel, &reader).unwrap().len(), MODULES);
+        let found = bounded("a listing", || behind_core(kernel, &reader));
+        let too_much = matches!(found, Err(ListingError::TooMuch { .. }));
+        assert!(too_much, "{name}: {:?}", found.map(|list| list.len()));
+    }
 }

@@ -28,6 +28,15 @@ pub struct ImageSymbol {
     pub function: bool,
 }
 
+/// A symbol of the guest that the patch uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Import {
+    /// Its name in the guest.
+    pub name: String,
+    /// What it came to; null for a weak one that the guest has not.
+    pub address: Gva,
+}
+
 /// One ORC entry of the patch's code: `struct orc_entry` as the module has it, in the guest kernel's own encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OrcRecord {
@@ -58,6 +67,8 @@ pub struct Image {
     pub functions: Vec<LinkedFunction>,
     /// Named functions and data of the patch, by address.
     pub symbols: Vec<ImageSymbol>,
+    /// What it uses of the guest, by name.
+    pub imports: Vec<Import>,
     /// Unwind table of its code, by address.
     pub orc: Vec<OrcRecord>,
 }

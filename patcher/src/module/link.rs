@@ -8,7 +8,7 @@ use object::elf;
 
 use super::elf::{Place, Relocation, Section};
 use super::error::LinkError;
-use super::image::{Buffer, Image, ImageSymbol, LinkedFunction, OrcRecord};
+use super::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use super::klp::{Patch, Spot};
 use super::plan::{Bases, Region};
 use super::sections::Fate;
@@ -262,6 +262,7 @@ impl Linker<'_> {
             text: self.text_range(),
             functions,
             symbols,
+            imports: self.imports(),
             orc: self.orc()?,
             code_base: self.code.base,
             code: self.code.bytes,
@@ -321,6 +322,22 @@ impl Linker<'_> {
             })
             .collect();
         out.sort_by(|a, b| (a.address, &a.name).cmp(&(b.address, &b.name)));
+        out
+    }
+
+    fn imports(&self) -> Vec<Import> {
+        let symbols = self.module.file.symbols.iter().enumerate();
+        let mut out: Vec<Import> = symbols
+            .filter(|(_, s)| !s.name.is_empty())
+            .filter_map(|(index, s)| match (s.place, self.symbols.value(index)) {
+                (Place::Undefined | Place::Livepatch, Value::At(address)) => Some(Import {
+                    name: s.name.clone(),
+                    address,
+                }),
+                _ => None,
+            })
+            .collect();
+        out.sort_by(|a, b| a.name.cmp(&b.name));
         out
     }
 

@@ -28,7 +28,7 @@ mod versions;
 
 pub use error::{LinkError, ModuleError, TargetError};
 pub use guest::GuestTarget;
-pub use image::{Image, ImageSymbol, LinkedFunction, OrcRecord};
+pub use image::{Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 pub use klp::{KlpLayout, Patch, PatchFunction};
 pub use link::link;
 pub use plan::{Bases, Sizes};

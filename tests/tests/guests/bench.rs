@@ -13,9 +13,9 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use guests::{
-    drive::{Guest, GuestSpec},
-    kernels::Generation,
-    stock::{Stock, build_outpatch},
+    drive::{Guest, GuestSpec, MEMORY_MIB},
+    kernels::{Flavour, Generation},
+    stock::{Order, Stock, build_outpatch},
 };
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
-    /// By generation: "5.10", "6.1", "6.12", "7.3".
+    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3".
     pub stock: BTreeMap<String, Stock>,
 }
 
@@ -53,6 +53,9 @@ const PATCHES: [&str; 12] = [
     "features",
 ];
 
+/// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
+const MODULES: [&str; 3] = ["dummy", "nf_conntrack", "nfsd"];
+
 impl Assets {
     fn make() -> Result<Assets> {
         let mut stock = BTreeMap::new();
@@ -62,7 +65,13 @@ impl Assets {
                 Generation::V6_1 | Generation::V6_12 => &PATCHES,
                 _ => &[],
             };
-            stock.insert(generation.to_string(), Stock::prepare(generation, patches)?);
+            let order = Order {
+                generation,
+                flavour: Flavour::Cloud,
+                patches,
+                modules: &MODULES,
+            };
+            stock.insert(generation.to_string(), Stock::prepare(order)?);
         }
         Ok(Assets {
             binary: build_outpatch()?,
@@ -157,6 +166,11 @@ impl Bench {
             .with_context(|| format!("no kernel {generation}"))
     }
 
+    /// A folder that the host sees as well.
+    pub fn scratch(&self) -> &Path {
+        &self.scratch
+    }
+
     /// A folder that this scenario may write to; sockets go there as well.
     pub fn sockets(&self) -> PathBuf {
         env::temp_dir()
@@ -164,12 +178,24 @@ impl Bench {
 
     /// Boots a guest; a guest lost before its shell is reported, counted, and booted once more.
     pub fn boot(&self, generation: &str, cpus: u32, append: &str) -> Result<Guest> {
+        self.boot_with(generation, cpus, MEMORY_MIB, append)
+    }
+
+    /// The same with another amount of memory.
+    pub fn boot_with(
+        &self,
+        generation: &str,
+        cpus: u32,
+        memory_mib: u32,
+        append: &str,
+    ) -> Result<Guest> {
         let stock = self.stock(generation)?;
         let spec = GuestSpec {
             binary: self.assets.binary.clone(),
             kernel: stock.bzimage.clone(),
             initrd: stock.initrd.clone(),
             cpus,
+            memory_mib,
             append: append.to_owned(),
         };
         let first = self.try_boot(&spec);

@@ -84,8 +84,51 @@ fn sleepers(bench: &Bench, generation: &str) -> Result<()> {
             pausing(guest)? == "__do_sys_pause",
             "the new function is still there"
         );
+        signalled(guest, &outpatch, patch)?;
         guest.expect_unharmed(&log)
     })
+}
+
+/// The fake signal moves those who sleep in the function: nothing is pending, nobody dies, and nobody else is signalled.
+fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
+    let sleepers = "grep -l '^sleep-' /proc/[0-9]*/task/[0-9]*/comm";
+    let before = guest.sh(sleepers)?;
+    stays_blocked(guest, outpatch, patch)?;
+    outpatch.ok(&["signal"])?;
+    let ended = end_of_transition(outpatch)?;
+    for task in list(&ended, "/tasks")? {
+        let blocked = BLOCKERS.contains(&task["comm"].as_str().unwrap_or_default());
+        let signals = task["signals"].as_u64().context("no signals")?;
+        ensure!((signals > 0) == blocked, "{task}");
+        ensure!(!blocked || task["way"] == "boundary", "{task}");
+    }
+    ensure!(
+        states(guest)? == BTreeSet::from([-1]),
+        "states are left behind"
+    );
+    ensure!(
+        pausing(guest)? != "__do_sys_pause",
+        "a task went back to the old function"
+    );
+    let pending =
+        guest.sh("grep -hE '^(SigPnd|ShdPnd)' /proc/[0-9]*/task/[0-9]*/status | sort -u")?;
+    ensure!(
+        pending == "ShdPnd:\t0000000000000000\nSigPnd:\t0000000000000000",
+        "signals are pending: {pending}"
+    );
+    ensure!(guest.sh(sleepers)? == before, "a sleeper is gone");
+    println!("signalled: {} ms", ended["transition_ms"]);
+
+    outpatch.ok(&["revert", "pause", "--signal-after", "0"])?;
+    guest.sh("sleep 1")?;
+    ensure!(
+        pausing(guest)? == "__do_sys_pause",
+        "the new function is still there"
+    );
+    outpatch.ok(&["apply", patch, "--signal-after", "0.2", "--timeout", "30"])?;
+    outpatch.ok(&["revert", "pause", "--signal-after", "0.2"])?;
+    ensure!(guest.sh(sleepers)? == before, "a sleeper is gone");
+    Ok(())
 }
 
 /// Applies the patch, and sees who is in its way: named by the command line, by the status with the frame, and by the guest itself.

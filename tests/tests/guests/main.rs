@@ -6,6 +6,8 @@
 
 mod bench;
 mod blocked;
+mod check;
+mod differential;
 mod dumps;
 mod generations;
 mod insmod;
@@ -13,21 +15,29 @@ mod machine;
 mod patching;
 mod refusals;
 mod stacks;
+mod symbols;
 
 use std::{
     env,
     process::{Command, ExitCode},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
-use guests::bed::{self, Bed, BedError};
+use anyhow::{Context, Result, anyhow, bail};
+use guests::{
+    bed::{self, Bed, BedError},
+    kernels::Generation,
+};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::bench::{Assets, Bench, Tally};
+use crate::bench::{Assets, Bench, Scratch, Tally};
 
-/// How long one scenario may take.
+/// How long most scenarios may take.
 const SCENARIO_LIMIT: Duration = Duration::from_secs(600);
 
 /// Beds at once at the most: each takes 4 GiB of memory.
@@ -40,6 +50,9 @@ type Body = Box<dyn Fn(&Bench) -> Result<()> + Send + Sync>;
 struct Scenario {
     name: String,
     run: Body,
+    limit: Duration,
+    /// The generation whose cores the host compares while the scenario runs.
+    judged: Option<Generation>,
 }
 
 impl Scenario {
@@ -50,7 +63,20 @@ impl Scenario {
         Scenario {
             name: name.into(),
             run: Box::new(run),
+            limit: SCENARIO_LIMIT,
+            judged: None,
         }
+    }
+
+    /// Lets it take longer, or not so long.
+    fn limit(self, limit: Duration) -> Scenario {
+        Scenario { limit, ..self }
+    }
+
+    /// Has the core files that it hands over compared on the host: see [`differential`].
+    fn judged(self, generation: Generation) -> Scenario {
+        let judged = Some(generation);
+        Scenario { judged, ..self }
     }
 }
 
@@ -58,12 +84,15 @@ fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
+    all.extend(symbols::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
+    all.extend(check::scenarios());
     all.extend(patching::scenarios());
+    all.extend(differential::scenarios());
     all
 }
 
@@ -89,8 +118,7 @@ fn outside() -> ExitCode {
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {
-                run_in_bed(&scenario.name, &tally)
-                    .map_err(|error| Failed::from(format!("{error:#}")))
+                run_in_bed(&scenario, &tally).map_err(|error| Failed::from(format!("{error:#}")))
             })
         })
         .collect();
@@ -109,11 +137,11 @@ fn outside() -> ExitCode {
 }
 
 /// A bed that dies says nothing about the scenario in it: that is told and counted, and the scenario gets another bed, once.
-fn run_in_bed(name: &str, tally: &Tally) -> Result<()> {
-    match run_in_one_bed(name, tally) {
+fn run_in_bed(scenario: &Scenario, tally: &Tally) -> Result<()> {
+    match run_in_one_bed(scenario, tally) {
         Err(error) if is_beds_death(&error) => {
-            println!("LOST the bed of {name}, once more: {error:#}");
-            run_in_one_bed(name, tally)
+            println!("LOST the bed of {}, once more: {error:#}", scenario.name);
+            run_in_one_bed(scenario, tally)
         }
         done => done,
     }
@@ -126,16 +154,38 @@ fn is_beds_death(error: &anyhow::Error) -> bool {
     )
 }
 
-fn run_in_one_bed(name: &str, tally: &Tally) -> Result<()> {
-    let assets = Assets::prepare()?;
-    let scratch = bench::Scratch::new()?;
+fn run_in_one_bed(scenario: &Scenario, tally: &Tally) -> Result<()> {
+    let mut assets = Assets::prepare()?.clone();
+    let scratch = Scratch::new()?;
+    let Some(generation) = scenario.judged else {
+        return in_bed(scenario, &assets, &scratch, tally);
+    };
+    let (name, stock, vmlinux) = differential::prepare(generation)?;
+    assets.stock.insert(name, stock);
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let folder = scratch.path();
+        let judge = || differential::judged(generation, &vmlinux, folder, &ended);
+        let judge = scope.spawn(judge);
+        let ran = in_bed(scenario, &assets, &scratch, tally);
+        ended.store(true, Ordering::Release);
+        let judged = judge.join().map_err(|_| anyhow!("the judge panicked"))?;
+        match ran {
+            Err(error) if is_beds_death(&error) => Err(error),
+            // The judge's word first: when it gives up, the scenario does too.
+            ran => judged.and(ran),
+        }
+    })
+}
+
+fn in_bed(scenario: &Scenario, assets: &Assets, scratch: &Scratch, tally: &Tally) -> Result<()> {
     let spec = scratch.path().join("assets.json");
     std::fs::write(&spec, serde_json::to_vec(assets)?)?;
     let mut command = Command::new(env::current_exe()?);
-    command.arg("--inside").arg(name).arg(&spec);
+    command.arg("--inside").arg(&scenario.name).arg(&spec);
     let out = Bed::new()
         .writable(scratch.path())
-        .limit(SCENARIO_LIMIT)
+        .limit(scenario.limit)
         .output(&mut command, b"");
     // Count first: a scenario that failed booted its guests too.
     tally.add(scratch.path());

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::PatchStatus;
+use patcher::{CheckReport, PatchStatus};
 use tokio::sync::oneshot;
 
 use super::problem::{Kind, Problem};
@@ -33,14 +33,20 @@ pub trait Control: Send + 'static {
     fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem>;
     /// One task's stack.
     fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem>;
+    /// All symbols.
+    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem>;
     /// Writes a core of the guest to a new file at this absolute path.
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem>;
     /// All patches, in the order they were applied in.
     fn patches(&mut self) -> Vec<PatchStatus>;
+    /// What applying a livepatch module would come to.
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem>;
     /// Begins to apply a livepatch module, and says its name.
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem>;
     /// Begins to revert a patch.
     fn revert(&mut self, name: &str) -> Result<(), Problem>;
+    /// Sends the fake signal in a patch's running transition, from so long after its start on.
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
     /// Drives a running transition on, and says after what time to do so again; `None`: there is none.
     fn poll(&mut self) -> Option<Duration>;
 }

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use patcher::{ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
+use patcher::{CheckReport, ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
 
 use super::control::Control;
 use super::problem::{Kind, Problem};
@@ -96,6 +96,14 @@ impl Control for Guest {
         Ok(stack.into())
     }
 
+    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
+        let symbols = self
+            .patcher
+            .symbols(&mut self.machine)
+            .map_err(|error| problem(&error))?;
+        Ok(symbols.into_iter().map(wire::Symbol::from).collect())
+    }
+
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
         let mut dump = NewDump::create(path).map_err(|error| dump_problem(&error))?;
         let (written, paused) = self
@@ -119,6 +127,12 @@ impl Control for Guest {
         self.patcher.status()
     }
 
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem> {
+        self.patcher
+            .check(&mut self.machine, module)
+            .map_err(|error| problem(&error))
+    }
+
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
         self.patcher
             .apply(&mut self.machine, module)
@@ -128,6 +142,12 @@ impl Control for Guest {
     fn revert(&mut self, name: &str) -> Result<(), Problem> {
         self.patcher
             .revert(&mut self.machine, name)
+            .map_err(|error| problem(&error))
+    }
+
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        self.patcher
+            .signal(&mut self.machine, name, after)
             .map_err(|error| problem(&error))
     }
 

@@ -13,9 +13,9 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use patcher::PatchStatus;
+use patcher::{CheckReport, PatchStatus};
 use serde::de::DeserializeOwned;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::control::Mailbox;
 use super::metrics;
@@ -59,7 +59,9 @@ pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::DELETE, path: "/vm", handler: |m| on(m, stop_vm) },
     Route { method: Method::GET, path: "/tasks", handler: |m| on(m, tasks) },
     Route { method: Method::GET, path: "/tasks/{pid}/stack", handler: |m| on(m, stack) },
+    Route { method: Method::GET, path: "/symbols", handler: |m| on(m, symbols) },
     Route { method: Method::POST, path: "/dumps", handler: |m| on(m, dump) },
+    Route { method: Method::POST, path: "/checks", handler: |m| on(m, check) },
     Route { method: Method::GET, path: "/patches", handler: |m| on(m, patches) },
     Route { method: Method::POST, path: "/patches", handler: |m| on(m, apply) },
     Route { method: Method::GET, path: "/patches/{name}", handler: |m| on(m, patch) },
@@ -132,6 +134,10 @@ async fn stack(
     Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
 }
 
+async fn symbols(State(app): State<App>) -> Result<Json<Vec<wire::Symbol>>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.symbols()).await??))
+}
+
 async fn dump(State(app): State<App>, body: Body) -> Result<impl IntoResponse, Problem> {
     let wire::NewDump { path } = app.json(body).await?;
     let dump = app.mailbox.look(move |c| c.dump(path.as_ref()));
@@ -150,29 +156,26 @@ async fn patch(
     Ok(Json(find(patches, &name)?))
 }
 
+/// Nothing is made that could be asked for later: the report is the whole answer.
+async fn check(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<CheckReport>, Problem> {
+    let upload = app.upload(&headers, body).await?;
+    let check = app.mailbox.look(move |c| c.check(&upload.module));
+    Ok(Json(check.await??))
+}
+
 async fn apply(
     State(app): State<App>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
-    if !is_module(&headers) {
-        return Err(Problem::new(
-            Kind::BadRequest,
-            "the body is not announced as a module",
-            "send the .ko file itself with Content-Type: application/octet-stream",
-        ));
-    }
-    let permit = app.uploads.clone().try_acquire_owned().map_err(|_| {
-        Problem::new(
-            Kind::Unavailable,
-            "other modules are being received",
-            "try again in a second",
-        )
-    })?;
-    let module = app.body(body, MODULE_LIMIT).await?;
+    let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
-        let name = control.apply(&module)?;
-        drop((module, permit));
+        let name = control.apply(&upload.module)?;
+        drop(upload);
         find(control.patches(), &name)
     });
     let status = status.await??;
@@ -188,23 +191,54 @@ async fn change_patch(
     Path(name): Path<String>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let wire::PatchChange { enabled } = app.json(body).await?;
+    let change: wire::PatchChange = app.json(body).await?;
+    check_change(&change)?;
     let change = app.mailbox.change(move |control| {
         let before = find(control.patches(), &name)?;
-        match (enabled, before.enabled) {
-            (true, true) | (false, false) => Ok(before),
-            (false, true) => {
-                control.revert(&name)?;
-                find(control.patches(), &name)
+        match (change.enabled, before.enabled) {
+            (Some(false), true) => control.revert(&name)?,
+            (Some(true), false) => {
+                return Err(Problem::new(
+                    Kind::Conflict,
+                    format!("{name} is not applied"),
+                    "apply its module again with POST /patches",
+                ));
             }
-            (true, false) => Err(Problem::new(
-                Kind::Conflict,
-                format!("{name} is not applied"),
-                "apply its module again with POST /patches",
-            )),
+            _ => {}
         }
+        if change.signal.is_some() {
+            let after = Duration::from_millis(change.signal_after_ms.unwrap_or(0));
+            control.signal(&name, after)?;
+        }
+        find(control.patches(), &name)
     });
     Ok(Json(change.await??))
+}
+
+/// What makes no sense is refused before anything is done.
+fn check_change(change: &wire::PatchChange) -> Result<(), Problem> {
+    let wrong = match change {
+        wire::PatchChange {
+            enabled: None,
+            signal: None,
+            ..
+        } => "the body changes nothing",
+        wire::PatchChange {
+            signal: Some(false),
+            ..
+        } => "a signal cannot be taken back",
+        wire::PatchChange {
+            signal: None,
+            signal_after_ms: Some(_),
+            ..
+        } => "signal_after_ms goes with signal",
+        _ => return Ok(()),
+    };
+    Err(Problem::new(
+        Kind::BadRequest,
+        wrong,
+        "give `enabled`, `signal`, or both",
+    ))
 }
 
 async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
@@ -217,7 +251,7 @@ async fn no_route() -> Problem {
     Problem::new(
         Kind::NotFound,
         "no such resource",
-        "the resources are /version, /vm, /tasks, /dumps, /patches and /metrics",
+        "the resources are /version, /vm, /tasks, /symbols, /dumps, /checks, /patches and /metrics",
     )
 }
 
@@ -253,7 +287,36 @@ fn too_large(limit: usize) -> Problem {
     Problem::new(Kind::TooLarge, error, "send a smaller one")
 }
 
+/// A module that was received.
+struct Upload {
+    module: Bytes,
+    /// Given back when the module is dropped.
+    _permit: OwnedSemaphorePermit,
+}
+
 impl App {
+    /// The module in a body, when few others are being received or held.
+    async fn upload(&self, headers: &HeaderMap, body: Body) -> Result<Upload, Problem> {
+        if !is_module(headers) {
+            return Err(Problem::new(
+                Kind::BadRequest,
+                "the body is not announced as a module",
+                "send the .ko file itself with Content-Type: application/octet-stream",
+            ));
+        }
+        let permit = self.uploads.clone().try_acquire_owned().map_err(|_| {
+            Problem::new(
+                Kind::Unavailable,
+                "other modules are being received",
+                "try again in a second",
+            )
+        })?;
+        Ok(Upload {
+            module: self.body(body, MODULE_LIMIT).await?,
+            _permit: permit,
+        })
+    }
+
     /// The whole body, if it is at most `limit` long and comes in time.
     async fn body(&self, body: Body, limit: usize) -> Result<Bytes, Problem> {
         // What is announced as too long need not be read to be refused.

@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use introspect::TaskKind;
-use patcher::{FunctionReport, PatchPhase, PatchStatus, PauseReport, TaskReport};
+use patcher::{
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
+    PieceReport, TaskReport,
+};
 
 use super::control::Control;
 use super::problem::{Kind, Problem};
@@ -130,6 +133,15 @@ impl Control for FakeGuest {
         })
     }
 
+    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
+        Ok(vec![wire::Symbol {
+            address: "0xffffffff81000000".into(),
+            letter: 'T',
+            name: "_text".into(),
+            module: None,
+        }])
+    }
+
     fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
         self.note(format!("dump {}", path.display()));
         Ok(wire::Dump {
@@ -143,6 +155,51 @@ impl Control for FakeGuest {
         self.patches.clone()
     }
 
+    fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem> {
+        self.note(format!("check {}", module.len()));
+        Ok(CheckReport {
+            name: "fix".into(),
+            functions: vec![FoundFunction {
+                object: "vmlinux".into(),
+                name: "cmdline_proc_show".into(),
+                sympos: 0,
+                address: "0xffffffff81000100".into(),
+                size: 42,
+            }],
+            symbols: vec![FoundSymbol {
+                name: "seq_printf".into(),
+                address: "0xffffffff81000200".into(),
+            }],
+            code: PieceReport {
+                address: "0xffffffff81800000".into(),
+                bytes: 96,
+                hidden: false,
+            },
+            data: Some(PieceReport {
+                address: "0xfffffffff2000000".into(),
+                bytes: 8,
+                hidden: true,
+            }),
+            tasks: vec![TaskReport {
+                pid: 1,
+                comm: "init".into(),
+                kind: TaskKind::User,
+                state: 'S',
+                way: None,
+                blocker: Some("in do_wait+0x1/0x2".into()),
+                since_ms: None,
+                signals: 0,
+                after_ms: None,
+            }],
+            at_once: false,
+            pauses: PauseReport {
+                count: 1,
+                total_us: 200,
+                longest_us: 200,
+            },
+        })
+    }
+
     fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
         self.note(format!("apply {}", module.len()));
         if !module.starts_with(b"\x7fELF") {
@@ -154,6 +211,7 @@ impl Control for FakeGuest {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),
@@ -164,8 +222,11 @@ impl Control for FakeGuest {
                 pid: 1,
                 comm: "init".into(),
                 kind: TaskKind::User,
+                state: 'S',
                 way: None,
                 blocker: Some("in do_wait+0x1/0x2".into()),
+                since_ms: Some(0),
+                signals: 1,
                 after_ms: Some(0),
             }],
             transition_ms: 0,
@@ -181,6 +242,11 @@ impl Control for FakeGuest {
             patch.phase = PatchPhase::Reverting;
             (patch.enabled, patch.transition) = (false, true);
         }
+        Ok(())
+    }
+
+    fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
+        self.note(format!("signal {name} after {after:?}"));
         Ok(())
     }
 

@@ -81,6 +81,36 @@ fn a_patch_is_applied_driven_on_and_reverted() {
 }
 
 #[test]
+fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
+    let served = Served::plain();
+    served.ask("POST", "/patches", ELF);
+    for body in [
+        r#"{"signal":true}"#,
+        r#"{"signal":true,"signal_after_ms":1500}"#,
+    ] {
+        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        assert_eq!(
+            (answer.status, &answer.json()["name"]),
+            (200, &json!("fix"))
+        );
+    }
+    for body in [
+        "{}",
+        r#"{"signal":false}"#,
+        r#"{"signal_after_ms":3}"#,
+        r#"{"signal":1}"#,
+    ] {
+        served
+            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .refused(Kind::BadRequest);
+    }
+    assert_eq!(
+        served.logged(),
+        ["apply 13", "signal fix after 0ns", "signal fix after 1.5s"]
+    );
+}
+
+#[test]
 fn a_core_is_asked_for_by_its_path() {
     let served = Served::plain();
     let made = served.ask("POST", "/dumps", br#"{"path":"/cores/a"}"#);

@@ -50,12 +50,19 @@ pub struct VmChange {
     pub state: VmState,
 }
 
-/// The body of `PATCH /patches/{name}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The body of `PATCH /patches/{name}`: one change, or both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PatchChange {
     /// `false`: revert it.
-    pub enabled: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enabled: Option<bool>,
+    /// `true`: send the fake signal to tasks that keep the old state, in the transition that runs (or that `enabled` begins).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<bool>,
+    /// With `signal`: only from so many milliseconds after the transition's start on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal_after_ms: Option<u64>,
 }
 
 /// The body of `POST /dumps`.
@@ -121,6 +128,31 @@ pub struct StackFrame {
     pub symbol: String,
     /// A frame of the scheduler itself, which `/proc/PID/stack` leaves out at the top.
     pub scheduler: bool,
+}
+
+/// One symbol of `GET /symbols`: a line of `/proc/kallsyms`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Symbol {
+    /// Its address, `0x…`.
+    pub address: String,
+    /// The type's letter.
+    #[serde(rename = "type")]
+    pub letter: char,
+    /// Its name.
+    pub name: String,
+    /// The module that it is in, or what the kernel puts in its place; `null` for the kernel's own.
+    pub module: Option<String>,
+}
+
+impl From<introspect::ListedSymbol> for Symbol {
+    fn from(symbol: introspect::ListedSymbol) -> Symbol {
+        Symbol {
+            address: symbol.gva.to_string(),
+            letter: symbol.letter,
+            name: symbol.name,
+            module: symbol.module,
+        }
+    }
 }
 
 impl From<&introspect::Task> for Task {

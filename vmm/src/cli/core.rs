@@ -4,12 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
-use introspect::modules::modules;
-use introspect::{CoreFile, Gva, VcpuRegs};
-use patcher::{Machine, MachineError, PatchError, Patcher};
-use serde::Serialize;
+use introspect::{CoreFile, VcpuRegs};
+use patcher::{CheckReport, Machine, MachineError, PatchError, Patcher};
 use vm_memory::GuestAddress;
-use vmm::api::wire::{Task, TaskStack};
+use vmm::api::wire::{Symbol, Task, TaskStack};
 
 use super::verbs::VerbError;
 
@@ -19,20 +17,6 @@ pub struct CoreGuest {
     path: PathBuf,
     machine: CoreMachine,
     patcher: Patcher,
-}
-
-/// One symbol, as a line of `/proc/kallsyms` has it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Symbol {
-    /// Its address.
-    pub address: Gva,
-    /// The letter that `nm` gives it.
-    #[serde(rename = "type")]
-    pub letter: char,
-    /// Its name.
-    pub name: String,
-    /// The module that it is in.
-    pub module: Option<String>,
 }
 
 impl CoreGuest {
@@ -65,42 +49,26 @@ impl CoreGuest {
         Ok(stack.map_err(|error| self.failed(error))?.into())
     }
 
-    /// The symbols of the kernel, and then those of each module.
+    /// What applying a module, read from `file`, would come to.
+    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
+        let report = self.patcher.check(&mut self.machine, module);
+        report.map_err(|source| VerbError::NotForCore {
+            file: file.to_owned(),
+            core: self.path.clone(),
+            source,
+        })
+    }
+
+    /// All symbols.
     pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
-        // Found first, so that a core without a kernel says why.
-        self.patcher
-            .banner(&mut self.machine)
-            .map_err(|error| self.failed(error))?;
-        let (symbols, _) = self
-            .patcher
-            .hold(&mut self.machine, |kernel, core, _| {
-                let kernel = kernel.ok_or_else(|| PatchError::Guest("no kernel".to_owned()))?;
-                let memory = kernel.memory(core);
-                let mut all: Vec<Symbol> = kernel.symbols.iter().map(|s| symbol(s, None)).collect();
-                let unreadable = |error: &dyn ToString| PatchError::Guest(error.to_string());
-                for module in modules(kernel, &memory).map_err(|e| unreadable(&e))? {
-                    let symbols = module.symbols(kernel, &memory);
-                    let symbols = symbols.map_err(|e| unreadable(&e))?;
-                    all.extend(symbols.iter().map(|s| symbol(s, Some(&module.name))));
-                }
-                Ok(all)
-            })
-            .map_err(|error| self.failed(error))?;
-        symbols.map_err(|error| self.failed(error))
+        let symbols = self.patcher.symbols(&mut self.machine);
+        let symbols = symbols.map_err(|error| self.failed(error))?;
+        Ok(symbols.into_iter().map(Symbol::from).collect())
     }
 
     fn failed(&self, source: PatchError) -> VerbError {
         let path = self.path.clone();
         VerbError::InCore { path, source }
-    }
-}
-
-fn symbol(symbol: introspect::Symbol<'_>, module: Option<&str>) -> Symbol {
-    Symbol {
-        address: symbol.gva,
-        letter: symbol.letter,
-        name: symbol.name.to_owned(),
-        module: module.map(str::to_owned),
     }
 }
 

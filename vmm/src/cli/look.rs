@@ -2,7 +2,6 @@
 
 use vmm::api::wire::{Task, TaskStack};
 
-use super::core::CoreGuest;
 use super::screen::{Screen, Tone};
 use super::source::Guest;
 use super::transition::word;
@@ -55,18 +54,15 @@ pub fn stack(
 }
 
 /// The symbols of a kernel and its modules, a line each.
-pub fn symbols(
-    guest: &mut CoreGuest,
-    json: bool,
-    screen: &mut Screen<'_>,
-) -> Result<(), VerbError> {
+pub fn symbols(guest: &mut Guest, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
     let symbols = guest.symbols()?;
     if json {
         return Ok(screen.json(&symbols)?);
     }
     for symbol in symbols {
         let (letter, name) = (symbol.letter, symbol.name);
-        let line = format!("{:016x} {letter} {name}", symbol.address.0);
+        let address = symbol.address.trim_start_matches("0x");
+        let line = format!("{address} {letter} {name}");
         match symbol.module {
             Some(module) => screen.fields(&[&line, &format!("[{module}]")])?,
             None => screen.fields(&[&line])?,

@@ -2,10 +2,12 @@
 
 #[cfg(test)]
 mod abi_tests;
+mod check;
 mod connection;
 mod core;
 mod dump;
 mod look;
+mod module;
 mod patches;
 mod power;
 pub mod run;

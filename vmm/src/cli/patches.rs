@@ -1,15 +1,13 @@
 //! `outpatch apply`, `status` and `revert`.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::Path;
 
 use patcher::{PatchPhase, PatchStatus};
 use serde::Serialize;
-use vmm::api::routes::MODULE_LIMIT;
 use vmm::api::wire::{PatchChange, Vm};
 
 use super::connection::Connection;
+use super::module::read_module;
 use super::screen::{Screen, Tone};
 use super::transition::{Outcome, Watch, pauses, task_head, task_line, ways, word};
 use super::verbs::{VerbError, Waiting};
@@ -22,10 +20,7 @@ pub fn apply(
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let module = read_module(file).map_err(|source| VerbError::File {
-        path: file.to_owned(),
-        source,
-    })?;
+    let module = read_module(file)?;
     let begun: PatchStatus =
         connection
             .post("/patches", module)
@@ -33,6 +28,7 @@ pub fn apply(
                 path: file.to_owned(),
                 source,
             })?;
+    let begun = signal_after(connection, begun, waiting)?;
     follow(
         connection,
         begun,
@@ -41,19 +37,6 @@ pub fn apply(
         json,
         screen,
     )
-}
-
-/// The whole file; one that no VMM would take is not read to its end.
-fn read_module(file: &Path) -> io::Result<Vec<u8>> {
-    let limit = u64::try_from(MODULE_LIMIT).unwrap_or(u64::MAX);
-    let mut module = Vec::new();
-    let mut start = File::open(file)?.take(limit.saturating_add(1));
-    start.read_to_end(&mut module)?;
-    if module.len() > MODULE_LIMIT {
-        let why = format!("longer than {} MiB, which no module is", MODULE_LIMIT >> 20);
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
-    }
-    Ok(module)
 }
 
 /// Reverts the patch `name`, or the only one.
@@ -68,8 +51,12 @@ pub fn revert(
         Some(name) => name.to_owned(),
         None => the_only_one(&connection.get::<Vec<PatchStatus>>("/patches")?)?,
     };
-    let change = PatchChange { enabled: false };
+    let change = PatchChange {
+        enabled: Some(false),
+        ..PatchChange::default()
+    };
     let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let begun = signal_after(connection, begun, waiting)?;
     follow(
         connection,
         begun,
@@ -78,6 +65,60 @@ pub fn revert(
         json,
         screen,
     )
+}
+
+/// Sends the fake signal in the running transition of the patch `name`, or of the only one that has one.
+pub fn signal(
+    connection: &Connection,
+    name: Option<&str>,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let name = match name {
+        Some(name) => name.to_owned(),
+        None => {
+            let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
+            let moving = patches.into_iter().find(|patch| patch.transition);
+            let none = || VerbError::Unfit("no patch is in transition".to_owned());
+            moving.ok_or_else(none)?.name
+        }
+    };
+    let change = PatchChange {
+        signal: Some(true),
+        ..PatchChange::default()
+    };
+    let status: PatchStatus = connection.patch(&resource(&name), &change)?;
+    if json {
+        return Ok(screen.json(&status)?);
+    }
+    Ok(screen.line(Tone::Busy, &summary(&status))?)
+}
+
+/// Asks for the fake signal after the delay that was given, if the transition has not ended at once.
+fn signal_after(
+    connection: &Connection,
+    begun: PatchStatus,
+    waiting: &Waiting,
+) -> Result<PatchStatus, VerbError> {
+    let (Some(after), true) = (waiting.signal_after, begun.transition) else {
+        return Ok(begun);
+    };
+    let change = PatchChange {
+        signal: Some(true),
+        signal_after_ms: Some(u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+        ..PatchChange::default()
+    };
+    match connection.patch(&resource(&begun.name), &change) {
+        Ok(status) => Ok(status),
+        // It may have ended meanwhile; then there is nobody left to signal.
+        Err(error) => {
+            let now: PatchStatus = connection.get(&resource(&begun.name))?;
+            if now.transition {
+                return Err(error.into());
+            }
+            Ok(now)
+        }
+    }
 }
 
 fn the_only_one(patches: &[PatchStatus]) -> Result<String, VerbError> {
@@ -320,6 +361,7 @@ mod tests {
             phase,
             enabled: matches!(phase, PatchPhase::Applying | PatchPhase::Applied),
             transition,
+            signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),
@@ -331,16 +373,22 @@ mod tests {
                     pid,
                     comm: "sleeper".into(),
                     kind: TaskKind::User,
+                    state: 'S',
                     way: None,
                     blocker: Some("in cmdline_proc_show".into()),
+                    since_ms: Some(1),
+                    signals: 0,
                     after_ms: None,
                 })
                 .chain([TaskReport {
                     pid: 99,
                     comm: "sh".into(),
                     kind: TaskKind::User,
+                    state: 'R',
                     way: Some(TaskWay::Stack),
                     blocker: None,
+                    since_ms: None,
+                    signals: 0,
                     after_ms: Some(3),
                 }])
                 .collect(),

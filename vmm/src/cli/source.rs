@@ -2,15 +2,17 @@
 //!
 //! Whoever shows tasks and stacks need not know which.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
-use vmm::api::wire::{Task, TaskStack};
+use patcher::CheckReport;
+use vmm::api::wire::{Symbol, Task, TaskStack};
 
 use super::connection::Connection;
 use super::core::CoreGuest;
+use super::module::read_module;
 use super::verbs::VerbError;
 
 /// Which guest, and how to print.
@@ -78,6 +80,29 @@ impl Guest {
         match self {
             Guest::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
             Guest::Core(core) => core.stack(pid),
+        }
+    }
+
+    /// What applying the module in `file` would come to.
+    pub fn check(&mut self, file: &Path) -> Result<CheckReport, VerbError> {
+        let module = read_module(file)?;
+        match self {
+            Guest::Live(connection) => {
+                let done = connection.post("/checks", module);
+                done.map_err(|source| VerbError::Module {
+                    path: file.to_owned(),
+                    source,
+                })
+            }
+            Guest::Core(core) => core.check(file, &module),
+        }
+    }
+
+    /// Its symbols.
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+        match self {
+            Guest::Live(connection) => Ok(connection.get("/symbols")?),
+            Guest::Core(core) => core.symbols(),
         }
     }
 }

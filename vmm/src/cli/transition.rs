@@ -212,8 +212,11 @@ mod tests {
             pid,
             comm: format!("task-{pid}"),
             kind: TaskKind::User,
+            state: 'S',
             way,
             blocker: way.is_none().then(|| "do_read+0x10/0x40".to_owned()),
+            since_ms: way.is_none().then_some(0),
+            signals: 0,
             after_ms: way.map(|_| 12),
         }
     }

@@ -10,11 +10,10 @@ use introspect::CoreError;
 use patcher::PatchError;
 
 use super::connection::{AskError, Connection};
-use super::core::CoreGuest;
 use super::screen::Screen;
 use super::source::Source;
 use super::transition::WatchError;
-use super::{dump, look, patches, power};
+use super::{check, dump, look, patches, power};
 
 /// Which VMM, and how to print.
 #[derive(Debug, Args)]
@@ -36,6 +35,9 @@ pub struct Waiting {
     /// Stop waiting after so long, with exit status 4; the transition goes on.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub timeout: Option<Duration>,
+    /// Send the fake signal to tasks that have not switched after so long.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub signal_after: Option<Duration>,
 }
 
 /// The verbs.
@@ -58,15 +60,19 @@ pub enum Verb {
         #[command(flatten)]
         source: Source,
     },
-    /// List the symbols of the kernel in a core file and of its modules, as /proc/kallsyms would.
+    /// List the symbols of the guest's kernel and modules, as its /proc/kallsyms does.
     #[command(after_help = EXIT_STATUSES)]
     Symbols {
-        /// The core file.
-        #[arg(long, value_name = "FILE")]
-        core: PathBuf,
-        /// Print JSON instead of text.
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Say what applying a livepatch module would come to, and who is in its way now; nothing is changed.
+    #[command(after_help = EXIT_STATUSES)]
+    Check {
+        /// The module: the .ko that insmod would take.
+        file: PathBuf,
+        #[command(flatten)]
+        source: Source,
     },
     /// Write a core file of the guest, which stands still meanwhile: for crash, drgn, and the verbs that take --core.
     #[command(after_help = EXIT_STATUSES)]
@@ -90,6 +96,14 @@ pub enum Verb {
     #[command(after_help = EXIT_STATUSES)]
     Status {
         /// The patch.
+        name: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Send the fake signal to the tasks that have not switched: system calls that sleep restart, or return EINTR.
+    #[command(after_help = EXIT_STATUSES)]
+    Signal {
+        /// The patch; may be left out when one is in transition.
         name: Option<String>,
         #[command(flatten)]
         target: Target,
@@ -166,6 +180,16 @@ pub enum VerbError {
         /// Why.
         source: PatchError,
     },
+    /// The guest in the core file would not take the module.
+    #[error("{} in {}: {source}", file.display(), core.display())]
+    NotForCore {
+        /// The module.
+        file: PathBuf,
+        /// The core.
+        core: PathBuf,
+        /// Why.
+        source: PatchError,
+    },
     /// The VMM does not take the file.
     #[error("{}: {source}", path.display())]
     Module {
@@ -229,7 +253,10 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
         Verb::Stack { pid, all, source } => {
             look::stack(&mut source.open()?, pid, all, source.json(), screen)
         }
-        Verb::Symbols { core, json } => look::symbols(&mut CoreGuest::open(&core)?, json, screen),
+        Verb::Symbols { source } => look::symbols(&mut source.open()?, source.json(), screen),
+        Verb::Check { file, source } => {
+            check::check(&mut source.open()?, &file, source.json(), screen)
+        }
         Verb::Dump { file, target } => dump::dump(&target.connect()?, &file, target.json, screen),
         Verb::Apply {
             file,
@@ -238,6 +265,9 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
         } => patches::apply(&target.connect()?, &file, &waiting, target.json, screen),
         Verb::Status { name, target } => {
             patches::status(&target.connect()?, name.as_deref(), target.json, screen)
+        }
+        Verb::Signal { name, target } => {
+            patches::signal(&target.connect()?, name.as_deref(), target.json, screen)
         }
         Verb::Revert {
             name,

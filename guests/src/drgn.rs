@@ -1,0 +1,61 @@
+//! drgn, the debugger that our answers are compared with: taken from PyPI by the host's pip, kept in the cache, not installed.
+//!
+//! Knows how a script is run with it; what scripts ask is theirs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::apt::run;
+use crate::cache::Cache;
+use crate::packages::PackageError;
+use crate::{progress, tools};
+
+/// The version that the figures in `docs/` were taken with.
+const VERSION: &str = "0.3.0";
+
+/// drgn in the cache.
+#[derive(Debug, Clone)]
+pub struct Drgn {
+    packages: PathBuf,
+}
+
+impl Drgn {
+    /// Fetches drgn, or finds it in the cache.
+    ///
+    /// # Errors
+    /// When Python or pip is missing and may not be installed, or the download fails.
+    pub fn fetch(cache: &Cache) -> Result<Drgn, PackageError> {
+        tools::require(&[("python3", "python3"), ("pip3", "python3-pip")])?;
+        let packages = cache
+            .root()
+            .join(format!("drgn/{VERSION}-{}", python_tag()?));
+        if !packages.is_dir() {
+            let staging = cache.stage()?;
+            let bar = progress::spinner(&format!("fetching drgn {VERSION}"));
+            let mut pip = Command::new("python3");
+            pip.args(["-m", "pip", "install", "--quiet", "--no-deps"])
+                .args(["--only-binary", ":all:", "--target"])
+                .arg(staging.path())
+                .arg(format!("drgn=={VERSION}"));
+            run(pip, || bar.tick())?;
+            bar.finish_and_clear();
+            staging.commit(&packages)?;
+        }
+        Ok(Drgn { packages })
+    }
+
+    /// The command that runs a script which may `import drgn`.
+    pub fn command(&self, script: &Path) -> Command {
+        let mut command = Command::new("python3");
+        command.env("PYTHONPATH", &self.packages).arg(script);
+        command
+    }
+}
+
+/// What Python calls itself where it keeps compiled code: drgn is built for each.
+fn python_tag() -> Result<String, PackageError> {
+    let mut command = Command::new("python3");
+    command.args(["-c", "import sys; print(sys.implementation.cache_tag)"]);
+    let output = run(command, || ())?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
