@@ -12,6 +12,7 @@
 use std::sync::OnceLock;
 
 use introspect::kallsyms::Window;
+use introspect::listing::behind_core;
 use introspect::modules::modules as list;
 use introspect::orc::Encoding;
 use introspect::orc_table::OrcTable;
@@ -185,7 +186,7 @@ pub fn modules(data: &[u8]) -> usize {
                 .count();
         }
     }
-    seen + introspect::listing::behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
+    seen + behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
 }
 
 /// A core file: all bytes of it.
@@ -223,6 +224,8 @@ pub fn stacks_of(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -
         return 0;
     };
     let _ = unwinder.refresh(kernel, &reader);
+    // What comes of these is no matter here: `modules` counts it.
+    let _ = (behind_core(kernel, &reader), kernel.vmcoreinfo(&reader));
     tasks
         .iter()
         .filter(|task| {
