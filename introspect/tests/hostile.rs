@@ -4,7 +4,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use introspect::kallsyms::{KallsymsError, Window};
 use introspect::listing::{ListingError, behind_core};
@@ -17,6 +16,7 @@ use introspect::{
 };
 use vm_memory::GuestAddress;
 
+use fuzz::bounded;
 use fuzz::image::{self, module_at, signal_at, task_at, virt};
 use fuzz::mutate::{Mutated, PARTS};
 
@@ -28,23 +28,12 @@ mod largest;
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 
-/// No input may take longer, however it is built.
-const MAX_TIME: Duration = Duration::from_secs(2);
 /// Inside `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the BTF made here has them.
 const TASKS: usize = 72;
 const THREAD_NODE: usize = 88;
 const SIGNAL: usize = 112;
 const LIST: usize = 8;
 const ORC_COUNT: usize = 200;
-
-/// Runs `work` within the bounds.
-fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
-    let start = Instant::now();
-    let out = fuzz::capped(what, work);
-    let took = start.elapsed();
-    assert!(took < MAX_TIME, "{what} took {took:?}");
-    out
-}
 
 fn memory() -> Mutated<'static> {
     Mutated::new(fuzz::ram(), &PARTS, &[])

@@ -1,8 +1,8 @@
 //! What a target's inputs cost: `cargo run --release --example replay -- TARGET FILE...` prints the slowest and the largest.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use introspect_fuzz::{TARGETS, allocations, prepare};
+use introspect_fuzz::{TARGETS, allocations, cpu_time, prepare};
 
 fn main() {
     let mut words = std::env::args().skip(1);
@@ -14,9 +14,9 @@ fn main() {
     let mut count = 0;
     for path in words {
         let bytes = std::fs::read(&path).expect("an input");
-        let start = Instant::now();
+        let start = cpu_time();
         let (_, held) = allocations::measured(|| run(&bytes));
-        slowest = slowest.max((start.elapsed(), path.clone()));
+        slowest = slowest.max((cpu_time() - start, path.clone()));
         largest = largest.max((held, path));
         count += 1;
     }

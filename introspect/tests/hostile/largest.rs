@@ -8,7 +8,7 @@ use introspect::listing::{ListingError, behind_core};
 use introspect::modules::modules;
 
 use super::fuzz::image::{self, module_at, virt};
-use super::{bounded, fuzz};
+use super::fuzz::{self, bounded};
 
 #[test]
 fn btf_of_as_many_types_as_may_be() {
