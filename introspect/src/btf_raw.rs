@@ -11,6 +11,7 @@ const MAX_NAME: usize = 512;
 
 /// BTF that is not as it should be, or lacks what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BtfError {
     /// The header is not BTF's.
     #[error("not BTF: {0}")]

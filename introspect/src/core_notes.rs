@@ -32,6 +32,7 @@ const FRED: u32 = 1 << 2;
 
 /// Why a note cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoteError {
     /// It ends too soon.
     #[error("it has {found} bytes and says that it needs more")]

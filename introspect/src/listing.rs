@@ -19,7 +19,7 @@ use crate::reader::{Field, KernelMemory, ReadError};
 use crate::symbols::{Symbol, SymbolError};
 
 /// What all modules together may have, in bytes here: thousands of them can name one and the same table. Half a million symbols
-/// take so much, five times what a desktop has.
+/// take so much; a guest with every module of its distribution has some 300,000.
 const MAX_LISTED: usize = 48 << 20;
 /// What they may have in the guest, in symbols: those without a name are read and not listed.
 const MAX_READ: usize = 1 << 20;
@@ -43,6 +43,7 @@ pub struct ListedSymbol {
 
 /// Why the symbols could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ListingError {
     /// The modules.
     #[error(transparent)]
@@ -72,7 +73,7 @@ pub enum ListingError {
 
 /// All that comes behind the kernel's own symbols ([`Kernel::symbols`], which never change), in the guest's order.
 ///
-/// Linear in the number of symbols.
+/// n log n in the number of symbols, of which there is a limit. What it can say wrong: see the head of this module.
 ///
 /// # Errors
 /// [`ListingError`].

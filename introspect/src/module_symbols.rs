@@ -136,7 +136,7 @@ impl ModuleSymbols {
     /// All symbols as `/proc/kallsyms` has them, in its order: also those that the module uses and others define, as long as the
     /// guest keeps those (while the module's init runs, and in a livepatch module). The letter is a capital where the module
     /// exports the symbol.
-    pub fn listed(&self) -> impl Iterator<Item = Symbol<'_>> {
+    pub fn listed(&self) -> impl ExactSizeIterator<Item = Symbol<'_>> {
         self.entries.iter().map(|entry| self.symbol(entry))
     }
 

@@ -13,6 +13,7 @@ pub const MAX_ENTRIES: usize = 2 << 20;
 
 /// A table that cannot be what a kernel made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OrcTableError {
     /// No entry at all.
     #[error("ORC table is empty")]

@@ -84,6 +84,9 @@ impl Task {
     pub fn state_letter(&self) -> char {
         const EXIT_DEAD: u32 = 0x10;
         const EXIT_ZOMBIE: u32 = 0x20;
+        /// From 5.15 and 6.1 on; no older kernel has these bits.
+        const TASK_RTLOCK_WAIT: u64 = 0x1000;
+        const TASK_FROZEN: u64 = 0x8000;
         if self.exit_state & EXIT_DEAD != 0 {
             return 'X';
         }
@@ -97,6 +100,8 @@ impl Task {
             s if s & 0x4 != 0 => 'T',
             s if s & 0x8 != 0 => 't',
             s if s & 0x40 != 0 => 'P',
+            // In a sleeping spinlock of PREEMPT_RT, or frozen: `include/linux/sched.h: __task_state_index` calls both so.
+            s if s & (TASK_RTLOCK_WAIT | TASK_FROZEN) != 0 => 'D',
             _ => 'R',
         }
     }

@@ -167,6 +167,7 @@ impl Control for MadeUp {
                 TaskReport {
                     way: Some(TaskWay::Stack),
                     blocker: None,
+                    since_ms: None,
                     ..report(1, "init")
                 },
             ],

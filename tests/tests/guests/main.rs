@@ -9,8 +9,10 @@ mod blocked;
 mod check;
 mod differential;
 mod dumps;
+mod flavours;
 mod generations;
 mod insmod;
+mod locks;
 mod machine;
 mod patching;
 mod refusals;
@@ -85,6 +87,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
     all.extend(symbols::scenarios());
+    all.extend(flavours::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
@@ -115,6 +118,7 @@ fn outside() -> ExitCode {
     let tally = Arc::new(Tally::default());
     let trials = scenarios()
         .into_iter()
+        .filter(flavours::is_wanted)
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {

@@ -180,6 +180,14 @@ pub enum VerbError {
         /// Why.
         source: PatchError,
     },
+    /// The guest was stopped in the middle of something that makes its core unreadable in part, for ever.
+    #[error("{}: the guest was stopped in the middle of a change ({what}): take another core of it", path.display())]
+    CaughtInCore {
+        /// Which.
+        path: PathBuf,
+        /// What was in the way.
+        what: String,
+    },
     /// The guest in the core file would not take the module.
     #[error("{} in {}: {source}", file.display(), core.display())]
     NotForCore {
