@@ -16,12 +16,15 @@ use crate::btf::BtfError;
 use crate::kernel::Kernel;
 use crate::modules::{ModulesError, modules};
 use crate::reader::{Field, KernelMemory, ReadError};
-use crate::symbols::SymbolError;
+use crate::symbols::{Symbol, SymbolError};
 
+/// What all modules together may have, in bytes here: thousands of them can name one and the same table. Half a million symbols
+/// take so much; a guest with every module of its distribution has some 300,000.
+const MAX_LISTED: usize = 48 << 20;
+/// What they may have in the guest, in symbols: those without a name are read and not listed.
+const MAX_READ: usize = 1 << 20;
 /// No list of these is longer.
 const MAX_ENTRIES: usize = 1 << 16;
-/// All of them together; a guest with every module of its distribution has some 300,000.
-const MAX_LISTED: usize = 1 << 19;
 /// `KSYM_NAME_LEN`, the largest so far, less the NUL.
 const MAX_NAME: usize = 511;
 
@@ -54,9 +57,12 @@ pub enum ListingError {
     /// A list leads out of memory.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// There are more symbols than any guest has: tables of many modules can be one and the same memory.
-    #[error("modules list more than {MAX_LISTED} symbols")]
-    TooMany,
+    /// More symbols than all modules of a guest can have.
+    #[error("with module {module}, the modules have more symbols than make sense")]
+    TooMuch {
+        /// The one that was too much.
+        module: String,
+    },
     /// A list has no end.
     #[error("the list {list} does not end after {MAX_ENTRIES} entries")]
     Endless {
@@ -76,11 +82,17 @@ pub fn behind_core(
     memory: &KernelMemory<'_>,
 ) -> Result<Vec<ListedSymbol>, ListingError> {
     let mut listed = Vec::new();
+    let (mut room, mut unread) = (MAX_LISTED, MAX_READ);
     for module in modules(kernel, memory)? {
         let symbols = module.symbols(kernel, memory)?;
-        if listed.len() + symbols.listed().len() > MAX_LISTED {
-            return Err(ListingError::TooMany);
-        }
+        let size = |symbol: Symbol<'_>| size_of::<ListedSymbol>() + symbol.name.len();
+        let size = symbols.listed().map(size).sum();
+        (room, unread) = room
+            .checked_sub(size)
+            .zip(unread.checked_sub(symbols.cost()))
+            .ok_or_else(|| ListingError::TooMuch {
+                module: module.name.clone(),
+            })?;
         listed.extend(symbols.listed().map(|symbol| ListedSymbol {
             gva: symbol.gva,
             letter: symbol.letter,
