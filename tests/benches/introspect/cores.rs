@@ -6,7 +6,8 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -32,6 +33,8 @@ const GUEST_MIB: u32 = 3 << 10;
 const BED_MIB: u32 = 5 << 10;
 /// How long all may take; ten times what it takes on an idle machine.
 const LIMIT: Duration = Duration::from_secs(3000);
+/// How long one dump may take.
+const DUMP_LIMIT: Duration = Duration::from_secs(600);
 /// How many seconds sleepers may take to sleep.
 const PATIENCE: u32 = 600;
 /// Goes up when cores are to be made anew.
@@ -51,6 +54,8 @@ pub struct Core {
 struct Plan {
     binary: PathBuf,
     stock: Stock,
+    /// How many sleepers each guest is to have.
+    sizes: Vec<u32>,
     /// Where the cores go.
     folder: PathBuf,
 }
@@ -58,7 +63,7 @@ struct Plan {
 /// Every core, smallest first, and the kernel's release. They are made if they are not there.
 ///
 /// # Errors
-/// When no guest could be had or driven; nothing is kept then.
+/// When no guest could be had or driven; the cores that there are by then are kept.
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
     let stock = Stock::prepare(Order {
@@ -74,10 +79,20 @@ pub fn all() -> Result<(String, Vec<Core>)> {
     let mark = fingerprint([sleeper.text.as_bytes(), EDITION.as_bytes()]);
     let place = cache.root().join(format!("cores/{}-{mark}", stock.release));
     let _lock = cache.lock("cores")?;
-    if !place.exists() {
+    fs::create_dir_all(&place)?;
+    let is_missing = |sleepers: &u32| !place.join(name(*sleepers)).exists();
+    let missing: Vec<u32> = SIZES.into_iter().filter(is_missing).collect();
+    if !missing.is_empty() {
         let staging = cache.stage()?;
-        capture(&stock, staging.path())?;
-        staging.commit(&place)?;
+        let captured = capture(&stock, staging.path(), &missing);
+        // A core has its name once it is whole: it is kept whatever became of the others.
+        for name in missing.iter().map(|sleepers| name(*sleepers)) {
+            let core = staging.path().join(&name);
+            if core.exists() {
+                fs::rename(core, place.join(&name))?;
+            }
+        }
+        captured?;
     }
     let cores = SIZES.map(|sleepers| Core {
         sleepers,
@@ -91,14 +106,15 @@ fn name(sleepers: u32) -> String {
 }
 
 /// On the host: starts this program again inside the bed.
-fn capture(stock: &Stock, folder: &Path) -> Result<()> {
+fn capture(stock: &Stock, folder: &Path, sizes: &[u32]) -> Result<()> {
     println!(
-        "capturing cores of Linux {} with {SIZES:?} sleepers: some minutes, once",
+        "capturing cores of Linux {} with {sizes:?} sleepers in the test bed: some minutes, once",
         stock.release
     );
     let plan = Plan {
         binary: build_outpatch()?,
         stock: stock.clone(),
+        sizes: sizes.to_vec(),
         folder: folder.to_owned(),
     };
     let file = folder.join("plan.json");
@@ -130,7 +146,7 @@ pub fn inside(plan: &Path) -> Result<()> {
         memory_mib: GUEST_MIB,
         append: String::new(),
     };
-    for sleepers in SIZES {
+    for sleepers in plan.sizes {
         let path = plan.folder.join(name(sleepers));
         one(&spec, sleepers, &path).with_context(|| format!("{sleepers} sleepers"))?;
     }
@@ -144,9 +160,18 @@ fn one(spec: &GuestSpec, sleepers: u32, path: &Path) -> Result<()> {
         ["threads-max", "pid_max"].map(|of| format!("echo 100000 > /proc/sys/kernel/{of}"));
     guest.sh(&limits.join(" && "))?;
     start_sleepers(&mut guest, sleepers)?;
-    let path = path.to_str().context("a path in UTF-8")?;
-    let dump = guest.outpatch().json(&["dump", path])?;
-    println!("{sleepers} sleepers: {dump}");
+    let file = path.to_str().context("a path in UTF-8")?;
+    let start = Instant::now();
+    // The command gives up before an emulated VMM has written so much, and says that it may still be done.
+    if let Err(error) = guest.outpatch().json(&["dump", file]) {
+        while !path.exists() {
+            if start.elapsed() > DUMP_LIMIT {
+                return Err(error);
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+    println!("{sleepers} sleepers: dumped in {:?}", start.elapsed());
     // What is in it is no longer needed, and 20,000 processes take long to end.
     drop(guest);
     Ok(())

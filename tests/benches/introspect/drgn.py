@@ -28,12 +28,13 @@ def listing():
 listings = [listing() for _ in range(RUNS)]
 # Running tasks have no saved frame, and their registers may be in no note that drgn reads.
 asleep = [task for task in for_each_task(prog) if not task.on_cpu.value_()]
-# An odd step: the ways to sleep come in turn, and all are to be among them.
-chosen = asleep[:: max(1, len(asleep) // sample) | 1][:sample]
-# The unwind data are read at the first stack. Some stacks drgn follows through user mode, for a thousand frames of nothing:
-# those are left out.
+# Some stacks drgn follows through user mode, for a thousand frames of nothing: those are left out, in its favour. Going through
+# them reads its unwind data, too, which it does once.
 LONGEST = 64
-chosen = [task for task in chosen if len(prog.stack_trace(task)) <= LONGEST]
+chosen = []
+for task in asleep:
+    if len(chosen) < sample and len(prog.stack_trace(task)) <= LONGEST:
+        chosen.append(task)
 
 
 def unwinding():
