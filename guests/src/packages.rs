@@ -382,6 +382,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_what_the_archive_lacks_is_passed_over() {
+        let failed = |stderr: &str| PackageError::Tool {
+            command: "apt-get download".to_owned(),
+            stderr: stderr.to_owned(),
+        };
+        assert!(failed("E: Failed to fetch http://x/a.deb  404  Not Found [IP: ::1 80]").is_gone());
+        assert!(!failed("E: Failed to fetch http://x/a.deb  Could not resolve 'x'").is_gone());
+        let unlisted = PackageError::NotFound {
+            name: "a404".to_owned(),
+            suites: "sid".to_owned(),
+            lists: PathBuf::from("/lists"),
+        };
+        assert!(!unlisted.is_gone());
+    }
+
+    #[test]
     fn files_are_matched_to_packages_by_name_and_version() {
         let candidate = Candidate {
             name: "qemu-system-x86".to_owned(),

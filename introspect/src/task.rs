@@ -106,3 +106,36 @@ impl Task {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_have_the_letters_of_proc() {
+        let letter = |state, exit_state| {
+            let task = Task {
+                addr: Gva(1),
+                pid: 1,
+                tgid: 1,
+                comm: String::new(),
+                kind: TaskKind::User,
+                state,
+                exit_state,
+                flags: 0,
+                tif: 0,
+                on_cpu: false,
+                cpu: None,
+                vcpu: None,
+                patch_state: None,
+                sp: Gva::NULL,
+                stack: Gva::NULL,
+            };
+            task.state_letter()
+        };
+        let states = [0, 0x1, 0x2, 0x4, 0x8, 0x40, 0x402, 0x1000, 0x8000];
+        let letters: String = states.map(|state| letter(state, 0)).iter().collect();
+        assert_eq!(letters, "RSDTtPIDD");
+        assert_eq!((letter(0, 0x20), letter(0x80, 0x10)), ('Z', 'X'));
+    }
+}

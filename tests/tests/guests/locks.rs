@@ -55,17 +55,24 @@ impl<'a> Pane<'a> {
 pub fn readers_say_busy(path: &Path) -> Result<()> {
     let core = CoreFile::open(path)?;
     let kernel = Kernel::find(&core, core.vcpus())?;
-    let (writer, reader) = match kernel.banner.contains("PREEMPT_RT") {
-        true => RT,
-        false => QUEUED,
-    };
     let lock = kernel.symbols.address("tasklist_lock")?;
+    let ((writer, reader), lock) = match kernel.banner.contains("PREEMPT_RT") {
+        true => {
+            let readers = ["rwbase_rt.readers", "rt_rw_lock.readers"];
+            (RT, kernel.btf.first_field(&readers)?.of(lock))
+        }
+        // It begins with the word.
+        false => (QUEUED, lock),
+    };
     let plain = tasks(&kernel, &kernel.memory(&core), core.vcpus())?.len();
 
     let pane = Pane::over(&core, &kernel, lock, &writer.to_le_bytes())?;
     match tasks(&kernel, &kernel.memory(&pane), core.vcpus()) {
         Err(TasksError::Busy("tasklist_lock")) => {}
-        other => bail!("with tasklist_lock held for writing: {other:?}"),
+        other => bail!(
+            "with tasklist_lock held for writing: {:?}",
+            other.map(|tasks| tasks.len())
+        ),
     }
     let pane = Pane::over(&core, &kernel, lock, &reader.to_le_bytes())?;
     let shared = tasks(&kernel, &kernel.memory(&pane), core.vcpus())?.len();
