@@ -91,11 +91,13 @@ fn cancelled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
     outpatch.ok(&["apply", patch, "--signal-after", "0"])?;
     outpatch.call(&["revert", "pause", "--no-wait"])?;
     if the_patch(outpatch)?["transition"] == true {
-        outpatch.call(&["cancel", "pause"])?;
+        // Those who have moved already may sleep in the old function again.
+        outpatch.call(&["cancel", "pause", "--no-wait"])?;
+        outpatch.call(&["signal", "pause"])?;
     }
     let ended = end_of_transition(outpatch)?;
     if ended["phase"] == "applied" {
-        outpatch.ok(&["revert", "pause"])?;
+        outpatch.ok(&["revert", "pause", "--timeout", "60"])?;
     }
     ensure!(states(guest)?.iter().eq([&-1]), "states are left behind");
     guest.sh("sleep 1")?;
