@@ -53,6 +53,16 @@ pub enum PackageError {
 
 type Result<T> = std::result::Result<T, PackageError>;
 
+/// How many versions may be listed and not there.
+const MOST_GONE: usize = 3;
+
+impl PackageError {
+    /// The archive has not what its lists name.
+    fn is_gone(&self) -> bool {
+        matches!(self, PackageError::Tool { stderr, .. } if stderr.contains("404"))
+    }
+}
+
 /// A package in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Package {
@@ -182,29 +192,7 @@ impl Packages {
         if let Some(found) = self.indexed(&key) {
             return Ok(found);
         }
-        let resolve = || {
-            let found = self.apt.candidates(&names()?, suites)?;
-            self.apt
-                .newest(found)?
-                .ok_or_else(|| PackageError::NotFound {
-                    name: what.to_owned(),
-                    suites: suites.join(", "),
-                    lists: self.apt.folder.join("lists"),
-                })
-        };
-        let candidate = self.apt.with_lists(resolve)?;
-        let fetched = match self.download(std::slice::from_ref(&candidate)) {
-            Ok(fetched) => fetched,
-            Err(first) => {
-                // Point versions vanish from a suite as new ones come: look again with fresh lists, once.
-                self.apt.update_lists()?;
-                let again = resolve()?;
-                if again == candidate {
-                    return Err(first);
-                }
-                self.download(&[again])?
-            }
-        };
+        let fetched = self.download_newest(what, suites, names)?;
         let mut index = self.index();
         index.extend(fetched.iter().map(|p| (key.clone(), p.clone())));
         self.write_json(&self.index_path(), &index)?;
@@ -212,6 +200,46 @@ impl Packages {
             command: format!("fetching {what}"),
             stderr: "it vanished from the cache".to_owned(),
         })
+    }
+
+    /// The newest that the archive really has: its lists can name a file that is gone, or not there yet.
+    fn download_newest(
+        &self,
+        what: &str,
+        suites: &[&str],
+        names: impl Fn() -> Result<Vec<String>>,
+    ) -> Result<Vec<Package>> {
+        let mut gone: Vec<Candidate> = Vec::new();
+        let mut first = None;
+        loop {
+            let resolve = || {
+                let mut found = self.apt.candidates(&names()?, suites)?;
+                found.retain(|candidate| !gone.contains(candidate));
+                let newest = self.apt.newest(found)?;
+                newest.ok_or_else(|| PackageError::NotFound {
+                    name: what.to_owned(),
+                    suites: suites.join(", "),
+                    lists: self.apt.folder.join("lists"),
+                })
+            };
+            let candidate = match self.apt.with_lists(resolve) {
+                Ok(candidate) => candidate,
+                Err(error) => return Err(first.unwrap_or(error)),
+            };
+            let error = match self.download(std::slice::from_ref(&candidate)) {
+                Ok(fetched) => return Ok(fetched),
+                Err(error) => error,
+            };
+            if !error.is_gone() || gone.len() >= MOST_GONE {
+                return Err(first.unwrap_or(error));
+            }
+            if first.is_none() {
+                // Point versions vanish from a suite as new ones come: look again with fresh lists.
+                self.apt.update_lists()?;
+            }
+            first.get_or_insert(error);
+            gone.push(candidate);
+        }
     }
 
     fn index_path(&self) -> PathBuf {
@@ -352,6 +380,22 @@ fn folder_size(folder: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_the_archive_lacks_is_passed_over() {
+        let failed = |stderr: &str| PackageError::Tool {
+            command: "apt-get download".to_owned(),
+            stderr: stderr.to_owned(),
+        };
+        assert!(failed("E: Failed to fetch http://x/a.deb  404  Not Found [IP: ::1 80]").is_gone());
+        assert!(!failed("E: Failed to fetch http://x/a.deb  Could not resolve 'x'").is_gone());
+        let unlisted = PackageError::NotFound {
+            name: "a404".to_owned(),
+            suites: "sid".to_owned(),
+            lists: PathBuf::from("/lists"),
+        };
+        assert!(!unlisted.is_gone());
+    }
 
     #[test]
     fn files_are_matched_to_packages_by_name_and_version() {

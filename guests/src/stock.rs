@@ -39,8 +39,6 @@ pub struct Stock {
     pub bzimage: PathBuf,
     /// The initramfs, with the patches in `/lib/patches` and the kernel's modules in `/lib/modules`.
     pub initrd: PathBuf,
-    /// The build configuration.
-    pub config: PathBuf,
     /// Patches built for this kernel, by name.
     pub patches: BTreeMap<String, PathBuf>,
 }
@@ -93,7 +91,6 @@ impl Stock {
             release: kernel.release,
             bzimage: kernel.bzimage,
             initrd,
-            config: kernel.config,
             patches: built,
         })
     }

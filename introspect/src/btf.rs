@@ -94,14 +94,15 @@ impl Btf {
                 Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::DataSec
             )
         };
-        let mut named: Vec<(&[u8], u32)> = Vec::new();
+        let wanted = |found: &Type| wanted(found.kind) && found.name != 0;
+        // Counted first, so that it never grows.
+        let count = raw.iter().filter(|(_, found)| wanted(found)).count();
+        let mut named: Vec<(&[u8], u32)> = Vec::with_capacity(count);
         let mut names = 0;
-        for (id, found) in raw.iter() {
-            if wanted(found.kind) && found.name != 0 {
-                let name = raw.name(found.name);
-                names += name.len();
-                named.push((name, id));
-            }
+        for (id, found) in raw.iter().filter(|(_, found)| wanted(found)) {
+            let name = raw.name(found.name);
+            names += name.len();
+            named.push((name, id));
         }
         if names > MAX_NAMES {
             return Err(BtfError::Header("its names are too long"));

@@ -4,13 +4,14 @@
 const HEADER: usize = 24;
 const MAGIC: u16 = 0xeb9f;
 /// Types of the largest kernels: about 130,000.
-const MAX_TYPES: usize = 2 << 20;
+const MAX_TYPES: usize = 1 << 19;
 /// `KSYM_NAME_LEN`, the kernel's own bound (`kernel/bpf/btf.c: btf_name_valid_identifier`). What is longer is no name: to look
 /// for its end would be to read all strings, once for each type that has it.
 const MAX_NAME: usize = 512;
 
 /// BTF that is not as it should be, or lacks what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BtfError {
     /// The header is not BTF's.
     #[error("not BTF: {0}")]

@@ -6,6 +6,7 @@ use crate::core_notes::NoteError;
 
 /// Why a file is no core that can be read here.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CoreError {
     /// The file cannot be opened or read.
     #[error("cannot read it: {0}")]

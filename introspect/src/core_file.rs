@@ -51,7 +51,7 @@ pub struct CoreFile {
 }
 
 impl CoreFile {
-    /// Opens the core at `path`.
+    /// Opens the core at `path`: reads its headers and notes, and of the memory nothing yet. Linear in segments and vCPUs, both bounded.
     ///
     /// # Errors
     /// [`CoreError`]; the path is the caller's to add.

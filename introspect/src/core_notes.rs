@@ -3,7 +3,7 @@
 //! Knows the layout of each sort of note, nothing of the file around them and nothing of a kernel. Three sorts matter:
 //! `CORE`, which each debugger reads; `QEMU`, the form that QEMU's dumps have the system registers in
 //! (`target/i386/arch_dump.c: QEMUCPUState`), known to crash and drgn; and `outpatch`, which alone has all that [`VcpuRegs`] has.
-//! What is parsed is hostile: everything is read through [`Words`], which ends with the bytes.
+//! What is parsed is hostile: everything is read through `Words`, which ends with the bytes.
 
 use object::elf;
 
@@ -32,6 +32,7 @@ const FRED: u32 = 1 << 2;
 
 /// Why a note cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoteError {
     /// It ends too soon.
     #[error("it has {found} bytes and says that it needs more")]

@@ -44,6 +44,7 @@ pub(crate) const DIGITS: [u8; 20] = *b"0\x001\x002\x003\x004\x005\x006\x007\x008
 
 /// Why there are no symbols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum KallsymsError {
     /// No token table with its index.
     #[error("no kallsyms token table in the kernel's read-only data")]

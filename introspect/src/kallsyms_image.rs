@@ -19,8 +19,9 @@ const TABLES: usize = 10 << 20;
 const STOCK_TABLES: usize = 2 << 20;
 /// What has been searched is forgotten when it is so much.
 const FORGET: usize = 2 * CHUNK;
-/// So much of all images together is searched: a hostile guest can show several, as large as it likes.
-const MAX_SEARCHED: usize = 256 << 20;
+/// So much of all images together is searched: a hostile guest can show several, as large as it likes. The data of one that is
+/// honest have some 40 MiB, and kallsyms is in their first half.
+const MAX_SEARCHED: usize = 128 << 20;
 
 /// What the search through all images of a guest has left.
 #[derive(Debug)]

@@ -73,6 +73,7 @@ pub struct TextRanges {
 
 /// Why no kernel was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FindError {
     /// The guest has not booted so far: try again later.
     #[error("the guest's kernel is not up yet: {0}")]
@@ -116,6 +117,7 @@ pub enum FindError {
 
 /// How far the guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NotReady {
     /// No vCPU's registers lead to a kernel image: firmware, decompressor, or the first instructions.
     #[error("no vCPU shows a kernel image")]
@@ -127,6 +129,10 @@ pub enum NotReady {
 
 impl Kernel {
     /// Finds the kernel from memory and the registers of stopped vCPUs alone.
+    ///
+    /// Reads the kernel's image from end to end, and its types. All that it keeps is fixed once the guest runs
+    /// (`system_state` is `SYSTEM_RUNNING`), so it depends on no lock; the vCPUs may run on while it reads, if one of the page tables that
+    /// their registers name stays. Linear in the image: hundreds of milliseconds for a stock kernel. Good as long as the guest is not reset.
     ///
     /// # Errors
     /// [`FindError::NotReady`] when it is too early; any other when it is no kernel that we understand.
@@ -189,7 +195,7 @@ impl Kernel {
         KernelMemory::new(phys, self.space)
     }
 
-    /// The core kernel's symbol that `gva` belongs to and the offset into it.
+    /// The core kernel's symbol that `gva` belongs to and the offset into it. Reads nothing; a binary search.
     #[must_use]
     pub fn symbolize(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         self.symbols.at(gva)

@@ -3,8 +3,9 @@
 //! Knows names of types and members, never numbers. A field that a generation lacks is an `Option`; the error for any other
 //! names what is missing. What only one other place needs, that place asks BTF for itself.
 
+use crate::addr::Gva;
 use crate::btf::{Btf, BtfError};
-use crate::reader::Field;
+use crate::reader::{Field, KernelMemory, ReadError};
 
 /// Every field, by the structure it is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -207,12 +208,31 @@ pub struct ModuleOrcLayout {
 /// Locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockLayout {
-    /// `mutex.owner`: 0 when free, but for its low three bits.
-    pub mutex_owner: Field,
-    /// `qrwlock.wlocked`: 0xff while a writer holds it.
-    pub rwlock_writer: Field,
-    /// `qspinlock.locked`: not 0 while held.
-    pub spinlock_locked: Field,
+    /// A `struct mutex`: somebody has it, or is being given it.
+    pub mutex: LockWord,
+    /// An `rwlock_t`: a writer has it.
+    pub rwlock_writer: LockWord,
+    /// A `raw_spinlock_t`: somebody has it.
+    pub raw_spinlock: LockWord,
+}
+
+/// How a sort of lock says that it is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockWord {
+    /// Its field that does.
+    pub field: Field,
+    /// One of these bits is set in it while the lock is held.
+    pub held: u64,
+}
+
+impl LockWord {
+    /// Whether the lock at `lock` is held. Constant.
+    ///
+    /// # Errors
+    /// [`ReadError`] when it cannot be read.
+    pub fn is_held(&self, memory: &KernelMemory<'_>, lock: Gva) -> Result<bool, ReadError> {
+        Ok(memory.field(lock, self.field)? & self.held != 0)
+    }
 }
 
 /// `struct irq_work`.
@@ -294,11 +314,7 @@ impl Layout {
             },
             module: module(btf)?,
             list_next: btf.field("list_head.next")?,
-            lock: LockLayout {
-                mutex_owner: btf.field("mutex.owner")?,
-                rwlock_writer: btf.field("qrwlock.wlocked")?,
-                spinlock_locked: btf.field("qspinlock.locked")?,
-            },
+            lock: lock(btf)?,
             irq_work: IrqWorkLayout {
                 size: btf.size_of("irq_work")?,
                 llist: btf.field("irq_work.node.llist")?,
@@ -352,6 +368,26 @@ fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
         ret_stack: btf.field("task_struct.ret_stack").ok(),
         rethooks: btf.field("task_struct.rethooks").ok(),
         kretprobe_instances: btf.field("task_struct.kretprobe_instances").ok(),
+    })
+}
+
+/// With `CONFIG_PREEMPT_RT` a mutex is an `rt_mutex`, and a writer of an `rwlock_t` says so by a bit of the count of readers
+/// (`include/linux/rwbase_rt.h: WRITER_BIAS`; up to 5.14 in the rt patches' `kernel/locking/rwlock-rt.c`).
+fn lock(btf: &Btf) -> Result<LockLayout, BtfError> {
+    const ANY: u64 = u64::MAX;
+    const WRITER_BIAS: u64 = 1 << 30;
+    let word = |held, paths: &[&str]| btf.first_field(paths).map(|field| LockWord { field, held });
+    let mutex = word(ANY, &["mutex.owner"]);
+    let is_rt = mutex.is_err();
+    let rt_mutex = &["mutex.rtmutex.owner", "mutex.lock.owner"];
+    let rt_rwlock = &["rwbase_rt.readers.counter", "rt_rw_lock.readers.counter"];
+    Ok(LockLayout {
+        mutex: mutex.or_else(|_| word(ANY, rt_mutex))?,
+        rwlock_writer: match is_rt {
+            true => word(WRITER_BIAS, rt_rwlock)?,
+            false => word(ANY, &["qrwlock.wlocked"])?,
+        },
+        raw_spinlock: word(ANY, &["qspinlock.locked"])?,
     })
 }
 

@@ -16,8 +16,13 @@ use crate::btf::BtfError;
 use crate::kernel::Kernel;
 use crate::modules::{ModulesError, modules};
 use crate::reader::{Field, KernelMemory, ReadError};
-use crate::symbols::SymbolError;
+use crate::symbols::{Symbol, SymbolError};
 
+/// What all modules together may have, in bytes here: thousands of them can name one and the same table. Half a million symbols
+/// take so much; a guest with every module of its distribution has some 300,000.
+const MAX_LISTED: usize = 48 << 20;
+/// What they may have in the guest, in symbols: those without a name are read and not listed.
+const MAX_READ: usize = 1 << 20;
 /// No list of these is longer.
 const MAX_ENTRIES: usize = 1 << 16;
 /// `KSYM_NAME_LEN`, the largest so far, less the NUL.
@@ -38,6 +43,7 @@ pub struct ListedSymbol {
 
 /// Why the symbols could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ListingError {
     /// The modules.
     #[error(transparent)]
@@ -51,6 +57,12 @@ pub enum ListingError {
     /// A list leads out of memory.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// More symbols than all modules of a guest can have.
+    #[error("with module {module}, the modules have more symbols than make sense")]
+    TooMuch {
+        /// The one that was too much.
+        module: String,
+    },
     /// A list has no end.
     #[error("the list {list} does not end after {MAX_ENTRIES} entries")]
     Endless {
@@ -61,7 +73,7 @@ pub enum ListingError {
 
 /// All that comes behind the kernel's own symbols ([`Kernel::symbols`], which never change), in the guest's order.
 ///
-/// Linear in the number of symbols.
+/// n log n in the number of symbols, of which there is a limit. What it can say wrong: see the head of this module.
 ///
 /// # Errors
 /// [`ListingError`].
@@ -70,8 +82,17 @@ pub fn behind_core(
     memory: &KernelMemory<'_>,
 ) -> Result<Vec<ListedSymbol>, ListingError> {
     let mut listed = Vec::new();
+    let (mut room, mut unread) = (MAX_LISTED, MAX_READ);
     for module in modules(kernel, memory)? {
         let symbols = module.symbols(kernel, memory)?;
+        let size = |symbol: Symbol<'_>| size_of::<ListedSymbol>() + symbol.name.len();
+        let size = symbols.listed().map(size).sum();
+        (room, unread) = room
+            .checked_sub(size)
+            .zip(unread.checked_sub(symbols.cost()))
+            .ok_or_else(|| ListingError::TooMuch {
+                module: module.name.clone(),
+            })?;
         listed.extend(symbols.listed().map(|symbol| ListedSymbol {
             gva: symbol.gva,
             letter: symbol.letter,

@@ -28,6 +28,7 @@ pub struct Livepatch {
 
 /// Why a kernel that has livepatching cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum LivepatchError {
     /// A symbol is missing, or there are several.
     #[error(transparent)]

@@ -16,15 +16,15 @@ use crate::reader::{KernelMemory, ReadError};
 use crate::symbols::Symbol;
 
 /// Symbols of the largest drivers: about 100,000.
-const MAX_SYMBOLS: u64 = 1 << 20;
+const MAX_SYMBOLS: u64 = 1 << 18;
 /// `sizeof(Elf64_Sym)`.
 const SYMBOL: usize = 24;
 /// `KSYM_NAME_LEN`, the largest so far, less the NUL.
 const MAX_NAME: usize = 511;
 /// All names of a module together.
-const MAX_NAMES: usize = 64 << 20;
-/// No module exports more.
-const MAX_EXPORTS: u64 = 1 << 16;
+const MAX_NAMES: usize = 16 << 20;
+/// No module exports more: some have a thousand.
+const MAX_EXPORTS: u64 = 1 << 14;
 /// `sizeof(struct kernel_symbol)` is 12 or less where offsets are used; no kernel's is above this.
 const MAX_EXPORT_SIZE: u64 = 64;
 
@@ -37,6 +37,8 @@ pub struct ModuleSymbols {
     /// Those of `entries` that the module defines, in order of address; equal addresses in the table's order.
     by_address: Vec<u32>,
     text: Vec<GvaRange>,
+    /// What it took to read: symbols and exports in the guest.
+    cost: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -62,9 +64,12 @@ impl ModuleSymbols {
         let count = count.min(MAX_SYMBOLS + 1);
         let raw = memory.bytes(symtab, count * SYMBOL as u64, cap * SYMBOL)?;
         let letters = memory.bytes(types, count, cap)?;
-        let exports = exports(memory, layout.exports, module.addr)?;
+        let exported = memory.field(module.addr, layout.exports.count)?;
+        let exported = exported.min(MAX_EXPORTS);
+        let exports = exports(memory, layout.exports, module.addr, exported)?;
         let mut symbols = ModuleSymbols {
             text: module.text.clone(),
+            cost: usize::try_from(count + exported).unwrap_or(usize::MAX),
             ..ModuleSymbols::default()
         };
         for (symbol, letter) in raw.chunks_exact(SYMBOL).zip(letters) {
@@ -104,6 +109,11 @@ impl ModuleSymbols {
         self.by_address = keyed.into_iter().map(|(_, at)| at).collect();
     }
 
+    /// What it took to read them, in symbols.
+    pub(crate) fn cost(&self) -> usize {
+        self.cost
+    }
+
     fn symbol(&self, entry: &Entry) -> Symbol<'_> {
         let end = entry.name + entry.len;
         Symbol {
@@ -126,7 +136,7 @@ impl ModuleSymbols {
     /// All symbols as `/proc/kallsyms` has them, in its order: also those that the module uses and others define, as long as the
     /// guest keeps those (while the module's init runs, and in a livepatch module). The letter is a capital where the module
     /// exports the symbol.
-    pub fn listed(&self) -> impl Iterator<Item = Symbol<'_>> {
+    pub fn listed(&self) -> impl ExactSizeIterator<Item = Symbol<'_>> {
         self.entries.iter().map(|entry| self.symbol(entry))
     }
 
@@ -161,12 +171,12 @@ fn exports(
     memory: &KernelMemory<'_>,
     layout: ExportsLayout,
     module: Gva,
+    count: u64,
 ) -> Result<HashMap<String, Gva>, ReadError> {
     let start = memory.pointer(layout.symbols.of(module))?;
-    let count = memory.field(module, layout.count)?;
     let size = layout.size.min(MAX_EXPORT_SIZE);
     let mut found = HashMap::new();
-    for at in 0..count.min(MAX_EXPORTS) {
+    for at in 0..count {
         let symbol = start.add(at * size);
         let relative = |field: crate::reader::Field| {
             let word = field.of(symbol);

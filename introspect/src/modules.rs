@@ -1,7 +1,11 @@
 //! The guest's loaded modules: names, where their code is, and their own symbols.
 //!
-//! Follows `kernel/module/main.c` and `kallsyms.c`. The list changes under `module_mutex` (readers in the guest use RCU), so a
-//! walk in a pause sees every module whole or not at all; one that is being loaded has state `Unformed` and is left out.
+//! Follows `kernel/module/main.c` and `kallsyms.c`.
+//!
+//! # Locks
+//! None. The list changes under `module_mutex`, but by `list_add_rcu` and `list_del_rcu`: whoever walks it forwards sees every module
+//! once or not at all, at any instruction of a change. A module is in state `Unformed` from before it is linked until it is whole, and
+//! again from before it is taken apart: it is left out then. So the mutex, which is held for long around neither, need not be free.
 
 use crate::addr::{Gva, GvaRange};
 use crate::kernel::Kernel;
@@ -19,6 +23,7 @@ const MAX_NAME: usize = 56;
 
 /// Why the modules could not be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ModulesError {
     /// The kernel has no list of modules.
     #[error(transparent)]
@@ -82,7 +87,7 @@ pub struct Module {
     pub(crate) kallsyms: Gva,
 }
 
-/// Lists the modules.
+/// Lists the modules, in the guest's own order: the newest first. Linear in their number, of which there is a limit.
 ///
 /// # Errors
 /// [`ModulesError`].

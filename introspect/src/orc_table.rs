@@ -9,10 +9,11 @@ use crate::{
 };
 
 /// Most entries that are accepted in one table; a stock kernel has half a million.
-pub const MAX_ENTRIES: usize = 4 << 20;
+pub const MAX_ENTRIES: usize = 2 << 20;
 
 /// A table that cannot be what a kernel made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum OrcTableError {
     /// No entry at all.
     #[error("ORC table is empty")]

@@ -53,6 +53,7 @@ pub struct Mapping {
 
 /// Why a virtual address leads nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Unmapped {
     /// The entry is not present.
     #[error("not mapped (level {level} entry {entry:#x})")]

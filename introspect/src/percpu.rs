@@ -22,6 +22,7 @@ pub enum PerCpuKind {
 
 /// Why per-CPU variables cannot be found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PerCpuError {
     /// A symbol is missing.
     #[error(transparent)]
@@ -86,7 +87,7 @@ impl PerCpu {
         &self.cpus
     }
 
-    /// The CPUs that are on now (`cpu_online_mask`), rising.
+    /// The CPUs that are on now (`cpu_online_mask`), rising. One bit each, which changes at once: no lock is needed.
     ///
     /// # Errors
     /// [`ReadError`].

@@ -54,6 +54,7 @@ pub struct ReadError {
 
 /// Why kernel memory could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReadCause {
     /// The address leads nowhere.
     #[error(transparent)]

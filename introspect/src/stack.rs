@@ -31,6 +31,7 @@ pub enum Verdict {
 /// Why a stack cannot be relied on. Each names what a reader can look at.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Unreliable {
     /// ORC has no entry, or says UNDEFINED, at this address.
     #[error("no unwind data at {0}")]

@@ -28,6 +28,7 @@ use crate::{
 
 /// Why no stack of a guest can be walked.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum UnwinderError {
     /// A symbol is missing: a kernel without `CONFIG_UNWINDER_ORC` has no tables.
     #[error("no unwind data in the guest's kernel: {0}")]
@@ -75,7 +76,8 @@ struct SleepingFrame {
 }
 
 impl Unwinder {
-    /// Copies the core kernel's unwind data and proves that they are understood.
+    /// Copies the core kernel's unwind data and proves that they are understood. They are fixed once the guest runs: no lock is needed.
+    /// Linear in their number, some hundred thousand entries.
     ///
     /// # Errors
     /// What is missing or not as it must be.
@@ -115,7 +117,8 @@ impl Unwinder {
     }
 
     /// Learns of modules that came and forgets those that went. Call it in each pause before asking for stacks: a module
-    /// that is not known yet makes the stacks that it is on unreliable, and so does one that has gone.
+    /// that is not known yet makes the stacks that it is on unreliable, and so does one that has gone. Depends on no lock, as
+    /// [`modules`](crate::modules) says. Linear in the number of modules, and in the unwind data of those that came.
     ///
     /// # Errors
     /// When the list of modules cannot be read now; stacks without modules on them are none the worse for it.
@@ -171,6 +174,10 @@ impl Unwinder {
     /// The kernel stack of `task`, as read in this pause, with the registers of the vCPU that runs it, if one does.
     ///
     /// Empty and reliable: in user mode, or dead with its stack given back.
+    ///
+    /// Depends on no lock: a stack is written only by who runs on it. A task that says it is on a CPU while no vCPU runs it is just being
+    /// switched to or from, and is unreliable. Of a reliable stack every frame is there and right; of any other, the frames are those up to
+    /// where it was given up. Linear in frames, of which there is a limit.
     #[must_use]
     pub fn stack(&self, memory: &KernelMemory<'_>, task: &Task, regs: Option<&VcpuRegs>) -> Stack {
         match (regs, task.vcpu) {

@@ -26,6 +26,7 @@ const EXCEPTION_STACKS: &[&str] = &[
 
 /// Why the stacks of a kernel are not to be found.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlacesError {
     /// A symbol is missing.
     #[error("cannot find the kernel's stacks: {0}")]

@@ -19,6 +19,7 @@ pub struct Symbol<'s> {
 
 /// A name that does not lead to one symbol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SymbolError {
     /// No symbol has the name.
     #[error("the guest kernel has no symbol {0}")]

@@ -84,6 +84,9 @@ impl Task {
     pub fn state_letter(&self) -> char {
         const EXIT_DEAD: u32 = 0x10;
         const EXIT_ZOMBIE: u32 = 0x20;
+        /// From 5.15 and 6.1 on; no older kernel has these bits.
+        const TASK_RTLOCK_WAIT: u64 = 0x1000;
+        const TASK_FROZEN: u64 = 0x8000;
         if self.exit_state & EXIT_DEAD != 0 {
             return 'X';
         }
@@ -97,7 +100,42 @@ impl Task {
             s if s & 0x4 != 0 => 'T',
             s if s & 0x8 != 0 => 't',
             s if s & 0x40 != 0 => 'P',
+            // In a sleeping spinlock of PREEMPT_RT, or frozen: `include/linux/sched.h: __task_state_index` calls both so.
+            s if s & (TASK_RTLOCK_WAIT | TASK_FROZEN) != 0 => 'D',
             _ => 'R',
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_have_the_letters_of_proc() {
+        let letter = |state, exit_state| {
+            let task = Task {
+                addr: Gva(1),
+                pid: 1,
+                tgid: 1,
+                comm: String::new(),
+                kind: TaskKind::User,
+                state,
+                exit_state,
+                flags: 0,
+                tif: 0,
+                on_cpu: false,
+                cpu: None,
+                vcpu: None,
+                patch_state: None,
+                sp: Gva::NULL,
+                stack: Gva::NULL,
+            };
+            task.state_letter()
+        };
+        let states = [0, 0x1, 0x2, 0x4, 0x8, 0x40, 0x402, 0x1000, 0x8000];
+        let letters: String = states.map(|state| letter(state, 0)).iter().collect();
+        assert_eq!(letters, "RSDTtPIDD");
+        assert_eq!((letter(0, 0x20), letter(0x80, 0x10)), ('Z', 'X'));
     }
 }

@@ -28,14 +28,12 @@ const PF_IO_WORKER: u32 = 0x10;
 const PF_USER_WORKER: u32 = 0x4000;
 const PF_KTHREAD: u32 = 0x20_0000;
 
-/// `_QW_LOCKED` in the low byte of a queued rwlock: a writer has it.
-const WRITE_LOCKED: u64 = 0xff;
-
 /// Why the tasks cannot be told now.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TasksError {
     /// The lists are being changed: resume the guest for a moment and look again.
-    #[error("{0} is held for writing: try again")]
+    #[error("{0} is held for writing")]
     Busy(&'static str),
     /// Memory that the lists lead to cannot be read.
     #[error("cannot read the list of tasks: {0}")]
@@ -68,6 +66,10 @@ pub enum TasksError {
 /// All tasks, each with the vCPU that runs it: threads in the order of the lists, then idle tasks by CPU, then any task that a
 /// CPU still runs although it has left the lists (it is about to die).
 ///
+/// Reads the list of processes, each one's list of threads, `idle_threads`, and what the vCPUs' registers lead to. The lists change only
+/// under `tasklist_lock` held for writing. What a task changes of itself, it changes under no lock that could be looked at: a name can be
+/// half old and half new. Linear in the number of tasks, of which there are at most [`MAX_TASKS`].
+///
 /// # Errors
 /// [`TasksError::Busy`] when the lists are being changed; the others when they are broken.
 pub fn tasks(
@@ -94,7 +96,7 @@ pub fn tasks(
 /// The lists change under `tasklist_lock` held for writing; readers do them no harm.
 fn check_lock(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<(), TasksError> {
     let lock = kernel.symbols.address("tasklist_lock")?;
-    if memory.field(lock, kernel.layout.lock.rwlock_writer)? == WRITE_LOCKED {
+    if kernel.layout.lock.rwlock_writer.is_held(memory, lock)? {
         return Err(TasksError::Busy("tasklist_lock"));
     }
     Ok(())

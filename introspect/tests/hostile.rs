@@ -4,9 +4,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use introspect::kallsyms::{KallsymsError, Window};
+use introspect::listing::{ListingError, behind_core};
 use introspect::modules::{ModulesError, modules};
 use introspect::orc::Encoding;
 use introspect::orc_table::{OrcTable, OrcTableError};
@@ -16,32 +16,24 @@ use introspect::{
 };
 use vm_memory::GuestAddress;
 
+use fuzz::bounded;
 use fuzz::image::{self, module_at, signal_at, task_at, virt};
 use fuzz::mutate::{Mutated, PARTS};
 
 #[path = "hostile/cores.rs"]
 mod cores;
+#[path = "hostile/largest.rs"]
+mod largest;
 
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 
-/// No input may take longer, however it is built.
-const MAX_TIME: Duration = Duration::from_secs(2);
 /// Inside `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the BTF made here has them.
 const TASKS: usize = 72;
 const THREAD_NODE: usize = 88;
 const SIGNAL: usize = 112;
 const LIST: usize = 8;
 const ORC_COUNT: usize = 200;
-
-/// Runs `work` within the bounds.
-fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
-    let start = Instant::now();
-    let out = fuzz::capped(what, work);
-    let took = start.elapsed();
-    assert!(took < MAX_TIME, "{what} took {took:?}");
-    out
-}
 
 fn memory() -> Mutated<'static> {
     Mutated::new(fuzz::ram(), &PARTS, &[])
@@ -97,7 +89,7 @@ fn every_seed_and_every_past_finding() {
 #[test]
 fn the_guest_that_is_not_damaged_shows_all() {
     assert_eq!(fuzz::tasks(&[]), 5);
-    assert_eq!(fuzz::modules(&[]), 4);
+    assert_eq!(fuzz::modules(&[]), 9);
     assert_eq!(fuzz::whole(&[]), 5);
 }
 
@@ -286,6 +278,23 @@ fn modules_may_not_say_how_much_we_hold() {
             assert!(module.symbols(kernel, &reader).is_err());
         }
     });
+}
+
+#[test]
+fn lists_of_code_that_was_made_that_loop() {
+    let kernel = fuzz::kernel();
+    // The links of ftrace's, of BPF's and of a kprobe's entry.
+    for link in [image::MADE, image::MADE + 0x408, image::MADE + 0x800] {
+        let memory = with(&[(link, virt(link))]);
+        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        assert!(
+            matches!(found, Err(ListingError::Endless { .. })),
+            "{found:?}"
+        );
+        let memory = with(&[(link, 0)]);
+        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        assert!(matches!(found, Err(ListingError::Read(_))), "{found:?}");
+    }
 }
 
 #[test]

@@ -169,6 +169,7 @@ fn build<M: Machine>(
         stubs,
         region,
         phase: PatchPhase::Applying,
+        forced: false,
         transition: None,
         past: Past::default(),
     })

@@ -17,8 +17,9 @@ use crate::module::LivepatchModule;
 use crate::patch::Patch;
 use crate::place::{Piece, Places};
 use crate::quiet::Stop;
+use crate::scene::{Scene, Step};
 use crate::status::{CheckReport, FoundFunction, FoundSymbol, PauseReport, PieceReport};
-use crate::transition::{Direction, Scene, Step};
+use crate::transition::Direction;
 
 /// Above every guest's memory, and of no consequence: nobody reads or writes there.
 const MADE_UP_MEMORY: u64 = 1 << 50;
@@ -83,7 +84,7 @@ impl Trial {
             patch: &self.patch,
             signal: None,
         };
-        let step = scene.begin(Direction::Apply)?;
+        let step = scene.begin(Direction::Apply, false)?;
         Ok((look.tasks, step))
     }
 

@@ -87,6 +87,15 @@ pub enum PatchError {
     #[error("patch {0} is in transition; wait for it, or revert it")]
     InTransition(String),
 
+    /// Not everybody could be moved in one pause.
+    #[error("not all tasks can be moved in one pause: {blocker}{}; move them per task, or try again", and_more(.others))]
+    NotAtOnce {
+        /// The first task in the way, and where it is.
+        blocker: String,
+        /// How many more there are.
+        others: usize,
+    },
+
     /// There is no transition to do it to.
     #[error("patch {0} is not in transition")]
     NoTransition(String),
@@ -124,6 +133,13 @@ pub enum PatchError {
     NoRoom(String),
 }
 
+fn and_more(count: &usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!(" (and {count} more)"),
+    }
+}
+
 impl PatchError {
     /// What sort of failure this is.
     #[must_use]
@@ -141,6 +157,7 @@ impl PatchError {
             | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)
             | PatchError::NoTransition(_)
+            | PatchError::NotAtOnce { .. }
             | PatchError::AlreadyPatched { .. }
             | PatchError::Site { .. } => ErrorKind::Conflict,
             PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,

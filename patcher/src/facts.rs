@@ -3,6 +3,7 @@
 //! Names only; nothing here looks at what the guest does.
 
 use introspect::btf::BtfError;
+use introspect::layout::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
 use crate::cave::TextMap;
@@ -63,8 +64,8 @@ pub struct Facts {
     pub poke: PokeFacts,
     /// Mutexes that must be free while we change what they protect, with their names.
     pub mutexes: Vec<(&'static str, Gva)>,
-    /// `mutex.owner`.
-    pub mutex_owner: Field,
+    /// How a mutex says that it is held.
+    pub mutex: LockWord,
     /// ftrace's types.
     pub ftrace: FtraceTypes,
     /// `ftrace_pages_start`.
@@ -105,7 +106,7 @@ impl Facts {
                 .into_iter()
                 .map(|name| Ok((name, symbol(name)?)))
                 .collect::<Result<_, SymbolError>>()?,
-            mutex_owner: kernel.btf.field("mutex.owner")?,
+            mutex: kernel.layout.lock.mutex,
             ftrace: FtraceTypes::new(&kernel.btf)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
             fixmap_table: symbol("level2_fixmap_pgt")?,

@@ -29,6 +29,7 @@ mod place;
 mod quiet;
 mod redirect;
 mod room;
+mod scene;
 mod signal;
 mod site;
 pub mod status;
@@ -43,7 +44,7 @@ pub use error::{ErrorKind, PatchError};
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
 pub use status::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
-    PieceReport, TaskReport, TaskWay,
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
+    PauseReport, PieceReport, TaskReport, TaskWay,
 };
 pub use view::{NamedFrame, TaskStack};

@@ -65,6 +65,8 @@ pub struct Patch {
     pub region: Option<RegionId>,
     /// Where it is in its life.
     pub phase: PatchPhase,
+    /// A transition of it was forced: nobody knows any more who is in its code, so that stays.
+    pub forced: bool,
     /// The transition that runs.
     pub transition: Option<Transition>,
     /// The last one that ended.
@@ -116,6 +118,7 @@ impl Patch {
             phase: self.phase,
             enabled: matches!(self.phase, PatchPhase::Applying | PatchPhase::Applied),
             transition: self.transition.is_some(),
+            force: self.forced,
             signal: self.transition.as_ref().is_some_and(Transition::signals),
             functions: self
                 .redirects

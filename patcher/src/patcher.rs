@@ -1,24 +1,24 @@
-//! The front: all that is known of one guest, and what can be asked of it.
+//! The front: all that is known of one guest, and what can be done to it. What can be asked of it: `questions`.
+
+mod drive;
+mod questions;
 
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
+use introspect::Kernel;
 
 use crate::apply;
-use crate::check::Trial;
 use crate::error::PatchError;
 use crate::guest::Guest;
-use crate::look::Look;
 use crate::machine::Machine;
 use crate::module::{self, LivepatchModule};
 use crate::patch::Patch;
 use crate::pause::Paused;
 use crate::place::Places;
 use crate::quiet::Stop;
-use crate::status::{CheckReport, PatchPhase, PatchStatus, PauseReport};
-use crate::transition::{Direction, Scene, Step, Transition};
-use crate::view::TaskStack;
+use crate::status::{Mode, PatchPhase, PatchStatus, PauseReport};
+use crate::transition::Direction;
 use crate::wake::Waker;
 
 /// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
@@ -26,6 +26,11 @@ use crate::wake::Waker;
 const RESCHEDULE_VECTOR: u8 = 0xfd;
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
+/// How often all tasks are tried to be moved in one pause, where that is wanted or nothing; and where it is only preferred.
+const AT_ONCE_LOOKS: u32 = 20;
+const AUTO_LOOKS: u32 = 3;
+/// The time between two such tries.
+const AT_ONCE_WAIT: Duration = Duration::from_millis(2);
 /// The time between two such looks grows from the first to the second of these.
 const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
@@ -77,107 +82,6 @@ impl Patcher {
         Ok(self.guest.insert(guest))
     }
 
-    /// Every task of the guest, of one moment.
-    ///
-    /// # Errors
-    /// [`PatchError`].
-    pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
-        self.look(machine, |_, look| Ok(look.tasks.clone()))
-    }
-
-    /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
-    ///
-    /// # Errors
-    /// [`PatchError::NoSuchTask`] and others.
-    pub fn stack<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        pid: i32,
-    ) -> Result<TaskStack, PatchError> {
-        self.look(machine, |patches, look| {
-            let mut tasks = look.tasks.iter();
-            let task = tasks.find(|task| task.pid == pid);
-            let task = task.ok_or(PatchError::NoSuchTask(pid))?;
-            Ok(look.names(patches).stack(task, look.stack(task)))
-        })
-    }
-
-    /// The stacks of all tasks, of one moment.
-    ///
-    /// # Errors
-    /// [`PatchError`].
-    pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
-        self.look(machine, |patches, look| {
-            let names = look.names(patches);
-            let name = |task| names.stack(task, look.stack(task));
-            Ok(look.tasks.iter().map(name).collect())
-        })
-    }
-
-    /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
-    ///
-    /// # Errors
-    /// [`PatchError`].
-    pub fn symbols<M: Machine>(
-        &mut self,
-        machine: &mut M,
-    ) -> Result<Vec<ListedSymbol>, PatchError> {
-        self.guest(machine)?;
-        let paused = Paused::begin(machine, &mut self.pauses)?;
-        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
-        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
-        paused.resume()?;
-        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
-        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
-            gva: symbol.gva,
-            letter: symbol.letter,
-            name: symbol.name.to_owned(),
-            module: None,
-        });
-        Ok(core.chain(behind).collect())
-    }
-
-    /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
-    /// where it has not been found, early in boot for one.
-    ///
-    /// # Errors
-    /// [`PatchError`] when the guest cannot be stopped or resumed.
-    pub fn hold<M: Machine, T>(
-        &mut self,
-        machine: &mut M,
-        work: impl FnOnce(Option<&Kernel>, &M::Memory, &[VcpuRegs]) -> T,
-    ) -> Result<(T, Duration), PatchError> {
-        if let Err(error) = self.guest(machine) {
-            tracing::debug!(%error, "held without its kernel being known");
-        }
-        let paused = Paused::begin(machine, &mut self.pauses)?;
-        let kernel = self.guest.as_ref().map(|guest| &guest.kernel);
-        let done = work(kernel, paused.memory(), &paused.vcpus);
-        let length = paused.resume()?;
-        Ok((done, length))
-    }
-
-    /// One short pause for one question, asked again while the guest is busy.
-    fn look<M: Machine, T>(
-        &mut self,
-        machine: &mut M,
-        question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
-    ) -> Result<T, PatchError> {
-        self.guest(machine)?;
-        let Patcher {
-            guest,
-            patches,
-            pauses,
-            ..
-        } = self;
-        let guest = guest.as_mut().ok_or_else(not_found)?;
-        patiently(|| {
-            let paused = Paused::begin(machine, pauses)?;
-            let look = guest.look(paused.memory(), &paused.vcpus)?;
-            Ok(question(patches, &look)?)
-        })
-    }
-
     /// Begins to apply the livepatch module in `file`; the name under which it goes from now on.
     ///
     /// # Errors
@@ -186,6 +90,7 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         file: &[u8],
+        mode: Mode,
     ) -> Result<String, PatchError> {
         let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
@@ -195,7 +100,7 @@ impl Patcher {
         let at = self.patches.len() - 1;
         let begun = self
             .ready(machine, at)
-            .and_then(|()| self.begin(machine, at, Direction::Apply));
+            .and_then(|()| self.begin(machine, at, Direction::Apply, mode));
         if let Err(error) = begun {
             // Where the undo failed the guest may still lead there.
             if !matches!(error, PatchError::Undo { .. }) {
@@ -209,50 +114,65 @@ impl Patcher {
         Ok(name)
     }
 
-    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
-    ///
-    /// # Errors
-    /// [`PatchError`], that of `apply`.
-    pub fn check<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        file: &[u8],
-    ) -> Result<CheckReport, PatchError> {
-        let module = self.welcome(machine, file)?;
-        let Patcher {
-            guest,
-            places,
-            patches,
-            pauses,
-            ..
-        } = self;
-        let guest = guest.as_mut().ok_or_else(not_found)?;
-        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
-        let mut meter = PauseReport::default();
-        let found = patiently(|| {
-            let paused = Paused::begin(machine, &mut meter)?;
-            trial.step(guest, paused.memory(), &paused.vcpus)
-        });
-        trial.forget(guest);
-        pauses.merge(&meter);
-        let (tasks, step) = found?;
-        Ok(trial.report(&tasks, step, meter))
-    }
-
     /// Begins to revert the applied patch `name`, or turns its running transition round.
     ///
     /// # Errors
     /// [`PatchError`], with the guest as it was.
-    pub fn revert<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
-        let found = self.patches.iter().position(|patch| patch.name() == name);
-        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
+    pub fn revert<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        name: &str,
+        mode: Mode,
+    ) -> Result<(), PatchError> {
+        let at = self.position(name)?;
         match self.patches.get(at).map(|patch| patch.phase) {
             Some(PatchPhase::Applying) => self.turn_round(machine, at),
             Some(PatchPhase::Applied) => {
                 self.no_transition()?;
-                self.begin(machine, at, Direction::Revert)
+                self.begin(machine, at, Direction::Revert, mode)
             }
             _ => Err(PatchError::InTransition(name.into())),
+        }
+    }
+
+    /// Turns the running transition of patch `name` round, whichever way it goes: those who have moved are to move back.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on as before.
+    pub fn cancel<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+        let at = self.in_transition(name)?;
+        self.turn_round(machine, at)
+    }
+
+    /// Ends the running transition of patch `name` by moving every task now, wherever it is. What is given up: a task that is in an
+    /// old function goes on in it, and calls new ones from there, or the other way round. The patch's code stays in the guest for
+    /// ever, as nobody knows who is still in it; it can be reverted, not removed.
+    ///
+    /// # Errors
+    /// [`PatchError`]; the transition goes on as before.
+    pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+        let at = self.in_transition(name)?;
+        let direction = self.direction(at).ok_or_else(not_found)?;
+        let (tasks, step, _) =
+            patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
+        tracing::warn!(patch = name, "a transition was forced");
+        if let Some(patch) = self.patches.get_mut(at) {
+            patch.forced = true;
+        }
+        self.enter(at, direction, &tasks, step);
+        Ok(())
+    }
+
+    fn position(&self, name: &str) -> Result<usize, PatchError> {
+        let found = self.patches.iter().position(|patch| patch.name() == name);
+        found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))
+    }
+
+    fn in_transition(&self, name: &str) -> Result<usize, PatchError> {
+        let at = self.position(name)?;
+        match self.direction(at) {
+            Some(_) => Ok(at),
+            None => Err(PatchError::NoTransition(name.into())),
         }
     }
 
@@ -268,11 +188,7 @@ impl Patcher {
         name: &str,
         after: Duration,
     ) -> Result<(), PatchError> {
-        let found = self.patches.iter().position(|patch| patch.name() == name);
-        let at = found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))?;
-        if self.direction(at).is_none() {
-            return Err(PatchError::NoTransition(name.into()));
-        }
+        let at = self.in_transition(name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
         if facts.klp.notify_signal.is_none() {
@@ -380,178 +296,6 @@ impl Patcher {
         self.places
             .dummy(machine, &guest.kernel, guest.facts()?)
             .map(drop)
-    }
-
-    fn begin<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-        direction: Direction,
-    ) -> Result<(), PatchError> {
-        let mut transition = Some(Transition::new(direction));
-        let (tasks, step, _) = patiently(|| {
-            self.carry_out_for(machine, at, &mut transition, |scene| scene.begin(direction))
-        })?;
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.transition = transition;
-            patch.phase = match direction {
-                Direction::Apply => PatchPhase::Applying,
-                Direction::Revert => PatchPhase::Reverting,
-            };
-        }
-        self.enter(at, direction, &tasks, step);
-        Ok(())
-    }
-
-    fn turn_round<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
-        let (from, to) = (Direction::Apply, Direction::Revert);
-        let (tasks, step, _) =
-            patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.phase = PatchPhase::Reverting;
-            if let Some(transition) = &mut patch.transition {
-                transition.turn(to);
-            }
-        }
-        self.enter(at, to, &tasks, step);
-        Ok(())
-    }
-
-    /// Enters what a step found, and ends the transition if the step did.
-    fn enter(&mut self, at: usize, direction: Direction, tasks: &[Task], step: Step) {
-        let Some(patch) = self.patches.get_mut(at) else {
-            return;
-        };
-        let Some(transition) = &mut patch.transition else {
-            return;
-        };
-        transition.enter(tasks, step.findings);
-        if !step.finished {
-            return;
-        }
-        patch.past = transition.so_far();
-        patch.transition = None;
-        match direction {
-            Direction::Apply => patch.phase = PatchPhase::Applied,
-            Direction::Revert => {
-                patch.phase = PatchPhase::Reverted;
-                self.reverted = Some(patch.status());
-                self.drop_patch(at);
-            }
-        }
-    }
-
-    /// Forgets a patch that is no longer in the guest.
-    fn drop_patch(&mut self, at: usize) {
-        if at >= self.patches.len() {
-            return;
-        }
-        let patch = self.patches.remove(at);
-        self.places.give_back(patch.code);
-        patch
-            .data
-            .into_iter()
-            .for_each(|data| self.places.give_back(data));
-        if let Some(guest) = &mut self.guest {
-            guest.unwinder.remove_busy(patch.stubs);
-            patch
-                .region
-                .into_iter()
-                .for_each(|id| guest.unwinder.remove_region(id));
-        }
-    }
-
-    /// One look at the guest for the patch's running transition: as [`carry_out_for`](Self::carry_out_for).
-    fn carry_out<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
-        let mut transition = self.patches.get_mut(at).and_then(|p| p.transition.take());
-        let done = self.carry_out_for(machine, at, &mut transition, make);
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.transition = transition;
-        }
-        done
-    }
-
-    /// One pause: a look, the step that `make` makes of it, its writes, and the guest running again with its interrupts sent.
-    fn carry_out_for<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-        transition: &mut Option<Transition>,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
-        let mut meter = PauseReport::default();
-        let signals = transition.as_ref().is_some_and(Transition::signals);
-        let done = self.in_pause(machine, at, signals, &mut meter, make);
-        self.pauses.merge(&meter);
-        if let Some(transition) = transition {
-            transition.pauses.merge(&meter);
-        }
-        let (tasks, step) = done?;
-        for vcpu in &step.nudge {
-            // It only hastens what the guest does anyway.
-            if let Err(error) = machine.interrupt(*vcpu, RESCHEDULE_VECTOR) {
-                tracing::debug!(%error, vcpu, "no reschedule interrupt");
-            }
-        }
-        if let Some(start) = step.wake {
-            // The list is out: whatever comes to it first works it off, the next tick at the latest.
-            if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
-                tracing::warn!(%error, "sleepers are woken later");
-            }
-        }
-        Ok((tasks, step, Duration::from_micros(meter.longest_us)))
-    }
-
-    fn in_pause<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-        signals: bool,
-        meter: &mut PauseReport,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step), Stop> {
-        let guest = self.guest.as_mut().ok_or_else(not_found)?;
-        let facts = guest.facts()?.clone();
-        let patch = self.patches.get(at).ok_or_else(not_found)?;
-        let dummy = self.places.known_dummy().ok_or_else(not_found)?;
-        let mut paused = Paused::begin(machine, meter)?;
-        let mut mapping = crate::journal::Plan::new();
-        let (tasks, step) = {
-            let look = guest.look(paused.memory(), &paused.vcpus)?;
-            self.places.plan_mapping(&look.memory, &mut mapping)?;
-            let scene = Scene {
-                look: &look,
-                facts: &facts,
-                places: &self.places,
-                dummy,
-                patch,
-                signal: self.waker.as_ref().filter(|_| signals),
-            };
-            let step = make(&scene)?;
-            (look.tasks, step)
-        };
-        let mapped = paused.commit(&mapping)?;
-        let reached = self
-            .places
-            .check_mapping(&guest.kernel.memory(paused.memory()));
-        let done = reached.and_then(|()| paused.commit(&step.plan).map(drop));
-        if let Err(error) = done {
-            return Err(paused.undo(&mapped, error).into());
-        }
-        self.places.mapped();
-        if let (Some(waker), Some(_)) = (&mut self.waker, step.wake) {
-            waker.used = true;
-        }
-        if let Err(error) = paused.resume() {
-            // What was written stands; the machine says the rest with its next answer.
-            tracing::error!(%error, "the guest could not be resumed");
-        }
-        Ok((tasks, step))
     }
 }
 

@@ -99,7 +99,7 @@ fn no_sched_hook(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
 /// [`Stop`].
 pub fn no_locks(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
     for (name, mutex) in &facts.mutexes {
-        if memory.field(*mutex, facts.mutex_owner)? != 0 {
+        if facts.mutex.is_held(memory, *mutex)? {
             return Err(busy(format!("{name} is held")));
         }
     }

@@ -19,6 +19,19 @@ pub enum PatchPhase {
     Reverted,
 }
 
+/// How tasks are to move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Each when it can be, as the kernel's own livepatching does it; those who can be at once are.
+    #[default]
+    PerTask,
+    /// All in one pause, or not at all.
+    StopMachine,
+    /// All in one pause if one of a few can do it, else each when it can be.
+    Auto,
+}
+
 /// How a task came to its present patch state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -37,6 +50,8 @@ pub enum TaskWay {
     Unmoved,
     /// It exited during the transition.
     Exited,
+    /// The admin forced it, without a look at its stack.
+    Forced,
 }
 
 /// One task's part in a transition.
@@ -100,6 +115,8 @@ pub struct PatchStatus {
     pub enabled: bool,
     /// The kernel's attribute: a transition is under way.
     pub transition: bool,
+    /// The kernel's attribute: a transition of it was forced, and so its code stays in the guest for ever.
+    pub force: bool,
     /// The kernel's attribute: tasks that keep the old state are sent the fake signal.
     pub signal: bool,
     /// The functions that it replaces.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use introspect::TaskKind;
 use patcher::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
-    PieceReport, TaskReport, TaskWay,
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
+    PauseReport, PieceReport, TaskReport, TaskWay,
 };
 use vmm::api::wire::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, ControlSocket, Kind, Limits, Problem, Server};
@@ -167,6 +167,7 @@ impl Control for MadeUp {
                 TaskReport {
                     way: Some(TaskWay::Stack),
                     blocker: None,
+                    since_ms: None,
                     ..report(1, "init")
                 },
             ],
@@ -179,7 +180,11 @@ impl Control for MadeUp {
         })
     }
 
-    fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
+    fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem> {
+        if mode == Mode::StopMachine {
+            let why = "not all tasks can be moved in one pause: 77 stuck in do_wait+0x5";
+            return Err(Problem::new(Kind::Conflict, why, "see the status"));
+        }
         let name = match module {
             b"fix" => "fix",
             b"stuck" => "stuck",
@@ -194,6 +199,7 @@ impl Control for MadeUp {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            force: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".to_owned(),
@@ -212,7 +218,28 @@ impl Control for MadeUp {
         Ok(name.to_owned())
     }
 
-    fn revert(&mut self, name: &str) -> Result<(), Problem> {
+    fn cancel(&mut self, name: &str) -> Result<(), Problem> {
+        for patch in self.patches.iter_mut().filter(|p| p.name == name) {
+            patch.enabled = !patch.enabled;
+            patch.phase = match patch.enabled {
+                true => PatchPhase::Applying,
+                false => PatchPhase::Reverting,
+            };
+        }
+        self.polls = 0;
+        Ok(())
+    }
+
+    /// What is stuck is so no longer.
+    fn force(&mut self, name: &str) -> Result<(), Problem> {
+        for patch in self.patches.iter_mut().filter(|p| p.name == name) {
+            patch.force = true;
+        }
+        self.polls = 0;
+        Ok(())
+    }
+
+    fn revert(&mut self, name: &str, _mode: Mode) -> Result<(), Problem> {
         self.polls = 0;
         for patch in self.patches.iter_mut().filter(|p| p.name == name) {
             patch.phase = PatchPhase::Reverting;
@@ -239,7 +266,10 @@ impl Control for MadeUp {
     fn poll(&mut self) -> Option<Duration> {
         let patch = self.patches.iter_mut().find(|p| p.transition)?;
         self.polls += 1;
-        let stuck = patch.name == "stuck" && patch.phase == PatchPhase::Applying && !patch.signal;
+        let stuck = patch.name == "stuck"
+            && patch.phase == PatchPhase::Applying
+            && !patch.signal
+            && !patch.force;
         for task in patch.tasks.iter_mut().filter(|t| !stuck || t.pid == 1) {
             task.way = Some(TaskWay::Stack);
             task.blocker = None;
@@ -444,6 +474,40 @@ fn a_patch_is_followed_to_its_end_and_back() {
     let both = bench.json(&["status", "--json"]);
     assert_eq!(both["vm"]["cpus"], 2);
     assert_eq!(both["patches"][0]["phase"], "reverted");
+}
+
+#[test]
+fn a_transition_is_cancelled_or_forced() {
+    let bench = Bench::new();
+    let module = bench.module("stuck");
+    for verb in ["cancel", "force"] {
+        let line = refused(&bench.run(&[verb]), 1);
+        assert_eq!(line, "outpatch: no patch is in transition\n");
+    }
+    bench.ok(&["apply", "--no-wait", &module]);
+    let text = bench.ok(&["cancel"]);
+    assert!(text.contains("stuck: reverted"), "{text}");
+
+    bench.ok(&["apply", "--no-wait", &module]);
+    let ended = bench.json(&["force", "stuck", "--json"]);
+    assert_eq!(
+        (&ended["force"], &ended["phase"]),
+        (&true.into(), &"applied".into())
+    );
+}
+
+#[test]
+fn a_mode_is_passed_on_and_a_refusal_is_told() {
+    let bench = Bench::new();
+    let module = bench.module("fix");
+    let line = refused(&bench.run(&["apply", "--mode", "stop-machine", &module]), 1);
+    assert!(
+        line.contains("in one pause: 77 stuck in do_wait+0x5"),
+        "{line}"
+    );
+    bench.ok(&["apply", "--mode", "auto", &module]);
+    let output = bench.run(&["apply", "--mode", "all", &module]);
+    assert_eq!(output.status.code(), Some(2));
 }
 
 #[test]

@@ -23,10 +23,12 @@ const SCRIPT_SHELL: &str = "script-shell";
 /// the log can be held against what it was.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable";
 /// How lines begin in which a guest says that its host did not run it for a while. On a bed with more vCPUs than CPUs that is true
-/// of guests that nobody patches or pauses as well.
-pub const STOLEN_TIME: [&str; 2] = [
+/// of guests that nobody patches or pauses as well; the last is of rt kernels, some of which say it while they boot: the console's
+/// interrupt thread has the CPU for nearly a whole second of the guest's.
+pub const STOLEN_TIME: [&str; 3] = [
     "hrtimer: interrupt took ",
     "sched: DL replenish lagged too much",
+    "sched: RT throttling activated",
 ];
 /// What the guests' init prints when its shell is there.
 const READY: &str = "outpatch guest ready";

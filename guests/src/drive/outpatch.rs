@@ -3,10 +3,16 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+
+/// How long a call may take: none of them is meant to wait for ever.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// What one call of the command line did.
 #[derive(Clone, Debug)]
@@ -27,6 +33,19 @@ impl From<&Output> for Reply {
             stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
         }
     }
+}
+
+/// A call that did not end by itself.
+fn late(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Result<Reply> {
+    let printed = match ended.recv_timeout(LIMIT) {
+        Ok(Ok(out)) => Reply::from(&out),
+        _ => bail!("outpatch {args:?} did not end within {LIMIT:?}, and could not be killed"),
+    };
+    bail!(
+        "outpatch {args:?} did not end within {LIMIT:?}\n{}{}",
+        printed.stdout,
+        printed.stderr
+    )
 }
 
 /// The binary, and the control socket of one guest.
@@ -61,13 +80,27 @@ impl Outpatch {
     /// Calls `outpatch VERB … --socket PATH`, whatever comes of it.
     ///
     /// # Errors
-    /// When the binary cannot be started.
+    /// When the binary cannot be started, or does not end in time: with all that it printed until then.
     pub fn call(&self, args: &[&str]) -> Result<Reply> {
-        let out = self
-            .command(args)
-            .output()
+        let mut command = self.command(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command
+            .spawn()
             .with_context(|| format!("cannot start {}", self.binary.display()))?;
-        Ok(Reply::from(&out))
+        let pid = rustix::process::Pid::from_child(&child);
+        let (sender, ended) = mpsc::channel();
+        thread::spawn(move || sender.send(child.wait_with_output()));
+        let in_time = ended.recv_timeout(LIMIT);
+        if in_time.is_err() {
+            // It may have ended just now.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+        let out = match &in_time {
+            Ok(out) => out.as_ref(),
+            Err(_) => return late(args, &ended),
+        };
+        out.map(Reply::from)
+            .map_err(|error| anyhow::anyhow!("outpatch {args:?}: {error}"))
     }
 
     /// Calls `outpatch VERB …` with no socket, whatever comes of it: for verbs that need no running guest.

@@ -65,6 +65,7 @@ fn main() {
     write("modules", "many-symbols", &record(0, 4, 0x208, 0xf_ffff));
     write("modules", "many-entries", &record(0, 4, 200, 0xf_ffff));
     core_files();
+    records();
     write("whole", "good", &[]);
     for (part, place) in (0..9).flat_map(|part| [(part, 8), (part, 0x100)]) {
         write(
@@ -72,6 +73,21 @@ fn main() {
             &format!("part-{part}-{place:03x}"),
             &record(part, 1, place, image::TASKS as u64),
         );
+    }
+}
+
+/// Damage to a real guest (`dump`): what is found anew, and records all over what is read of it.
+fn records() {
+    let mut random = 1u64;
+    for how in 0..16u8 {
+        let mut out = vec![how];
+        for _ in 0..=how {
+            for _ in 0..2 {
+                random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                out.extend((random ^ random >> 32).to_le_bytes());
+            }
+        }
+        write("whole", &format!("records-{how:02}"), &out);
     }
 }
 

@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    introspect_fuzz::capped("kallsyms", || introspect_fuzz::kallsyms(data));
+libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
+    introspect_fuzz::bounded("kallsyms", || introspect_fuzz::kallsyms(data));
 });

@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    introspect_fuzz::capped("whole", || introspect_fuzz::whole(data));
+libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
+    introspect_fuzz::bounded("whole", || introspect_fuzz::whole(data));
 });

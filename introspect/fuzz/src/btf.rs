@@ -93,6 +93,7 @@ pub fn section() -> Vec<u8> {
     w.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
     task(&mut w, &basic);
     module(&mut w, &basic);
+    made_code(&mut w, &basic);
     stacks(&mut w, &basic);
     locks(&mut w, &basic);
     w.values(
@@ -170,11 +171,7 @@ fn module(w: &mut Writer, basic: &Basic) {
         ("num_syms", word, 232),
     ];
     w.structure("module", 240, &members);
-    let export = [
-        ("value_offset", word, 0),
-        ("name_offset", word, 4),
-        ("namespace_offset", word, 8),
-    ];
+    let export = [("value_offset", word, 0), ("name_offset", word, 4)];
     w.structure("kernel_symbol", 12, &export);
     let symbols = [
         ("symtab", long, 0),
@@ -184,6 +181,22 @@ fn module(w: &mut Writer, basic: &Basic) {
     ];
     w.structure("mod_kallsyms", 32, &symbols);
     w.values("mod_mem_type", &[("MOD_TEXT", 0), ("MOD_INIT_TEXT", 4)]);
+}
+
+/// Code that the kernel makes at run time.
+fn made_code(w: &mut Writer, basic: &Basic) {
+    let &Basic {
+        byte, long, list, ..
+    } = basic;
+    let name = w.array(byte, 512);
+    let ops = [("list", list, 0), ("trampoline", long, 16)];
+    w.structure("ftrace_ops", 24, &ops);
+    let ksym = [("start", long, 0), ("lnode", list, 8), ("name", name, 24)];
+    w.structure("bpf_ksym", 536, &ksym);
+    let cache = [("pages", list, 0), ("sym", long, 16)];
+    w.structure("kprobe_insn_cache", 24, &cache);
+    let page = [("list", list, 0), ("insns", long, 16)];
+    w.structure("kprobe_insn_page", 24, &page);
 }
 
 fn stacks(w: &mut Writer, basic: &Basic) {

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use introspect::{CoreFile, Kernel, PhysMemory, Unbacked};
+use introspect::{CoreFile, Kernel, PhysMemory, Unbacked, Unwinder};
 use vm_memory::GuestAddress;
 
 use super::mutate::{MAX_CHANGES, Mutated};
-use super::{stacks, stacks_of};
+use super::{stacks, stacks_of, walk};
 
 const RECORD: usize = 16;
 
@@ -20,10 +20,12 @@ const RECORD: usize = 16;
 pub struct Dump {
     core: CoreFile,
     kernel: Kernel,
-    /// Of each read, where and how much: first those that find the kernel, then those that look into it.
+    unwinder: Unwinder,
+    /// Of each read, where and how much.
     places: Vec<(usize, usize)>,
-    /// How many of them are the first.
-    finding: usize,
+    /// From where on of them the kernel has been found, and from where on its unwind data are known.
+    found: usize,
+    known: usize,
 }
 
 /// The guest that the environment names.
@@ -70,37 +72,44 @@ impl Dump {
         };
         let kernel = Kernel::find(&traced, core.vcpus()).expect("a guest with a kernel");
         let mut places = traced.take();
-        let finding = places.len();
-        let reliable = stacks_of(&kernel, &traced, core.vcpus());
+        let found = places.len();
+        let unwinder = Unwinder::new(&kernel, &kernel.memory(&traced)).expect("unwind data");
+        places.extend(traced.take());
+        let known = places.len();
+        let reliable = walk(&kernel, unwinder.clone(), &traced, core.vcpus());
         assert!(reliable > 0, "a guest with stacks that can be walked");
         places.extend(traced.take());
         Dump {
             core,
             kernel,
+            unwinder,
             places,
-            finding,
+            found,
+            known,
         }
     }
 
-    /// The guest with damage; the first byte says whether its kernel has still to be found, which takes long.
+    /// The guest with damage; the first byte says what of it is found anew. Most often not the kernel: that takes long, and is
+    /// the same for all damage to what comes later.
     pub fn damaged(&self, data: &[u8]) -> usize {
         let Some((how, records)) = data.split_first() else {
             return stacks(&self.core, self.core.vcpus());
         };
-        let find = how & 7 == 0;
-        let places = if find {
-            &self.places[..]
-        } else {
-            self.places.get(self.finding..).unwrap_or_default()
+        let from = match how & 15 {
+            15 => 0,
+            13 | 14 => self.found,
+            _ => self.known,
         };
+        let places = &self.places[from..];
         let mut memory = Mutated::of(&self.core);
         for record in records.as_chunks::<RECORD>().0.iter().take(MAX_CHANGES) {
             self.change(&mut memory, places, record);
         }
-        if find {
-            stacks(&memory, self.core.vcpus())
-        } else {
-            stacks_of(&self.kernel, &memory, self.core.vcpus())
+        let vcpus = self.core.vcpus();
+        match from {
+            0 => stacks(&memory, vcpus),
+            from if from == self.found => stacks_of(&self.kernel, &memory, vcpus),
+            _ => walk(&self.kernel, self.unwinder.clone(), &memory, vcpus),
         }
     }
 

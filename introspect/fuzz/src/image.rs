@@ -19,6 +19,7 @@ pub const SYSCALL: u64 = 0x600;
 const UPDATE: u64 = 0x700;
 const FILL: u64 = 0x8000;
 pub const DATA: usize = 0x2_0000;
+const LISTS: u64 = 0x2_0300;
 pub const INIT_TASK: u64 = 0x2_1000;
 pub const TABLES: usize = 0x3_0000;
 const INIT_STACK: u64 = 0x4_0000;
@@ -30,6 +31,8 @@ pub const KALLSYMS: usize = 0x8_0000;
 pub const PERCPU: usize = 0x1_0000;
 pub const TASKS: usize = 0x2_0000;
 pub const MODULES: usize = 0x4_0000;
+/// What describes code that was made at run time: for ftrace, for BPF and for a kprobe, 0x400 bytes each.
+pub const MADE: usize = MODULES + 0x9000;
 const MODULE_TEXT: usize = 0x5_0000;
 pub const STACKS: usize = 0x8_0000;
 pub const STACK: usize = 0x4000;
@@ -62,6 +65,12 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("__cpu_possible_mask", 0x2_0200),
     ("__cpu_online_mask", 0x2_0240),
     ("end_of_masks", 0x2_0280),
+    ("ftrace_ops_trampoline_list", LISTS),
+    ("bpf_kallsyms", LISTS + 0x10),
+    ("kprobe_insn_slots", LISTS + 0x20),
+    ("kprobe_optinsn_slots", LISTS + 0x40),
+    ("bpf_jit_harden", LISTS + 0x60),
+    ("bpf_jit_kallsyms", LISTS + 0x70),
     ("init_task", INIT_TASK),
     ("init_top_pgt", 0x3_0000),
     ("__start_init_stack", INIT_STACK),
@@ -147,6 +156,7 @@ pub fn build() -> Vec<u8> {
     code(&mut ram);
     tasks(&mut ram);
     modules(&mut ram);
+    made_code(&mut ram);
     let types = btf::section();
     let ends = [
         ("__stop_BTF", BTF + types.len()),
@@ -295,17 +305,36 @@ fn modules(ram: &mut Builder) {
         ram.long(at + 0x210, virt(at + 0x400));
         ram.put(at + 0x318, &[1, 0, 0, 0, 0x12, 0, 1, 0]);
         ram.long(at + 0x320, virt(text) + 0x10);
+        ram.long(at + 0x218, virt(at + 0x380));
+        ram.put(at + 0x380, b"?t");
         ram.put(at + 0x400, b"\0work\0");
-        ram.long(at + 0x218, virt(at + 0x500));
-        ram.put(at + 0x500, b"\0t");
-        // It exports the one that it has; both distances count from the word that holds them.
-        ram.long(at + 224, virt(at + 0x600));
+        // It exports the symbol.
+        ram.long(at + 224, virt(at + 0x480));
         ram.word(at + 232, 1);
-        let to_text = (text + 0x10).wrapping_sub(at + 0x600);
-        ram.put(at + 0x600, &(to_text as u32).to_le_bytes());
-        let to_name = (at + 0x401).wrapping_sub(at + 0x604);
-        ram.put(at + 0x604, &(to_name as u32).to_le_bytes());
+        ram.word(at + 0x480, (text + 0x10 - (at + 0x480)) as u32);
+        ram.word(at + 0x484, (0x401u32).wrapping_sub(0x484));
     }
+}
+
+fn made_code(ram: &mut Builder) {
+    let lists = IMAGE + LISTS as usize;
+    // Head, the first entry's link, and where the address of the code is.
+    for (head, link, code) in [
+        (lists, MADE, MADE + 16),
+        (lists + 0x10, MADE + 0x408, MADE + 0x400),
+        (lists + 0x20, MADE + 0x800, MADE + 0x810),
+    ] {
+        ram.long(head, virt(link));
+        ram.long(link, virt(head));
+        ram.long(code, virt(MODULE_TEXT + 0x1800));
+    }
+    ram.long(lists + 0x40, virt(lists + 0x40));
+    for cache in [lists + 0x20, lists + 0x40] {
+        ram.long(cache + 0x10, virt(MADE + 0xc00));
+    }
+    ram.put(MADE + 0x418, b"bpf_prog\0");
+    ram.put(MADE + 0xc00, b"kprobe_insn_page\0");
+    ram.word(lists + 0x70, 1);
 }
 
 /// The one vCPU that is up: it runs `init_task`, in `schedule`.

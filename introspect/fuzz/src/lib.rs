@@ -9,9 +9,12 @@
 )]
 #![allow(dead_code, reason = "tests and fuzzers use different parts")]
 
+use std::fs;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use introspect::kallsyms::Window;
+use introspect::listing::behind_core;
 use introspect::modules::modules as list;
 use introspect::orc::Encoding;
 use introspect::orc_table::OrcTable;
@@ -21,7 +24,7 @@ use introspect::{
 };
 use vm_memory::GuestAddress;
 
-mod allocations;
+pub mod allocations;
 pub mod btf;
 pub mod cores;
 pub mod dump;
@@ -34,14 +37,28 @@ use mutate::{Mutated, PARTS};
 /// No input may make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
 pub const MAX_BYTES: usize = 64 << 20;
 
-/// Runs `work` and counts what it holds.
+/// Nor may it take longer, however it is built.
+pub const MAX_TIME: Duration = Duration::from_secs(2);
+
+/// Runs `work` and counts what it holds and takes.
 ///
 /// # Panics
-/// If that was ever more than [`MAX_BYTES`].
-pub fn capped<T>(what: &str, work: impl FnOnce() -> T) -> T {
+/// If that was ever more than [`MAX_BYTES`], or longer than [`MAX_TIME`].
+pub fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let start = cpu_time();
     let (out, peak) = allocations::measured(work);
+    let took = cpu_time() - start;
     assert!(peak < MAX_BYTES, "{what} held {peak} bytes at once");
+    assert!(took < MAX_TIME, "{what} took {took:?}");
     out
+}
+
+/// What this thread has run so far (`Documentation/scheduler/sched-stats.rst`): a machine that has other things to do is no
+/// input's fault.
+pub fn cpu_time() -> Duration {
+    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let ran = stat.split(' ').next().and_then(|ran| ran.parse().ok());
+    Duration::from_nanos(ran.expect("a kernel that tells how long a thread has run"))
 }
 
 /// A target: how far it came.
@@ -72,6 +89,12 @@ pub fn kernel() -> &'static Kernel {
         let memory = Mutated::new(ram(), &PARTS, &[]);
         Kernel::find(&memory, &image::vcpus()).expect("the guest that was made here has a kernel")
     })
+}
+
+/// Makes, or opens, the guests: what that takes is no input's fault.
+pub fn prepare() {
+    kernel();
+    dump::named();
 }
 
 /// Symbols: after `R` the bytes are the image, otherwise damage to good tables, and where they are cut off.
@@ -179,7 +202,7 @@ pub fn modules(data: &[u8]) -> usize {
                 .count();
         }
     }
-    seen
+    seen + behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
 }
 
 /// A core file: all bytes of it.
@@ -209,14 +232,24 @@ pub fn stacks(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
 
 /// The same, of a guest whose kernel is known.
 pub fn stacks_of(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
+    let unwinder = Unwinder::new(kernel, &kernel.memory(memory));
+    unwinder.map_or(0, |unwinder| walk(kernel, unwinder, memory, vcpus))
+}
+
+/// The same, with the unwind data of the kernel at hand.
+pub fn walk(
+    kernel: &Kernel,
+    mut unwinder: Unwinder,
+    memory: &dyn PhysMemory,
+    vcpus: &[VcpuRegs],
+) -> usize {
     let reader = kernel.memory(memory);
-    let (Ok(tasks), Ok(mut unwinder)) = (
-        introspect::tasks(kernel, &reader, vcpus),
-        Unwinder::new(kernel, &reader),
-    ) else {
+    let Ok(tasks) = introspect::tasks(kernel, &reader, vcpus) else {
         return 0;
     };
     let _ = unwinder.refresh(kernel, &reader);
+    // What comes of these is no matter here: `modules` counts it.
+    let _ = (behind_core(kernel, &reader), kernel.vmcoreinfo(&reader));
     tasks
         .iter()
         .filter(|task| {

@@ -22,7 +22,7 @@ pub const PARTS: [Part; 9] = [
     (image::MODULES, 0xa000),
     (image::STACKS, 0x1_4000),
     (image::IMAGE + image::TABLES, 0x5000),
-    (image::IMAGE + image::BTF, 0x1000),
+    (image::IMAGE + image::BTF, 0x2000),
     (image::IMAGE + image::ORC, 0x1040),
     (image::IMAGE + image::KALLSYMS, 0x4_0000),
 ];

@@ -3,7 +3,7 @@
 use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory};
 use vm_memory::GuestAddress;
 
-use super::bounded;
+use super::fuzz::bounded;
 use super::fuzz::cores::{self, PT_LOAD, PT_NOTE, Part};
 use super::fuzz::{image, symbols};
 

@@ -19,12 +19,14 @@ use guests::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::flavours;
+
 /// All that is made before the bed starts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
-    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3".
+    /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3", and of other flavours "6.1-generic" and the like.
     pub stock: BTreeMap<String, Stock>,
 }
 
@@ -54,7 +56,8 @@ const PATCHES: [&str; 12] = [
 ];
 
 /// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
-const MODULES: [&str; 3] = ["dummy", "nf_conntrack", "nfsd"];
+/// None of them asks for another only when it is loaded, which a guest without modprobe cannot answer.
+const MODULES: [&str; 3] = ["dummy", "nf_defrag_ipv6", "nfsd"];
 
 impl Assets {
     fn make() -> Result<Assets> {
@@ -72,6 +75,15 @@ impl Assets {
                 modules: &MODULES,
             };
             stock.insert(generation.to_string(), Stock::prepare(order)?);
+        }
+        for (generation, flavour) in flavours::wanted() {
+            let order = Order {
+                generation,
+                flavour,
+                patches: &[],
+                modules: &MODULES,
+            };
+            stock.insert(flavours::key(generation, flavour), Stock::prepare(order)?);
         }
         Ok(Assets {
             binary: build_outpatch()?,

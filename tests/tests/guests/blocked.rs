@@ -23,7 +23,7 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// Those of `sleeper`'s processes that are in pause(2).
-const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
+pub const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
 /// Exit status of the command line when the transition goes on.
 const TIMED_OUT: i32 = 4;
 /// How long a transition that nothing blocks any more may take.
@@ -132,7 +132,7 @@ fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
 }
 
 /// Applies the patch, and sees who is in its way: named by the command line, by the status with the frame, and by the guest itself.
-fn stays_blocked(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
+pub fn stays_blocked(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
     let reply = outpatch.call(&["apply", patch, "--timeout", "2"])?;
     ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
     let status = the_patch(outpatch)?;
@@ -172,7 +172,7 @@ fn stays_blocked(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<
     Ok(())
 }
 
-fn end_of_transition(outpatch: &Outpatch) -> Result<Value> {
+pub fn end_of_transition(outpatch: &Outpatch) -> Result<Value> {
     let deadline = Instant::now() + SOON;
     while Instant::now() < deadline {
         let status = the_patch(outpatch)?;
@@ -184,11 +184,11 @@ fn end_of_transition(outpatch: &Outpatch) -> Result<Value> {
     bail!("the transition does not end: {}", the_patch(outpatch)?)
 }
 
-fn the_patch(outpatch: &Outpatch) -> Result<Value> {
+pub fn the_patch(outpatch: &Outpatch) -> Result<Value> {
     outpatch.json(&["status", "pause"])
 }
 
-fn list<'v>(value: &'v Value, at: &str) -> Result<&'v Vec<Value>> {
+pub fn list<'v>(value: &'v Value, at: &str) -> Result<&'v Vec<Value>> {
     value
         .pointer(at)
         .and_then(Value::as_array)
@@ -196,13 +196,13 @@ fn list<'v>(value: &'v Value, at: &str) -> Result<&'v Vec<Value>> {
 }
 
 /// The patch states of all threads.
-fn states(guest: &mut Guest) -> Result<BTreeSet<i64>> {
+pub fn states(guest: &mut Guest) -> Result<BTreeSet<i64>> {
     let text = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state 2>/dev/null || true")?;
     text.lines().map(|line| Ok(line.parse()?)).collect()
 }
 
 /// The function that sleep-pause sleeps in, as the guest's own unwinder sees it.
-fn pausing(guest: &mut Guest) -> Result<String> {
+pub fn pausing(guest: &mut Guest) -> Result<String> {
     let stack = guest.sh(
         "p=$(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1); cat ${p%comm}stack | head -1",
     )?;

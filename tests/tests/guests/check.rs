@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
+    fs::{self, File},
     io::Read,
     path::Path,
 };
@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::{
     Scenario,
     bench::{Bench, Scratch},
+    locks,
 };
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -182,6 +183,7 @@ fn nothing_is_written(outpatch: &Outpatch, good: &str, bad: &str) -> Result<()> 
     outpatch.ok(&["dump", after.to_str().context("a scratch folder in UTF-8")?])?;
     outpatch.ok(&["resume"])?;
     same_bytes(&before, &after)?;
+    locks::changes_say_busy(&before, &fs::read(good)?)?;
 
     let reply = outpatch.offline(&["check", "--json", "--core", core, good])?;
     ensure!(reply.status == Some(0), "{}", reply.stderr);

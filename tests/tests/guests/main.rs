@@ -9,9 +9,12 @@ mod blocked;
 mod check;
 mod differential;
 mod dumps;
+mod flavours;
 mod generations;
 mod insmod;
+mod locks;
 mod machine;
+mod modes;
 mod patching;
 mod refusals;
 mod stacks;
@@ -85,11 +88,13 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(machine::scenarios());
     all.extend(stacks::scenarios());
     all.extend(symbols::scenarios());
+    all.extend(flavours::scenarios());
     all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(generations::scenarios());
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
+    all.extend(modes::scenarios());
     all.extend(check::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
@@ -115,6 +120,7 @@ fn outside() -> ExitCode {
     let tally = Arc::new(Tally::default());
     let trials = scenarios()
         .into_iter()
+        .filter(flavours::is_wanted)
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {
@@ -172,8 +178,12 @@ fn run_in_one_bed(scenario: &Scenario, tally: &Tally) -> Result<()> {
         let judged = judge.join().map_err(|_| anyhow!("the judge panicked"))?;
         match ran {
             Err(error) if is_beds_death(&error) => Err(error),
-            // The judge's word first: when it gives up, the scenario does too.
-            ran => judged.and(ran),
+            // When the judge gives up, the scenario does too: its word first.
+            Err(error) => match judged {
+                Err(judged) => Err(anyhow!("{judged:#}\n{error:#}")),
+                Ok(()) => Err(error),
+            },
+            Ok(()) => judged,
         }
     })
 }

@@ -25,43 +25,73 @@ const ENOUGH: usize = 50;
 /// `/proc` lists the same threads under the same names, and each sleeper's frames are those of `/proc/PID/stack`.
 fn equal(bench: &Bench, generation: &str) -> Result<()> {
     bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let outpatch = guest.outpatch().clone();
         let log = guest.dmesg()?;
-        guest.sh("sleeper 24 & sleep 1")?;
-        let listing = guest.sh(
-            "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; [ $p = $$ ] || cat $t/stack; done",
-        )?;
-        let theirs = parse(&listing)?;
-        let ps = outpatch.json(&["ps"])?;
-        let tasks = ps.as_array().context("ps is no list")?;
-        // What the shell that lists /proc starts comes and goes, and the shell itself is in another place meanwhile; every thread
-        // that stays must be in both lists, with the same stack.
-        let ours: BTreeSet<i64> = tasks.iter().filter_map(|task| task["pid"].as_i64()).filter(|pid| *pid != 0).collect();
-        let there = guest.sh("for t in /proc/[0-9]*/task/[0-9]*; do echo ${t##*/}; done")?;
-        let there: BTreeSet<i64> = there.lines().filter_map(|pid| pid.parse().ok()).collect();
-        let staying: BTreeSet<i64> = theirs.keys().copied().filter(|pid| there.contains(pid)).collect();
-        ensure!(staying.is_subset(&ours), "not in ps: {:?}", staying.difference(&ours));
-        ensure!(ours.is_subset(&staying), "only in ps: {:?}", ours.difference(&staying));
-        let idle = tasks.iter().filter(|task| task["kind"] == "idle").count();
-        ensure!(idle == 2, "{idle} idle tasks on 2 vCPUs");
-        let mut compared = 0;
-        for (pid, (comm, frames)) in &theirs {
-            let Some(task) = tasks.iter().find(|task| task["pid"].as_i64() == Some(*pid)) else { continue };
-            let ours = task["comm"].as_str().context("a task with no name")?;
-            ensure!(is_named(ours, comm), "{pid} is {comm:?}, not {ours:?}");
-            if task["vcpu"].is_number() || frames.is_empty() {
-                continue;
-            }
-            let same = same_stack(guest, *pid, frames).with_context(|| format!("{pid} {comm}"))?;
-            compared += usize::from(same);
-        }
+        let compared = equal_in(guest)?;
         println!("{generation}: {compared} stacks equal");
-        ensure!(compared >= ENOUGH, "only {compared} stacks compared");
-        let mut vcpus: Vec<u64> = tasks.iter().filter_map(|task| task["vcpu"].as_u64()).collect();
-        vcpus.sort_unstable();
-        ensure!(vcpus == [0, 1], "the vCPUs run these tasks' CPUs: {vcpus:?}");
         guest.expect_unharmed(&log)
     })
+}
+
+/// The same in a guest with two vCPUs that has just booted; how many stacks were compared.
+pub fn equal_in(guest: &mut Guest) -> Result<usize> {
+    let outpatch = guest.outpatch().clone();
+    guest.sh("sleeper 24 & sleep 1")?;
+    let listing = guest.sh(
+            "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; [ $p = $$ ] || cat $t/stack; done",
+        )?;
+    let theirs = parse(&listing)?;
+    let ps = outpatch.json(&["ps"])?;
+    let tasks = ps.as_array().context("ps is no list")?;
+    // What the shell that lists /proc starts comes and goes, and the shell itself is in another place meanwhile; every thread
+    // that stays must be in both lists, with the same stack.
+    let ours: BTreeSet<i64> = tasks
+        .iter()
+        .filter_map(|task| task["pid"].as_i64())
+        .filter(|pid| *pid != 0)
+        .collect();
+    let there = guest.sh("for t in /proc/[0-9]*/task/[0-9]*; do echo ${t##*/}; done")?;
+    let there: BTreeSet<i64> = there.lines().filter_map(|pid| pid.parse().ok()).collect();
+    let staying: BTreeSet<i64> = theirs
+        .keys()
+        .copied()
+        .filter(|pid| there.contains(pid))
+        .collect();
+    ensure!(
+        staying.is_subset(&ours),
+        "not in ps: {:?}",
+        staying.difference(&ours)
+    );
+    ensure!(
+        ours.is_subset(&staying),
+        "only in ps: {:?}",
+        ours.difference(&staying)
+    );
+    let idle = tasks.iter().filter(|task| task["kind"] == "idle").count();
+    ensure!(idle == 2, "{idle} idle tasks on 2 vCPUs");
+    let mut compared = 0;
+    for (pid, (comm, frames)) in &theirs {
+        let Some(task) = tasks.iter().find(|task| task["pid"].as_i64() == Some(*pid)) else {
+            continue;
+        };
+        let ours = task["comm"].as_str().context("a task with no name")?;
+        ensure!(is_named(ours, comm), "{pid} is {comm:?}, not {ours:?}");
+        if task["vcpu"].is_number() || frames.is_empty() {
+            continue;
+        }
+        let same = same_stack(guest, *pid, frames).with_context(|| format!("{pid} {comm}"))?;
+        compared += usize::from(same);
+    }
+    ensure!(compared >= ENOUGH, "only {compared} stacks compared");
+    let mut vcpus: Vec<u64> = tasks
+        .iter()
+        .filter_map(|task| task["vcpu"].as_u64())
+        .collect();
+    vcpus.sort_unstable();
+    ensure!(
+        vcpus == [0, 1],
+        "the vCPUs run these tasks' CPUs: {vcpus:?}"
+    );
+    Ok(compared)
 }
 
 /// How often a task that moves is looked at again.

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use patcher::{CheckReport, PatchStatus};
+use patcher::{CheckReport, Mode, PatchStatus};
 use tokio::sync::oneshot;
 
 use super::problem::{Kind, Problem};
@@ -42,9 +42,13 @@ pub trait Control: Send + 'static {
     /// What applying a livepatch module would come to.
     fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem>;
     /// Begins to apply a livepatch module, and says its name.
-    fn apply(&mut self, module: &[u8]) -> Result<String, Problem>;
+    fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem>;
     /// Begins to revert a patch.
-    fn revert(&mut self, name: &str) -> Result<(), Problem>;
+    fn revert(&mut self, name: &str, mode: Mode) -> Result<(), Problem>;
+    /// Turns a patch's running transition round.
+    fn cancel(&mut self, name: &str) -> Result<(), Problem>;
+    /// Moves every task in a patch's running transition, wherever it is.
+    fn force(&mut self, name: &str) -> Result<(), Problem>;
     /// Sends the fake signal in a patch's running transition, from so long after its start on.
     fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
     /// Drives a running transition on, and says after what time to do so again; `None`: there is none.

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use patcher::{CheckReport, ErrorKind, MachineError, PatchError, PatchStatus, Patcher};
+use patcher::{CheckReport, ErrorKind, MachineError, Mode, PatchError, PatchStatus, Patcher};
 
 use super::control::Control;
 use super::problem::{Kind, Problem};
@@ -133,15 +133,27 @@ impl Control for Guest {
             .map_err(|error| problem(&error))
     }
 
-    fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
+    fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem> {
         self.patcher
-            .apply(&mut self.machine, module)
+            .apply(&mut self.machine, module, mode)
             .map_err(|error| problem(&error))
     }
 
-    fn revert(&mut self, name: &str) -> Result<(), Problem> {
+    fn revert(&mut self, name: &str, mode: Mode) -> Result<(), Problem> {
         self.patcher
-            .revert(&mut self.machine, name)
+            .revert(&mut self.machine, name, mode)
+            .map_err(|error| problem(&error))
+    }
+
+    fn cancel(&mut self, name: &str) -> Result<(), Problem> {
+        self.patcher
+            .cancel(&mut self.machine, name)
+            .map_err(|error| problem(&error))
+    }
+
+    fn force(&mut self, name: &str) -> Result<(), Problem> {
+        self.patcher
+            .force(&mut self.machine, name)
             .map_err(|error| problem(&error))
     }
 

@@ -8,7 +8,8 @@ use std::time::Duration;
 use axum::Json;
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
-use axum::extract::{Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
@@ -169,12 +170,20 @@ async fn check(
 
 async fn apply(
     State(app): State<App>,
+    query: Result<Query<wire::ApplyQuery>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
+    let Query(wire::ApplyQuery { mode }) = query.map_err(|rejected| {
+        Problem::new(
+            Kind::BadRequest,
+            rejected.body_text(),
+            "the one parameter is mode: per-task, stop-machine or auto",
+        )
+    })?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
-        let name = control.apply(&upload.module)?;
+        let name = control.apply(&upload.module, mode)?;
         drop(upload);
         find(control.patches(), &name)
     });
@@ -196,7 +205,7 @@ async fn change_patch(
     let change = app.mailbox.change(move |control| {
         let before = find(control.patches(), &name)?;
         match (change.enabled, before.enabled) {
-            (Some(false), true) => control.revert(&name)?,
+            (Some(false), true) => control.revert(&name, change.mode.unwrap_or_default())?,
             (Some(true), false) => {
                 return Err(Problem::new(
                     Kind::Conflict,
@@ -205,6 +214,12 @@ async fn change_patch(
                 ));
             }
             _ => {}
+        }
+        if change.cancel.is_some() {
+            control.cancel(&name)?;
+        }
+        if change.force.is_some() {
+            control.force(&name)?;
         }
         if change.signal.is_some() {
             let after = Duration::from_millis(change.signal_after_ms.unwrap_or(0));
@@ -217,27 +232,31 @@ async fn change_patch(
 
 /// What makes no sense is refused before anything is done.
 fn check_change(change: &wire::PatchChange) -> Result<(), Problem> {
-    let wrong = match change {
-        wire::PatchChange {
-            enabled: None,
-            signal: None,
-            ..
-        } => "the body changes nothing",
-        wire::PatchChange {
-            signal: Some(false),
-            ..
-        } => "a signal cannot be taken back",
-        wire::PatchChange {
-            signal: None,
-            signal_after_ms: Some(_),
-            ..
-        } => "signal_after_ms goes with signal",
-        _ => return Ok(()),
+    let wire::PatchChange {
+        enabled,
+        mode,
+        cancel,
+        force,
+        signal,
+        signal_after_ms,
+    } = *change;
+    let wrong = if [enabled, cancel, force, signal].iter().flatten().count() == 0 {
+        "the body changes nothing"
+    } else if [cancel, force, signal].contains(&Some(false)) {
+        "what was cancelled, forced or signalled cannot be taken back"
+    } else if mode.is_some() && enabled.is_none() {
+        "mode goes with enabled"
+    } else if signal_after_ms.is_some() && signal.is_none() {
+        "signal_after_ms goes with signal"
+    } else if [enabled, cancel, force].iter().flatten().count() > 1 {
+        "enabled, cancel and force go one at a time"
+    } else {
+        return Ok(());
     };
     Err(Problem::new(
         Kind::BadRequest,
         wrong,
-        "give `enabled`, `signal`, or both",
+        "give `enabled`, `cancel`, `force` or `signal`",
     ))
 }
 

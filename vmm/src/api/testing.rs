@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use introspect::TaskKind;
 use patcher::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, PatchPhase, PatchStatus, PauseReport,
-    PieceReport, TaskReport,
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
+    PauseReport, PieceReport, TaskReport,
 };
 
 use super::control::Control;
@@ -200,8 +200,8 @@ impl Control for FakeGuest {
         })
     }
 
-    fn apply(&mut self, module: &[u8]) -> Result<String, Problem> {
-        self.note(format!("apply {}", module.len()));
+    fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem> {
+        self.note(format!("apply {} {mode:?}", module.len()));
         if !module.starts_with(b"\x7fELF") {
             return Err(Problem::new(Kind::BadModule, "not an\nELF file", "build"));
         }
@@ -211,6 +211,7 @@ impl Control for FakeGuest {
             phase: PatchPhase::Applying,
             enabled: true,
             transition: true,
+            force: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
@@ -235,8 +236,18 @@ impl Control for FakeGuest {
         Ok("fix".into())
     }
 
-    fn revert(&mut self, name: &str) -> Result<(), Problem> {
-        self.note(format!("revert {name}"));
+    fn cancel(&mut self, name: &str) -> Result<(), Problem> {
+        self.note(format!("cancel {name}"));
+        Ok(())
+    }
+
+    fn force(&mut self, name: &str) -> Result<(), Problem> {
+        self.note(format!("force {name}"));
+        Ok(())
+    }
+
+    fn revert(&mut self, name: &str, mode: Mode) -> Result<(), Problem> {
+        self.note(format!("revert {name} {mode:?}"));
         self.polls_left = 2;
         for patch in self.patches.iter_mut().filter(|p| p.name == name) {
             patch.phase = PatchPhase::Reverting;

@@ -77,7 +77,7 @@ fn a_patch_is_applied_driven_on_and_reverted() {
     served
         .ask("PATCH", "/patches/fix", br#"{"enabled":true}"#)
         .refused(Kind::Conflict);
-    assert_eq!(served.logged(), ["apply 13", "revert fix"]);
+    assert_eq!(served.logged(), ["apply 13 PerTask", "revert fix PerTask"]);
 }
 
 #[test]
@@ -106,7 +106,50 @@ fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
     }
     assert_eq!(
         served.logged(),
-        ["apply 13", "signal fix after 0ns", "signal fix after 1.5s"]
+        [
+            "apply 13 PerTask",
+            "signal fix after 0ns",
+            "signal fix after 1.5s"
+        ]
+    );
+}
+
+#[test]
+fn a_mode_is_asked_for_and_a_transition_is_cancelled_or_forced() {
+    let served = Served::plain();
+    let begun = served.ask("POST", "/patches?mode=stop-machine", ELF);
+    assert_eq!(begun.status, 201, "{begun:?}");
+    for body in [
+        r#"{"cancel":true}"#,
+        r#"{"force":true}"#,
+        r#"{"enabled":false,"mode":"auto"}"#,
+    ] {
+        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+    for body in [
+        r#"{"cancel":false}"#,
+        r#"{"force":true,"cancel":true}"#,
+        r#"{"mode":"auto"}"#,
+        r#"{"enabled":false,"mode":"all"}"#,
+    ] {
+        served
+            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .refused(Kind::BadRequest);
+    }
+    for query in ["mode=all", "mood=auto"] {
+        served
+            .ask("POST", &format!("/patches?{query}"), ELF)
+            .refused(Kind::BadRequest);
+    }
+    assert_eq!(
+        served.logged(),
+        [
+            "apply 13 StopMachine",
+            "cancel fix",
+            "force fix",
+            "revert fix Auto"
+        ]
     );
 }
 
@@ -174,7 +217,7 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
             .ask("PATCH", "/vm", body.as_bytes())
             .refused(Kind::BadRequest);
     }
-    assert_eq!(served.logged(), ["apply 9"]);
+    assert_eq!(served.logged(), ["apply 9 PerTask"]);
     let form = "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
                 Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 4\r\n\r\n\x7fELF";
     served.raw(form.as_bytes()).refused(Kind::BadRequest);

@@ -3,7 +3,7 @@
 //! Patches are told as [`patcher::PatchStatus`]. Field names and meanings are promised in `docs/ABI`.
 
 use introspect::{PatchState, TaskKind, Verdict};
-use patcher::PauseReport;
+use patcher::{Mode, PauseReport};
 use serde::{Deserialize, Serialize};
 
 /// `GET /version`.
@@ -50,13 +50,31 @@ pub struct VmChange {
     pub state: VmState,
 }
 
-/// The body of `PATCH /patches/{name}`: one change, or both.
+/// The query of `POST /patches`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ApplyQuery {
+    /// How tasks are to move.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+/// The body of `PATCH /patches/{name}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PatchChange {
     /// `false`: revert it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
+    /// With `enabled`: how tasks are to move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// `true`: turn the transition that runs round, whichever way it goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cancel: Option<bool>,
+    /// `true`: move every task now, wherever it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force: Option<bool>,
     /// `true`: send the fake signal to tasks that keep the old state, in the transition that runs (or that `enabled` begins).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<bool>,

@@ -52,10 +52,13 @@ impl CoreGuest {
     /// What applying a module, read from `file`, would come to.
     pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
         let report = self.patcher.check(&mut self.machine, module);
-        report.map_err(|source| VerbError::NotForCore {
-            file: file.to_owned(),
-            core: self.path.clone(),
-            source,
+        report.map_err(|source| match source {
+            busy @ PatchError::Busy { .. } => self.failed(busy),
+            source => VerbError::NotForCore {
+                file: file.to_owned(),
+                core: self.path.clone(),
+                source,
+            },
         })
     }
 
@@ -67,8 +70,16 @@ impl CoreGuest {
     }
 
     fn failed(&self, source: PatchError) -> VerbError {
-        let path = self.path.clone();
-        VerbError::InCore { path, source }
+        failed(&self.path, source)
+    }
+}
+
+/// No second look at a core shows anything else.
+fn failed(path: &Path, source: PatchError) -> VerbError {
+    let path = path.to_owned();
+    match source {
+        PatchError::Busy { what, .. } => VerbError::CaughtInCore { path, what },
+        source => VerbError::InCore { path, source },
     }
 }
 
@@ -113,5 +124,26 @@ impl Machine for CoreMachine {
 
     fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
         Err(MachineError::Interrupt(FIXED.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_a_core_of_a_busy_guest_is_not_told_to_try_again() {
+        let busy = PatchError::Busy {
+            what: "tasklist_lock is held for writing".into(),
+            tries: 100,
+        };
+        let told = failed(Path::new("a.core"), busy).to_string();
+        assert!(
+            told.contains("(tasklist_lock is held for writing)"),
+            "{told}"
+        );
+        assert!(!told.contains("try again"), "{told}");
+        let other = failed(Path::new("a.core"), PatchError::NoSuchTask(7)).to_string();
+        assert_eq!(other, "a.core: no task with pid 7");
     }
 }

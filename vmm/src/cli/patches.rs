@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use patcher::{PatchPhase, PatchStatus};
+use patcher::{Mode, PatchPhase, PatchStatus};
 use serde::Serialize;
 use vmm::api::wire::{PatchChange, Vm};
 
@@ -10,7 +10,7 @@ use super::connection::Connection;
 use super::module::read_module;
 use super::screen::{Screen, Tone};
 use super::transition::{Outcome, Watch, pauses, task_head, task_line, ways, word};
-use super::verbs::{VerbError, Waiting};
+use super::verbs::{Following, VerbError, Waiting};
 
 /// Applies the module in `file`.
 pub fn apply(
@@ -21,19 +21,18 @@ pub fn apply(
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
     let module = read_module(file)?;
-    let begun: PatchStatus =
-        connection
-            .post("/patches", module)
-            .map_err(|source| VerbError::Module {
-                path: file.to_owned(),
-                source,
-            })?;
+    let begun: PatchStatus = connection
+        .post(&patches(waiting.mode), module)
+        .map_err(|source| VerbError::Module {
+            path: file.to_owned(),
+            source,
+        })?;
     let begun = signal_after(connection, begun, waiting)?;
     follow(
         connection,
         begun,
         PatchPhase::Applied,
-        waiting,
+        &waiting.following,
         json,
         screen,
     )
@@ -53,6 +52,7 @@ pub fn revert(
     };
     let change = PatchChange {
         enabled: Some(false),
+        mode: Some(waiting.mode),
         ..PatchChange::default()
     };
     let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
@@ -61,10 +61,68 @@ pub fn revert(
         connection,
         begun,
         PatchPhase::Reverted,
-        waiting,
+        &waiting.following,
         json,
         screen,
     )
+}
+
+/// Turns the running transition of the patch `name`, or of the only one that has one, round.
+pub fn cancel(
+    connection: &Connection,
+    name: Option<&str>,
+    waiting: &Following,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let name = the_moving_one(connection, name)?;
+    let change = PatchChange {
+        cancel: Some(true),
+        ..PatchChange::default()
+    };
+    let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let want = match begun.enabled {
+        true => PatchPhase::Applied,
+        false => PatchPhase::Reverted,
+    };
+    follow(connection, begun, want, waiting, json, screen)
+}
+
+/// Moves every task in the running transition of the patch `name`, or of the only one that has one, and waits for its end.
+pub fn force(
+    connection: &Connection,
+    name: Option<&str>,
+    waiting: &Following,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let name = the_moving_one(connection, name)?;
+    let change = PatchChange {
+        force: Some(true),
+        ..PatchChange::default()
+    };
+    let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let want = match begun.enabled {
+        true => PatchPhase::Applied,
+        false => PatchPhase::Reverted,
+    };
+    follow(connection, begun, want, waiting, json, screen)
+}
+
+/// The patch `name`, or the one that is in transition.
+fn the_moving_one(connection: &Connection, name: Option<&str>) -> Result<String, VerbError> {
+    if let Some(name) = name {
+        return Ok(name.to_owned());
+    }
+    let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
+    let moving = patches.into_iter().find(|patch| patch.transition);
+    let none = || VerbError::Unfit("no patch is in transition".to_owned());
+    Ok(moving.ok_or_else(none)?.name)
+}
+
+/// Where a module is posted to.
+fn patches(mode: Mode) -> String {
+    format!("/patches?mode={}", word(&mode))
 }
 
 /// Sends the fake signal in the running transition of the patch `name`, or of the only one that has one.
@@ -74,15 +132,7 @@ pub fn signal(
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let name = match name {
-        Some(name) => name.to_owned(),
-        None => {
-            let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
-            let moving = patches.into_iter().find(|patch| patch.transition);
-            let none = || VerbError::Unfit("no patch is in transition".to_owned());
-            moving.ok_or_else(none)?.name
-        }
-    };
+    let name = the_moving_one(connection, name)?;
     let change = PatchChange {
         signal: Some(true),
         ..PatchChange::default()
@@ -155,7 +205,7 @@ fn follow(
     connection: &Connection,
     begun: PatchStatus,
     want: PatchPhase,
-    waiting: &Waiting,
+    waiting: &Following,
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
@@ -361,6 +411,7 @@ mod tests {
             phase,
             enabled: matches!(phase, PatchPhase::Applying | PatchPhase::Applied),
             transition,
+            force: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),

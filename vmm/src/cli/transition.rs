@@ -171,13 +171,15 @@ pub fn word(value: &impl serde::Serialize) -> String {
 
 /// `6 by stack, 2 idle`: how the tasks came to their new state.
 pub fn ways(tasks: &[TaskReport]) -> String {
-    const ORDER: [(TaskWay, &str); 6] = [
+    const ORDER: [(TaskWay, &str); 8] = [
         (TaskWay::Boundary, "at the kernel/user boundary"),
         (TaskWay::Stack, "by their stack"),
         (TaskWay::UserMode, "in user mode"),
         (TaskWay::Idle, "in the idle loop"),
         (TaskWay::Born, "born new"),
+        (TaskWay::Unmoved, "not moved before"),
         (TaskWay::Exited, "exited"),
+        (TaskWay::Forced, "by force"),
     ];
     let counted = ORDER.iter().filter_map(|(way, words)| {
         let count = tasks.iter().filter(|t| t.way == Some(*way)).count();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use introspect::CoreError;
-use patcher::PatchError;
+use patcher::{Mode, PatchError};
 
 use super::connection::{AskError, Connection};
 use super::screen::Screen;
@@ -26,18 +26,29 @@ pub struct Target {
     json: bool,
 }
 
-/// How to wait for a transition.
+/// How tasks are to move, and how to wait for them.
 #[derive(Debug, Args)]
 pub struct Waiting {
+    /// How tasks move: `per-task`, each when it can; `stop-machine`, all in one pause or not at all; `auto`, all in one pause
+    /// if that can be, else per task.
+    #[arg(long, value_name = "MODE", value_parser = mode, default_value = "per-task")]
+    pub mode: Mode,
+    /// Send the fake signal to tasks that have not switched after so long.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub signal_after: Option<Duration>,
+    #[command(flatten)]
+    pub following: Following,
+}
+
+/// How to wait for a transition.
+#[derive(Debug, Args)]
+pub struct Following {
     /// Return as soon as the transition has begun.
     #[arg(long, conflicts_with = "timeout")]
     pub no_wait: bool,
     /// Stop waiting after so long, with exit status 4; the transition goes on.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub timeout: Option<Duration>,
-    /// Send the fake signal to tasks that have not switched after so long.
-    #[arg(long, value_name = "SECS", value_parser = seconds)]
-    pub signal_after: Option<Duration>,
 }
 
 /// The verbs.
@@ -105,6 +116,27 @@ pub enum Verb {
     Signal {
         /// The patch; may be left out when one is in transition.
         name: Option<String>,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Turn the running transition round, whichever way it goes, and wait until every task is back.
+    #[command(after_help = EXIT_STATUSES)]
+    Cancel {
+        /// The patch; may be left out when one is in transition.
+        name: Option<String>,
+        #[command(flatten)]
+        following: Following,
+        #[command(flatten)]
+        target: Target,
+    },
+    /// End the running transition by moving every task now, wherever it is: consistency is given up, and the patch's code can
+    /// never be removed.
+    #[command(after_help = EXIT_STATUSES)]
+    Force {
+        /// The patch; may be left out when one is in transition.
+        name: Option<String>,
+        #[command(flatten)]
+        following: Following,
         #[command(flatten)]
         target: Target,
     },
@@ -179,6 +211,14 @@ pub enum VerbError {
         path: PathBuf,
         /// Why.
         source: PatchError,
+    },
+    /// The guest was stopped in the middle of something that makes its core unreadable in part, for ever.
+    #[error("{}: the guest was stopped in the middle of a change ({what}): take another core of it", path.display())]
+    CaughtInCore {
+        /// Which.
+        path: PathBuf,
+        /// What was in the way.
+        what: String,
     },
     /// The guest in the core file would not take the module.
     #[error("{} in {}: {source}", file.display(), core.display())]
@@ -269,6 +309,34 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
         Verb::Signal { name, target } => {
             patches::signal(&target.connect()?, name.as_deref(), target.json, screen)
         }
+        Verb::Cancel {
+            name,
+            following,
+            target,
+        } => {
+            let connection = target.connect()?;
+            patches::cancel(
+                &connection,
+                name.as_deref(),
+                &following,
+                target.json,
+                screen,
+            )
+        }
+        Verb::Force {
+            name,
+            following,
+            target,
+        } => {
+            let connection = target.connect()?;
+            patches::force(
+                &connection,
+                name.as_deref(),
+                &following,
+                target.json,
+                screen,
+            )
+        }
         Verb::Revert {
             name,
             waiting,
@@ -287,6 +355,12 @@ impl Target {
     fn connect(&self) -> io::Result<Connection> {
         Connection::new(&self.socket)
     }
+}
+
+/// A mode, by its name in the API.
+fn mode(text: &str) -> Result<Mode, String> {
+    serde_json::from_value(serde_json::Value::from(text))
+        .map_err(|_| "choose per-task, stop-machine or auto".to_owned())
 }
 
 /// A number of seconds, with a fraction if need be.

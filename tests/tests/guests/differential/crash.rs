@@ -10,8 +10,11 @@ use super::ours::Ours;
 /// Asks crash about a core.
 ///
 /// # Errors
-/// When crash cannot open it or lists other tasks.
+/// When crash cannot open it or lists other tasks. Of generations that it knows nothing of, it is not asked.
 pub fn opens(generation: Generation, vmlinux: &Path, core: &Path, ours: &Ours) -> Result<()> {
+    if !opens_cores_of(generation) {
+        return Ok(());
+    }
     let commands = core.with_extension("crash");
     fs::write(&commands, "sys\nps\nquit\n")?;
     let crash = Crash::fetch(&Cache::open()?)?;
@@ -43,6 +46,11 @@ pub fn opens(generation: Generation, vmlinux: &Path, core: &Path, ours: &Ours) -
     );
     println!("{generation}: crash lists the same {} tasks", mine.len());
     Ok(())
+}
+
+/// Debian 12's crash is older than the kernels after these, and says so.
+fn opens_cores_of(generation: Generation) -> bool {
+    generation <= Generation::V6_1
 }
 
 /// Debian 12's crash is older than the form that `struct pid` has in stable updates of 6.1 and ever since: there it finds the idle

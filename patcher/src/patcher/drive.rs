@@ -1,0 +1,230 @@
+//! The pauses of a transition: each a look, a step, its writes, and the guest running again.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use introspect::Task;
+
+use crate::error::PatchError;
+use crate::machine::Machine;
+use crate::pause::Paused;
+use crate::quiet::Stop;
+use crate::scene::{Scene, Step};
+use crate::status::{Mode, PatchPhase, PauseReport};
+use crate::transition::{Direction, Transition};
+
+use super::{
+    AT_ONCE_LOOKS, AT_ONCE_WAIT, AUTO_LOOKS, Patcher, RESCHEDULE_VECTOR, not_found, patiently,
+};
+
+impl Patcher {
+    pub(super) fn begin<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        direction: Direction,
+        mode: Mode,
+    ) -> Result<(), PatchError> {
+        let at_once = match mode {
+            Mode::PerTask => 0,
+            Mode::Auto => AUTO_LOOKS,
+            Mode::StopMachine => AT_ONCE_LOOKS,
+        };
+        let mut refusal = None;
+        for look in 0..at_once {
+            if look > 0 {
+                sleep(AT_ONCE_WAIT);
+            }
+            match self.begin_once(machine, at, direction, true) {
+                Err(error @ PatchError::NotAtOnce { .. }) => refusal = Some(error),
+                done => return done,
+            }
+        }
+        match (mode, refusal) {
+            (Mode::StopMachine, Some(refusal)) => Err(refusal),
+            _ => self.begin_once(machine, at, direction, false),
+        }
+    }
+
+    pub(super) fn begin_once<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        direction: Direction,
+        at_once: bool,
+    ) -> Result<(), PatchError> {
+        let mut transition = Some(Transition::new(direction));
+        let (tasks, step, _) = patiently(|| {
+            self.carry_out_for(machine, at, &mut transition, |scene| {
+                scene.begin(direction, at_once)
+            })
+        })?;
+        if let Some(patch) = self.patches.get_mut(at) {
+            patch.transition = transition;
+            patch.phase = direction.phase();
+        }
+        self.enter(at, direction, &tasks, step);
+        Ok(())
+    }
+
+    /// Turns the running transition of a patch round.
+    pub(super) fn turn_round<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+    ) -> Result<(), PatchError> {
+        let from = self.direction(at).ok_or_else(not_found)?;
+        let to = from.back();
+        let (tasks, step, _) =
+            patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
+        if let Some(patch) = self.patches.get_mut(at) {
+            patch.phase = to.phase();
+            if let Some(transition) = &mut patch.transition {
+                transition.turn(to);
+            }
+        }
+        self.enter(at, to, &tasks, step);
+        Ok(())
+    }
+
+    /// Enters what a step found, and ends the transition if the step did.
+    pub(super) fn enter(&mut self, at: usize, direction: Direction, tasks: &[Task], step: Step) {
+        let Some(patch) = self.patches.get_mut(at) else {
+            return;
+        };
+        let Some(transition) = &mut patch.transition else {
+            return;
+        };
+        transition.enter(tasks, step.findings);
+        if !step.finished {
+            return;
+        }
+        patch.past = transition.so_far();
+        patch.transition = None;
+        match direction {
+            Direction::Apply => patch.phase = PatchPhase::Applied,
+            Direction::Revert => {
+                patch.phase = PatchPhase::Reverted;
+                self.reverted = Some(patch.status());
+                self.drop_patch(at);
+            }
+        }
+    }
+
+    /// Forgets a patch that is no longer in the guest.
+    pub(super) fn drop_patch(&mut self, at: usize) {
+        if at >= self.patches.len() {
+            return;
+        }
+        let patch = self.patches.remove(at);
+        if patch.forced {
+            // Somebody may be in its code for ever: it stays where it is, and what is known of it stays known.
+            return;
+        }
+        self.places.give_back(patch.code);
+        patch
+            .data
+            .into_iter()
+            .for_each(|data| self.places.give_back(data));
+        if let Some(guest) = &mut self.guest {
+            guest.unwinder.remove_busy(patch.stubs);
+            patch
+                .region
+                .into_iter()
+                .for_each(|id| guest.unwinder.remove_region(id));
+        }
+    }
+
+    /// One look at the guest for the patch's running transition: as [`carry_out_for`](Self::carry_out_for).
+    pub(super) fn carry_out<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
+    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
+        let mut transition = self.patches.get_mut(at).and_then(|p| p.transition.take());
+        let done = self.carry_out_for(machine, at, &mut transition, make);
+        if let Some(patch) = self.patches.get_mut(at) {
+            patch.transition = transition;
+        }
+        done
+    }
+
+    /// One pause: a look, the step that `make` makes of it, its writes, and the guest running again with its interrupts sent.
+    pub(super) fn carry_out_for<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        transition: &mut Option<Transition>,
+        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
+    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
+        let mut meter = PauseReport::default();
+        let signals = transition.as_ref().is_some_and(Transition::signals);
+        let done = self.in_pause(machine, at, signals, &mut meter, make);
+        self.pauses.merge(&meter);
+        if let Some(transition) = transition {
+            transition.pauses.merge(&meter);
+        }
+        let (tasks, step) = done?;
+        for vcpu in &step.nudge {
+            // It only hastens what the guest does anyway.
+            if let Err(error) = machine.interrupt(*vcpu, RESCHEDULE_VECTOR) {
+                tracing::debug!(%error, vcpu, "no reschedule interrupt");
+            }
+        }
+        if let Some(start) = step.wake {
+            // The list is out: whatever comes to it first works it off, the next tick at the latest.
+            if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
+                tracing::warn!(%error, "sleepers are woken later");
+            }
+        }
+        Ok((tasks, step, Duration::from_micros(meter.longest_us)))
+    }
+
+    pub(super) fn in_pause<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+        signals: bool,
+        meter: &mut PauseReport,
+        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
+    ) -> Result<(Vec<Task>, Step), Stop> {
+        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let facts = guest.facts()?.clone();
+        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        let dummy = self.places.known_dummy().ok_or_else(not_found)?;
+        let mut paused = Paused::begin(machine, meter)?;
+        let mut mapping = crate::journal::Plan::new();
+        let (tasks, step) = {
+            let look = guest.look(paused.memory(), &paused.vcpus)?;
+            self.places.plan_mapping(&look.memory, &mut mapping)?;
+            let scene = Scene {
+                look: &look,
+                facts: &facts,
+                places: &self.places,
+                dummy,
+                patch,
+                signal: self.waker.as_ref().filter(|_| signals),
+            };
+            let step = make(&scene)?;
+            (look.tasks, step)
+        };
+        let mapped = paused.commit(&mapping)?;
+        let reached = self
+            .places
+            .check_mapping(&guest.kernel.memory(paused.memory()));
+        let done = reached.and_then(|()| paused.commit(&step.plan).map(drop));
+        if let Err(error) = done {
+            return Err(paused.undo(&mapped, error).into());
+        }
+        self.places.mapped();
+        if let (Some(waker), Some(_)) = (&mut self.waker, step.wake) {
+            waker.used = true;
+        }
+        if let Err(error) = paused.resume() {
+            // What was written stands; the machine says the rest with its next answer.
+            tracing::error!(%error, "the guest could not be resumed");
+        }
+        Ok((tasks, step))
+    }
+}

@@ -1,0 +1,148 @@
+//! What can be asked of a guest: each question is a short pause, and changes nothing.
+
+use std::time::Duration;
+
+use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
+
+use super::{Patcher, not_found, patiently};
+use crate::check::Trial;
+use crate::error::PatchError;
+use crate::look::Look;
+use crate::machine::Machine;
+use crate::patch::Patch;
+use crate::pause::Paused;
+use crate::status::{CheckReport, PauseReport};
+use crate::view::TaskStack;
+
+impl Patcher {
+    /// Every task of the guest, of one moment.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
+        self.look(machine, |_, look| Ok(look.tasks.clone()))
+    }
+
+    /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
+    ///
+    /// # Errors
+    /// [`PatchError::NoSuchTask`] and others.
+    pub fn stack<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        pid: i32,
+    ) -> Result<TaskStack, PatchError> {
+        self.look(machine, |patches, look| {
+            let mut tasks = look.tasks.iter();
+            let task = tasks.find(|task| task.pid == pid);
+            let task = task.ok_or(PatchError::NoSuchTask(pid))?;
+            Ok(look.names(patches).stack(task, look.stack(task)))
+        })
+    }
+
+    /// The stacks of all tasks, of one moment.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
+        self.look(machine, |patches, look| {
+            let names = look.names(patches);
+            let name = |task| names.stack(task, look.stack(task));
+            Ok(look.tasks.iter().map(name).collect())
+        })
+    }
+
+    /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
+    ///
+    /// # Errors
+    /// [`PatchError`].
+    pub fn symbols<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Vec<ListedSymbol>, PatchError> {
+        self.guest(machine)?;
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
+        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
+        paused.resume()?;
+        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
+        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
+            gva: symbol.gva,
+            letter: symbol.letter,
+            name: symbol.name.to_owned(),
+            module: None,
+        });
+        Ok(core.chain(behind).collect())
+    }
+
+    /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
+    /// where it has not been found, early in boot for one.
+    ///
+    /// # Errors
+    /// [`PatchError`] when the guest cannot be stopped or resumed.
+    pub fn hold<M: Machine, T>(
+        &mut self,
+        machine: &mut M,
+        work: impl FnOnce(Option<&Kernel>, &M::Memory, &[VcpuRegs]) -> T,
+    ) -> Result<(T, Duration), PatchError> {
+        if let Err(error) = self.guest(machine) {
+            tracing::debug!(%error, "held without its kernel being known");
+        }
+        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let kernel = self.guest.as_ref().map(|guest| &guest.kernel);
+        let done = work(kernel, paused.memory(), &paused.vcpus);
+        let length = paused.resume()?;
+        Ok((done, length))
+    }
+
+    /// One short pause for one question, asked again while the guest is busy.
+    fn look<M: Machine, T>(
+        &mut self,
+        machine: &mut M,
+        question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
+    ) -> Result<T, PatchError> {
+        self.guest(machine)?;
+        let Patcher {
+            guest,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        patiently(|| {
+            let paused = Paused::begin(machine, pauses)?;
+            let look = guest.look(paused.memory(), &paused.vcpus)?;
+            Ok(question(patches, &look)?)
+        })
+    }
+
+    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    ///
+    /// # Errors
+    /// [`PatchError`], that of `apply`.
+    pub fn check<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        file: &[u8],
+    ) -> Result<CheckReport, PatchError> {
+        let module = self.welcome(machine, file)?;
+        let Patcher {
+            guest,
+            places,
+            patches,
+            pauses,
+            ..
+        } = self;
+        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let mut meter = PauseReport::default();
+        let found = patiently(|| {
+            let paused = Paused::begin(machine, &mut meter)?;
+            trial.step(guest, paused.memory(), &paused.vcpus)
+        });
+        trial.forget(guest);
+        pauses.merge(&meter);
+        let (tasks, step) = found?;
+        Ok(trial.report(&tasks, step, meter))
+    }
+}

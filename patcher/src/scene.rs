@@ -1,0 +1,383 @@
+//! One look at a paused guest in a transition, and what it comes to.
+//!
+//! Each function here is given one look at a paused guest and yields a [`Step`]: the writes to carry out in that same pause, and
+//! what to enter in the book. None of them writes. What happens between two looks is the guest's own doing: its entry code and idle
+//! loop flip tasks that carry TIF_PATCH_PENDING to `klp_target_state`, and its forks inherit.
+
+mod writes;
+
+use introspect::{PatchState, Task};
+
+use crate::error::PatchError;
+use crate::facts::Facts;
+use crate::journal::Plan;
+use crate::ledger::{Blocked, Finding};
+use crate::look::{Look, Standing, Watch};
+use crate::patch::{Patch, Redirect};
+use crate::place::Places;
+use crate::quiet::{self, NO_STATE, Stop};
+use crate::redirect::{EncodeError, SITE_LEN};
+use crate::signal;
+use crate::status::TaskWay;
+use crate::transition::Direction;
+use crate::wake::{self, Start, Waker};
+
+/// What to do in the pause of one look, and what it found.
+#[derive(Debug)]
+pub struct Step {
+    /// The writes.
+    pub plan: Plan,
+    /// For each task of the look.
+    pub findings: Vec<Finding>,
+    /// With these writes the transition is over.
+    pub finished: bool,
+    /// vCPUs to send a reschedule interrupt once the guest runs.
+    pub nudge: Vec<u32>,
+    /// The interrupt that wakes sleepers, likewise.
+    pub wake: Option<Start>,
+}
+
+impl From<EncodeError> for PatchError {
+    fn from(error: EncodeError) -> Self {
+        PatchError::NoRoom(error.to_string())
+    }
+}
+
+/// The guest, what is known of it, and the patch: what every step needs.
+#[derive(Clone, Copy)]
+pub struct Scene<'a> {
+    /// The look.
+    pub look: &'a Look<'a>,
+    /// The kernel.
+    pub facts: &'a Facts,
+    /// Where things lie.
+    pub places: &'a Places,
+    /// The stand-in for `klp_transition_patch`.
+    pub dummy: introspect::Gva,
+    /// The patch.
+    pub patch: &'a Patch,
+    /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
+    pub signal: Option<&'a Waker>,
+}
+
+impl Scene<'_> {
+    /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
+    /// to move. When nobody is left, no task ever sees a transition at all; `at_once` wants that or nothing.
+    ///
+    /// # Errors
+    /// [`Stop`]; nothing is to be written.
+    pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, Stop> {
+        quiet::no_transition(&self.look.memory, self.facts)?;
+        self.text_is_still()?;
+        self.no_states()?;
+        self.sites_are_as_before(direction)?;
+        if direction == Direction::Apply {
+            self.places.check(&self.look.memory, self.patch.code)?;
+        }
+        let standings = self.standings(direction, |_| true);
+        let mut step = Step::new(standings.iter().map(finding).collect());
+        if direction == Direction::Apply {
+            self.plan_code(&mut step.plan)?;
+        }
+        let all = step.findings.iter().all(is_there);
+        if all && self.look.every_vcpu_has_a_task().is_ok() {
+            self.plan_end(direction, &mut step.plan)?;
+            step.finished = true;
+            return Ok(step);
+        }
+        if at_once {
+            return Err(self.not_at_once(&step.findings));
+        }
+        self.plan_globals(direction.target(), Some(self.dummy), &mut step.plan)?;
+        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+            if matches!(standing, Standing::Clean(_)) {
+                self.plan_state(task, direction.target(), &mut step.plan)?;
+            } else {
+                self.plan_state(task, direction.initial(), &mut step.plan)?;
+                self.plan_pending(task, true, &mut step.plan)?;
+            }
+        }
+        self.plan_sites(&mut step.plan, Redirect::to_stub)?;
+        self.nudge(&mut step);
+        Ok(step)
+    }
+
+    /// Goes on: moves those who can be moved now, and ends the transition when nobody is left.
+    ///
+    /// # Errors
+    /// [`Stop`]; nothing is to be written.
+    pub fn go_on(&self, direction: Direction) -> Result<Step, Stop> {
+        self.is_ours(direction)?;
+        let target = direction.target();
+        let standings = self.standings(direction, |task| state(task) != target);
+        let mut step = Step::new(self.findings(&standings, target, None));
+        if step.findings.iter().all(is_there) {
+            match self.may_end(direction) {
+                Ok(()) => {
+                    self.plan_no_states(&mut step.plan)?;
+                    self.plan_end(direction, &mut step.plan)?;
+                    self.plan_globals(NO_STATE, None, &mut step.plan)?;
+                    step.finished = true;
+                    return Ok(step);
+                }
+                Err(Stop::Busy(why)) => tracing::debug!(why, "the transition cannot end yet"),
+                Err(fail) => return Err(fail),
+            }
+        }
+        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+            if state(task) == target {
+                continue;
+            }
+            if matches!(standing, Standing::Clean(_)) {
+                self.plan_state(task, target, &mut step.plan)?;
+                self.plan_pending(task, false, &mut step.plan)?;
+            } else {
+                self.plan_pending(task, true, &mut step.plan)?;
+            }
+        }
+        self.send_signals(&mut step)?;
+        self.nudge(&mut step);
+        Ok(step)
+    }
+
+    /// The fake signal to everybody who keeps the old state ([`signal`]).
+    fn send_signals(&self, step: &mut Step) -> Result<(), Stop> {
+        let (Some(waker), Some(flag)) = (self.signal, self.facts.klp.notify_signal) else {
+            return Ok(());
+        };
+        let memory = &self.look.memory;
+        // One list of sleepers is out at a time.
+        let idle = waker.is_idle(memory)?;
+        let mut sleepers = Vec::new();
+        for (task, finding) in self.look.tasks.iter().zip(&mut step.findings) {
+            let Finding::Blocked(blocked) = finding else {
+                continue;
+            };
+            let call = signal::call(task);
+            if call.flag && task.tif & flag == 0 {
+                self.plan_flags(task, true, flag, &mut step.plan)?;
+                blocked.signalled = true;
+            }
+            if call.wake && idle && sleepers.len() < wake::MOST {
+                sleepers.push(task);
+                blocked.signalled = true;
+            }
+        }
+        if !sleepers.is_empty() {
+            step.wake = waker.plan(self.look, self.places, &sleepers, &mut step.plan)?;
+        }
+        Ok(())
+    }
+
+    /// Moves everybody, wherever they are (`kernel/livepatch/transition.c: klp_force_transition`).
+    ///
+    /// # Errors
+    /// [`Stop`]; nothing is to be written.
+    pub fn force(&self, direction: Direction) -> Result<Step, Stop> {
+        self.is_ours(direction)?;
+        // Whoever is just storing a state, or handing it to a child, is let finish.
+        self.look.no_vcpu_in(&self.switching())?;
+        let target = direction.target();
+        let moved = |task: &Task| match state(task) == target {
+            true => Finding::There(None),
+            false => Finding::There(Some(TaskWay::Forced)),
+        };
+        let mut step = Step::new(self.look.tasks.iter().map(moved).collect());
+        for task in self.look.tasks.iter().filter(|task| state(task) != target) {
+            self.plan_state(task, target, &mut step.plan)?;
+            self.plan_pending(task, false, &mut step.plan)?;
+        }
+        Ok(step)
+    }
+
+    /// Somebody is in the way of moving all in this pause.
+    fn not_at_once(&self, findings: &[Finding]) -> Stop {
+        let each = self.look.tasks.iter().zip(findings);
+        let mut blocked = each.filter_map(|(task, finding)| match finding {
+            Finding::Blocked(blocked) => {
+                Some(format!("{} {} {}", task.pid, task.comm, blocked.why))
+            }
+            Finding::There(_) => None,
+        });
+        match blocked.next() {
+            Some(blocker) => Stop::Fail(PatchError::NotAtOnce {
+                blocker,
+                others: blocked.count(),
+            }),
+            None => Stop::Busy("a vCPU is between two tasks".into()),
+        }
+    }
+
+    /// Turns a running transition round, as `klp_reverse_transition` does: those who have moved are to move back.
+    ///
+    /// # Errors
+    /// [`Stop`]; nothing is to be written.
+    pub fn turn_round(&self, from: Direction, to: Direction) -> Result<Step, Stop> {
+        self.is_ours(from)?;
+        // Whoever is just storing the old target would store it after us.
+        self.look.no_vcpu_in(&self.switching())?;
+        let target = to.target();
+        let standings = self.standings(to, |task| state(task) != target);
+        let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
+        self.plan_globals(target, Some(self.dummy), &mut step.plan)?;
+        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+            let clean = matches!(standing, Standing::Clean(_));
+            if clean && state(task) != target {
+                self.plan_state(task, target, &mut step.plan)?;
+            }
+            self.plan_pending(task, !clean, &mut step.plan)?;
+        }
+        self.nudge(&mut step);
+        Ok(step)
+    }
+
+    /// The transition is the one we began, and the entries are as we left them.
+    fn is_ours(&self, direction: Direction) -> Result<(), Stop> {
+        let memory = &self.look.memory;
+        quiet::our_transition(memory, self.facts, direction.target(), self.dummy)?;
+        self.sites_hold(|redirect| Ok(redirect.to_stub()?), true)
+    }
+
+    fn text_is_still(&self) -> Result<(), Stop> {
+        quiet::no_locks(&self.look.memory, self.facts)?;
+        quiet::no_poke(self.look.kernel, &self.look.memory, self.facts)
+    }
+
+    fn no_states(&self) -> Result<(), Stop> {
+        let other = |task: &&Task| task.patch_state != Some(PatchState::Idle);
+        match self.look.tasks.iter().find(other) {
+            None => Ok(()),
+            Some(task) => Err(Stop::Busy(format!(
+                "{} ({}) has a patch state already",
+                task.comm, task.pid
+            ))),
+        }
+    }
+
+    fn sites_are_as_before(&self, direction: Direction) -> Result<(), Stop> {
+        match direction {
+            Direction::Apply => self.sites_hold(|redirect| Ok(redirect.site.nop), false),
+            Direction::Revert => self.sites_hold(|redirect| Ok(redirect.to_new()?), true),
+        }
+    }
+
+    fn sites_hold(
+        &self,
+        expected: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], PatchError>,
+        fenced: bool,
+    ) -> Result<(), Stop> {
+        let (memory, types) = (&self.look.memory, &self.facts.ftrace);
+        for redirect in &self.patch.redirects {
+            let site = &redirect.site;
+            let as_expected = site.holds(memory, expected(redirect)?)?
+                && site.is_fenced(memory, types)? == fenced
+                && (fenced || !site.is_wanted(memory, types)?);
+            if !as_expected {
+                return Err(Stop::Fail(PatchError::Site {
+                    function: redirect.name.clone(),
+                    at: site.at,
+                    why: "somebody in the guest changed its entry or its ftrace record".into(),
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where each task stands; those that `ask` leaves out are taken to be clean.
+    fn standings(&self, direction: Direction, ask: impl Fn(&Task) -> bool) -> Vec<Standing> {
+        let watch = direction.watch(self.patch);
+        let stand = |task: &Task| {
+            if !ask(task) {
+                return Standing::Clean(TaskWay::Stack);
+            }
+            match task.patch_state {
+                Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
+                    "its patch_state is {state}, which no kernel writes"
+                )),
+                _ => self.look.standing(task, &watch),
+            }
+        };
+        self.look.tasks.iter().map(stand).collect()
+    }
+
+    /// What to enter for each task, where those in state `target` got there by `way`.
+    fn findings(&self, standings: &[Standing], target: i32, way: Option<TaskWay>) -> Vec<Finding> {
+        let each = self.look.tasks.iter().zip(standings);
+        each.map(|(task, standing)| match standing {
+            _ if state(task) == target => Finding::There(way),
+            other => finding(other),
+        })
+        .collect()
+    }
+
+    /// Code in which a task's state and flag are being changed.
+    fn switching(&self) -> Watch {
+        let mut watch = Watch::new();
+        for (code, name) in &self.facts.klp.switching {
+            watch.add(*code, *name);
+        }
+        watch
+    }
+
+    /// Everybody is there. Is nobody in code that must not be pulled away?
+    fn may_end(&self, direction: Direction) -> Result<(), Stop> {
+        self.look.every_vcpu_has_a_task()?;
+        self.look.no_vcpu_in(&self.switching())?;
+        if direction == Direction::Revert && self.patch.forced {
+            // Whoever is in the new code may stay: it is not taken away.
+            self.text_is_still()?;
+        } else if direction == Direction::Revert {
+            // A task that has moved can still be in a stub, on its way to the old function.
+            self.look.no_task_in(&self.patch.new_code())?;
+            self.text_is_still()?;
+        }
+        Ok(())
+    }
+
+    /// A reschedule interrupt sends a vCPU in user mode through the kernel's exit path, and an idle one round its loop.
+    fn nudge(&self, step: &mut Step) {
+        let waiting = self.look.tasks.iter().zip(&step.findings);
+        step.nudge = waiting
+            .filter(|(_, finding)| matches!(finding, Finding::Blocked(_)))
+            .filter_map(|(task, _)| self.look.vcpu_of(task))
+            .filter(|vcpu| vcpu.online)
+            .map(|vcpu| vcpu.index)
+            .collect();
+    }
+}
+
+impl Step {
+    fn new(findings: Vec<Finding>) -> Step {
+        Step {
+            plan: Plan::new(),
+            findings,
+            finished: false,
+            nudge: Vec::new(),
+            wake: None,
+        }
+    }
+}
+
+/// The task's patch state as a number; `NO_STATE` in a kernel that has none.
+fn state(task: &Task) -> i32 {
+    match task.patch_state {
+        None | Some(PatchState::Idle) => NO_STATE,
+        Some(PatchState::Unpatched) => 0,
+        Some(PatchState::Patched) => 1,
+        Some(PatchState::Invalid(other)) => other,
+    }
+}
+
+fn finding(standing: &Standing) -> Finding {
+    match standing {
+        Standing::Clean(way) => Finding::There(Some(*way)),
+        Standing::Blocked(why) => Finding::Blocked(Blocked {
+            why: why.clone(),
+            signalled: false,
+        }),
+    }
+}
+
+fn is_there(finding: &Finding) -> bool {
+    matches!(finding, Finding::There(_))
+}

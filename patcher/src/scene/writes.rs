@@ -1,0 +1,116 @@
+//! What a look plans to write, piece by piece: states, flags, entries, the kernel's own account of a transition.
+
+use introspect::{Task, TaskKind};
+
+use crate::error::PatchError;
+use crate::journal::Plan;
+use crate::patch::Redirect;
+use crate::quiet::{NO_STATE, Stop};
+use crate::redirect::{EncodeError, SITE_LEN};
+use crate::transition::Direction;
+
+use super::Scene;
+
+impl Scene<'_> {
+    pub(super) fn plan_code(&self, plan: &mut Plan) -> Result<(), Stop> {
+        let (memory, patch) = (&self.look.memory, self.patch);
+        self.places
+            .plan_fill(memory, patch.code, &patch.code_bytes, plan)?;
+        Ok(())
+    }
+
+    /// What the entries, their records and the code's place hold from now on.
+    pub(super) fn plan_end(&self, direction: Direction, plan: &mut Plan) -> Result<(), Stop> {
+        let memory = &self.look.memory;
+        match direction {
+            Direction::Apply => self.plan_sites(plan, Redirect::to_new),
+            Direction::Revert => {
+                self.plan_sites(plan, |redirect| Ok(redirect.site.nop))?;
+                if !self.patch.forced {
+                    self.places.plan_clear(memory, self.patch.code, plan)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again.
+    pub(super) fn plan_sites(
+        &self,
+        plan: &mut Plan,
+        bytes: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], EncodeError>,
+    ) -> Result<(), Stop> {
+        let memory = &self.look.memory;
+        for redirect in &self.patch.redirects {
+            let site = &redirect.site;
+            let bytes = bytes(redirect).map_err(PatchError::from)?;
+            let (flags, value) = site.fence(memory, &self.facts.ftrace, bytes != site.nop)?;
+            plan.write_kernel(memory, flags, &value)?;
+            plan.write_kernel(memory, site.at, &bytes)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn plan_globals(
+        &self,
+        target: i32,
+        patch: Option<introspect::Gva>,
+        plan: &mut Plan,
+    ) -> Result<(), Stop> {
+        let (memory, klp) = (&self.look.memory, &self.facts.klp);
+        let patch = patch.unwrap_or_default().0;
+        plan.write_kernel(memory, klp.target_state, &target.to_le_bytes())?;
+        plan.write_kernel(memory, klp.transition_patch, &patch.to_le_bytes())?;
+        Ok(())
+    }
+
+    /// Nobody has a state, and nobody is to change it.
+    pub(super) fn plan_no_states(&self, plan: &mut Plan) -> Result<(), Stop> {
+        for task in &self.look.tasks {
+            self.plan_pending(task, false, plan)?;
+            self.plan_state(task, NO_STATE, plan)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn plan_state(&self, task: &Task, state: i32, plan: &mut Plan) -> Result<(), Stop> {
+        let at = self.facts.klp.patch_state.of(task.addr);
+        plan.write_kernel(&self.look.memory, at, &state.to_le_bytes())?;
+        Ok(())
+    }
+
+    /// Plans `task`'s TIF_PATCH_PENDING. Nobody else writes the flags in this pause, so the others keep their values.
+    pub(super) fn plan_pending(
+        &self,
+        task: &Task,
+        pending: bool,
+        plan: &mut Plan,
+    ) -> Result<(), Stop> {
+        self.plan_flags(task, pending, 0, plan)
+    }
+
+    /// The same, with other flags set.
+    pub(super) fn plan_flags(
+        &self,
+        task: &Task,
+        pending: bool,
+        others: u64,
+        plan: &mut Plan,
+    ) -> Result<(), Stop> {
+        let mut flags = if pending {
+            task.tif | self.facts.klp.pending
+        } else {
+            task.tif & !self.facts.klp.pending
+        } | others;
+        // An idle task looks at its flag only when it goes round its loop.
+        if let (true, TaskKind::Idle, Some(bit)) = (pending, task.kind, self.facts.klp.need_resched)
+        {
+            flags |= bit;
+        }
+        if flags != task.tif {
+            let at = self.facts.klp.thread_flags.of(task.addr);
+            plan.write_kernel(&self.look.memory, at, &flags.to_le_bytes())?;
+        }
+        Ok(())
+    }
+}
