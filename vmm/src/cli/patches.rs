@@ -71,53 +71,65 @@ pub fn revert(
 pub fn cancel(
     connection: &Connection,
     name: Option<&str>,
-    waiting: &Following,
+    following: &Following,
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let name = the_moving_one(connection, name)?;
     let change = PatchChange {
         cancel: Some(true),
         ..PatchChange::default()
     };
-    let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
-    let want = match begun.enabled {
-        true => PatchPhase::Applied,
-        false => PatchPhase::Reverted,
-    };
-    follow(connection, begun, want, waiting, json, screen)
+    let begun = change_moving(connection, name, &change)?;
+    follow_on(connection, begun, following, json, screen)
 }
 
 /// Moves every task in the running transition of the patch `name`, or of the only one that has one, and waits for its end.
 pub fn force(
     connection: &Connection,
     name: Option<&str>,
-    waiting: &Following,
+    following: &Following,
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let name = the_moving_one(connection, name)?;
     let change = PatchChange {
         force: Some(true),
         ..PatchChange::default()
     };
-    let begun: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let begun = change_moving(connection, name, &change)?;
+    follow_on(connection, begun, following, json, screen)
+}
+
+/// Makes a change to the patch `name`, or to the one that is in transition.
+fn change_moving(
+    connection: &Connection,
+    name: Option<&str>,
+    change: &PatchChange,
+) -> Result<PatchStatus, VerbError> {
+    let name = match name {
+        Some(name) => name.to_owned(),
+        None => {
+            let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
+            let moving = patches.into_iter().find(|patch| patch.transition);
+            let none = || VerbError::Unfit("no patch is in transition".to_owned());
+            moving.ok_or_else(none)?.name
+        }
+    };
+    Ok(connection.patch(&resource(&name), change)?)
+}
+
+/// Shows a transition that goes on, whichever way it goes now.
+fn follow_on(
+    connection: &Connection,
+    begun: PatchStatus,
+    following: &Following,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
     let want = match begun.enabled {
         true => PatchPhase::Applied,
         false => PatchPhase::Reverted,
     };
-    follow(connection, begun, want, waiting, json, screen)
-}
-
-/// The patch `name`, or the one that is in transition.
-fn the_moving_one(connection: &Connection, name: Option<&str>) -> Result<String, VerbError> {
-    if let Some(name) = name {
-        return Ok(name.to_owned());
-    }
-    let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
-    let moving = patches.into_iter().find(|patch| patch.transition);
-    let none = || VerbError::Unfit("no patch is in transition".to_owned());
-    Ok(moving.ok_or_else(none)?.name)
+    follow(connection, begun, want, following, json, screen)
 }
 
 /// Where a module is posted to.
@@ -132,12 +144,11 @@ pub fn signal(
     json: bool,
     screen: &mut Screen<'_>,
 ) -> Result<(), VerbError> {
-    let name = the_moving_one(connection, name)?;
     let change = PatchChange {
         signal: Some(true),
         ..PatchChange::default()
     };
-    let status: PatchStatus = connection.patch(&resource(&name), &change)?;
+    let status = change_moving(connection, name, &change)?;
     if json {
         return Ok(screen.json(&status)?);
     }
