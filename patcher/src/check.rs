@@ -90,10 +90,7 @@ impl Trial {
 
     /// Takes what it has in the unwinder out again.
     pub fn forget(&self, guest: &mut Guest) {
-        guest.unwinder.remove_busy(self.patch.stubs);
-        if let Some(region) = self.patch.region {
-            guest.unwinder.remove_region(region);
-        }
+        self.patch.forget(&mut guest.unwinder);
     }
 
     /// What is to be said of it.

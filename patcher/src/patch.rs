@@ -1,5 +1,6 @@
 //! One patch in one guest: what it replaces, where it lies, and where it is in its life.
 
+use introspect::stacks::Unwinder;
 use introspect::stacks_code::RegionId;
 use introspect::{Gva, GvaRange};
 
@@ -104,6 +105,14 @@ impl Patch {
         // Whatever else there is: its read-only data is no place for a frame either.
         watch.add(self.code.range, self.name());
         watch
+    }
+
+    /// Takes what the unwinder knows of it out again.
+    pub fn forget(&self, unwinder: &mut Unwinder) {
+        unwinder.remove_busy(self.stubs);
+        if let Some(region) = self.region {
+            unwinder.remove_region(region);
+        }
     }
 
     /// What is to be said of it.

@@ -21,16 +21,8 @@ use crate::status::{Mode, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::Direction;
 use crate::wake::Waker;
 
-/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
-/// x86-64 has it; a guest that gets it without need does nothing.
-const RESCHEDULE_VECTOR: u8 = 0xfd;
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
-/// How often all tasks are tried to be moved in one pause, where that is wanted or nothing; and where it is only preferred.
-const AT_ONCE_LOOKS: u32 = 20;
-const AUTO_LOOKS: u32 = 3;
-/// The time between two such tries.
-const AT_ONCE_WAIT: Duration = Duration::from_millis(2);
 /// The time between two such looks grows from the first to the second of these.
 const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 

@@ -13,9 +13,16 @@ use crate::scene::{Scene, Step};
 use crate::status::{Mode, PatchPhase, PauseReport};
 use crate::transition::{Direction, Transition};
 
-use super::{
-    AT_ONCE_LOOKS, AT_ONCE_WAIT, AUTO_LOOKS, Patcher, RESCHEDULE_VECTOR, not_found, patiently,
-};
+use super::{Patcher, not_found, patiently};
+
+/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
+/// x86-64 has it; a guest that gets it without need does nothing.
+const RESCHEDULE_VECTOR: u8 = 0xfd;
+/// How often all tasks are tried to be moved in one pause, where that is wanted or nothing; and where it is only preferred.
+const AT_ONCE_LOOKS: u32 = 20;
+const AUTO_LOOKS: u32 = 3;
+/// The time between two such tries.
+const AT_ONCE_WAIT: Duration = Duration::from_millis(2);
 
 impl Patcher {
     pub(super) fn begin<M: Machine>(
@@ -46,7 +53,7 @@ impl Patcher {
         }
     }
 
-    pub(super) fn begin_once<M: Machine>(
+    fn begin_once<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
@@ -127,11 +134,7 @@ impl Patcher {
             .into_iter()
             .for_each(|data| self.places.give_back(data));
         if let Some(guest) = &mut self.guest {
-            guest.unwinder.remove_busy(patch.stubs);
-            patch
-                .region
-                .into_iter()
-                .for_each(|id| guest.unwinder.remove_region(id));
+            patch.forget(&mut guest.unwinder);
         }
     }
 
@@ -151,7 +154,7 @@ impl Patcher {
     }
 
     /// One pause: a look, the step that `make` makes of it, its writes, and the guest running again with its interrupts sent.
-    pub(super) fn carry_out_for<M: Machine>(
+    fn carry_out_for<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
@@ -181,7 +184,7 @@ impl Patcher {
         Ok((tasks, step, Duration::from_micros(meter.longest_us)))
     }
 
-    pub(super) fn in_pause<M: Machine>(
+    fn in_pause<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
