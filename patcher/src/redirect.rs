@@ -68,20 +68,32 @@ pub fn stub(
     old: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, EncodeError> {
-    // The assembler would quietly make an indirect jump of one that does not reach.
-    jump(at, old)?;
-    jump(at.add(STUB_ROOM), old)?;
-    jump(at, new)?;
-    jump(at.add(STUB_ROOM), new)?;
+    fitted(at, STUB_ROOM, [old, new], || {
+        assemble(at, current, patch_state, old, new)
+    })
+}
+
+/// What `assemble` makes for `at`, if it fits in `room` and reaches its `targets` from there.
+///
+/// # Errors
+/// [`EncodeError`].
+pub fn fitted(
+    at: Gva,
+    room: u64,
+    targets: [Gva; 2],
+    assemble: impl FnOnce() -> Result<Vec<u8>, IcedError>,
+) -> Result<Vec<u8>, EncodeError> {
+    for target in targets {
+        // The assembler would quietly make an indirect jump or call of one that does not reach.
+        jump(at, target)?;
+        jump(at.add(room), target)?;
+    }
     let fail = |why: String| EncodeError::Assembler { at, why };
-    let code = assemble(at, current, patch_state, old, new).map_err(|e| fail(e.to_string()))?;
-    if u64::try_from(code.len()).is_ok_and(|len| len <= STUB_ROOM) {
+    let code = assemble().map_err(|e| fail(e.to_string()))?;
+    if u64::try_from(code.len()).is_ok_and(|len| len <= room) {
         Ok(code)
     } else {
-        Err(fail(format!(
-            "{} bytes do not fit in {STUB_ROOM}",
-            code.len()
-        )))
+        Err(fail(format!("{} bytes do not fit in {room}", code.len())))
     }
 }
 

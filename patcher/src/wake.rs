@@ -122,11 +122,15 @@ impl Waker {
             len: (LIST + ENTRY * (MOST + 1)) as u64,
             align: 64,
         };
-        let prepared = places
-            .take_data(machine, &guest.kernel, facts, data_need)
-            .and_then(|data| Ok((data, routine(code.range.start, &wake)?)));
+        // The data last: nothing after it can fail.
+        let prepared = routine(code.range.start, &wake)
+            .map_err(PatchError::from)
+            .and_then(|code_bytes| {
+                let data = places.take_data(machine, &guest.kernel, facts, data_need)?;
+                Ok((code_bytes, data))
+            });
         match prepared {
-            Ok((data, code_bytes)) => {
+            Ok((code_bytes, data)) => {
                 guest.unwinder.add_busy(code.range);
                 Ok(Waker {
                     facts: wake,
@@ -231,21 +235,8 @@ impl Waker {
 
 /// The routine, `void (*func)(struct irq_work *)`, at `at`: called on the interrupt stack with interrupts off.
 fn routine(at: Gva, facts: &WakeFacts) -> Result<Vec<u8>, EncodeError> {
-    for target in [facts.wake_up_state, facts.put] {
-        // The assembler would quietly make an indirect call of one that does not reach.
-        redirect::jump(at, target)?;
-        redirect::jump(at.add(CODE_ROOM), target)?;
-    }
-    let fail = |why: String| EncodeError::Assembler { at, why };
-    let code = assemble(at, facts).map_err(|error| fail(error.to_string()))?;
-    if u64::try_from(code.len()).is_ok_and(|len| len <= CODE_ROOM) {
-        Ok(code)
-    } else {
-        Err(fail(format!(
-            "{} bytes do not fit in {CODE_ROOM}",
-            code.len()
-        )))
-    }
+    let targets = [facts.wake_up_state, facts.put];
+    redirect::fitted(at, CODE_ROOM, targets, || assemble(at, facts))
 }
 
 /// `ret` is a plain one: what runs once for a rare event gains nothing from the kernel's return thunk.
