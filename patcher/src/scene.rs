@@ -132,17 +132,24 @@ impl Scene<'_> {
                 self.plan_state(task, target, &mut step.plan)?;
                 self.plan_pending(task, false, &mut step.plan)?;
             } else {
-                self.plan_pending(task, true, &mut step.plan)?;
+                self.plan_flags(task, true, self.signal_flag(task), &mut step.plan)?;
             }
         }
-        self.send_signals(&mut step)?;
+        self.wake_sleepers(&mut step)?;
         self.nudge(&mut step);
         Ok(step)
     }
 
-    /// The fake signal to everybody who keeps the old state ([`signal`]).
-    fn send_signals(&self, step: &mut Step) -> Result<(), Stop> {
-        let (Some(waker), Some(flag)) = (self.signal, self.facts.klp.notify_signal) else {
+    /// The flag of the fake signal, if `task` is sent one ([`signal`]).
+    fn signal_flag(&self, task: &Task) -> u64 {
+        let flag = self.facts.klp.notify_signal.unwrap_or_default();
+        let sent = self.signal.is_some() && signal::call(task).flag;
+        if sent { flag } else { 0 }
+    }
+
+    /// Has the sleepers among those who keep the old state woken, and notes who is signalled in this look.
+    fn wake_sleepers(&self, step: &mut Step) -> Result<(), Stop> {
+        let Some(waker) = self.signal else {
             return Ok(());
         };
         let memory = &self.look.memory;
@@ -153,12 +160,8 @@ impl Scene<'_> {
             let Finding::Blocked(blocked) = finding else {
                 continue;
             };
-            let call = signal::call(task);
-            if call.flag && task.tif & flag == 0 {
-                self.plan_flags(task, true, flag, &mut step.plan)?;
-                blocked.signalled = true;
-            }
-            if call.wake && idle && sleepers.len() < wake::MOST {
+            blocked.signalled = self.signal_flag(task) & !task.tif != 0;
+            if signal::call(task).wake && idle && sleepers.len() < wake::MOST {
                 sleepers.push(task);
                 blocked.signalled = true;
             }
