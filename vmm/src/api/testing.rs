@@ -80,6 +80,21 @@ pub(crate) fn task(pid: i32) -> wire::Task {
     }
 }
 
+/// The guest's task, in the way of a patch.
+fn blocked() -> TaskReport {
+    TaskReport {
+        pid: 1,
+        comm: "init".into(),
+        kind: TaskKind::User,
+        state: 'S',
+        way: None,
+        blocker: Some("in do_wait+0x1/0x2".into()),
+        since_ms: None,
+        signals: 0,
+        after_ms: None,
+    }
+}
+
 impl Control for FakeGuest {
     fn vm(&mut self) -> wire::Vm {
         wire::Vm {
@@ -180,17 +195,7 @@ impl Control for FakeGuest {
                 bytes: 8,
                 hidden: true,
             }),
-            tasks: vec![TaskReport {
-                pid: 1,
-                comm: "init".into(),
-                kind: TaskKind::User,
-                state: 'S',
-                way: None,
-                blocker: Some("in do_wait+0x1/0x2".into()),
-                since_ms: None,
-                signals: 0,
-                after_ms: None,
-            }],
+            tasks: vec![blocked()],
             at_once: false,
             pauses: PauseReport {
                 count: 1,
@@ -220,15 +225,10 @@ impl Control for FakeGuest {
                 patched: true,
             }],
             tasks: vec![TaskReport {
-                pid: 1,
-                comm: "init".into(),
-                kind: TaskKind::User,
-                state: 'S',
-                way: None,
-                blocker: Some("in do_wait+0x1/0x2".into()),
                 since_ms: Some(0),
                 signals: 1,
                 after_ms: Some(0),
+                ..blocked()
             }],
             transition_ms: 0,
             pauses: PauseReport::default(),
