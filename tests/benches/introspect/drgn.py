@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 """Times drgn on a core: prints JSON with seconds of CPU time for listing all tasks and for the stacks of a sample of them."""
 
 import json

@@ -68,14 +68,7 @@ fn sleepers(bench: &Bench, generation: &str) -> Result<()> {
                 ensure!(task["way"] == "boundary", "{task}");
             }
         }
-        ensure!(
-            states(guest)? == BTreeSet::from([-1]),
-            "states are left behind"
-        );
-        ensure!(
-            pausing(guest)? != "__do_sys_pause",
-            "a task went back to the old function"
-        );
+        all_moved(guest)?;
 
         // They never are in the new function for long.
         outpatch.ok(&["revert", "pause"])?;
@@ -102,14 +95,7 @@ fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
         ensure!((signals > 0) == blocked, "{task}");
         ensure!(!blocked || task["way"] == "boundary", "{task}");
     }
-    ensure!(
-        states(guest)? == BTreeSet::from([-1]),
-        "states are left behind"
-    );
-    ensure!(
-        pausing(guest)? != "__do_sys_pause",
-        "a task went back to the old function"
-    );
+    all_moved(guest)?;
     let pending =
         guest.sh("grep -hE '^(SigPnd|ShdPnd)' /proc/[0-9]*/task/[0-9]*/status | sort -u")?;
     ensure!(
@@ -128,6 +114,19 @@ fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
     outpatch.ok(&["apply", patch, "--signal-after", "0.2", "--timeout", "30"])?;
     outpatch.ok(&["revert", "pause", "--signal-after", "0.2"])?;
     ensure!(guest.sh(sleepers)? == before, "a sleeper is gone");
+    Ok(())
+}
+
+/// Nobody has a state any more, and the sleeper is not in the old function.
+fn all_moved(guest: &mut Guest) -> Result<()> {
+    ensure!(
+        states(guest)? == BTreeSet::from([-1]),
+        "states are left behind"
+    );
+    ensure!(
+        pausing(guest)? != "__do_sys_pause",
+        "a task went back to the old function"
+    );
     Ok(())
 }
 
