@@ -33,6 +33,7 @@ mod scene;
 mod signal;
 mod site;
 pub mod status;
+mod still;
 #[cfg(test)]
 mod testing;
 mod transition;
@@ -47,4 +48,5 @@ pub use status::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
     PauseReport, PieceReport, TaskReport, TaskWay,
 };
+pub use still::Still;
 pub use view::{NamedFrame, TaskStack};

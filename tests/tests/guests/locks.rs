@@ -3,14 +3,13 @@
 //! A guest cannot be made to stop in there, so its memory is read through a pane on which the lock's word is written over, with what the
 //! kernel's own code writes there.
 
-use std::{io, path::Path};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use introspect::{
-    CoreFile, Gva, Kernel, PhysMemory, TasksError, Unbacked, Unwinder, VcpuRegs, listing, modules,
-    tasks,
+    CoreFile, Gva, Kernel, PhysMemory, TasksError, Unbacked, Unwinder, listing, modules, tasks,
 };
-use patcher::{Machine, MachineError, PatchError, Patcher};
+use patcher::{PatchError, Patcher, Still};
 use vm_memory::GuestAddress;
 
 /// `kernel/locking/qrwlock.c`: a writer has `_QW_LOCKED` in the low byte, each reader adds `_QR_BIAS`.
@@ -128,10 +127,10 @@ fn a_module_taken_apart_is_left_out(core: &CoreFile, kernel: &Kernel) -> Result<
 pub fn changes_say_busy(path: &Path, module: &[u8]) -> Result<()> {
     let core = CoreFile::open(path)?;
     let kernel = Kernel::find(&core, core.vcpus())?;
-    let plain = Still(Pane {
+    let plain = Pane {
         core: &core,
         over: Vec::new(),
-    });
+    };
     check(plain, module)?;
     let owner = kernel.symbols.address("init_task")?.0.to_le_bytes();
     for lock in ["klp_mutex", "text_mutex", "ftrace_lock"] {
@@ -147,57 +146,15 @@ pub fn changes_say_busy(path: &Path, module: &[u8]) -> Result<()> {
     busy(pane, module, "changing its own text")
 }
 
-fn check(machine: Still<'_>, module: &[u8]) -> Result<(), PatchError> {
-    let mut machine = machine;
+fn check(pane: Pane<'_>, module: &[u8]) -> Result<(), PatchError> {
+    let vcpus = pane.core.vcpus().to_vec();
+    let mut machine = Still::new(pane, vcpus);
     Patcher::new().check(&mut machine, module).map(drop)
 }
 
 fn busy(pane: Pane<'_>, module: &[u8], what: &str) -> Result<()> {
-    match check(Still(pane), module) {
+    match check(pane, module) {
         Err(PatchError::Busy { what: said, .. }) if said.contains(what) => Ok(()),
         other => bail!("with {what}: {other:?}"),
-    }
-}
-
-/// A machine that stands still for ever.
-struct Still<'a>(Pane<'a>);
-
-fn refused() -> MachineError {
-    MachineError::Vcpu(io::Error::from(io::ErrorKind::Unsupported).to_string())
-}
-
-impl<'a> Machine for Still<'a> {
-    type Memory = Pane<'a>;
-
-    fn memory(&self) -> &Pane<'a> {
-        &self.0
-    }
-
-    fn pause(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        Ok(self.0.core.vcpus().to_vec())
-    }
-
-    fn write(&mut self, _gpa: GuestAddress, _bytes: &[u8]) -> Result<(), MachineError> {
-        Err(refused())
-    }
-
-    fn add_hidden_memory(&mut self, _len: u64) -> Result<GuestAddress, MachineError> {
-        Err(refused())
-    }
-
-    fn remove_hidden_memory(&mut self, _gpa: GuestAddress) -> Result<(), MachineError> {
-        Err(refused())
-    }
-
-    fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        Err(refused())
     }
 }

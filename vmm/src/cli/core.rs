@@ -4,9 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use introspect::{CoreFile, VcpuRegs};
-use patcher::{CheckReport, Machine, MachineError, PatchError, Patcher};
-use vm_memory::GuestAddress;
+use introspect::CoreFile;
+use patcher::{CheckReport, PatchError, Patcher, Still};
 use vmm::api::wire::{Symbol, Task, TaskStack};
 
 use super::verbs::VerbError;
@@ -15,7 +14,7 @@ use super::verbs::VerbError;
 #[derive(Debug)]
 pub struct CoreGuest {
     path: PathBuf,
-    machine: CoreMachine,
+    machine: Still<CoreFile>,
     patcher: Patcher,
 }
 
@@ -29,9 +28,10 @@ impl CoreGuest {
             path: path.to_owned(),
             source,
         })?;
+        let vcpus = core.vcpus().to_vec();
         Ok(CoreGuest {
             path: path.to_owned(),
-            machine: CoreMachine(core),
+            machine: Still::new(core, vcpus),
             patcher: Patcher::new(),
         })
     }
@@ -80,50 +80,6 @@ fn failed(path: &Path, source: PatchError) -> VerbError {
     match source {
         PatchError::Busy { what, .. } => VerbError::CaughtInCore { path, what },
         source => VerbError::InCore { path, source },
-    }
-}
-
-/// A core file as a machine.
-#[derive(Debug)]
-struct CoreMachine(CoreFile);
-
-/// Nothing that only looks gets here.
-const FIXED: &str = "a core file cannot be changed";
-
-impl Machine for CoreMachine {
-    type Memory = CoreFile;
-
-    fn memory(&self) -> &CoreFile {
-        &self.0
-    }
-
-    fn pause(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        Ok(self.0.vcpus().to_vec())
-    }
-
-    fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
-        let len = bytes.len();
-        Err(MachineError::Memory { gpa, len })
-    }
-
-    fn add_hidden_memory(&mut self, _len: u64) -> Result<GuestAddress, MachineError> {
-        Err(MachineError::HiddenMemory(FIXED.to_owned()))
-    }
-
-    fn remove_hidden_memory(&mut self, _gpa: GuestAddress) -> Result<(), MachineError> {
-        Err(MachineError::HiddenMemory(FIXED.to_owned()))
-    }
-
-    fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        Err(MachineError::Interrupt(FIXED.to_owned()))
     }
 }
 
