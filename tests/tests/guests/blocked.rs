@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -72,11 +73,7 @@ fn sleepers(bench: &Bench, generation: &str) -> Result<()> {
 
         // They never are in the new function for long.
         outpatch.ok(&["revert", "pause"])?;
-        guest.sh("sleep 1")?;
-        ensure!(
-            pausing(guest)? == "__do_sys_pause",
-            "the new function is still there"
-        );
+        back_in_the_function(guest)?;
         signalled(guest, &outpatch, patch)?;
         guest.expect_unharmed(&log)
     })
@@ -106,11 +103,7 @@ fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
     println!("signalled: {} ms", ended["transition_ms"]);
 
     outpatch.ok(&["revert", "pause", "--signal-after", "0"])?;
-    guest.sh("sleep 1")?;
-    ensure!(
-        pausing(guest)? == "__do_sys_pause",
-        "the new function is still there"
-    );
+    back_in_the_function(guest)?;
     outpatch.ok(&["apply", patch, "--signal-after", "0.2", "--timeout", "30"])?;
     outpatch.ok(&["revert", "pause", "--signal-after", "0.2"])?;
     ensure!(guest.sh(sleepers)? == before, "a sleeper is gone");
@@ -178,7 +171,7 @@ pub fn end_of_transition(outpatch: &Outpatch) -> Result<Value> {
         if status["transition"] == false {
             return Ok(status);
         }
-        std::thread::sleep(Duration::from_millis(100));
+        thread::sleep(Duration::from_millis(100));
     }
     bail!("the transition does not end: {}", the_patch(outpatch)?)
 }
@@ -200,11 +193,22 @@ pub fn states(guest: &mut Guest) -> Result<BTreeSet<i64>> {
     text.lines().map(|line| Ok(line.parse()?)).collect()
 }
 
-/// The function that sleep-pause sleeps in, as the guest's own unwinder sees it.
+/// Waits until the old function is what sleep-pause sleeps in: it left the new one when the patch went, and comes back by itself.
+pub fn back_in_the_function(guest: &mut Guest) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    while pausing(guest)? != "__do_sys_pause" {
+        ensure!(Instant::now() < deadline, "the new function is still there");
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// The function that sleep-pause sleeps in, as the guest's own unwinder sees it: which it does once the task is off its CPU, and a
+/// task that has just been moved may still be on its way to sleep.
 pub fn pausing(guest: &mut Guest) -> Result<String> {
-    let stack = guest.sh(
-        "p=$(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1); cat ${p%comm}stack | head -1",
-    )?;
+    let stack = guest.sh("p=$(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1)
+for n in $(seq 100); do s=$(head -1 ${p%comm}stack); [ -n \"$s\" ] && break; sleep 0.1; done
+echo \"$s\"")?;
     let frame = stack
         .strip_prefix("[<0>] ")
         .with_context(|| format!("no frame: {stack:?}"))?;

@@ -6,7 +6,10 @@ use guests::drive::{Guest, Outpatch};
 use crate::{
     Scenario,
     bench::Bench,
-    blocked::{BLOCKERS, end_of_transition, list, pausing, states, stays_blocked, the_patch},
+    blocked::{
+        BLOCKERS, back_in_the_function, end_of_transition, list, pausing, states, stays_blocked,
+        the_patch,
+    },
 };
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -100,12 +103,7 @@ fn cancelled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
         outpatch.ok(&["revert", "pause", "--timeout", "60"])?;
     }
     ensure!(states(guest)?.iter().eq([&-1]), "states are left behind");
-    guest.sh("sleep 1")?;
-    ensure!(
-        pausing(guest)? == "__do_sys_pause",
-        "not in the old function"
-    );
-    Ok(())
+    back_in_the_function(guest)
 }
 
 /// Force moves those in the way as they are, says so for ever, and leaves the code.

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -14,7 +15,7 @@ use guests::{cache::Cache, drgn::Drgn, kernels::Generation};
 use introspect::{Stack, Task, Verdict};
 
 use super::{
-    crash,
+    LOCKED, crash,
     oracle::{Oracle, Told},
     ours::Ours,
 };
@@ -90,6 +91,7 @@ fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Opti
         Ok(ours) => ours,
         Err(lock) => {
             *counts.busy.entry(lock).or_default() += 1;
+            tell_locked(core)?;
             return Ok(None);
         }
     };
@@ -118,6 +120,16 @@ fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Opti
         keep(core)?;
     }
     Ok(Some(ours))
+}
+
+/// Tells the scenario in the bed that this pause compares nothing.
+fn tell_locked(core: &Path) -> Result<()> {
+    let told = core.with_file_name(LOCKED);
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(told)?;
+    Ok(file.write_all(b"!")?)
 }
 
 /// Keeps a core that shows a difference where `OUTPATCH_KEEP_CORES` says.
@@ -187,9 +199,7 @@ impl Counts {
                 shown.join("\n")
             );
         }
-        let busy = self.busy.values().sum::<u64>();
-        ensure!(self.pauses > 0, "no core came");
-        ensure!(busy * 4 <= self.pauses, "a lock was held too often");
+        ensure!(self.tasks > 0, "nothing was compared");
         let unreliable = self.unreliable.values().sum::<u64>();
         ensure!(
             unreliable * 10 <= self.tasks,

@@ -11,6 +11,7 @@ mod ours;
 
 use std::{
     env, fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
     thread,
@@ -24,8 +25,12 @@ use crate::{Scenario, bench::Bench};
 
 /// Pauses in a plain run.
 const FEW: u64 = 12;
+/// Pauses at the most for each that is asked for: one with a lock held compares nothing, and another is taken in its place.
+const MOST_PER_ASKED: u64 = 3;
 /// Cores that wait for the judge before the guest is left alone for a while.
 const MOST_WAITING: usize = 3;
+/// Where the judge writes one byte for each core that has a lock held.
+const LOCKED: &str = "locked";
 /// Left by a judge that compares no more.
 const GAVE_UP: &str = "gave-up";
 /// What a pause may cost in the bed, with the dump.
@@ -102,9 +107,7 @@ fn hand_over(bench: &Bench, generation: Generation, pauses: u64) -> Result<()> {
         let log = guest.dmesg()?;
         guest.sh("churn /tmp/churn & sleeper 40 & sleep 1")?;
         guest.sh(&format!("({TRACING}) > /tmp/tracing 2>&1 & sleep 0.1"))?;
-        for pause in 0..pauses {
-            dump(bench, guest, pause).with_context(|| format!("pause {pause}"))?;
-        }
+        dumps(bench, guest, pauses)?;
         guest.sh("touch /tmp/stop; while [ -e /tmp/stop ]; do sleep 0.1; done")?;
         let complaints = guest.sh("cat /tmp/tracing")?;
         ensure!(complaints.is_empty(), "tracing did not work: {complaints}");
@@ -119,6 +122,28 @@ fn hand_over(bench: &Bench, generation: Generation, pauses: u64) -> Result<()> {
     })
 }
 
+/// Takes pauses until so many could be compared.
+fn dumps(bench: &Bench, guest: &Guest, asked: u64) -> Result<()> {
+    let mut taken = 0;
+    loop {
+        // In this order: the judge tells of a lock before it is done with the core.
+        let all_judged = waiting(bench)? == 0;
+        let locked = locked(bench)?;
+        if taken < asked + locked {
+            ensure!(
+                taken < asked * MOST_PER_ASKED,
+                "a lock was held in {locked} of {taken} pauses"
+            );
+            dump(bench, guest, taken).with_context(|| format!("pause {taken}"))?;
+            taken += 1;
+        } else if all_judged {
+            return Ok(());
+        } else {
+            wait_for_judge(bench)?;
+        }
+    }
+}
+
 fn dump(bench: &Bench, guest: &Guest, pause: u64) -> Result<()> {
     // No rhythm, so that pauses do not fall into step with the guest's timers.
     thread::sleep(Duration::from_millis(20 + pause * 67 % 240));
@@ -127,10 +152,24 @@ fn dump(bench: &Bench, guest: &Guest, pause: u64) -> Result<()> {
     guest.outpatch().ok(&["dump", file])?;
     fs::rename(&draft, draft.with_extension("core"))?;
     while waiting(bench)? > MOST_WAITING {
-        ensure!(!bench.scratch().join(GAVE_UP).exists(), "the judge gave up");
-        thread::sleep(Duration::from_millis(50));
+        wait_for_judge(bench)?;
     }
     Ok(())
+}
+
+fn wait_for_judge(bench: &Bench) -> Result<()> {
+    ensure!(!bench.scratch().join(GAVE_UP).exists(), "the judge gave up");
+    thread::sleep(Duration::from_millis(50));
+    Ok(())
+}
+
+/// How many cores had a lock held, by the judge's word.
+fn locked(bench: &Bench) -> Result<u64> {
+    match fs::read(bench.scratch().join(LOCKED)) {
+        Ok(lines) => Ok(lines.len() as u64),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn waiting(bench: &Bench) -> Result<usize> {
