@@ -15,6 +15,7 @@ pub mod packages;
 pub mod patches;
 pub mod programs;
 mod progress;
+pub mod qemu;
 pub mod sources;
 pub mod stock;
 pub mod tools;

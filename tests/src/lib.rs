@@ -1,1 +1,3 @@
-//! The product from outside. All of it is in the integration tests of this crate: see `tests/guests/main.rs`.
+//! The product from outside. The tests are the integration tests of this crate (see `tests/guests/main.rs`); here is what they share.
+
+pub mod listing;

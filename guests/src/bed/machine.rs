@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use super::parts::Parts;
 use super::{BedError, Size};
 use crate::cache::At;
+use crate::qemu::{MORTAL, mortal, with_libraries};
 
 /// A CPU with AMD's virtualisation. What this emulator lacks is taken out by name, or it complains.
 const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
@@ -169,26 +170,9 @@ fn spawn(mut command: Command) -> Result<Child, BedError> {
         .map_err(|e| BedError::Setup(format!("{shown}: {e}")))
 }
 
-/// `setpriv` asks the kernel to kill the program when we die; std has no safe way to ask for it.
-fn mortal(program: &Path, parts: &Parts) -> Command {
-    let mut command = Command::new("setpriv");
-    command.args(MORTAL).arg(program);
-    with_libraries(command, parts)
-}
-
-const MORTAL: [&str; 3] = ["--pdeathsig", "KILL", "--"];
-
-fn with_libraries(mut command: Command, parts: &Parts) -> Command {
-    let path = crate::tools::library_path(&parts.libraries);
-    if !path.is_empty() {
-        command.env("LD_LIBRARY_PATH", path);
-    }
-    command
-}
-
 fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
-        mortal(&parts.server, parts)
+        mortal(&parts.server, &parts.server_libraries)
     } else {
         // It insists on chroot, which is for root: a user namespace has one that is nobody else than we.
         let mut command = Command::new("unshare");
@@ -196,7 +180,7 @@ fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
             .args(["--user", "--map-root-user", "--", "setpriv"])
             .args(MORTAL)
             .arg(&parts.server);
-        with_libraries(command, parts)
+        with_libraries(command, &parts.server_libraries)
     };
     command
         .args([
@@ -215,19 +199,9 @@ fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
 }
 
 fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command {
-    let mut command = mortal(&parts.qemu, parts);
+    let mut command = parts.qemu.command();
     let memory = size.memory_mib;
-    for folder in &parts.firmware {
-        command.arg("-L").arg(folder);
-    }
     command
-        .args([
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
         // A HPET would take the PIT's place: see `tick` in `guests/programs/bed-init.c`.
         .args(["-machine", "pc,hpet=off"])
         .args(["-accel", "tcg,thread=multi,tb-size=512"])

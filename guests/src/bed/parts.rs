@@ -10,24 +10,20 @@ use crate::cache::{At, Cache, fingerprint};
 use crate::cpio::Archive;
 use crate::kernels::{Flavour, Generation, Kernel};
 use crate::packages::Packages;
+use crate::qemu::{LIBRARY_SUITE, Qemu};
 use crate::{modules, programs};
 
-/// Older QEMUs lose a boot in ten under multi-threaded emulation; newer ones need a newer C library.
-const QEMU_SUITES: &[&str] = &["bookworm-backports"];
 /// QEMU's server for virtiofs left its packages after this suite.
 const SERVER_SUITES: &[&str] = &["bookworm", "bookworm-security"];
-/// Where the libraries come from that the machine lacks.
-const LIBRARY_SUITE: &str = "bookworm";
 /// What the first process loads: the file system for scratch folders, and KVM.
 const MODULES: &[&str] = &["overlay", "kvm_amd"];
 
 /// The files that a bed is started from.
 #[derive(Debug, Clone)]
 pub(super) struct Parts {
-    pub(super) qemu: PathBuf,
-    pub(super) firmware: Vec<PathBuf>,
+    pub(super) qemu: Qemu,
     pub(super) server: PathBuf,
-    pub(super) libraries: OsString,
+    pub(super) server_libraries: OsString,
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
 }
@@ -36,21 +32,13 @@ impl Parts {
     /// Fetches what the cache does not have.
     pub(super) fn gather(cache: &Cache) -> Result<Parts, BedError> {
         let packages = Packages::new(cache);
-        let qemu = packages.fetch("qemu-system-x86", QEMU_SUITES)?;
-        let data = packages.fetch("qemu-system-data", QEMU_SUITES)?;
-        let bios = packages.fetch("seabios", &["bookworm"])?;
         let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
-        let libraries = packages.fetch_libraries(&[&qemu, &server], LIBRARY_SUITE)?;
         let kernel = Kernel::fetch(cache, Generation::V6_12, Flavour::Cloud)?;
         let initramfs = initramfs(cache, &kernel)?;
         Ok(Parts {
-            qemu: qemu.root.join("usr/bin/qemu-system-x86_64"),
-            firmware: vec![
-                data.root.join("usr/share/qemu"),
-                bios.root.join("usr/share/seabios"),
-            ],
+            qemu: Qemu::fetch(cache)?,
             server: server.root.join("usr/lib/qemu/virtiofsd"),
-            libraries,
+            server_libraries: packages.fetch_libraries(&[&server], LIBRARY_SUITE)?,
             kernel: kernel.bzimage,
             initramfs,
         })

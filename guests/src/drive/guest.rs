@@ -197,7 +197,13 @@ impl Guest {
         let taint = self.sh("cat /proc/sys/kernel/tainted")?;
         ensure!(taint == "0", "the guest is tainted: {taint}");
         let log = self.dmesg()?;
-        ensure!(log.starts_with(before), "the guest's log lost lines");
+        let other = before.iter().zip(&log).find(|(then, now)| then != now);
+        ensure!(
+            log.len() >= before.len() && other.is_none(),
+            "the guest's log lost lines: it had {}, has {}, and the first that is not the same is {other:?}",
+            before.len(),
+            log.len()
+        );
         let (stolen, new): (Vec<_>, Vec<_>) = log[before.len()..]
             .iter()
             .map(String::as_str)

@@ -3,8 +3,10 @@
 //! Knows nothing of the product's insides but what its command line prints. The tests and the demo stand on it.
 
 pub mod console;
+pub mod emulated;
 pub mod guest;
 pub mod outpatch;
 
+pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, MEMORY_MIB};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};

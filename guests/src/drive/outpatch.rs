@@ -116,6 +116,21 @@ impl Outpatch {
         Ok(Reply::from(&out))
     }
 
+    /// Calls `outpatch VERB … --json --core CORE`, which must succeed.
+    ///
+    /// # Errors
+    /// When it does not, or does not print JSON.
+    pub fn of_core(&self, args: &[&str], core: &str) -> Result<Value> {
+        let reply = self.offline(&[args, &["--json", "--core", core]].concat())?;
+        ensure!(
+            reply.status == Some(0),
+            "outpatch {args:?} of a core: {}",
+            reply.stderr
+        );
+        serde_json::from_str(&reply.stdout)
+            .with_context(|| format!("outpatch {args:?} printed no JSON"))
+    }
+
     /// Like [`call`](Self::call), for a call that must succeed.
     ///
     /// # Errors

@@ -1,13 +1,10 @@
 //! Our view of a quiet guest against the guest's own: tasks, and every sleeping task's stack frame by frame.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
-use serde_json::Value;
+use tests::listing::{self, guest_frames, is_named, symbols};
 
 use crate::{Scenario, bench::Bench};
 
@@ -42,11 +39,7 @@ fn equal(bench: &Bench, generation: &str) -> Result<()> {
 pub fn equal_in(guest: &mut Guest) -> Result<usize> {
     let outpatch = guest.outpatch().clone();
     guest.sh("sleeper 24 & sleep 1")?;
-    let listing = guest.sh_within(
-            "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; [ $p = $$ ] || cat $t/stack; done",
-        LISTING_LIMIT,
-    )?;
-    let theirs = parse(&listing)?;
+    let theirs = listing::parse(&guest.sh_within(listing::COMMAND, LISTING_LIMIT)?)?;
     let ps = outpatch.json(&["ps"])?;
     let tasks = ps.as_array().context("ps is no list")?;
     // What the shell that lists /proc starts comes and goes, and the shell itself is in another place meanwhile; every thread
@@ -129,68 +122,4 @@ fn same_stack(guest: &mut Guest, pid: i64, frames: &[String]) -> Result<bool> {
     }
     println!("{pid} does not sleep for long enough");
     Ok(false)
-}
-
-/// The frames in what `/proc/PID/stack` says.
-fn guest_frames(text: &str) -> Vec<String> {
-    let lines = text.lines().filter_map(|line| line.strip_prefix("[<0>] "));
-    lines.map(|frame| frame.trim().to_owned()).collect()
-}
-
-/// `TASK_COMM_LEN`, less the NUL.
-const COMM_LEN: usize = 15;
-
-/// Whether `/proc` shows `comm` as `shown`: it adds a worker's work (`kernel/workqueue.c: wq_worker_comm`), and gives a kernel
-/// thread's name in full (`fs/proc/array.c: proc_task_name`).
-fn is_named(comm: &str, shown: &str) -> bool {
-    match shown.strip_prefix(comm) {
-        Some("") => true,
-        Some(more) => {
-            comm.len() == COMM_LEN || comm.starts_with("kworker/") && more.starts_with(['-', '+'])
-        }
-        None => false,
-    }
-}
-
-type Stacks = BTreeMap<i64, (String, Vec<String>)>;
-
-/// The guest's listing: `T PID COMM` and then the lines of its stack.
-fn parse(listing: &str) -> Result<Stacks> {
-    let mut stacks = Stacks::new();
-    let mut current = None;
-    for line in listing.lines() {
-        if let Some(rest) = line.strip_prefix("T ") {
-            let (pid, comm) = rest.split_once(' ').context("a thread with no name")?;
-            let pid = pid.parse()?;
-            stacks.insert(pid, (comm.to_owned(), Vec::new()));
-            current = Some(pid);
-        } else if let (Some(frame), Some(pid)) = (line.strip_prefix("[<0>] "), current) {
-            if let Some((_, frames)) = stacks.get_mut(&pid) {
-                frames.push(frame.trim().to_owned());
-            }
-        } else if !line.trim().is_empty() {
-            bail!("a line that is no frame: {line:?}");
-        }
-    }
-    Ok(stacks)
-}
-
-/// Our frames as the guest prints them, less the scheduler's own (`stack_trace_save_tsk` leaves those out).
-fn symbols(stack: &Value) -> Result<Vec<String>> {
-    let frames = stack["frames"]
-        .as_array()
-        .context("a stack with no frames")?;
-    let leading = frames
-        .iter()
-        .take_while(|frame| frame["scheduler"] == true)
-        .count();
-    frames[leading..]
-        .iter()
-        .map(|frame| {
-            Ok(frame["symbol"]
-                .as_str()
-                .context("a frame with no symbol")?
-                .to_owned())
-        })
-        .collect()
 }

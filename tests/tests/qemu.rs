@@ -1,0 +1,104 @@
+//! Core files as QEMU's `dump-guest-memory` writes them, of stock kernels under QEMU: the same tasks and stacks as the guest's own.
+
+use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use guests::{
+    cache::Cache,
+    drive::{Emulated, Outpatch, emulated::EmulatedSpec},
+    kernels::{Flavour, Generation},
+    qemu::Qemu,
+    stock::{Order, Stock, build_outpatch},
+};
+use tests::listing;
+
+/// Listing all stacks takes an emulated guest some seconds.
+const LISTING_LIMIT: Duration = Duration::from_secs(180);
+/// At least this many stacks are compared on each kernel.
+const ENOUGH: usize = 50;
+
+#[test]
+fn core_of_6_1() -> Result<()> {
+    reads_what_qemu_dumps(Generation::V6_1)
+}
+
+#[test]
+fn core_of_7_3() -> Result<()> {
+    reads_what_qemu_dumps(Generation::V7_3)
+}
+
+fn reads_what_qemu_dumps(generation: Generation) -> Result<()> {
+    let order = Order {
+        generation,
+        flavour: Flavour::Cloud,
+        patches: &[],
+        modules: &[],
+    };
+    let stock = Stock::prepare(order)?;
+    let scratch = env::temp_dir().join(format!(
+        "outpatch-tests-qemu-{}-{generation}",
+        std::process::id()
+    ));
+    fs::create_dir_all(&scratch)?;
+    let compared = compare(&stock, &scratch);
+    fs::remove_dir_all(&scratch)?;
+    println!("{generation}: {} stacks equal", compared?);
+    Ok(())
+}
+
+/// How many stacks of sleepers were compared.
+fn compare(stock: &Stock, scratch: &Path) -> Result<usize> {
+    let spec = EmulatedSpec {
+        kernel: &stock.bzimage,
+        initrd: &stock.initrd,
+        cpus: 2,
+        memory_mib: 256,
+    };
+    let mut guest = Emulated::boot(&Qemu::fetch(&Cache::open()?)?, &spec, scratch)?;
+    let theirs = listing::parse(&own_listing(&mut guest)?)?;
+    guest.stop()?;
+    let core = scratch.join("qemu.core");
+    guest.dump_guest_memory(&core)?;
+    drop(guest);
+
+    let outpatch = Outpatch::new(&build_outpatch()?, &scratch.join("none.sock"));
+    let core = core.to_str().context("a scratch folder in UTF-8")?;
+    let tasks = outpatch.of_core(&["ps"], core)?;
+    let tasks = tasks.as_array().context("ps is no list")?;
+    let pids: BTreeSet<i64> = tasks
+        .iter()
+        .filter_map(|task| task["pid"].as_i64())
+        .collect();
+    let idle = tasks.iter().filter(|task| task["kind"] == "idle").count();
+    ensure!(idle == 2, "{idle} idle tasks on 2 CPUs");
+    let mut compared = 0;
+    for (pid, (comm, frames)) in &theirs {
+        if !comm.starts_with("sleep-") {
+            continue;
+        }
+        ensure!(pids.contains(pid), "{pid} {comm} is not in ps");
+        let stack = outpatch.of_core(&["stack", &pid.to_string()], core)?;
+        ensure!(stack["reliable"] == true, "{stack}");
+        let ours = listing::symbols(&stack)?;
+        ensure!(
+            &ours == frames,
+            "{pid} {comm}\nours  {ours:?}\nguest {frames:?}"
+        );
+        compared += 1;
+    }
+    ensure!(compared >= ENOUGH, "only {compared} stacks compared");
+    Ok(compared)
+}
+
+/// The guest's listing of its threads, when many sleep.
+fn own_listing(guest: &mut Emulated) -> Result<String> {
+    let console = guest.console();
+    // The markers are put together by the guest, so that the echo of the command line does not contain them.
+    console.type_in(&format!(
+        "stty -echo; sleeper 60 & sleep 3; printf '<%s>\\n' begin; {}; printf '<%s>\\n' end\n",
+        listing::COMMAND
+    ))?;
+    console.wait_for("<begin>", LISTING_LIMIT)?;
+    let text = console.wait_for("<end>", LISTING_LIMIT)?;
+    Ok(text.trim_end_matches("<end>").replace('\r', ""))
+}
