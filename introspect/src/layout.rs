@@ -81,6 +81,8 @@ pub struct TaskLayout {
     pub nvcsw: Field,
     /// `nivcsw`: involuntary ones.
     pub nivcsw: Field,
+    /// `start_time`: when it was made.
+    pub start_time: Option<Field>,
     /// `thread`.
     pub thread: Field,
     /// `thread.sp`: the saved stack pointer.
@@ -361,6 +363,7 @@ fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
         pi_lock: btf.field("task_struct.pi_lock")?,
         nvcsw: btf.field("task_struct.nvcsw")?,
         nivcsw: btf.field("task_struct.nivcsw")?,
+        start_time: btf.field("task_struct.start_time").ok(),
         thread: btf.field("task_struct.thread")?,
         sp: btf.field("task_struct.thread.sp")?,
         patch_state: btf.field("task_struct.patch_state").ok(),

@@ -80,8 +80,10 @@ pub mod stacks_modules;
 pub mod stacks_places;
 pub mod stacks_rules;
 pub mod stacks_walk;
+pub mod survey;
 pub mod symbols;
 pub mod task;
+mod task_reader;
 pub mod tasks;
 pub mod tasks_vcpus;
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! field. Knows where fields lie and nothing of what they mean. What could not be read together is read one by one, so that
 //! an error is the one of the field that was asked for.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 
 use crate::addr::Gva;
 use crate::reader::{Field, KernelMemory, ReadError};
@@ -67,6 +67,17 @@ impl<'a, 'm> Records<'a, 'm> {
             rest = later;
         }
         self.base.set(Some(base));
+    }
+
+    /// Bytes of a structure, as they are held.
+    pub(crate) fn len(&self) -> usize {
+        self.held.borrow().len()
+    }
+
+    /// What is held of the structure at `base`, if it is held.
+    pub(crate) fn of(&self, base: Gva) -> Option<Ref<'_, [u8]>> {
+        let held = Ref::map(self.held.borrow(), Vec::as_slice);
+        (self.base.get() == Some(base)).then_some(held)
     }
 
     /// Fills `buf` from `gva` on: from what is held where it is there.

@@ -127,7 +127,18 @@ impl Unwinder {
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
     ) -> Result<(), RefreshError> {
-        self.modules.refresh(&mut self.code, kernel, memory)
+        let done = self.modules.refresh(&mut self.code, kernel, memory);
+        if done.is_err() {
+            // Modules may have come and gone unseen.
+            self.code.touch();
+        }
+        done
+    }
+
+    /// Another number after every change of what is known of the guest's code: stacks from before it may look different now.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.code.generation()
     }
 
     /// Adds code that the kernel does not know of, with its own unwind data.

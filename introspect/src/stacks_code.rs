@@ -83,6 +83,8 @@ pub struct CodeMap {
     /// Around all of `busy`: ordinary frames lie outside and need no look at each.
     busy_around: GvaRange,
     next_id: u64,
+    /// Counts the changes.
+    generation: u64,
 }
 
 /// A region lies over another.
@@ -106,7 +108,19 @@ impl CodeMap {
             busy: Vec::new(),
             busy_around: GvaRange::default(),
             next_id: 0,
+            generation: 0,
         }
+    }
+
+    /// Another number after every change of what is known of the guest's code.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What is known may no longer be so.
+    pub(crate) fn touch(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
     }
 
     /// The core kernel's ORC table.
@@ -140,17 +154,20 @@ impl CodeMap {
         let id = RegionId(self.next_id);
         self.next_id += 1;
         self.regions.insert(at, (id, Box::new(region)));
+        self.touch();
         Ok(id)
     }
 
     /// Drops a region; unknown ones are gone already.
     pub fn remove(&mut self, id: RegionId) {
         self.regions.retain(|(other, _)| *other != id);
+        self.touch();
     }
 
     /// Drops many regions in one go.
     pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
         self.regions.retain(|(id, _)| !ids.contains(id));
+        self.touch();
     }
 
     /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
@@ -170,6 +187,7 @@ impl CodeMap {
     }
 
     fn bound_busy(&mut self) {
+        self.touch();
         let start = self.busy.iter().map(|range| range.start).min();
         let end = self.busy.iter().map(|range| range.end).max();
         self.busy_around = match (start, end) {

@@ -111,7 +111,7 @@ fn task(w: &mut Writer, basic: &Basic) {
         list,
     } = basic;
     let info = w.structure("thread_info", 24, &[("flags", long, 0), ("cpu", word, 16)]);
-    let thread = w.structure("thread_struct", 16, &[("sp", long, 0)]);
+    let thread = w.structure("thread_struct", 8, &[("sp", long, 0)]);
     let comm = w.array(byte, 16);
     let members = [
         ("thread_info", info, 0),
@@ -137,6 +137,7 @@ fn task(w: &mut Writer, basic: &Basic) {
         ("nivcsw", long, 152),
         ("comm", comm, 160),
         ("thread", thread, 176),
+        ("start_time", long, 184),
     ];
     w.structure("task_struct", 192, &members);
     w.structure("signal_struct", 16, &[("thread_head", list, 0)]);

@@ -18,6 +18,7 @@ use introspect::listing::behind_core;
 use introspect::modules::modules as list;
 use introspect::orc::Encoding;
 use introspect::orc_table::OrcTable;
+use introspect::survey::Survey;
 use introspect::{
     AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Unwinder,
     VcpuRegs,
@@ -91,9 +92,19 @@ pub fn kernel() -> &'static Kernel {
     })
 }
 
+/// What walks its stacks.
+pub fn unwinder() -> &'static Unwinder {
+    static UNWINDER: OnceLock<Unwinder> = OnceLock::new();
+    UNWINDER.get_or_init(|| {
+        let memory = Mutated::new(ram(), &PARTS, &[]);
+        Unwinder::new(kernel(), &kernel().memory(&memory))
+            .expect("the guest that was made here has unwind data")
+    })
+}
+
 /// Makes, or opens, the guests: what that takes is no input's fault.
 pub fn prepare() {
-    kernel();
+    unwinder();
     dump::named();
 }
 
@@ -179,7 +190,30 @@ pub fn page_tables(data: &[u8]) -> usize {
 pub fn tasks(data: &[u8]) -> usize {
     let memory = Mutated::new(ram(), &PARTS[..3], data);
     let reader = kernel().memory(&memory);
-    introspect::tasks(kernel(), &reader, &image::vcpus()).map_or(0, |tasks| tasks.len())
+    let found = introspect::tasks(kernel(), &reader, &image::vcpus());
+    let vcpus = image::vcpus();
+    let mut survey = Survey::new();
+    let look = |survey: &mut Survey, memory: &dyn PhysMemory| {
+        survey.look(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
+    };
+    let good = Mutated::new(ram(), &PARTS, &[]);
+    let _ = look(&mut survey, &good);
+    let again = look(&mut survey, &memory);
+    // The heads of threads are not looked at again: no kernel changes them alone.
+    let heads = |memory: &dyn PhysMemory| {
+        [0, 1, 2].map(|n| {
+            let mut head = [0; 8];
+            let at = GuestAddress(image::signal_at(n) as u64);
+            memory.read(at, &mut head).map(|()| head)
+        })
+    };
+    if let (Ok(found), Ok(())) = (&found, again)
+        && heads(&memory) == heads(&good)
+    {
+        let seen = survey.seen().iter().map(|seen| &seen.task);
+        assert!(seen.eq(found), "a survey sees other tasks");
+    }
+    found.map_or(0, |tasks| tasks.len())
 }
 
 /// The list of modules, their symbols and their unwind data: damage to them.

@@ -1,0 +1,427 @@
+//! All tasks and their stacks, kept from one look to the next: only what may have changed in between is read again.
+//!
+//! A pause is paid for by the guest, so what can be learned before it is: [`Survey::walk_ahead`] lists and walks while the guest
+//! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if its `task_struct` still
+//! says the same in every field that is read of it, list links and context switch counters among them: a task that has run since
+//! is on a CPU, or was switched out and counted (`kernel/sched/core.c: __schedule`). Of a stack that counter is what proves that it is the
+//! same: nobody but its task writes the frames of a stack.
+//!
+//! Knows the lists that tasks are on; it must not know what stacks look like.
+
+use std::{borrow::Cow, cell::OnceCell, collections::HashMap};
+
+use crate::{
+    addr::Gva,
+    kernel::Kernel,
+    reader::{KernelMemory, ReadError},
+    stack::{Stack, Verdict},
+    stacks::Unwinder,
+    stacks_cpu::StackPlaces,
+    task::{Task, TaskKind},
+    task_reader::TaskReader,
+    tasks::{MAX_TASKS, TasksError, check_count, check_lock},
+    tasks_vcpus::{self, OnCpu},
+    vcpu::VcpuRegs,
+};
+
+/// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
+const MOST_KEPT: usize = 1 << 15;
+const MOST_RAW: usize = 32 << 20;
+/// Nor is a stack of more frames.
+const MOST_FRAMES: usize = 32;
+
+/// A task, and its stack once somebody asked for it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The task.
+    pub task: Task,
+    stack: OnceCell<Stack>,
+    kept: bool,
+    links: Links,
+}
+
+/// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Links {
+    thread: Gva,
+    process: Gva,
+    signal: Gva,
+}
+
+/// All tasks of a guest, as seen in the last look.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    seen: Vec<Seen>,
+    /// Where in `seen` each is.
+    at: HashMap<Gva, usize>,
+    /// So many of `seen` are on the lists; the others are idle, or have left them.
+    listed: usize,
+    /// What is read of each of those, one behind the other; none when nothing is kept.
+    raw: Vec<u8>,
+    keep: bool,
+    /// Of the code that the stacks were walked by.
+    generation: u64,
+}
+
+impl Default for Survey {
+    fn default() -> Survey {
+        Survey::new()
+    }
+}
+
+impl Survey {
+    /// One that has seen nothing yet.
+    #[must_use]
+    pub fn new() -> Survey {
+        Survey {
+            seen: Vec::new(),
+            at: HashMap::new(),
+            listed: 0,
+            raw: Vec::new(),
+            keep: true,
+            generation: 0,
+        }
+    }
+
+    /// One that keeps nothing from look to look.
+    pub(crate) fn once() -> Survey {
+        Survey {
+            keep: false,
+            ..Survey::new()
+        }
+    }
+
+    /// Lists tasks and walks the stacks of those that sleep, while the guest runs: what comes out is worth nothing but to be made
+    /// sure of in the next [`look`](Self::look). What cannot be read now is left to that.
+    pub fn walk_ahead(&mut self, kernel: &Kernel, unwinder: &Unwinder, memory: &KernelMemory<'_>) {
+        if self.look(kernel, unwinder, memory, &[]).is_err() {
+            return;
+        }
+        for seen in &self.seen {
+            if !seen.task.on_cpu {
+                seen.stack(unwinder, memory, None);
+            }
+        }
+    }
+
+    /// Sees all tasks, in a pause, each with the vCPU that runs it: as [`tasks`](crate::tasks::tasks()) does, and what has not
+    /// changed since the last look is not worked out again. Linear in tasks.
+    ///
+    /// # Errors
+    /// As those of [`tasks`](crate::tasks::tasks()); then the survey is empty.
+    pub fn look(
+        &mut self,
+        kernel: &Kernel,
+        unwinder: &Unwinder,
+        memory: &KernelMemory<'_>,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), TasksError> {
+        if self.generation != unwinder.generation() {
+            self.generation = unwinder.generation();
+            self.seen.iter_mut().for_each(Seen::forget);
+        }
+        self.list_tasks(kernel, memory, vcpus)
+    }
+
+    /// The same without a word on stacks.
+    pub(crate) fn list_tasks(
+        &mut self,
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), TasksError> {
+        let done = self.try_list(kernel, memory, vcpus);
+        if done.is_err() {
+            *self = Survey {
+                keep: self.keep,
+                generation: self.generation,
+                ..Survey::new()
+            };
+        }
+        done
+    }
+
+    /// Everybody, in the order of [`tasks`](crate::tasks::tasks()).
+    #[must_use]
+    pub fn seen(&self) -> &[Seen] {
+        &self.seen
+    }
+
+    pub(crate) fn into_tasks(self) -> Vec<Task> {
+        self.seen.into_iter().map(|seen| seen.task).collect()
+    }
+
+    fn try_list(
+        &mut self,
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), TasksError> {
+        check_lock(kernel, memory)?;
+        // Where a task's birth does not show, another in its place, with its number, could be taken for it.
+        self.keep &= kernel.layout.task.start_time.is_some();
+        let reader = TaskReader::new(kernel, memory);
+        if !self.renew(&reader)? {
+            self.list_anew(&reader)?;
+        }
+        self.idle(&reader)?;
+        let places = StackPlaces::resolve(kernel)?;
+        let running = tasks_vcpus::attribute(kernel, memory, &places, vcpus);
+        self.attribute(&reader, &running);
+        if let Ok(online) = kernel.percpu.online(memory) {
+            let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();
+            self.settle_offline_idle(&online, all_known);
+        }
+        Ok(())
+    }
+
+    /// Goes through those that are known, and reads again what has changed of them. False: the lists themselves have.
+    fn renew(&mut self, reader: &TaskReader<'_, '_>) -> Result<bool, TasksError> {
+        let len = reader.fields.len();
+        if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
+            return Ok(false);
+        }
+        for tail in self.seen.drain(self.listed..) {
+            self.at.remove(&tail.task.addr);
+        }
+        for (seen, before) in self.seen.iter_mut().zip(self.raw.chunks_exact_mut(len)) {
+            let addr = seen.task.addr;
+            reader.fields.hold(addr);
+            let Some(now) = reader.fields.of(addr) else {
+                return Ok(false);
+            };
+            if *now == *before {
+                seen.settle();
+                continue;
+            }
+            let mut fresh = Seen::read(reader, addr)?;
+            if fresh.links != seen.links {
+                return Ok(false);
+            }
+            // Only now: as long as the two differ, nobody takes the old stack for the new one.
+            before.copy_from_slice(&now);
+            fresh.kept = true;
+            *seen = fresh;
+        }
+        Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
+    }
+
+    /// Every thread of every process, from the boot CPU's idle task on.
+    fn list_anew(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
+        let old = std::mem::replace(
+            self,
+            Survey {
+                keep: self.keep,
+                generation: self.generation,
+                ..Survey::new()
+            },
+        );
+        let mut old = Old {
+            len: reader.fields.len(),
+            survey: old,
+        };
+        if old.survey.raw.len() != old.survey.listed * old.len {
+            // One of them could not be read whole: the others are not where they seem.
+            old.survey.raw.clear();
+        }
+        let layout = &reader.kernel.layout;
+        let init_task = reader.kernel.symbols.address("init_task")?;
+        let mut leader = init_task;
+        loop {
+            reader.fields.hold(leader);
+            let signal = reader.fields.pointer(layout.task.signal.of(leader))?;
+            let head = layout.signal.thread_head.of(signal);
+            let mut node = reader.memory.pointer(layout.list_next.of(head))?;
+            while node != head {
+                let thread = layout.task.thread_node.container(node);
+                self.list(reader, thread, &mut old)?;
+                node = reader.fields.pointer(layout.list_next.of(node))?;
+            }
+            let Some(known) = self.at.get(&leader).and_then(|at| self.seen.get(*at)) else {
+                return Err(TasksError::Leaderless(leader));
+            };
+            leader = layout.task.tasks.container(known.links.process);
+            if leader == init_task {
+                break;
+            }
+            if self.at.contains_key(&leader) {
+                return Err(TasksError::Cycle(leader));
+            }
+        }
+        self.listed = self.seen.len();
+        check_count(reader.kernel, reader.memory, self.listed)
+    }
+
+    /// One that is on the lists.
+    fn list(
+        &mut self,
+        reader: &TaskReader<'_, '_>,
+        addr: Gva,
+        old: &mut Old,
+    ) -> Result<(), TasksError> {
+        let mut seen = Seen::read(reader, addr)?;
+        seen.kept = self.keep;
+        if self.keep
+            && let Some(now) = reader.fields.of(addr)
+        {
+            if let Some(stack) = old.stack(addr, &now) {
+                seen.stack = stack;
+            }
+            self.raw.extend_from_slice(&now);
+        }
+        self.add(seen)?;
+        if self.seen.len() > MOST_KEPT || self.raw.len() > MOST_RAW {
+            self.keep = false;
+            self.raw = Vec::new();
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, seen: Seen) -> Result<(), TasksError> {
+        if self.seen.len() >= MAX_TASKS {
+            return Err(TasksError::TooMany);
+        }
+        let addr = seen.task.addr;
+        if self.at.insert(addr, self.seen.len()).is_some() {
+            return Err(TasksError::Cycle(addr));
+        }
+        self.seen.push(seen);
+        Ok(())
+    }
+
+    /// Idle tasks are on no list; the boot CPU's is `init_task`.
+    fn idle(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
+        let percpu = &reader.kernel.percpu;
+        let variable = reader.kernel.symbols.address("idle_threads")?;
+        for cpu in percpu.cpus() {
+            let Some(slot) = percpu.address(variable, *cpu) else {
+                continue;
+            };
+            let idle = reader.memory.pointer(slot)?;
+            if idle.is_null() {
+                continue;
+            }
+            if !self.at.contains_key(&idle) {
+                self.add(Seen::read(reader, idle)?)?;
+            }
+            let known = self.at.get(&idle);
+            if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
+                seen.task.kind = TaskKind::Idle;
+                seen.task.cpu = Some(*cpu);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
+    fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[OnCpu]) {
+        for on in running {
+            if !self.at.contains_key(&on.task)
+                && let Ok(seen) = Seen::read(reader, on.task)
+            {
+                self.at.insert(on.task, self.seen.len());
+                self.seen.push(seen);
+            }
+            let known = self.at.get(&on.task);
+            if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
+                seen.task.vcpu = Some(on.vcpu);
+                seen.task.cpu = Some(on.cpu);
+                seen.forget();
+            }
+        }
+    }
+
+    /// `kernel/sched/core.c: init_idle` says of each idle task that it is on its CPU, also when that CPU has never started.
+    /// Where every vCPU that runs is accounted for, it runs nowhere. `online` rises. The boot CPU's, which is on the lists, has run.
+    fn settle_offline_idle(&mut self, online: &[u32], all_known: bool) {
+        let tail = self.seen.iter_mut().skip(self.listed);
+        for task in tail
+            .map(|seen| &mut seen.task)
+            .filter(|task| task.kind == TaskKind::Idle && task.vcpu.is_none())
+        {
+            let offline = |cpu| online.binary_search(&cpu).is_err();
+            if all_known && task.cpu.is_some_and(offline) {
+                task.on_cpu = false;
+            }
+        }
+    }
+}
+
+/// What an earlier look knew.
+struct Old {
+    /// Bytes that are read of each task.
+    len: usize,
+    survey: Survey,
+}
+
+impl Old {
+    /// The stack of the task at `addr`, if `now` is what was read of it then.
+    fn stack(&mut self, addr: Gva, now: &[u8]) -> Option<OnceCell<Stack>> {
+        let at = *self.survey.at.get(&addr)?;
+        let start = at.checked_mul(self.len)?;
+        let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
+        if before != now {
+            return None;
+        }
+        let seen = self.survey.seen.get_mut(at)?;
+        seen.settle();
+        Some(std::mem::take(&mut seen.stack))
+    }
+}
+
+impl Seen {
+    fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Seen, ReadError> {
+        let layout = &reader.kernel.layout;
+        let next = |list| reader.fields.pointer(layout.list_next.of(list));
+        let task = reader.read(addr)?;
+        Ok(Seen {
+            links: Links {
+                thread: next(layout.task.thread_node.of(addr))?,
+                process: next(layout.task.tasks.of(addr))?,
+                signal: reader.fields.pointer(layout.task.signal.of(addr))?,
+            },
+            task,
+            stack: OnceCell::new(),
+            kept: false,
+        })
+    }
+
+    /// Whether its stack is known from before.
+    #[must_use]
+    pub fn is_walked(&self) -> bool {
+        self.stack.get().is_some()
+    }
+
+    /// Its kernel stack ([`Unwinder::stack`]), walked once while it stays the same; `regs` are those of the vCPU that runs it.
+    pub fn stack(
+        &self,
+        unwinder: &Unwinder,
+        memory: &KernelMemory<'_>,
+        regs: Option<&VcpuRegs>,
+    ) -> Cow<'_, Stack> {
+        if let Some(known) = self.stack.get() {
+            return Cow::Borrowed(known);
+        }
+        let walked = unwinder.stack(memory, &self.task, regs);
+        if self.kept && walked.frames.len() <= MOST_FRAMES {
+            Cow::Borrowed(self.stack.get_or_init(|| walked))
+        } else {
+            Cow::Owned(walked)
+        }
+    }
+
+    /// Before another look at a task of which nothing has changed: what a running one does shows in no counter, and what could not
+    /// be relied on may have been something else than its stack.
+    fn settle(&mut self) {
+        let unreliable = |stack: &Stack| stack.verdict != Verdict::Reliable;
+        let moves = self.task.on_cpu || self.task.vcpu.is_some() || self.task.exit_state != 0;
+        if moves || self.stack.get().is_some_and(unreliable) {
+            self.forget();
+        }
+        self.task.vcpu = None;
+    }
+
+    fn forget(&mut self) {
+        self.stack = OnceCell::new();
+    }
+}

@@ -1,0 +1,157 @@
+//! What is kept of tasks and stacks from look to look is what a fresh look would find.
+
+use introspect::survey::Survey;
+use introspect::{PhysMemory, Stack, TasksError, Unwinder};
+
+use crate::fuzz::{
+    self,
+    image::{self, STACK, STACKS, task_at},
+    mutate::Mutated,
+};
+use crate::{memory, with};
+
+/// Inside `struct task_struct`, as the BTF made here has them.
+const NVCSW: usize = 144;
+const PID: usize = 60;
+const TASK_SIZE: usize = 192;
+
+fn look(survey: &mut Survey, unwinder: &Unwinder, memory: &Mutated<'_>) -> Result<(), TasksError> {
+    let kernel = fuzz::kernel();
+    survey.look(kernel, unwinder, &kernel.memory(memory), &image::vcpus())
+}
+
+/// The stack of each task.
+fn stacks(survey: &Survey, unwinder: &Unwinder, memory: &dyn PhysMemory) -> Vec<Stack> {
+    let vcpus = image::vcpus();
+    let memory = fuzz::kernel().memory(memory);
+    let regs = |n: Option<u32>| n.and_then(|n| vcpus.get(n as usize));
+    let all = survey.seen().iter();
+    all.map(|seen| {
+        seen.stack(unwinder, &memory, regs(seen.task.vcpu))
+            .into_owned()
+    })
+    .collect()
+}
+
+fn fresh(unwinder: &Unwinder, memory: &Mutated<'_>) -> Vec<Stack> {
+    let mut survey = Survey::new();
+    look(&mut survey, unwinder, memory).unwrap();
+    stacks(&survey, unwinder, memory)
+}
+
+#[test]
+fn any_change_of_a_task_is_seen() {
+    let (kernel, unwinder) = (fuzz::kernel(), fuzz::unwinder());
+    let good = memory();
+    let mut compared = 0;
+    for task in 0..5 {
+        for word in (0..TASK_SIZE).step_by(8) {
+            for value in [0, 1, 7, u64::MAX, image::DIRECT + 0x100] {
+                let mut survey = Survey::new();
+                look(&mut survey, unwinder, &good).unwrap();
+                stacks(&survey, unwinder, &good);
+                let changed = with(&[(task_at(task) + word, value)]);
+                let listed = introspect::tasks(kernel, &kernel.memory(&changed), &image::vcpus());
+                let seen = look(&mut survey, unwinder, &changed);
+                assert_eq!(
+                    listed.is_ok(),
+                    seen.is_ok(),
+                    "task {task}, {word}: {value:#x}"
+                );
+                let Ok(listed) = listed else { continue };
+                let tasks = survey.seen().iter().map(|seen| &seen.task);
+                assert!(tasks.eq(&listed), "task {task}, {word}: {value:#x}");
+                assert_eq!(
+                    stacks(&survey, unwinder, &changed),
+                    fresh(unwinder, &changed),
+                    "task {task}, {word}: {value:#x}"
+                );
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 200, "{compared}");
+}
+
+#[test]
+fn the_stack_of_a_task_that_has_not_run_is_not_walked_again() {
+    let unwinder = fuzz::unwinder();
+    let good = memory();
+    let mut survey = Survey::new();
+    look(&mut survey, unwinder, &good).unwrap();
+    let before = stacks(&survey, unwinder, &good);
+    assert!(before[2].is_reliable() && !before[2].frames.is_empty());
+
+    // Its saved return address, which only it could change, and only by running.
+    let saved = STACKS + STACK * 2 + STACK - 192 + 8;
+    let behind_our_back = with(&[(saved, 0)]);
+    look(&mut survey, unwinder, &behind_our_back).unwrap();
+    assert_eq!(stacks(&survey, unwinder, &behind_our_back), before);
+
+    let it_ran = with(&[(saved, 0), (task_at(2) + NVCSW, 1)]);
+    look(&mut survey, unwinder, &it_ran).unwrap();
+    let after = stacks(&survey, unwinder, &it_ran);
+    assert!(!after[2].is_reliable());
+    assert_eq!(after, fresh(unwinder, &it_ran));
+
+    // What could not be relied on is walked again in any case.
+    let mended = with(&[(task_at(2) + NVCSW, 1)]);
+    look(&mut survey, unwinder, &mended).unwrap();
+    assert_eq!(stacks(&survey, unwinder, &mended), before);
+}
+
+#[test]
+fn a_task_that_comes_or_goes_is_seen_and_the_others_stacks_are_kept() {
+    let unwinder = fuzz::unwinder();
+    let good = memory();
+    let mut survey = Survey::new();
+    look(&mut survey, unwinder, &good).unwrap();
+    let before = stacks(&survey, unwinder, &good);
+
+    // The second thread of the last process goes, and the kernel counts one task less.
+    let head = image::virt(image::signal_at(2));
+    let threads = fuzz::kernel().symbols.address("nr_threads").unwrap().0;
+    let count = usize::try_from(threads - image::BASE).unwrap() + image::IMAGE;
+    let saved = STACKS + STACK * 2 + STACK - 192 + 8;
+    let gone = with(&[(task_at(2) + 88, head), (count, 2), (saved, 0)]);
+    look(&mut survey, unwinder, &gone).unwrap();
+    assert_eq!(survey.seen().len(), 4);
+    let kept = stacks(&survey, unwinder, &gone);
+    assert_eq!(kept[1], before[1]);
+    assert!(
+        !kept[2].is_reliable(),
+        "its list link changed: it is walked again"
+    );
+
+    look(&mut survey, unwinder, &good).unwrap();
+    assert_eq!(survey.seen().len(), 5);
+    assert_eq!(stacks(&survey, unwinder, &good), before);
+}
+
+#[test]
+fn new_knowledge_of_code_makes_all_stacks_new() {
+    let mut unwinder = fuzz::unwinder().clone();
+    let good = memory();
+    let mut survey = Survey::new();
+    look(&mut survey, &unwinder, &good).unwrap();
+    let before = stacks(&survey, &unwinder, &good);
+    let frame = before[2].frames[0].ip;
+    unwinder.add_busy(introspect::GvaRange::new(frame.sub(8), frame.add(8)));
+    look(&mut survey, &unwinder, &good).unwrap();
+    assert!(!stacks(&survey, &unwinder, &good)[2].is_reliable());
+}
+
+#[test]
+fn a_walk_ahead_is_made_sure_of() {
+    let (kernel, unwinder) = (fuzz::kernel(), fuzz::unwinder());
+    let good = memory();
+    let expected = fresh(unwinder, &good);
+    let pids = with(&[(task_at(3) + PID, 77), (task_at(2) + NVCSW, 9)]);
+    for ahead in [&good, &pids] {
+        let mut survey = Survey::new();
+        survey.walk_ahead(kernel, unwinder, &kernel.memory(ahead));
+        look(&mut survey, unwinder, &good).unwrap();
+        assert_eq!(stacks(&survey, unwinder, &good), expected);
+        assert_eq!(survey.seen()[3].task.pid, 3);
+    }
+}
