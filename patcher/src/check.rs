@@ -64,7 +64,7 @@ impl Trial {
         })
     }
 
-    /// What the first pause would do, with the tasks that it would see.
+    /// What the first pause would do, with the tasks that it would see, and the number of stacks that it would walk.
     ///
     /// # Errors
     /// [`Stop`], as the first pause would.
@@ -73,7 +73,7 @@ impl Trial {
         guest: &mut Guest,
         memory: &dyn PhysMemory,
         vcpus: &[VcpuRegs],
-    ) -> Result<(Vec<Task>, Step), Stop> {
+    ) -> Result<(Vec<Task>, Step, usize), Stop> {
         let facts = guest.facts()?.clone();
         let look = guest.look(memory, vcpus)?;
         let scene = Scene {
@@ -85,7 +85,7 @@ impl Trial {
             signal: None,
         };
         let step = scene.begin(Direction::Apply, false)?;
-        Ok((look.tasks, step))
+        Ok((look.tasks().cloned().collect(), step, look.walked()))
     }
 
     /// Takes what it has in the unwinder out again.

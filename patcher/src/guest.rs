@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use introspect::kernel::FindError;
 use introspect::modules::modules;
 use introspect::stacks::{Unwinder, UnwinderError};
+use introspect::survey::Survey;
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
@@ -22,6 +23,8 @@ pub struct Guest {
     pub kernel: Kernel,
     /// Stacks.
     pub unwinder: Unwinder,
+    /// Tasks and their stacks, as last seen.
+    pub survey: Survey,
     /// What patching needs, or why this kernel cannot be patched.
     pub facts: Result<Facts, PatchError>,
 }
@@ -70,6 +73,7 @@ impl Guest {
         Ok(Guest {
             kernel,
             unwinder,
+            survey: Survey::new(),
             facts,
         })
     }
@@ -91,11 +95,29 @@ impl Guest {
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<Look<'a>, Stop> {
+        self.refresh(memory);
+        let Guest {
+            kernel,
+            unwinder,
+            survey,
+            ..
+        } = self;
+        Look::take(kernel, unwinder, survey, memory, vcpus)
+    }
+
+    /// Learns which modules there are. Only while paused.
+    pub fn refresh(&mut self, memory: &dyn PhysMemory) {
         // A module that is being loaded or unloaded makes stacks through it unreliable, and no others.
         if let Err(error) = (self.unwinder).refresh(&self.kernel, &self.kernel.memory(memory)) {
             tracing::debug!(%error, "the guest's modules cannot be read now");
         }
-        Look::take(&self.kernel, &self.unwinder, memory, vcpus)
+    }
+
+    /// Walks stacks while the guest runs, so that the next look is short.
+    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory) {
+        let memory = self.kernel.memory(memory);
+        self.survey
+            .walk_ahead(&self.kernel, &self.unwinder, &memory);
     }
 
     /// Names of the modules that the guest has loaded. Only while paused.

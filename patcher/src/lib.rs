@@ -45,8 +45,8 @@ pub use error::{ErrorKind, PatchError};
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
 pub use status::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseReport, PieceReport, TaskReport, TaskWay,
+    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PAUSE_BOUNDS_US, PatchPhase,
+    PatchStatus, PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
 };
 pub use still::Still;
 pub use view::{NamedFrame, TaskStack};

@@ -2,10 +2,13 @@
 //!
 //! This is the one place that decides whether a task may be moved. It only reads.
 
+use std::borrow::Cow;
+use std::cell::Cell;
 use std::fmt::Write as _;
 
 use introspect::stacks::Unwinder;
-use introspect::tasks::{self, TasksError};
+use introspect::survey::{Seen, Survey};
+use introspect::tasks::TasksError;
 use introspect::{
     Frame, Gva, GvaRange, Kernel, KernelMemory, PhysMemory, Stack, Task, VcpuRegs, Verdict,
 };
@@ -69,31 +72,39 @@ pub struct Look<'a> {
     /// Its memory, for this pause.
     pub memory: KernelMemory<'a>,
     /// Every task.
-    pub tasks: Vec<Task>,
+    pub seen: &'a [Seen],
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
+    walked: Cell<usize>,
 }
 
 impl<'a> Look<'a> {
-    /// Looks.
+    /// Looks; `survey` is what earlier looks left.
     ///
     /// # Errors
     /// [`Stop`]; busy when the task lists are being changed.
     pub fn take(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
+        survey: &'a mut Survey,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<Look<'a>, Stop> {
         let memory = kernel.memory(memory);
-        let tasks = tasks::tasks(kernel, &memory, vcpus)?;
+        survey.look(kernel, unwinder, &memory, vcpus)?;
         Ok(Look {
             kernel,
             memory,
-            tasks,
+            seen: survey.seen(),
             unwinder,
             vcpus,
+            walked: Cell::new(0),
         })
+    }
+
+    /// Every task.
+    pub fn tasks(&self) -> impl Iterator<Item = &'a Task> + use<'a> {
+        self.seen.iter().map(|seen| &seen.task)
     }
 
     /// Names for the code on stacks.
@@ -109,23 +120,32 @@ impl<'a> Look<'a> {
         self.vcpus.iter().find(|vcpu| vcpu.index == index)
     }
 
-    /// The stack of `task`.
+    /// The stack of a task.
     #[must_use]
-    pub fn stack(&self, task: &Task) -> Stack {
-        self.unwinder.stack(&self.memory, task, self.vcpu_of(task))
+    pub fn stack(&self, seen: &'a Seen) -> Cow<'a, Stack> {
+        if !seen.is_walked() {
+            self.walked.set(self.walked.get() + 1);
+        }
+        seen.stack(self.unwinder, &self.memory, self.vcpu_of(&seen.task))
     }
 
-    /// Where `task` stands.
+    /// How many stacks were walked in this look: the others were known.
     #[must_use]
-    pub fn standing(&self, task: &Task, watch: &Watch) -> Standing {
-        let stack = self.stack(task);
+    pub fn walked(&self) -> usize {
+        self.walked.get()
+    }
+
+    /// Where a task stands.
+    #[must_use]
+    pub fn standing(&self, seen: &'a Seen, watch: &Watch) -> Standing {
+        let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
             return Standing::Blocked(self.unreliable(&stack, &reason.to_string()));
         }
         if let Some((frame, name)) = watch.first_hit(&stack) {
             return Standing::Blocked(self.blocked_in(frame, name));
         }
-        match self.vcpu_of(task) {
+        match self.vcpu_of(&seen.task) {
             Some(vcpu) if vcpu.cpl == 3 => Standing::Clean(TaskWay::UserMode),
             _ => Standing::Clean(TaskWay::Stack),
         }
@@ -136,7 +156,7 @@ impl<'a> Look<'a> {
     #[must_use]
     pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
         const IF: u64 = 1 << 9;
-        let running = self.tasks.iter().filter_map(|task| {
+        let running = self.tasks().filter_map(|task| {
             let vcpu = self.vcpu_of(task)?;
             (vcpu.online && !vcpu.foreign).then_some((vcpu, task.cpu?))
         });
@@ -155,7 +175,7 @@ impl<'a> Look<'a> {
                     vcpu.index
                 )));
             }
-            if !self.tasks.iter().any(|task| task.vcpu == Some(vcpu.index)) {
+            if !self.tasks().any(|task| task.vcpu == Some(vcpu.index)) {
                 return Err(Stop::Busy(format!(
                     "vCPU {} is between two tasks",
                     vcpu.index
@@ -170,7 +190,7 @@ impl<'a> Look<'a> {
     /// # Errors
     /// [`Stop::Busy`].
     pub fn no_vcpu_in(&self, watch: &Watch) -> Result<(), Stop> {
-        let running = self.tasks.iter().filter(|task| task.vcpu.is_some());
+        let running = self.seen.iter().filter(|seen| seen.task.vcpu.is_some());
         self.none_in(running, watch)
     }
 
@@ -179,17 +199,17 @@ impl<'a> Look<'a> {
     /// # Errors
     /// [`Stop::Busy`] with the first that is, or may be.
     pub fn no_task_in(&self, watch: &Watch) -> Result<(), Stop> {
-        self.none_in(self.tasks.iter(), watch)
+        self.none_in(self.seen.iter(), watch)
     }
 
-    fn none_in<'t>(
+    fn none_in(
         &self,
-        mut tasks: impl Iterator<Item = &'t Task>,
+        mut tasks: impl Iterator<Item = &'a Seen>,
         watch: &Watch,
     ) -> Result<(), Stop> {
-        let found = tasks.find_map(|task| match self.standing(task, watch) {
+        let found = tasks.find_map(|seen| match self.standing(seen, watch) {
             Standing::Clean(_) => None,
-            Standing::Blocked(why) => Some((task, why)),
+            Standing::Blocked(why) => Some((&seen.task, why)),
         });
         match found {
             None => Ok(()),

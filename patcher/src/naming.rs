@@ -44,11 +44,11 @@ impl<'a> Names<'a> {
 
     /// `stack` with names.
     #[must_use]
-    pub fn stack(&self, task: &Task, stack: Stack) -> TaskStack {
+    pub fn stack(&self, task: &Task, stack: &Stack) -> TaskStack {
         TaskStack {
             task: task.clone(),
             frames: stack.frames.iter().map(|frame| self.frame(frame)).collect(),
-            verdict: stack.verdict,
+            verdict: stack.verdict.clone(),
         }
     }
 

@@ -236,8 +236,8 @@ impl Patcher {
 
     /// All pauses so far, of every call.
     #[must_use]
-    pub fn pauses(&self) -> PauseReport {
-        self.pauses
+    pub fn pauses(&self) -> &PauseReport {
+        &self.pauses
     }
 
     /// The module in `file`, when nothing is in its way before its contents are looked at.
@@ -271,8 +271,10 @@ impl Patcher {
 
     /// The guest's own module of that name would patch the same functions.
     fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+        let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let paused = Paused::begin(machine, &mut self.pauses)?;
-        let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        // What the walk ahead of the first look needs to know.
+        guest.refresh(paused.memory());
         let loaded = guest.loaded_modules(paused.memory())?;
         if loaded.contains(name) {
             return Err(PatchError::LoadedInGuest(name.into()));

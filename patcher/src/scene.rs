@@ -6,6 +6,7 @@
 
 mod writes;
 
+use introspect::survey::Seen;
 use introspect::{PatchState, Task};
 
 use crate::error::PatchError;
@@ -60,7 +61,7 @@ pub struct Scene<'a> {
     pub signal: Option<&'a Waker>,
 }
 
-impl Scene<'_> {
+impl<'a> Scene<'a> {
     /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
     /// to move. When nobody is left, no task ever sees a transition at all; `at_once` wants that or nothing.
     ///
@@ -89,7 +90,7 @@ impl Scene<'_> {
             return Err(self.not_at_once(&step.findings));
         }
         self.plan_globals(direction.target(), Some(self.dummy), &mut step.plan)?;
-        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+        for (task, standing) in self.look.tasks().zip(&standings) {
             if matches!(standing, Standing::Clean(_)) {
                 self.plan_state(task, direction.target(), &mut step.plan)?;
             } else {
@@ -124,7 +125,7 @@ impl Scene<'_> {
                 Err(fail) => return Err(fail),
             }
         }
-        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+        for (task, standing) in self.look.tasks().zip(&standings) {
             if state(task) == target {
                 continue;
             }
@@ -156,7 +157,7 @@ impl Scene<'_> {
         // One list of sleepers is out at a time.
         let idle = waker.is_idle(memory)?;
         let mut sleepers = Vec::new();
-        for (task, finding) in self.look.tasks.iter().zip(&mut step.findings) {
+        for (task, finding) in self.look.tasks().zip(&mut step.findings) {
             let Finding::Blocked(blocked) = finding else {
                 continue;
             };
@@ -185,8 +186,8 @@ impl Scene<'_> {
             true => Finding::There(None),
             false => Finding::There(Some(TaskWay::Forced)),
         };
-        let mut step = Step::new(self.look.tasks.iter().map(moved).collect());
-        for task in self.look.tasks.iter().filter(|task| state(task) != target) {
+        let mut step = Step::new(self.look.tasks().map(moved).collect());
+        for task in self.look.tasks().filter(|task| state(task) != target) {
             self.plan_state(task, target, &mut step.plan)?;
             self.plan_pending(task, false, &mut step.plan)?;
         }
@@ -195,7 +196,7 @@ impl Scene<'_> {
 
     /// Somebody is in the way of moving all in this pause.
     fn not_at_once(&self, findings: &[Finding]) -> Stop {
-        let each = self.look.tasks.iter().zip(findings);
+        let each = self.look.tasks().zip(findings);
         let mut blocked = each.filter_map(|(task, finding)| match finding {
             Finding::Blocked(blocked) => {
                 Some(format!("{} {} {}", task.pid, task.comm, blocked.why))
@@ -223,7 +224,7 @@ impl Scene<'_> {
         let standings = self.standings(to, |task| state(task) != target);
         let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
         self.plan_globals(target, Some(self.dummy), &mut step.plan)?;
-        for (task, standing) in self.look.tasks.iter().zip(&standings) {
+        for (task, standing) in self.look.tasks().zip(&standings) {
             let clean = matches!(standing, Standing::Clean(_));
             if clean && state(task) != target {
                 self.plan_state(task, target, &mut step.plan)?;
@@ -248,7 +249,7 @@ impl Scene<'_> {
 
     fn no_states(&self) -> Result<(), Stop> {
         let other = |task: &&Task| task.patch_state != Some(PatchState::Idle);
-        match self.look.tasks.iter().find(other) {
+        match self.look.tasks().find(other) {
             None => Ok(()),
             Some(task) => Err(Stop::Busy(format!(
                 "{} ({}) has a patch state already",
@@ -289,7 +290,8 @@ impl Scene<'_> {
     /// Where each task stands; those that `ask` leaves out are taken to be clean.
     fn standings(&self, direction: Direction, ask: impl Fn(&Task) -> bool) -> Vec<Standing> {
         let watch = direction.watch(self.patch);
-        let stand = |task: &Task| {
+        let stand = |seen: &'a Seen| {
+            let task = &seen.task;
             if !ask(task) {
                 return Standing::Clean(TaskWay::Stack);
             }
@@ -297,15 +299,15 @@ impl Scene<'_> {
                 Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
                     "its patch_state is {state}, which no kernel writes"
                 )),
-                _ => self.look.standing(task, &watch),
+                _ => self.look.standing(seen, &watch),
             }
         };
-        self.look.tasks.iter().map(stand).collect()
+        self.look.seen.iter().map(stand).collect()
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
     fn findings(&self, standings: &[Standing], target: i32, way: Option<TaskWay>) -> Vec<Finding> {
-        let each = self.look.tasks.iter().zip(standings);
+        let each = self.look.tasks().zip(standings);
         each.map(|(task, standing)| match standing {
             _ if state(task) == target => Finding::There(way),
             other => finding(other),
@@ -339,7 +341,7 @@ impl Scene<'_> {
 
     /// A reschedule interrupt sends a vCPU in user mode through the kernel's exit path, and an idle one round its loop.
     fn nudge(&self, step: &mut Step) {
-        let waiting = self.look.tasks.iter().zip(&step.findings);
+        let waiting = self.look.tasks().zip(&step.findings);
         step.nudge = waiting
             .filter(|(_, finding)| matches!(finding, Finding::Blocked(_)))
             .filter_map(|(task, _)| self.look.vcpu_of(task))

@@ -93,8 +93,24 @@ pub struct FunctionReport {
     pub patched: bool,
 }
 
-/// The pauses a patch has cost so far.
+/// One pause of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseLength {
+    /// How long it was, in microseconds, from the first vCPU stopped to the last one resumed.
+    pub us: u64,
+    /// Tasks that were looked at in it.
+    pub tasks: u64,
+    /// Stacks that were walked in it: of tasks that had run since they were last walked.
+    pub walked: u64,
+}
+
+/// The upper bounds of [`PauseReport::histogram`], in microseconds; what is longer goes to one bucket more.
+pub const PAUSE_BOUNDS_US: [u64; 12] = [
+    50, 100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000,
+];
+
+/// The pauses a patch has cost so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PauseReport {
     /// How many times all vCPUs were stopped.
     pub count: u64,
@@ -102,6 +118,10 @@ pub struct PauseReport {
     pub total_us: u64,
     /// The longest one, in microseconds.
     pub longest_us: u64,
+    /// How many were at most as long as each of [`PAUSE_BOUNDS_US`] and longer than the bound before it.
+    pub histogram: [u64; PAUSE_BOUNDS_US.len() + 1],
+    /// The last of them, oldest first.
+    pub recent: Vec<PauseLength>,
 }
 
 /// All that is to be said of one patch.

@@ -155,7 +155,7 @@ impl Transition {
         Past {
             tasks: self.ledger.reports(),
             ms: u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX),
-            pauses: self.pauses,
+            pauses: self.pauses.clone(),
         }
     }
 }

@@ -196,9 +196,10 @@ impl Patcher {
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
         let dummy = self.places.known_dummy().ok_or_else(not_found)?;
+        guest.walk_ahead(machine.memory());
         let mut paused = Paused::begin(machine, meter)?;
         let mut mapping = crate::journal::Plan::new();
-        let (tasks, step) = {
+        let (step, tasks, walked) = {
             let look = guest.look(paused.memory(), &paused.vcpus)?;
             self.places.plan_mapping(&look.memory, &mut mapping)?;
             let scene = Scene {
@@ -209,9 +210,11 @@ impl Patcher {
                 patch,
                 signal: self.waker.as_ref().filter(|_| signals),
             };
-            let step = make(&scene)?;
-            (look.tasks, step)
+            let step = make(&scene);
+            (step, look.seen.len(), look.walked())
         };
+        paused.saw(tasks, walked);
+        let step = step?;
         let mapped = paused.commit(&mapping)?;
         let reached = self
             .places
@@ -228,6 +231,7 @@ impl Patcher {
             // What was written stands; the machine says the rest with its next answer.
             tracing::error!(%error, "the guest could not be resumed");
         }
-        Ok((tasks, step))
+        let tasks = guest.survey.seen().iter().map(|seen| seen.task.clone());
+        Ok((tasks.collect(), step))
     }
 }

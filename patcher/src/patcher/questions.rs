@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use introspect::survey::Seen;
 use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use super::{Patcher, not_found, patiently};
@@ -20,7 +21,7 @@ impl Patcher {
     /// # Errors
     /// [`PatchError`].
     pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
-        self.look(machine, |_, look| Ok(look.tasks.clone()))
+        self.look(machine, |_, look| Ok(look.tasks().cloned().collect()))
     }
 
     /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
@@ -33,10 +34,9 @@ impl Patcher {
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
         self.look(machine, |patches, look| {
-            let mut tasks = look.tasks.iter();
-            let task = tasks.find(|task| task.pid == pid);
-            let task = task.ok_or(PatchError::NoSuchTask(pid))?;
-            Ok(look.names(patches).stack(task, look.stack(task)))
+            let seen = look.seen.iter().find(|seen| seen.task.pid == pid);
+            let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
+            Ok(look.names(patches).stack(&seen.task, &look.stack(seen)))
         })
     }
 
@@ -47,8 +47,8 @@ impl Patcher {
     pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
         self.look(machine, |patches, look| {
             let names = look.names(patches);
-            let name = |task| names.stack(task, look.stack(task));
-            Ok(look.tasks.iter().map(name).collect())
+            let name = |seen: &Seen| names.stack(&seen.task, &look.stack(seen));
+            Ok(look.seen.iter().map(name).collect())
         })
     }
 
@@ -110,9 +110,13 @@ impl Patcher {
         } = self;
         let guest = guest.as_mut().ok_or_else(not_found)?;
         patiently(|| {
-            let paused = Paused::begin(machine, pauses)?;
-            let look = guest.look(paused.memory(), &paused.vcpus)?;
-            Ok(question(patches, &look)?)
+            let mut paused = Paused::begin(machine, pauses)?;
+            let (answer, tasks, walked) = {
+                let look = guest.look(paused.memory(), &paused.vcpus)?;
+                (question(patches, &look), look.seen.len(), look.walked())
+            };
+            paused.saw(tasks, walked);
+            Ok(answer?)
         })
     }
 
@@ -137,8 +141,11 @@ impl Patcher {
         let trial = Trial::prepare(machine, guest, places, &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {
-            let paused = Paused::begin(machine, &mut meter)?;
-            trial.step(guest, paused.memory(), &paused.vcpus)
+            guest.walk_ahead(machine.memory());
+            let mut paused = Paused::begin(machine, &mut meter)?;
+            let (tasks, step, walked) = trial.step(guest, paused.memory(), &paused.vcpus)?;
+            paused.saw(tasks.len(), walked);
+            Ok((tasks, step))
         });
         trial.forget(guest);
         pauses.merge(&meter);

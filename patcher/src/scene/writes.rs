@@ -66,7 +66,7 @@ impl Scene<'_> {
 
     /// Nobody has a state, and nobody is to change it.
     pub(super) fn plan_no_states(&self, plan: &mut Plan) -> Result<(), Stop> {
-        for task in &self.look.tasks {
+        for task in self.look.tasks() {
             self.plan_pending(task, false, plan)?;
             self.plan_state(task, NO_STATE, plan)?;
         }

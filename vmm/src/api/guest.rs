@@ -63,7 +63,7 @@ impl Control for Guest {
             memory: self.vm.memory_size(),
             pid: std::process::id(),
             kernel: self.release.clone(),
-            pauses: self.patcher.pauses(),
+            pauses: self.patcher.pauses().clone(),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use patcher::PatchStatus;
+use patcher::{PAUSE_BOUNDS_US, PatchStatus, PauseReport};
 
 use super::wire::{Vm, VmState};
 
@@ -70,7 +70,30 @@ pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
         "Tasks that the running transition waits for.",
         waiting.to_string(),
     );
+    histogram(&mut page, pauses);
     page
+}
+
+/// The lengths of pauses, each bound counting all that are no longer.
+fn histogram(page: &mut String, pauses: &PauseReport) {
+    const NAME: &str = "outpatch_pause_seconds";
+    let mut line = |text: String| {
+        page.push_str(&text);
+        page.push('\n');
+    };
+    line(format!("# HELP {NAME} Lengths of these pauses."));
+    line(format!("# TYPE {NAME} histogram"));
+    let mut so_far = 0;
+    for (bound, count) in PAUSE_BOUNDS_US.iter().zip(pauses.histogram) {
+        so_far += count;
+        line(format!(
+            "{NAME}_bucket{{le=\"{}\"}} {so_far}",
+            seconds(*bound)
+        ));
+    }
+    line(format!("{NAME}_bucket{{le=\"+Inf\"}} {}", pauses.count));
+    line(format!("{NAME}_sum {}", seconds(pauses.total_us)));
+    line(format!("{NAME}_count {}", pauses.count));
 }
 
 /// Microseconds as Prometheus' base unit, without passing through a float.

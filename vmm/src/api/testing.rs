@@ -10,7 +10,7 @@ use std::time::Duration;
 use introspect::TaskKind;
 use patcher::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseReport, PieceReport, TaskReport,
+    PauseLength, PauseReport, PieceReport, TaskReport,
 };
 
 use super::control::Control;
@@ -110,6 +110,12 @@ impl Control for FakeGuest {
                 count: 3,
                 total_us: 1_500_000,
                 longest_us: 52,
+                histogram: [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+                recent: vec![PauseLength {
+                    us: 52,
+                    tasks: 90,
+                    walked: 2,
+                }],
             },
         }
     }
@@ -201,6 +207,7 @@ impl Control for FakeGuest {
                 count: 1,
                 total_us: 200,
                 longest_us: 200,
+                ..PauseReport::default()
             },
         })
     }

@@ -430,6 +430,15 @@ fn metrics_are_prometheus_text() {
         page.body
             .contains("\noutpatch_pause_seconds_total 1.500000\n")
     );
+    for (bound, count) in [
+        ("0.000050", 1),
+        ("0.000100", 2),
+        ("0.250000", 2),
+        ("+Inf", 3),
+    ] {
+        let line = format!("\noutpatch_pause_seconds_bucket{{le=\"{bound}\"}} {count}\n");
+        assert!(page.body.contains(&line), "{}", page.body);
+    }
     for line in page.body.lines().filter(|line| !line.starts_with('#')) {
         let (name, value) = line.split_once(' ').unwrap();
         assert!(name.starts_with("outpatch_"), "{line}");

@@ -255,6 +255,7 @@ mod tests {
             count: 3,
             total_us: 1204,
             longest_us: 52,
+            ..PauseReport::default()
         };
         assert_eq!(
             pauses(&report),

@@ -173,6 +173,7 @@ impl Control for MadeUp {
                 count: 1,
                 total_us: 200,
                 longest_us: 200,
+                ..PauseReport::default()
             },
         })
     }
@@ -210,6 +211,7 @@ impl Control for MadeUp {
                 count: 2,
                 total_us: 300,
                 longest_us: 200,
+                ..PauseReport::default()
             },
         });
         Ok(name.to_owned())
