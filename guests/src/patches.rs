@@ -69,7 +69,7 @@ macro_rules! patch_sources {
 }
 
 /// Our patches: name and source.
-const OURS: [(&str, &str); 13] = patch_sources![
+const OURS: [(&str, &str); 14] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
@@ -77,6 +77,7 @@ const OURS: [(&str, &str); 13] = patch_sources![
     "module-object",
     "not-livepatch",
     "pause",
+    "kinds",
     "percpu",
     "two-functions",
     "uname",

@@ -41,6 +41,7 @@ pub struct Patcher {
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
+    walks_in_the_pause: bool,
 }
 
 impl Patcher {
@@ -48,6 +49,15 @@ impl Patcher {
     #[must_use]
     pub fn new() -> Patcher {
         Patcher::default()
+    }
+
+    /// One that walks stacks in the pause only: for measuring what [walking ahead](introspect::survey) is worth.
+    #[must_use]
+    pub fn without_walking_ahead() -> Patcher {
+        Patcher {
+            walks_in_the_pause: true,
+            ..Patcher::default()
+        }
     }
 
     /// The guest's kernel; found at the first call, remembered after.

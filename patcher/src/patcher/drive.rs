@@ -4,6 +4,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use introspect::Task;
+use introspect::survey::Survey;
 
 use crate::error::PatchError;
 use crate::machine::Machine;
@@ -196,7 +197,11 @@ impl Patcher {
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
         let dummy = self.places.known_dummy().ok_or_else(not_found)?;
-        guest.walk_ahead(machine.memory());
+        if self.walks_in_the_pause {
+            guest.survey = Survey::new();
+        } else {
+            guest.walk_ahead(machine.memory());
+        }
         let mut paused = Paused::begin(machine, meter)?;
         let mut mapping = crate::journal::Plan::new();
         let (step, tasks, walked) = {

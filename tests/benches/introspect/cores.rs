@@ -22,7 +22,7 @@ use guests::{
 use serde::{Deserialize, Serialize};
 
 /// How many sleepers the guest of each core has. Two of ten have another process or thread that sleeps with them.
-pub const SIZES: [u32; 4] = [100, 1_000, 5_000, 20_000];
+pub const SIZES: [u32; 6] = [10, 100, 1_000, 5_000, 10_000, 20_000];
 /// The argument that says to the bench that it is in the bed, in front of what to do there.
 pub const INSIDE: &str = "--capture-inside";
 

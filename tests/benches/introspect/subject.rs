@@ -5,12 +5,10 @@
 
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, tasks};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use tests::core_machine;
+use vm_memory::GuestMemoryMmap;
 
 use crate::cores::Core;
-
-/// Memory is copied so many bytes at a time.
-const CHUNK: usize = 64 << 10;
 
 /// A guest, from its core.
 pub struct Subject {
@@ -31,7 +29,7 @@ impl Subject {
         let sleepers = core.sleepers;
         let path = &core.path;
         let core = CoreFile::open(path).with_context(|| path.display().to_string())?;
-        let mapped = map(&core)?;
+        let mapped = core_machine::map(&core)?;
         Ok(Subject {
             sleepers,
             core,
@@ -48,28 +46,6 @@ impl Subject {
     pub fn vcpus(&self) -> &[VcpuRegs] {
         self.core.vcpus()
     }
-}
-
-/// As much of the memory as is not zero, in a mapping of its own.
-fn map(core: &CoreFile) -> Result<GuestMemoryMmap> {
-    let ranges: Vec<(GuestAddress, usize)> = core
-        .ranges()
-        .map(|(start, len)| Ok((start, usize::try_from(len)?)))
-        .collect::<Result<_>>()?;
-    let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
-    let mut chunk = vec![0; CHUNK];
-    for (start, len) in core.ranges() {
-        for done in (0..len).step_by(CHUNK) {
-            let at = GuestAddress(start.0 + done);
-            let part = chunk.len().min(usize::try_from(len - done)?);
-            let bytes = &mut chunk[..part];
-            core.read(at, bytes)?;
-            if bytes.iter().any(|byte| *byte != 0) {
-                mapped.write_slice(bytes, at)?;
-            }
-        }
-    }
-    Ok(mapped)
 }
 
 /// First contact: base, symbols, types, offsets.

@@ -40,7 +40,7 @@ impl Assets {
 }
 
 /// The patches that every kernel with headers gets built.
-const PATCHES: [&str; 12] = [
+const PATCHES: [&str; 13] = [
     "livepatch-sample",
     "getpid",
     "two-functions",
@@ -50,6 +50,7 @@ const PATCHES: [&str; 12] = [
     "wrong-sympos",
     "callbacks",
     "pause",
+    "kinds",
     "percpu",
     "module-object",
     "features",

@@ -9,9 +9,11 @@ mod blocked;
 mod check;
 mod differential;
 mod dumps;
+mod faults;
 mod flavours;
 mod generations;
 mod insmod;
+mod kinds;
 mod locks;
 mod machine;
 mod modes;
@@ -22,6 +24,7 @@ mod symbols;
 
 use std::{
     env,
+    path::Path,
     process::{Command, ExitCode},
     sync::{
         Arc,
@@ -49,6 +52,9 @@ const MOST_BEDS: usize = 4;
 /// What a scenario does, given its bench.
 type Body = Box<dyn Fn(&Bench) -> Result<()> + Send + Sync>;
 
+/// What the host does with the scratch folder of a scenario.
+type After = Box<dyn Fn(&Assets, &Path) -> Result<()> + Send + Sync>;
+
 /// A named scenario, run inside the bed.
 struct Scenario {
     name: String,
@@ -56,6 +62,8 @@ struct Scenario {
     limit: Duration,
     /// The generation whose cores the host compares while the scenario runs.
     judged: Option<Generation>,
+    /// What the host does behind it, with what it left in the scratch folder.
+    then: Option<After>,
 }
 
 impl Scenario {
@@ -68,12 +76,19 @@ impl Scenario {
             run: Box::new(run),
             limit: SCENARIO_LIMIT,
             judged: None,
+            then: None,
         }
     }
 
     /// Lets it take longer, or not so long.
     fn limit(self, limit: Duration) -> Scenario {
         Scenario { limit, ..self }
+    }
+
+    /// Goes on outside of the bed, where nothing is emulated.
+    fn then(self, then: impl Fn(&Assets, &Path) -> Result<()> + Send + Sync + 'static) -> Scenario {
+        let then: Option<After> = Some(Box::new(then));
+        Scenario { then, ..self }
     }
 
     /// Has the core files that it hands over compared on the host: see [`differential`].
@@ -96,6 +111,8 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(blocked::scenarios());
     all.extend(modes::scenarios());
     all.extend(check::scenarios());
+    all.extend(faults::scenarios());
+    all.extend(kinds::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
     all
@@ -164,7 +181,9 @@ fn run_in_one_bed(scenario: &Scenario, tally: &Tally) -> Result<()> {
     let mut assets = Assets::prepare()?.clone();
     let scratch = Scratch::new()?;
     let Some(generation) = scenario.judged else {
-        return in_bed(scenario, &assets, &scratch, tally);
+        in_bed(scenario, &assets, &scratch, tally)?;
+        let then = scenario.then.as_ref();
+        return then.map_or(Ok(()), |then| then(&assets, scratch.path()));
     };
     let (name, stock, vmlinux) = differential::prepare(generation)?;
     assets.stock.insert(name, stock);

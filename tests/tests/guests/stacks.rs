@@ -42,8 +42,9 @@ pub fn equal_in(guest: &mut Guest) -> Result<usize> {
     let theirs = listing::parse(&guest.sh_within(listing::COMMAND, LISTING_LIMIT)?)?;
     let ps = outpatch.json(&["ps"])?;
     let tasks = ps.as_array().context("ps is no list")?;
-    // What the shell that lists /proc starts comes and goes, and the shell itself is in another place meanwhile; every thread
-    // that stays must be in both lists, with the same stack.
+    // What the shell that lists /proc starts comes and goes, the shell itself is in another place meanwhile, and the kernel starts a
+    // worker now and then: every thread that stays must be in ours too, and none may be there that is in neither of the guest's
+    // lists, before and after; those that stay have the same stack.
     let ours: BTreeSet<i64> = tasks
         .iter()
         .filter_map(|task| task["pid"].as_i64())
@@ -61,10 +62,11 @@ pub fn equal_in(guest: &mut Guest) -> Result<usize> {
         "not in ps: {:?}",
         staying.difference(&ours)
     );
+    let known: BTreeSet<i64> = theirs.keys().copied().chain(there).collect();
     ensure!(
-        ours.is_subset(&staying),
+        ours.is_subset(&known),
         "only in ps: {:?}",
-        ours.difference(&staying)
+        ours.difference(&known)
     );
     let idle = tasks.iter().filter(|task| task["kind"] == "idle").count();
     ensure!(idle == 2, "{idle} idle tasks on 2 vCPUs");

@@ -1,0 +1,251 @@
+//! Every kind of task in a transition, among a thousand sleepers: each ends as the table in `docs/transition.md` says.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::{Guest, Outpatch};
+use serde_json::Value;
+
+use crate::{Scenario, bench::Bench};
+
+/// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
+const SLEEPERS: u32 = 1000;
+/// The kernel's own threads in a guest of two vCPUs.
+const MOST_KTHREADS: usize = 40;
+/// How long so many take to start.
+const START: Duration = Duration::from_secs(180);
+/// How long a transition may take in which nothing is in the way any more.
+const SOON: &str = "120";
+/// Exit status of the command line when the transition goes on.
+const TIMED_OUT: i32 = 4;
+
+/// Those of the program `kinds` that sleep in the functions of the patch: in pause(2), where the fake signal reaches them.
+const INTERRUPTIBLE: [&str; 4] = ["k-pause", "k-clone", "k-namespace", "k-vforked"];
+/// In vfork(2), where it does not.
+const UNINTERRUPTIBLE: &str = "k-vfork";
+/// Sleepers of the program `sleeper` in pause(2).
+const PAUSING: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
+
+/// Who may go which way before anybody is signalled.
+const WAYS: [(&str, &[&str]); 14] = [
+    ("k-user", &["user-mode", "boundary", "stack"]),
+    ("k-kernel", &["boundary", "stack", "user-mode"]),
+    ("k-stopped", &["stack"]),
+    ("k-traced", &["stack"]),
+    ("k-tracer", &["stack"]),
+    ("k-frozen", &["stack"]),
+    ("k-zombie", &["stack"]),
+    ("k-parent", &["stack"]),
+    ("k-clones", &["stack"]),
+    ("k-io", &["stack"]),
+    ("sleep-read", &["stack"]),
+    ("sleep-nano", &["stack"]),
+    ("sleep-futex", &["stack"]),
+    ("sleep-epoll", &["stack"]),
+];
+
+pub fn scenarios() -> Vec<Scenario> {
+    [("6.1", 2), ("6.12", 4)]
+        .map(|(generation, cpus)| {
+            Scenario::new(format!("kinds::as_documented_{generation}"), move |bench| {
+                kinds(bench, generation, cpus)
+            })
+        })
+        .into()
+}
+
+fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
+    let patch = bench.stock(generation)?.patch("kinds")?;
+    bench.with(bench.boot(generation, cpus, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        start(guest)?;
+
+        let reply = outpatch.call(&["apply", patch, "--timeout", "5"])?;
+        ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
+        unplug_and_plug(guest, cpus)?;
+        let before = Tasks::of(&outpatch)?;
+        before.as_documented()?;
+        before.blocked_are(&[&INTERRUPTIBLE[..], &PAUSING, &[UNINTERRUPTIBLE]].concat())?;
+
+        outpatch.ok(&["signal"])?;
+        let signalled = until_only(&outpatch, UNINTERRUPTIBLE)?;
+        signalled.moved_by_signal()?;
+        let stays = signalled.one(UNINTERRUPTIBLE)?;
+        ensure!(stays["state"] == "D", "{stays}");
+
+        // What it waits for ends, and it comes by the boundary.
+        guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
+        until_over(&outpatch)?;
+        let over = Tasks::of(&outpatch)?;
+        let moved = over.one(UNINTERRUPTIBLE)?;
+        ensure!(moved["way"] == "boundary", "{moved}");
+        println!("{generation}, {cpus} vCPUs: {}", over.summary());
+        let states = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq")?;
+        ensure!(states == "-1", "states are left: {states}");
+
+        outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
+        guest.expect_unharmed(&log)
+    })
+}
+
+/// All of them, at their places.
+fn start(guest: &mut Guest) -> Result<()> {
+    guest.sh_within(
+        &format!(
+            "sleeper {SLEEPERS} & kinds & sleep 2
+until [ $(grep -c '' /proc/[0-9]*/comm 2>/dev/null | wc -l) -ge {SLEEPERS} ]; do sleep 0.5; done
+mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
+for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do echo $p > /sys/fs/cgroup/cold/cgroup.procs; done
+echo 1 > /sys/fs/cgroup/cold/cgroup.freeze
+until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done
+until ls /proc/*/task/*/comm | xargs grep -l iou-wrk >/dev/null 2>&1; do sleep 0.1; done; sleep 3"
+        ),
+        START,
+    )?;
+    Ok(())
+}
+
+/// The last CPU goes and comes back.
+fn unplug_and_plug(guest: &mut Guest, cpus: u32) -> Result<()> {
+    let cpu = format!("/sys/devices/system/cpu/cpu{}/online", cpus - 1);
+    guest.sh(&format!(
+        "echo 0 > {cpu}; sleep 1; echo 1 > {cpu}; cat {cpu}"
+    ))?;
+    Ok(())
+}
+
+/// Waits until nobody but tasks of this name keep the old state.
+fn until_only(outpatch: &Outpatch, comm: &str) -> Result<Tasks> {
+    let started = std::time::Instant::now();
+    loop {
+        let tasks = Tasks::of(outpatch)?;
+        let waiting = tasks.waiting();
+        if waiting.keys().eq([&comm]) {
+            return Ok(tasks);
+        }
+        ensure!(started.elapsed().as_secs() < 120, "these wait: {waiting:?}");
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
+
+fn until_over(outpatch: &Outpatch) -> Result<()> {
+    let started = std::time::Instant::now();
+    while outpatch.json(&["status", "kinds"])?["transition"] == true {
+        ensure!(started.elapsed().as_secs() < 120, "it does not end");
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    Ok(())
+}
+
+/// Every task's part in the transition.
+struct Tasks(Vec<Value>);
+
+impl Tasks {
+    fn of(outpatch: &Outpatch) -> Result<Tasks> {
+        let status = outpatch.json(&["status", "kinds"])?;
+        let tasks = status["tasks"].as_array().context("no tasks")?;
+        Ok(Tasks(tasks.clone()))
+    }
+
+    fn named<'t>(&'t self, comm: &'t str) -> impl Iterator<Item = &'t Value> {
+        self.0.iter().filter(move |task| task["comm"] == comm)
+    }
+
+    fn one<'t>(&'t self, comm: &'t str) -> Result<&'t Value> {
+        self.named(comm)
+            .next()
+            .with_context(|| format!("no {comm} among the tasks"))
+    }
+
+    /// How many of each name keep the old state.
+    fn waiting(&self) -> BTreeMap<&str, usize> {
+        let mut waiting = BTreeMap::new();
+        for task in self.0.iter().filter(|task| task["way"].is_null()) {
+            *waiting
+                .entry(task["comm"].as_str().unwrap_or_default())
+                .or_default() += 1;
+        }
+        waiting
+    }
+
+    fn as_documented(&self) -> Result<()> {
+        for (comm, ways) in WAYS {
+            let mut tasks = self.named(comm).peekable();
+            ensure!(tasks.peek().is_some(), "no {comm} among the tasks");
+            for task in tasks {
+                let way = task["way"].as_str().unwrap_or_default();
+                ensure!(ways.contains(&way), "{task}");
+            }
+        }
+        let kind = |kind: &'static str| self.0.iter().filter(move |task| task["kind"] == kind);
+        let kthreads = kind("kthread").count();
+        ensure!(kthreads >= MOST_KTHREADS, "only {kthreads} kthreads");
+        for kthread in kind("kthread") {
+            let way = kthread["way"].as_str().unwrap_or_default();
+            ensure!(["stack", "born", "exited"].contains(&way), "{kthread}");
+        }
+        let mut workers = kind("worker").peekable();
+        ensure!(workers.peek().is_some(), "no worker of io_uring");
+        for worker in workers {
+            ensure!(worker["way"] == "stack", "{worker}");
+        }
+        for idle in kind("idle") {
+            let way = idle["way"].as_str().unwrap_or_default();
+            ensure!(["stack", "idle", "born"].contains(&way), "{idle}");
+        }
+        // A process that forks all the time, and its children.
+        let mut forked = self.named("k-forking");
+        ensure!(
+            forked.any(|task| task["way"] == "born"),
+            "nobody was born in the transition"
+        );
+        Ok(())
+    }
+
+    /// Exactly these wait, each with its frame and its state.
+    fn blocked_are(&self, comms: &[&str]) -> Result<()> {
+        let waiting: Vec<&str> = self.waiting().into_keys().collect();
+        let mut expected = comms.to_vec();
+        expected.sort_unstable();
+        ensure!(waiting == expected, "these wait: {waiting:?}");
+        for task in self.0.iter().filter(|task| task["way"].is_null()) {
+            let vfork = task["comm"] == UNINTERRUPTIBLE;
+            let function = if vfork {
+                "__do_sys_vfork+"
+            } else {
+                "__do_sys_pause+"
+            };
+            let blocker = task["blocker"].as_str().unwrap_or_default();
+            ensure!(blocker.contains(function), "{task}");
+            ensure!(task["state"] == if vfork { "D" } else { "S" }, "{task}");
+            ensure!(task["signals"] == 0, "{task}");
+        }
+        Ok(())
+    }
+
+    /// All that slept interruptibly came by the boundary, once signalled; nobody else was signalled.
+    fn moved_by_signal(&self) -> Result<()> {
+        for task in &self.0 {
+            let comm = task["comm"].as_str().unwrap_or_default();
+            let signals = task["signals"].as_u64().context("no signals")?;
+            let in_pause = INTERRUPTIBLE.contains(&comm) || PAUSING.contains(&comm);
+            if in_pause {
+                ensure!(task["way"] == "boundary" && signals > 0, "{task}");
+            } else if comm != UNINTERRUPTIBLE {
+                ensure!(signals == 0, "{task}");
+            }
+        }
+        Ok(())
+    }
+
+    fn summary(&self) -> String {
+        let mut ways: BTreeMap<String, usize> = BTreeMap::new();
+        for task in &self.0 {
+            *ways
+                .entry(format!("{} {}", task["kind"], task["way"]).replace('"', ""))
+                .or_default() += 1;
+        }
+        format!("{} tasks: {ways:?}", self.0.len())
+    }
+}
