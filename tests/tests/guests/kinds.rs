@@ -10,8 +10,10 @@ use crate::{Scenario, bench::Bench};
 
 /// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
 const SLEEPERS: u32 = 1000;
-/// The kernel's own threads in a guest of two vCPUs.
-const MOST_KTHREADS: usize = 40;
+/// The kernel's own threads, at the least.
+const KTHREADS: usize = 50;
+/// How lines of the log begin that tell of a CPU that goes or comes.
+const HOTPLUG: [&str; 2] = ["smpboot: ", "x86: Booting SMP configuration"];
 /// How long so many take to start.
 const START: Duration = Duration::from_secs(180);
 /// How long a transition may take in which nothing is in the way any more.
@@ -63,7 +65,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
         let reply = outpatch.call(&["apply", patch, "--timeout", "5"])?;
         ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
-        unplug_and_plug(guest, cpus)?;
+        let log = unplug_and_plug(guest, cpus, log)?;
         let before = Tasks::of(&outpatch)?;
         before.as_documented()?;
         before.blocked_are(&[&INTERRUPTIBLE[..], &PAUSING, &[UNINTERRUPTIBLE]].concat())?;
@@ -91,28 +93,38 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
 /// All of them, at their places.
 fn start(guest: &mut Guest) -> Result<()> {
-    guest.sh_within(
-        &format!(
-            "sleeper {SLEEPERS} & kinds & sleep 2
-until [ $(grep -c '' /proc/[0-9]*/comm 2>/dev/null | wc -l) -ge {SLEEPERS} ]; do sleep 0.5; done
-mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
+    guest.sh(&format!("sleeper {SLEEPERS} & kinds & sleep 1"))?;
+    for (what, until) in [
+        (
+            "sleepers",
+            format!("[ $(ls -d /proc/[0-9]* | wc -l) -ge {SLEEPERS} ]"),
+        ),
+        (
+            "io_uring's worker",
+            "cat /proc/[0-9]*/task/[0-9]*/comm | grep -q iou-wrk".into(),
+        ),
+    ] {
+        let wait = format!("until {until}; do sleep 0.5; done 2>/dev/null");
+        guest.sh_within(&wait, START).context(what)?;
+    }
+    guest.sh(
+        "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
 for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do echo $p > /sys/fs/cgroup/cold/cgroup.procs; done
 echo 1 > /sys/fs/cgroup/cold/cgroup.freeze
-until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done
-until ls /proc/*/task/*/comm | xargs grep -l iou-wrk >/dev/null 2>&1; do sleep 0.1; done; sleep 3"
-        ),
-        START,
+until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done; sleep 2",
     )?;
     Ok(())
 }
 
-/// The last CPU goes and comes back.
-fn unplug_and_plug(guest: &mut Guest, cpus: u32) -> Result<()> {
+/// The last CPU goes and comes back; the log, with what the kernel has to say of that.
+fn unplug_and_plug(guest: &mut Guest, cpus: u32, mut log: Vec<String>) -> Result<Vec<String>> {
     let cpu = format!("/sys/devices/system/cpu/cpu{}/online", cpus - 1);
-    guest.sh(&format!(
-        "echo 0 > {cpu}; sleep 1; echo 1 > {cpu}; cat {cpu}"
-    ))?;
-    Ok(())
+    guest.sh(&format!("echo 0 > {cpu}; sleep 1; echo 1 > {cpu}"))?;
+    ensure!(guest.sh(&format!("cat {cpu}"))? == "1", "the CPU is off");
+    let new = guest.dmesg()?.split_off(log.len());
+    let hotplug = |line: &String| HOTPLUG.iter().any(|words| line.starts_with(words));
+    log.extend(new.into_iter().filter(hotplug));
+    Ok(log)
 }
 
 /// Waits until nobody but tasks of this name keep the old state.
@@ -180,7 +192,7 @@ impl Tasks {
         }
         let kind = |kind: &'static str| self.0.iter().filter(move |task| task["kind"] == kind);
         let kthreads = kind("kthread").count();
-        ensure!(kthreads >= MOST_KTHREADS, "only {kthreads} kthreads");
+        ensure!(kthreads >= KTHREADS, "only {kthreads} kthreads");
         for kthread in kind("kthread") {
             let way = kthread["way"].as_str().unwrap_or_default();
             ensure!(["stack", "born", "exited"].contains(&way), "{kthread}");
