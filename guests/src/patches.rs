@@ -69,7 +69,7 @@ macro_rules! patch_sources {
 }
 
 /// Our patches: name and source.
-const OURS: [(&str, &str); 14] = patch_sources![
+const OURS: [(&str, &str); 16] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
@@ -78,7 +78,9 @@ const OURS: [(&str, &str); 14] = patch_sources![
     "not-livepatch",
     "pause",
     "kinds",
+    "kthread",
     "percpu",
+    "replacing",
     "two-functions",
     "uname",
     "unknown-function",

@@ -9,13 +9,14 @@ use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 
 use crate::error::PatchError;
 use crate::facts::Facts;
+use crate::func_stack::{self, Callee, Redirect};
 use crate::guest::Guest;
 use crate::journal::Plan;
 use crate::machine::Machine;
 use crate::module::{
     self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Target, TargetError,
 };
-use crate::patch::{Patch, Redirect};
+use crate::patch::{Patch, Replaced};
 use crate::place::{Need, Piece, Places};
 use crate::redirect::{self, STUB_ROOM};
 use crate::site::Site;
@@ -41,15 +42,6 @@ impl From<TargetError> for PatchError {
     fn from(error: TargetError) -> Self {
         LinkError::from(error).into()
     }
-}
-
-/// A function to replace, found in the guest.
-#[derive(Clone, Debug)]
-struct Old {
-    name: String,
-    sympos: u64,
-    parts: Vec<GvaRange>,
-    site: Site,
 }
 
 /// Places and links `module` for the guest; with `others` in it already.
@@ -99,7 +91,7 @@ pub fn prepare<M: Machine>(
         stubs_at,
         stubs_len,
     };
-    let built = build(machine, guest, &facts, module, olds, &pieces);
+    let built = build(machine, guest, &facts, (module, others), olds, &pieces);
     if built.is_err() {
         places.give_back(pieces.code);
         pieces
@@ -141,8 +133,8 @@ fn build<M: Machine>(
     machine: &M,
     guest: &mut Guest,
     facts: &Facts,
-    module: &LivepatchModule,
-    olds: Vec<Old>,
+    (module, others): (&LivepatchModule, &[Patch]),
+    olds: Vec<Redirect>,
     pieces: &Pieces,
 ) -> Result<Patch, PatchError> {
     let code_base = pieces.code.range.start;
@@ -157,7 +149,11 @@ fn build<M: Machine>(
     let stubs_start = code_base.add(pieces.stubs_at);
     let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
     let redirects = redirects(&image, olds, stubs.start)?;
-    let code_bytes = code_bytes(&image, &redirects, facts, pieces)?;
+    let replaces = match image.replace {
+        true => others.iter().map(replaced).collect(),
+        false => Vec::new(),
+    };
+    let code_bytes = code_bytes(&image, &redirects, facts, pieces.stubs_at)?;
     let region = add_region(&mut guest.unwinder, &image)?;
     guest.unwinder.add_busy(stubs);
     Ok(Patch {
@@ -167,6 +163,8 @@ fn build<M: Machine>(
         code_bytes,
         data: pieces.data,
         stubs,
+        stubs_changed: false,
+        replaces,
         region,
         phase: PatchPhase::Applying,
         forced: false,
@@ -175,31 +173,21 @@ fn build<M: Machine>(
     })
 }
 
-/// The functions that `module` replaces, each with its free site.
+/// The functions that `module` replaces, each with its entry, and behind them those that its coming makes the kernel's own again;
+/// the addresses of new functions and stubs are yet to come.
 fn old_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     facts: &Facts,
     module: &LivepatchModule,
     others: &[Patch],
-) -> Result<Vec<Old>, PatchError> {
+) -> Result<Vec<Redirect>, PatchError> {
     let layouts = GuestTarget::new(kernel, memory).layouts()?;
     let patch = module.patch(&layouts.klp)?;
-    if patch.replace && !others.is_empty() {
-        return Err(PatchError::Unsupported(
-            "the module asks to replace the patches that are in the guest (atomic replace)".into(),
-        ));
-    }
-    let mut olds: Vec<Old> = Vec::new();
+    let mut olds: Vec<Redirect> = Vec::new();
     for function in &patch.functions {
-        let old = old_function(
-            kernel,
-            memory,
-            facts,
-            &function.old_name,
-            function.sympos,
-            others,
-        )?;
+        let name = (function.old_name.as_str(), function.sympos);
+        let old = old_function(kernel, memory, facts, name, others)?;
         if olds.iter().any(|other| other.site.at == old.site.at) {
             return Err(PatchError::BadPatch(format!(
                 "the module replaces function {} twice",
@@ -208,77 +196,109 @@ fn old_functions(
         }
         olds.push(old);
     }
+    if patch.replace {
+        let left = func_stack::all(others).into_iter();
+        let left = left.filter(|old| olds.iter().all(|other| other.site.at != old.site.at));
+        let original_again: Vec<Redirect> = left
+            .map(|old| Redirect {
+                new: Callee::Original,
+                below: old.new,
+                below_code: func_stack::below(
+                    others,
+                    old.body.first().unwrap_or(&GvaRange::default()),
+                )
+                .1,
+                covered_by: None,
+                ..old.clone()
+            })
+            .collect();
+        olds.extend(original_again);
+    }
     Ok(olds)
 }
 
+/// The function `name` of this `sympos`, as it is now.
 fn old_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     facts: &Facts,
-    name: &str,
-    sympos: u64,
+    (name, sympos): (&str, u64),
     others: &[Patch],
-) -> Result<Old, PatchError> {
+) -> Result<Redirect, PatchError> {
     let found = module::resolve_function(&kernel.symbols, name, sympos)?;
-    let patched_by = others.iter().find(|other| {
-        let mut redirects = other.redirects.iter();
-        redirects.any(|redirect| redirect.old.contains(&found.range))
-    });
-    if let Some(other) = patched_by {
-        return Err(PatchError::AlreadyPatched {
-            function: name.into(),
-            patch: other.name().into(),
-        });
-    }
+    let site = match func_stack::top(others, &found.range) {
+        // What stands there is ours, and the pause makes sure that it still does.
+        Some((_, newest)) => newest.site,
+        None => free_site(kernel, memory, facts, name, found.range.start)?,
+    };
+    let (below, below_code) = func_stack::below(others, &found.range);
+    Ok(Redirect {
+        name: name.into(),
+        sympos,
+        body: found.ranges().collect(),
+        new: Callee::Original,
+        below,
+        below_code,
+        covered_by: None,
+        site,
+        stub: Gva::NULL,
+    })
+}
+
+fn free_site(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    facts: &Facts,
+    name: &str,
+    entry: Gva,
+) -> Result<Site, PatchError> {
     let name_of = |at| match kernel.symbolize(at) {
         Some((symbol, 0)) => symbol.name.to_string(),
         Some((symbol, offset)) => format!("{}+{offset:#x}", symbol.name),
         None => at.to_string(),
     };
-    let entry = found.range.start;
     let site = Site::find(memory, &facts.ftrace, facts.ftrace_pages, entry, name_of);
-    let site = site.map_err(|why| PatchError::Site {
+    site.map_err(|why| PatchError::Site {
         function: name.into(),
         at: entry,
         why: why.to_string(),
-    })?;
-    Ok(Old {
-        name: name.into(),
-        sympos,
-        parts: found.ranges().collect(),
-        site,
     })
 }
 
-/// Pairs the old functions with the new ones.
-fn redirects(image: &Image, olds: Vec<Old>, stubs: Gva) -> Result<Vec<Redirect>, PatchError> {
-    if image.functions.len() != olds.len() {
+/// Gives the old functions their stubs, and those that the module replaces their new ones.
+fn redirects(
+    image: &Image,
+    mut olds: Vec<Redirect>,
+    stubs: Gva,
+) -> Result<Vec<Redirect>, PatchError> {
+    if image.functions.len() > olds.len() {
         return Err(PatchError::BadPatch(format!(
             "the linked module has {} functions, and {} were asked for",
             image.functions.len(),
             olds.len()
         )));
     }
-    let stub = |at: u64| stubs.add(at * STUB_ROOM);
-    let pairs = olds.into_iter().zip(&image.functions).zip(0u64..);
-    pairs
-        .map(|((old, new), at)| {
-            if (&old.name, old.sympos) != (&new.old_name, new.sympos) {
-                return Err(PatchError::BadPatch(format!(
-                    "the linked module replaces {} where {} was asked for",
-                    new.old_name, old.name
-                )));
-            }
-            Ok(Redirect {
-                name: old.name,
-                sympos: old.sympos,
-                old: old.parts,
-                new: new.new,
-                site: old.site,
-                stub: stub(at),
-            })
-        })
-        .collect()
+    for (old, new) in olds.iter_mut().zip(&image.functions) {
+        if (&old.name, old.sympos) != (&new.old_name, new.sympos) {
+            return Err(PatchError::BadPatch(format!(
+                "the linked module replaces {} where {} was asked for",
+                new.old_name, old.name
+            )));
+        }
+        old.new = Callee::Patched(new.new);
+    }
+    for (old, at) in olds.iter_mut().zip(0u64..) {
+        old.stub = stubs.add(at * STUB_ROOM);
+    }
+    Ok(olds)
+}
+
+fn replaced(other: &Patch) -> Replaced {
+    Replaced {
+        name: other.name().into(),
+        code: other.code,
+        stays: other.forced,
+    }
 }
 
 /// The image's code with the stubs behind it, filled up with INT3.
@@ -286,20 +306,35 @@ fn code_bytes(
     image: &Image,
     redirects: &[Redirect],
     facts: &Facts,
-    pieces: &Pieces,
+    stubs_at: u64,
 ) -> Result<Vec<u8>, PatchError> {
     let offset = u32::try_from(facts.klp.patch_state.offset)
         .map_err(|_| PatchError::Guest("task_struct.patch_state is out of reach".into()))?;
     let filler = crate::cave::FILLER;
     let mut bytes = image.code.clone();
-    bytes.resize(usize::try_from(pieces.stubs_at).unwrap_or_default(), filler);
+    bytes.resize(usize::try_from(stubs_at).unwrap_or_default(), filler);
     for redirect in redirects {
-        let behind = redirect.site.behind();
-        let mut stub = redirect::stub(redirect.stub, facts.current, offset, behind, redirect.new)?;
+        let (old, new) = (
+            redirect.code_of(redirect.below),
+            redirect.code_of(redirect.new),
+        );
+        let mut stub = redirect::stub(redirect.stub, facts.current, offset, old, new)?;
         stub.resize(usize::try_from(STUB_ROOM).unwrap_or_default(), filler);
         bytes.append(&mut stub);
     }
     Ok(bytes)
+}
+
+/// Makes the stubs of `patch` lead to what is below it now.
+///
+/// # Errors
+/// [`PatchError`].
+pub fn renew_stubs(patch: &mut Patch, facts: &Facts) -> Result<(), PatchError> {
+    let stubs_at = patch.stubs.start.since(patch.code.range.start);
+    let bytes = code_bytes(&patch.image, &patch.redirects, facts, stubs_at)?;
+    patch.stubs_changed |= bytes != patch.code_bytes;
+    patch.code_bytes = bytes;
+    Ok(())
 }
 
 fn add_region(

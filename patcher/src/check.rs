@@ -106,7 +106,7 @@ impl Trial {
         }
         let patch = &self.patch;
         let functions = patch.redirects.iter().map(|redirect| {
-            let body = redirect.old.first().copied().unwrap_or_default();
+            let body = redirect.body.first().copied().unwrap_or_default();
             FoundFunction {
                 object: "vmlinux".into(),
                 name: redirect.name.clone(),

@@ -100,15 +100,6 @@ pub enum PatchError {
     #[error("patch {0} is not in transition")]
     NoTransition(String),
 
-    /// Another patch replaces this function already.
-    #[error("function {function} is already patched by {patch}; revert that patch first")]
-    AlreadyPatched {
-        /// The function.
-        function: String,
-        /// Who patched it.
-        patch: String,
-    },
-
     /// No patch of this name.
     #[error("no patch named {0} is applied")]
     NoSuchPatch(String),
@@ -158,7 +149,6 @@ impl PatchError {
             | PatchError::InTransition(_)
             | PatchError::NoTransition(_)
             | PatchError::NotAtOnce { .. }
-            | PatchError::AlreadyPatched { .. }
             | PatchError::Site { .. } => ErrorKind::Conflict,
             PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,
         }

@@ -15,6 +15,7 @@ mod cave;
 mod check;
 pub mod error;
 mod facts;
+mod func_stack;
 mod guest;
 mod journal;
 mod ledger;

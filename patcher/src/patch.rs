@@ -4,47 +4,22 @@ use introspect::stacks::Unwinder;
 use introspect::stacks_code::RegionId;
 use introspect::{Gva, GvaRange};
 
+use crate::func_stack::{Callee, Redirect};
 use crate::look::Watch;
 use crate::module::Image;
 use crate::place::Piece;
-use crate::redirect::{self, EncodeError, SITE_LEN};
-use crate::site::Site;
 use crate::status::{FunctionReport, PatchPhase, PatchStatus};
 use crate::transition::{Past, Transition};
 
-/// One function that is replaced.
+/// A patch that another one takes the place of.
 #[derive(Clone, Debug)]
-pub struct Redirect {
-    /// Its name in the guest.
+pub struct Replaced {
+    /// Its name.
     pub name: String,
-    /// Which of several of that name.
-    pub sympos: u64,
-    /// The old function's body, and parts of it that lie elsewhere (`.cold`).
-    pub old: Vec<GvaRange>,
-    /// The new function.
-    pub new: Gva,
-    /// The old function's entry.
-    pub site: Site,
-    /// The stub that its entry goes through in a transition.
-    pub stub: Gva,
-}
-
-impl Redirect {
-    /// What the site holds in a transition.
-    ///
-    /// # Errors
-    /// [`EncodeError`].
-    pub fn to_stub(&self) -> Result<[u8; SITE_LEN], EncodeError> {
-        redirect::jump(self.site.at, self.stub)
-    }
-
-    /// What the site holds when the patch is applied.
-    ///
-    /// # Errors
-    /// [`EncodeError`].
-    pub fn to_new(&self) -> Result<[u8; SITE_LEN], EncodeError> {
-        redirect::jump(self.site.at, self.new)
-    }
+    /// Its code and stubs.
+    pub code: Piece,
+    /// Its code stays: somebody may be in it for ever.
+    pub stays: bool,
 }
 
 /// A patch.
@@ -62,6 +37,10 @@ pub struct Patch {
     pub data: Option<Piece>,
     /// The part of `code` that is stubs.
     pub stubs: GvaRange,
+    /// In the guest they lead to where an older patch was that is gone.
+    pub stubs_changed: bool,
+    /// The patches that it takes the place of, by their code.
+    pub replaces: Vec<Replaced>,
     /// Its unwind data in the unwinder, if it has any.
     pub region: Option<RegionId>,
     /// Where it is in its life.
@@ -81,12 +60,29 @@ impl Patch {
         &self.image.name
     }
 
+    /// The code of its function at `new`, parts of it that lie elsewhere included.
+    #[must_use]
+    pub fn function_code(&self, new: Gva) -> Vec<GvaRange> {
+        let functions = self.image.symbols.iter().filter(|symbol| symbol.function);
+        let Some(named) = functions.clone().find(|symbol| symbol.address == new) else {
+            return vec![self.code.range];
+        };
+        let is_part = |name: &str| {
+            let behind = name.strip_prefix(named.name.as_str());
+            behind.is_some_and(|behind| behind.is_empty() || behind.starts_with('.'))
+        };
+        functions
+            .filter(|symbol| is_part(&symbol.name))
+            .map(|symbol| GvaRange::new(symbol.address, symbol.address.add(symbol.size)))
+            .collect()
+    }
+
     /// The code that a task must have left before it can be switched to the new functions.
     #[must_use]
     pub fn old_code(&self) -> Watch {
         let mut watch = Watch::new();
         for redirect in &self.redirects {
-            for part in &redirect.old {
+            for part in redirect.old_code() {
                 watch.add(*part, redirect.name.clone());
             }
         }
@@ -102,8 +98,23 @@ impl Patch {
             let range = GvaRange::new(function.address, function.address.add(function.size));
             watch.add(range, format!("{} of {}", function.name, self.name()));
         }
+        for redirect in &self.redirects {
+            for part in redirect.original_again() {
+                watch.add(*part, redirect.name.clone());
+            }
+        }
         // Whatever else there is: its read-only data is no place for a frame either.
         watch.add(self.code.range, self.name());
+        watch
+    }
+
+    /// The code of the patches that it takes the place of: nobody must be in it when they go.
+    #[must_use]
+    pub fn replaced_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        for old in self.replaces.iter().filter(|old| !old.stays) {
+            watch.add(old.code.range, old.name.clone());
+        }
         watch
     }
 
@@ -128,10 +139,12 @@ impl Patch {
             enabled: matches!(self.phase, PatchPhase::Applying | PatchPhase::Applied),
             transition: self.transition.is_some(),
             force: self.forced,
+            replace: self.image.replace,
             signal: self.transition.as_ref().is_some_and(Transition::signals),
             functions: self
                 .redirects
                 .iter()
+                .filter(|redirect| redirect.new != Callee::Original)
                 .map(|redirect| FunctionReport {
                     object: "vmlinux".into(),
                     name: redirect.name.clone(),

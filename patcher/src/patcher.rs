@@ -158,8 +158,14 @@ impl Patcher {
         let (tasks, step, _) =
             patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
         tracing::warn!(patch = name, "a transition was forced");
-        if let Some(patch) = self.patches.get_mut(at) {
+        let (older, rest) = self.patches.split_at_mut(at);
+        if let Some(patch) = rest.first_mut() {
             patch.forced = true;
+            // Nor does anybody know who is in those that it takes the place of (`klp_force_transition`).
+            if patch.image.replace {
+                patch.replaces.iter_mut().for_each(|old| old.stays = true);
+                older.iter_mut().for_each(|old| old.forced = true);
+            }
         }
         self.enter(at, direction, &tasks, step);
         Ok(())

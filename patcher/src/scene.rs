@@ -11,13 +11,14 @@ use introspect::{PatchState, Task};
 
 use crate::error::PatchError;
 use crate::facts::Facts;
+use crate::func_stack::Redirect;
 use crate::journal::Plan;
 use crate::ledger::{Blocked, Finding};
 use crate::look::{Look, Standing, Watch};
-use crate::patch::{Patch, Redirect};
+use crate::patch::Patch;
 use crate::place::Places;
 use crate::quiet::{self, NO_STATE, Stop};
-use crate::redirect::{EncodeError, SITE_LEN};
+use crate::redirect::{self, EncodeError, SITE_LEN};
 use crate::signal;
 use crate::status::TaskWay;
 use crate::transition::Direction;
@@ -77,11 +78,11 @@ impl<'a> Scene<'a> {
         }
         let standings = self.standings(direction, |_| true);
         let mut step = Step::new(standings.iter().map(finding).collect());
-        if direction == Direction::Apply {
+        if direction == Direction::Apply || self.patch.stubs_changed {
             self.plan_code(&mut step.plan)?;
         }
         let all = step.findings.iter().all(is_there);
-        if all && self.look.every_vcpu_has_a_task().is_ok() {
+        if all && self.look.every_vcpu_has_a_task().is_ok() && self.replaced_are_left().is_ok() {
             self.plan_end(direction, &mut step.plan)?;
             step.finished = true;
             return Ok(step);
@@ -239,7 +240,7 @@ impl<'a> Scene<'a> {
     fn is_ours(&self, direction: Direction) -> Result<(), Stop> {
         let memory = &self.look.memory;
         quiet::our_transition(memory, self.facts, direction.target(), self.dummy)?;
-        self.sites_hold(|redirect| Ok(redirect.to_stub()?), true)
+        self.sites_hold(|redirect| Ok(redirect.to_stub()?))
     }
 
     fn text_is_still(&self) -> Result<(), Stop> {
@@ -260,20 +261,24 @@ impl<'a> Scene<'a> {
 
     fn sites_are_as_before(&self, direction: Direction) -> Result<(), Stop> {
         match direction {
-            Direction::Apply => self.sites_hold(|redirect| Ok(redirect.site.nop), false),
-            Direction::Revert => self.sites_hold(|redirect| Ok(redirect.to_new()?), true),
+            Direction::Apply => self.sites_hold(|redirect| Ok(redirect.to_below()?)),
+            Direction::Revert => self.sites_hold(|redirect| Ok(redirect.to_new()?)),
         }
     }
 
     fn sites_hold(
         &self,
         expected: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], PatchError>,
-        fenced: bool,
     ) -> Result<(), Stop> {
         let (memory, types) = (&self.look.memory, &self.facts.ftrace);
         for redirect in &self.patch.redirects {
             let site = &redirect.site;
-            let as_expected = site.holds(memory, expected(redirect)?)?
+            let bytes = match redirect.covered_by {
+                Some(newer) => redirect::jump(site.at, newer).map_err(PatchError::from)?,
+                None => expected(redirect)?,
+            };
+            let fenced = bytes != site.nop;
+            let as_expected = site.holds(memory, bytes)?
                 && site.is_fenced(memory, types)? == fenced
                 && (fenced || !site.is_wanted(memory, types)?);
             if !as_expected {
@@ -331,12 +336,23 @@ impl<'a> Scene<'a> {
         if direction == Direction::Revert && self.patch.forced {
             // Whoever is in the new code may stay: it is not taken away.
             self.text_is_still()?;
-        } else if direction == Direction::Revert {
+        } else if direction == Direction::Apply {
+            self.replaced_are_left()?;
+        } else {
             // A task that has moved can still be in a stub, on its way to the old function.
             self.look.no_task_in(&self.patch.new_code())?;
             self.text_is_still()?;
         }
         Ok(())
+    }
+
+    /// Nobody is in the code of patches that go with this one's coming.
+    fn replaced_are_left(&self) -> Result<(), Stop> {
+        if self.patch.replaces.is_empty() {
+            return Ok(());
+        }
+        self.look.no_task_in(&self.patch.replaced_code())?;
+        self.text_is_still()
     }
 
     /// A reschedule interrupt sends a vCPU in user mode through the kernel's exit path, and an idle one round its loop.

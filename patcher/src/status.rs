@@ -137,6 +137,8 @@ pub struct PatchStatus {
     pub transition: bool,
     /// The kernel's attribute: a transition of it was forced, and so its code stays in the guest for ever.
     pub force: bool,
+    /// The kernel's attribute: it takes the place of all earlier patches.
+    pub replace: bool,
     /// The kernel's attribute: tasks that keep the old state are sent the fake signal.
     pub signal: bool,
     /// The functions that it replaces.

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{console::Console, outpatch::Outpatch};
+use super::{console::Console, outpatch::Outpatch, rest::Rest};
 
 /// How long a guest may take to its shell; ten times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -121,6 +121,12 @@ impl Guest {
     #[must_use]
     pub fn outpatch(&self) -> &Outpatch {
         &self.outpatch
+    }
+
+    /// The control socket, as control planes speak to it.
+    #[must_use]
+    pub fn rest(&self) -> Rest {
+        Rest::new(&self.socket)
     }
 
     /// The control socket.

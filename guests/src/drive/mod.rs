@@ -6,7 +6,9 @@ pub mod console;
 pub mod emulated;
 pub mod guest;
 pub mod outpatch;
+pub mod rest;
 
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, MEMORY_MIB};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};
+pub use rest::Rest;

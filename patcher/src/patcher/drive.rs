@@ -6,7 +6,9 @@ use std::time::Duration;
 use introspect::Task;
 use introspect::survey::Survey;
 
+use crate::apply;
 use crate::error::PatchError;
+use crate::func_stack::{self, Callee};
 use crate::machine::Machine;
 use crate::pause::Paused;
 use crate::quiet::Stop;
@@ -38,6 +40,7 @@ impl Patcher {
             Mode::Auto => AUTO_LOOKS,
             Mode::StopMachine => AT_ONCE_LOOKS,
         };
+        self.renew_stack(at, direction)?;
         let mut refusal = None;
         for look in 0..at_once {
             if look > 0 {
@@ -52,6 +55,17 @@ impl Patcher {
             (Mode::StopMachine, Some(refusal)) => Err(refusal),
             _ => self.begin_once(machine, at, direction, false),
         }
+    }
+
+    /// What other patches have come to be to this one since it was applied.
+    fn renew_stack(&mut self, at: usize, direction: Direction) -> Result<(), PatchError> {
+        if direction == Direction::Apply {
+            return Ok(());
+        }
+        let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        func_stack::note_covers(&mut self.patches, at);
+        let patch = self.patches.get_mut(at).ok_or_else(not_found)?;
+        apply::renew_stubs(patch, guest.facts()?)
     }
 
     fn begin_once<M: Machine>(
@@ -110,12 +124,38 @@ impl Patcher {
         patch.past = transition.so_far();
         patch.transition = None;
         match direction {
-            Direction::Apply => patch.phase = PatchPhase::Applied,
+            Direction::Apply => {
+                patch.phase = PatchPhase::Applied;
+                self.drop_replaced(at);
+            }
             Direction::Revert => {
                 patch.phase = PatchPhase::Reverted;
                 self.reverted = Some(patch.status());
                 self.drop_patch(at);
             }
+        }
+    }
+
+    /// The patches that patch `at` has taken the place of go, and with them the functions that it has only for their sake.
+    fn drop_replaced(&mut self, at: usize) {
+        let Some(patch) = self.patches.get_mut(at) else {
+            return;
+        };
+        if !patch.image.replace {
+            return;
+        }
+        patch.replaces.clear();
+        for _ in 0..at {
+            if let Some(old) = self.patches.first_mut() {
+                old.phase = PatchPhase::Reverted;
+                self.reverted = Some(old.status());
+            }
+            self.drop_patch(0);
+        }
+        if let Some(patch) = self.patches.first_mut() {
+            patch
+                .redirects
+                .retain(|redirect| redirect.new != Callee::Original);
         }
     }
 
@@ -125,6 +165,7 @@ impl Patcher {
             return;
         }
         let patch = self.patches.remove(at);
+        func_stack::forget(&mut self.patches, &patch);
         if patch.forced {
             // Somebody may be in its code for ever: it stays where it is, and what is known of it stays known.
             return;

@@ -3,8 +3,8 @@
 use introspect::{Task, TaskKind};
 
 use crate::error::PatchError;
+use crate::func_stack::Redirect;
 use crate::journal::Plan;
-use crate::patch::Redirect;
 use crate::quiet::{NO_STATE, Stop};
 use crate::redirect::{EncodeError, SITE_LEN};
 use crate::transition::Direction;
@@ -23,9 +23,15 @@ impl Scene<'_> {
     pub(super) fn plan_end(&self, direction: Direction, plan: &mut Plan) -> Result<(), Stop> {
         let memory = &self.look.memory;
         match direction {
-            Direction::Apply => self.plan_sites(plan, Redirect::to_new),
+            Direction::Apply => {
+                self.plan_sites(plan, Redirect::to_new)?;
+                for old in self.patch.replaces.iter().filter(|old| !old.stays) {
+                    self.places.plan_clear(memory, old.code, plan)?;
+                }
+                Ok(())
+            }
             Direction::Revert => {
-                self.plan_sites(plan, |redirect| Ok(redirect.site.nop))?;
+                self.plan_sites(plan, Redirect::to_below)?;
                 if !self.patch.forced {
                     self.places.plan_clear(memory, self.patch.code, plan)?;
                 }
@@ -34,14 +40,16 @@ impl Scene<'_> {
         }
     }
 
-    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again.
+    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again. The entry of
+    /// a function that a newer patch serves is that one's.
     pub(super) fn plan_sites(
         &self,
         plan: &mut Plan,
         bytes: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], EncodeError>,
     ) -> Result<(), Stop> {
         let memory = &self.look.memory;
-        for redirect in &self.patch.redirects {
+        let served = |redirect: &&Redirect| redirect.covered_by.is_none();
+        for redirect in self.patch.redirects.iter().filter(served) {
             let site = &redirect.site;
             let bytes = bytes(redirect).map_err(PatchError::from)?;
             let (flags, value) = site.fence(memory, &self.facts.ftrace, bytes != site.nop)?;

@@ -40,9 +40,11 @@ impl Assets {
 }
 
 /// The patches that every kernel with headers gets built.
-const PATCHES: [&str; 13] = [
+const PATCHES: [&str; 16] = [
     "livepatch-sample",
+    "cmdline",
     "getpid",
+    "replacing",
     "two-functions",
     "not-livepatch",
     "unknown-function",
@@ -51,6 +53,7 @@ const PATCHES: [&str; 13] = [
     "callbacks",
     "pause",
     "kinds",
+    "kthread",
     "percpu",
     "module-object",
     "features",

@@ -66,7 +66,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         let reply = outpatch.call(&["apply", patch, "--timeout", "5"])?;
         ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
         let log = unplug_and_plug(guest, cpus, log)?;
-        let before = Tasks::of(&outpatch)?;
+        let before = Tasks::of(&outpatch, "kinds")?;
         before.as_documented()?;
         before.blocked_are(&[&INTERRUPTIBLE[..], &PAUSING, &[UNINTERRUPTIBLE]].concat())?;
 
@@ -79,7 +79,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         // What it waits for ends, and it comes by the boundary.
         guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
         until_over(&outpatch)?;
-        let over = Tasks::of(&outpatch)?;
+        let over = Tasks::of(&outpatch, "kinds")?;
         let moved = over.one(UNINTERRUPTIBLE)?;
         ensure!(moved["way"] == "boundary", "{moved}");
         println!("{generation}, {cpus} vCPUs: {}", over.summary());
@@ -87,6 +87,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         ensure!(states == "-1", "states are left: {states}");
 
         outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
+        main_loop_of_a_kthread(&outpatch, bench.stock(generation)?.patch("kthread")?)?;
         guest.expect_unharmed(&log)
     })
 }
@@ -127,11 +128,31 @@ fn unplug_and_plug(guest: &mut Guest, cpus: u32, mut log: Vec<String>) -> Result
     Ok(log)
 }
 
+/// It never leaves the function: it is named, woken when that is asked for, and stays.
+fn main_loop_of_a_kthread(outpatch: &Outpatch, patch: &str) -> Result<()> {
+    let reply = outpatch.call(&["apply", patch, "--signal-after", "0", "--timeout", "3"])?;
+    ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
+    let tasks = Tasks::of(outpatch, "kthread")?;
+    ensure!(
+        tasks.waiting().keys().eq([&"oom_reaper"]),
+        "{:?}",
+        tasks.waiting()
+    );
+    let reaper = tasks.one("oom_reaper")?;
+    let blocker = reaper["blocker"].as_str().unwrap_or_default();
+    ensure!(blocker.contains("oom_reaper+"), "{reaper}");
+    ensure!(
+        reaper["signals"].as_u64() > Some(0),
+        "it was not woken: {reaper}"
+    );
+    outpatch.ok(&["cancel"]).map(drop)
+}
+
 /// Waits until nobody but tasks of this name keep the old state.
 fn until_only(outpatch: &Outpatch, comm: &str) -> Result<Tasks> {
     let started = std::time::Instant::now();
     loop {
-        let tasks = Tasks::of(outpatch)?;
+        let tasks = Tasks::of(outpatch, "kinds")?;
         let waiting = tasks.waiting();
         if waiting.keys().eq([&comm]) {
             return Ok(tasks);
@@ -154,8 +175,8 @@ fn until_over(outpatch: &Outpatch) -> Result<()> {
 struct Tasks(Vec<Value>);
 
 impl Tasks {
-    fn of(outpatch: &Outpatch) -> Result<Tasks> {
-        let status = outpatch.json(&["status", "kinds"])?;
+    fn of(outpatch: &Outpatch, patch: &str) -> Result<Tasks> {
+        let status = outpatch.json(&["status", patch])?;
         let tasks = status["tasks"].as_array().context("no tasks")?;
         Ok(Tasks(tasks.clone()))
     }

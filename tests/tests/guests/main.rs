@@ -5,6 +5,7 @@
 //! fails its scenario. A bed that is lost, all guests in it with it, is treated alike: said, counted, and tried once more.
 
 mod bench;
+mod beside;
 mod blocked;
 mod check;
 mod differential;
@@ -17,8 +18,10 @@ mod kinds;
 mod locks;
 mod machine;
 mod modes;
+mod patch_stack;
 mod patching;
 mod refusals;
+mod soak;
 mod stacks;
 mod symbols;
 
@@ -113,6 +116,9 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(check::scenarios());
     all.extend(faults::scenarios());
     all.extend(kinds::scenarios());
+    all.extend(beside::scenarios());
+    all.extend(soak::scenarios());
+    all.extend(patch_stack::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
     all

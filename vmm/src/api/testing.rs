@@ -224,6 +224,7 @@ impl Control for FakeGuest {
             enabled: true,
             transition: true,
             force: false,
+            replace: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),

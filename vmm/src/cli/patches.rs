@@ -423,6 +423,7 @@ mod tests {
             enabled: matches!(phase, PatchPhase::Applying | PatchPhase::Applied),
             transition,
             force: false,
+            replace: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),

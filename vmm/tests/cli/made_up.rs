@@ -198,6 +198,7 @@ impl Control for MadeUp {
             enabled: true,
             transition: true,
             force: false,
+            replace: false,
             signal: false,
             functions: vec![FunctionReport {
                 object: "vmlinux".to_owned(),

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A livepatch of getpid(2), as getpid.c, that takes the place of all earlier ones: what only they patch is the kernel's own again.
+ */
+#include <linux/livepatch.h>
+#include <linux/module.h>
+#include <linux/sched.h>
+#include <linux/string.h>
+
+#define NEW_PID_OFFSET 1000000
+
+static long patched_getpid(const struct pt_regs *regs)
+{
+	pid_t pid = task_tgid_vnr(current);
+
+	/* Only those who expect it: a shell, say, cannot work with a wrong answer. */
+	return strcmp(current->comm, "hammering") ? pid : pid + NEW_PID_OFFSET;
+}
+
+static struct klp_func funcs[] = {
+	{ .old_name = "__do_sys_getpid", .new_func = patched_getpid },
+	{ }
+};
+
+static struct klp_object objs[] = {
+	{ .funcs = funcs },
+	{ }
+};
+
+static struct klp_patch patch = { .mod = THIS_MODULE, .objs = objs, .replace = true };
+
+static int __init patch_init(void)
+{
+	return klp_enable_patch(&patch);
+}
+
+static void __exit patch_exit(void)
+{
+}
+
+module_init(patch_init);
+module_exit(patch_exit);
+MODULE_LICENSE("GPL");
+MODULE_DESCRIPTION("outpatch test patch: replacing");
+MODULE_INFO(livepatch, "Y");

@@ -1,0 +1,98 @@
+//! The control socket of a guest, spoken to as a control plane does: HTTP/1.1 and JSON, one connection a request.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+/// How long an answer may take.
+const ANSWER: Duration = Duration::from_secs(60);
+/// The time between two looks at a transition.
+const POLL: Duration = Duration::from_millis(5);
+
+/// The control socket of one guest.
+#[derive(Clone, Debug)]
+pub struct Rest(PathBuf);
+
+impl Rest {
+    /// Talks to the guest behind `socket`.
+    #[must_use]
+    pub fn new(socket: &Path) -> Rest {
+        Rest(socket.to_owned())
+    }
+
+    /// Applies a module, and waits for the end of the transition; the patch as it is then.
+    ///
+    /// # Errors
+    /// When it is refused, or the transition takes longer than `limit`.
+    pub fn apply(&self, module: &[u8], limit: Duration) -> Result<Value> {
+        let patch = self.begin(module)?;
+        self.end(patch, limit)
+    }
+
+    /// Begins to apply a module; the patch as it is then.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn begin(&self, module: &[u8]) -> Result<Value> {
+        self.ask("POST", "/patches", module)
+    }
+
+    /// Reverts a patch, and waits for the end of the transition.
+    ///
+    /// # Errors
+    /// When it is refused, or the transition takes longer than `limit`.
+    pub fn revert(&self, name: &str, limit: Duration) -> Result<Value> {
+        let patch = self.change(name, &json!({"enabled": false}))?;
+        self.end(patch, limit)
+    }
+
+    /// Changes a patch, or its transition.
+    ///
+    /// # Errors
+    /// When that is refused.
+    pub fn change(&self, name: &str, change: &Value) -> Result<Value> {
+        let body = change.to_string();
+        self.ask("PATCH", &format!("/patches/{name}"), body.as_bytes())
+    }
+
+    /// Waits until `patch` is in no transition any more.
+    ///
+    /// # Errors
+    /// When that takes longer than `limit`, with the patch as it is then.
+    pub fn end(&self, mut patch: Value, limit: Duration) -> Result<Value> {
+        let since = Instant::now();
+        while patch["transition"] == true {
+            ensure!(
+                since.elapsed() < limit,
+                "the transition does not end: {patch}"
+            );
+            thread::sleep(POLL);
+            let name = patch["name"].as_str().context("a patch with no name")?;
+            patch = self.ask("GET", &format!("/patches/{name}"), b"")?;
+        }
+        Ok(patch)
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &[u8]) -> Result<Value> {
+        let mut stream = UnixStream::connect(&self.0)?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: outpatch\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+        )?;
+        stream.write_all(body)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
+        ensure!(head.starts_with("HTTP/1.1 2"), "{method} {path}: {answer}");
+        serde_json::from_str(body).with_context(|| answer.clone())
+    }
+}
