@@ -29,6 +29,7 @@ pub struct Trial {
     patch: Patch,
     places: Places,
     dummy: Gva,
+    alone: bool,
 }
 
 impl Trial {
@@ -61,6 +62,7 @@ impl Trial {
             patch,
             places,
             dummy,
+            alone: others.is_empty(),
         })
     }
 
@@ -82,6 +84,7 @@ impl Trial {
             places: &self.places,
             dummy: self.dummy,
             patch: &self.patch,
+            alone: self.alone,
             signal: None,
         };
         let step = scene.begin(Direction::Apply, false)?;

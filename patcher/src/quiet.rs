@@ -49,13 +49,13 @@ fn busy(what: impl Into<String>) -> Stop {
     Stop::Busy(what.into())
 }
 
-/// No transition of the guest's own is under way.
+/// No transition of the guest's own is under way; `ours` is what we left in `klp_transition_patch`.
 ///
 /// # Errors
 /// [`Stop`].
-pub fn no_transition(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
+pub fn no_transition(memory: &KernelMemory<'_>, facts: &Facts, ours: Gva) -> Result<(), Stop> {
     if memory.i32(facts.klp.target_state)? != NO_STATE
-        || !memory.pointer(facts.klp.transition_patch)?.is_null()
+        || memory.pointer(facts.klp.transition_patch)? != ours
     {
         return Err(busy("the guest has a livepatch transition of its own"));
     }

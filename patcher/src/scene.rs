@@ -58,6 +58,8 @@ pub struct Scene<'a> {
     pub dummy: introspect::Gva,
     /// The patch.
     pub patch: &'a Patch,
+    /// No other patch of ours is in the guest.
+    pub alone: bool,
     /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
     pub signal: Option<&'a Waker>,
 }
@@ -69,7 +71,8 @@ impl<'a> Scene<'a> {
     /// # Errors
     /// [`Stop`]; nothing is to be written.
     pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, Stop> {
-        quiet::no_transition(&self.look.memory, self.facts)?;
+        let before = self.transition_patch(direction.back());
+        quiet::no_transition(&self.look.memory, self.facts, before.unwrap_or_default())?;
         self.text_is_still()?;
         self.no_states()?;
         self.sites_are_as_before(direction)?;
@@ -84,6 +87,7 @@ impl<'a> Scene<'a> {
         let all = step.findings.iter().all(is_there);
         if all && self.look.every_vcpu_has_a_task().is_ok() && self.replaced_are_left().is_ok() {
             self.plan_end(direction, &mut step.plan)?;
+            self.plan_globals(NO_STATE, self.transition_patch(direction), &mut step.plan)?;
             step.finished = true;
             return Ok(step);
         }
@@ -118,7 +122,8 @@ impl<'a> Scene<'a> {
                 Ok(()) => {
                     self.plan_no_states(&mut step.plan)?;
                     self.plan_end(direction, &mut step.plan)?;
-                    self.plan_globals(NO_STATE, None, &mut step.plan)?;
+                    let patch = self.transition_patch(direction);
+                    self.plan_globals(NO_STATE, patch, &mut step.plan)?;
                     step.finished = true;
                     return Ok(step);
                 }
@@ -234,6 +239,16 @@ impl<'a> Scene<'a> {
         }
         self.nudge(&mut step);
         Ok(step)
+    }
+
+    /// What `klp_transition_patch` is when a transition in this direction is over: as long as a patch of ours is in the guest, its
+    /// own livepatching gets -EBUSY. A livepatch of the guest's for a function that we serve would be without effect, as ftrace leaves
+    /// that entry alone, and nobody would be told.
+    fn transition_patch(&self, direction: Direction) -> Option<introspect::Gva> {
+        match direction {
+            Direction::Revert if self.alone => None,
+            _ => Some(self.dummy),
+        }
     }
 
     /// The transition is the one we began, and the entries are as we left them.

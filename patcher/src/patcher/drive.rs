@@ -254,6 +254,7 @@ impl Patcher {
                 places: &self.places,
                 dummy,
                 patch,
+                alone: self.patches.len() == 1,
                 signal: self.waker.as_ref().filter(|_| signals),
             };
             let step = make(&scene);

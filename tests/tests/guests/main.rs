@@ -24,6 +24,7 @@ mod refusals;
 mod soak;
 mod stacks;
 mod symbols;
+mod tools;
 
 use std::{
     env,
@@ -119,6 +120,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(beside::scenarios());
     all.extend(soak::scenarios());
     all.extend(patch_stack::scenarios());
+    all.extend(tools::scenarios());
     all.extend(patching::scenarios());
     all.extend(differential::scenarios());
     all

@@ -1,0 +1,166 @@
+//! The guest's own tools beside a patch of ours, on the function that it patches and on others, before it and behind it: each
+//! works, or is refused with its reason, and the kernel never warns.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use guests::drive::{Guest, Outpatch};
+
+use crate::{Scenario, bench::Bench, blocked::stays_blocked};
+
+/// Where ftrace is told what to do.
+const TRACING: &str = "cd /sys/kernel/tracing";
+/// The function that the sample patches, and one beside it that `cat /proc/version` comes to.
+const PATCHED: &str = "cmdline_proc_show";
+const OTHER: &str = "version_proc_show";
+/// How long one call of a tool may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for generation in ["6.1", "6.12"] {
+        all.push(Scenario::new(
+            format!("tools::beside_a_patch_{generation}"),
+            move |bench| beside(bench, generation),
+        ));
+        all.push(Scenario::new(
+            format!("tools::ends_in_mid_transition_{generation}"),
+            move |bench| ends(bench, generation),
+        ));
+    }
+    all
+}
+
+fn beside(bench: &Bench, generation: &str) -> Result<()> {
+    let stock = bench.stock(generation)?;
+    let sample = stock.patch("livepatch-sample")?;
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        users_are_named(guest, &outpatch, sample)?;
+
+        // Of other functions, both at once.
+        guest.sh(&format!(
+            "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer"
+        ))?;
+        outpatch.ok(&["apply", sample])?;
+        shows(guest, true)?;
+        ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
+
+        // Of the function itself: the tracer sees nothing, the patch stays.
+        guest.sh(&format!("{TRACING}; echo {PATCHED} > set_ftrace_filter"))?;
+        ensure!(!traced(guest, PATCHED, "cmdline")?, "it was traced");
+        shows(guest, true)?;
+        guest.sh(&format!(
+            "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
+        ))?;
+        kprobe_behind(guest)?;
+        shows(guest, true)?;
+
+        // The guest's own livepatching is told to wait, for any function.
+        for file in ["cmdline", "getpid"] {
+            let (status, words) = guest.try_sh(&format!("insmod /lib/patches/{file}.ko"), LIMIT)?;
+            println!("{generation}: insmod {file}.ko: {words}");
+            ensure!(status != 0, "the guest patched it as well: {words}");
+        }
+        shows(guest, true)?;
+        outpatch.ok(&["revert"])?;
+        shows(guest, false)?;
+        tracing_is_free(guest)?;
+        let new = guest.dmesg()?.split_off(log.len());
+        let own = ["cmdline: ", "getpid: ", "livepatch: "];
+        let warned = new
+            .iter()
+            .find(|line| !own.iter().any(|own| line.starts_with(own)));
+        ensure!(warned.is_none(), "in the guest's log: {warned:?}");
+
+        // And what it was told to wait with works now.
+        guest.sh("insmod /lib/patches/cmdline.ko")?;
+        Ok(())
+    })
+}
+
+/// A function that somebody in the guest uses is refused, by name; then it is free again.
+fn users_are_named(guest: &mut Guest, outpatch: &Outpatch, sample: &str) -> Result<()> {
+    for (on, off, word) in [
+        (
+            format!("echo {PATCHED} > set_ftrace_filter; echo function > current_tracer"),
+            "echo nop > current_tracer; echo > set_ftrace_filter",
+            "ftrace",
+        ),
+        (
+            format!("echo 'p:tools/one {PATCHED}' > kprobe_events; echo 1 > events/tools/enable"),
+            "echo 0 > events/tools/enable; echo > kprobe_events",
+            "kprobe",
+        ),
+    ] {
+        guest.sh(&format!("{TRACING}; {on}"))?;
+        let line = outpatch.refused(&["apply", sample])?;
+        println!("{line}");
+        ensure!(line.contains(word) && line.contains(PATCHED), "{line}");
+        guest.sh(&format!("{TRACING}; {off}"))?;
+    }
+    Ok(())
+}
+
+/// Whether the patch is in force.
+fn shows(guest: &mut Guest, patched: bool) -> Result<()> {
+    let line = guest.sh("cat /proc/cmdline")?;
+    ensure!(line.contains("live patched") == patched, "{line}");
+    Ok(())
+}
+
+/// Whether the function tracer sees `function` when `/proc/FILE` is read.
+fn traced(guest: &mut Guest, function: &str, file: &str) -> Result<bool> {
+    let count = guest.sh(&format!(
+        "{TRACING}; echo > trace; cat /proc/{file} > /dev/null; sleep 0.2; grep -c {function} trace || true"
+    ))?;
+    Ok(count != "0")
+}
+
+/// A probe on the entry of the patched function is taken or refused; taken, it leaves again.
+fn kprobe_behind(guest: &mut Guest) -> Result<()> {
+    let (status, words) = guest.try_sh(
+        &format!("{TRACING}; echo 'p:tools/late {PATCHED}' > kprobe_events && echo 1 > events/tools/enable"),
+        LIMIT,
+    )?;
+    println!("a kprobe behind the patch: {status} {words}");
+    guest.sh(&format!(
+        "cat /proc/cmdline; {TRACING}; [ ! -e events/tools/enable ] || echo 0 > events/tools/enable; echo > kprobe_events"
+    ))?;
+    Ok(())
+}
+
+/// The function can be traced again.
+fn tracing_is_free(guest: &mut Guest) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo {PATCHED} > set_ftrace_filter; echo function > current_tracer"
+    ))?;
+    ensure!(
+        traced(guest, PATCHED, "cmdline")?,
+        "it cannot be traced any more"
+    );
+    guest.sh(&format!(
+        "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
+    ))?;
+    Ok(())
+}
+
+/// A guest that reboots, panics or is stopped in mid-transition ends as it does at any other time.
+fn ends(bench: &Bench, generation: &str) -> Result<()> {
+    let patch = bench.stock(generation)?.patch("pause")?;
+    for typed in [
+        "reboot -f\n",
+        "echo c > /proc/sysrq-trigger\n",
+        "poweroff -f\n",
+    ] {
+        let mut guest = bench.boot(generation, 2, "")?;
+        let outpatch = guest.outpatch().clone();
+        guest.sh("sleeper 10 & sleep 1")?;
+        stays_blocked(&mut guest, &outpatch, patch)?;
+        guest.console().type_in(typed)?;
+        let end = guest.wait_end(LIMIT)?;
+        ensure!(end.code() == Some(0), "typed {typed:?}: {end}");
+    }
+    Ok(())
+}
