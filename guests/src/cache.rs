@@ -115,6 +115,29 @@ impl Cache {
     }
 }
 
+/// Links the files of a tree into another one, folder by folder.
+pub fn link_tree(tree: &Path, into: &Path) -> Result<(), CacheError> {
+    let mut waiting = vec![PathBuf::new()];
+    while let Some(folder) = waiting.pop() {
+        let to = into.join(&folder);
+        fs::create_dir_all(&to).at(&to)?;
+        let from = tree.join(&folder);
+        for entry in fs::read_dir(&from).at(&from)?.flatten() {
+            let kind = entry.file_type().at(&entry.path())?;
+            let to = to.join(entry.file_name());
+            if kind.is_dir() {
+                waiting.push(folder.join(entry.file_name()));
+            } else if kind.is_symlink() {
+                let target = fs::read_link(entry.path()).at(&entry.path())?;
+                std::os::unix::fs::symlink(target, &to).at(&to)?;
+            } else {
+                fs::hard_link(entry.path(), &to).at(&to)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Removes what processes that are gone (killed in mid-download, say) left behind.
 fn sweep(staging: &Path) {
     for entry in fs::read_dir(staging).into_iter().flatten().flatten() {

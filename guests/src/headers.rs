@@ -1,19 +1,23 @@
 //! What modules are built against: a kernel's headers and build tools, from packages that are never installed.
 //!
 //! Debian splits them over three packages that refer to each other by their installed places. Here they are put together in
-//! one folder; all their links are relative, so only the one `Makefile` with an absolute path is written anew.
+//! one folder; all their links are relative, so only the one `Makefile` with absolute paths is written anew.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::cache::{At, Cache, CacheError, Staging};
+use crate::cache::{At, Cache, CacheError, link_tree};
 use crate::kernels::Kernel;
 use crate::packages::{Package, PackageError, Packages};
+use crate::toolchain::{self, Foreign};
 use crate::tools;
 
 /// The suite of the machines that have the compiler: where the build tools' libraries come from, if they lack any.
 const HOST_SUITE: &str = "bookworm";
+
+/// Where the packages expect to be.
+const INSTALLED: &str = "/usr/src/";
 
 /// Why there are no headers.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +55,8 @@ pub struct Headers {
     pub folder: PathBuf,
     /// `LD_LIBRARY_PATH` for what is in it.
     pub libraries: OsString,
+    /// Where the kernel's compiler is, if it is none of this machine's.
+    pub compiler: Option<PathBuf>,
 }
 
 impl Headers {
@@ -65,11 +71,20 @@ impl Headers {
         }
         let place = cache.root().join("headers").join(release);
         let own = format!("usr/src/linux-headers-{release}");
+        // A newer Debian's programs need its own libraries.
+        let newer = kernel.generation.newer_suite();
         if !place.is_dir() {
             put_together(cache, kernel, &parts, &own, &place)?;
         }
         let folder = place.join(&own);
         let compiler = compiler(&folder).ok_or_else(|| layout(kernel, "compiler"))?;
+        if let Some(suite) = newer {
+            return Ok(Headers {
+                folder,
+                libraries: OsString::new(),
+                compiler: Some(toolchain::compiler(cache, suite, &compiler)?),
+            });
+        }
         if tools::find(&compiler).is_none() {
             return Err(HeadersError::Compiler {
                 release: release.clone(),
@@ -78,7 +93,11 @@ impl Headers {
         }
         let parts: Vec<&Package> = parts.iter().collect();
         let libraries = packages.fetch_libraries(&parts, HOST_SUITE)?;
-        Ok(Headers { folder, libraries })
+        Ok(Headers {
+            folder,
+            libraries,
+            compiler: None,
+        })
     }
 }
 
@@ -104,44 +123,23 @@ fn put_together(
 ) -> Result<(), HeadersError> {
     let staging = cache.stage()?;
     for part in parts {
-        copy_tree(&part.root, &staging)?;
+        link_tree(&part.root, staging.path())?;
     }
-    let common = fs::read_dir(staging.path().join("usr/src"))
-        .at(staging.path())?
-        .flatten()
-        .map(|e| e.file_name().to_string_lossy().into_owned())
-        .find(|n| n.ends_with("-common"))
-        .ok_or_else(|| layout(kernel, "common part"))?;
+    if let Some(suite) = kernel.generation.newer_suite() {
+        let parts: Vec<&Package> = parts.iter().collect();
+        Foreign::fetch(cache, suite, &parts)?.wrap(staging.path())?;
+    }
     let makefile = staging.path().join(own).join("Makefile");
-    // A new file: the old one is the package's own, linked here.
-    let _ = fs::remove_file(&makefile);
-    let include = place.join("usr/src").join(common).join("Makefile");
-    let line = format!("include {}\n", include.display());
-    fs::write(&makefile, line).at(&makefile)?;
-    Ok(staging.commit(place)?)
-}
-
-/// Links what is in a package's tree into the staging folder.
-fn copy_tree(tree: &Path, staging: &Staging) -> Result<(), CacheError> {
-    let mut waiting = vec![PathBuf::new()];
-    while let Some(folder) = waiting.pop() {
-        let to = staging.path().join(&folder);
-        fs::create_dir_all(&to).at(&to)?;
-        let from = tree.join(&folder);
-        for entry in fs::read_dir(&from).at(&from)?.flatten() {
-            let kind = entry.file_type().at(&entry.path())?;
-            let to = to.join(entry.file_name());
-            if kind.is_dir() {
-                waiting.push(folder.join(entry.file_name()));
-            } else if kind.is_symlink() {
-                let target = fs::read_link(entry.path()).at(&entry.path())?;
-                std::os::unix::fs::symlink(target, &to).at(&to)?;
-            } else {
-                fs::hard_link(entry.path(), &to).at(&to)?;
-            }
-        }
+    let text = fs::read_to_string(&makefile).at(&makefile)?;
+    if !text.contains(INSTALLED) {
+        return Err(layout(kernel, "Makefile that names its common part"));
     }
-    Ok(())
+    // A new file: the old one is the package's own, linked here.
+    fs::remove_file(&makefile).at(&makefile)?;
+    let here = place.join("usr/src");
+    let text = text.replace(INSTALLED, &format!("{}/", here.display()));
+    fs::write(&makefile, text).at(&makefile)?;
+    Ok(staging.commit(place)?)
 }
 
 /// The compiler that the headers name, as `gcc-12` in `CC = … $(CROSS_COMPILE)gcc-12`.

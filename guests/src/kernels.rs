@@ -105,6 +105,15 @@ impl Generation {
         }
     }
 
+    /// The suite of the Debian that its kernels were built on, where that is newer than the machines that tests run on.
+    pub fn newer_suite(self) -> Option<&'static str> {
+        match self {
+            Generation::V7_3 => Some("trixie"),
+            // What 7.2's compiler writes, this machine's assembler does not read.
+            _ => None,
+        }
+    }
+
     /// The suites that have its kernels with their debugging information: not all of the above.
     pub fn debug_suites(self) -> &'static [&'static str] {
         match self {

@@ -18,4 +18,5 @@ mod progress;
 pub mod qemu;
 pub mod sources;
 pub mod stock;
+pub mod toolchain;
 pub mod tools;

@@ -170,6 +170,7 @@ fn make(kernel: &Kernel, headers: &Headers, work: &Path) -> Result<(), PatchErro
         .env_remove("MAKEFLAGS")
         .env_remove("MAKELEVEL")
         .env("LD_LIBRARY_PATH", tools::library_path(&headers.libraries))
+        .env("PATH", tools::path_with(headers.compiler.as_deref()))
         .stdin(Stdio::null());
     if tools::find("pahole").is_none() {
         // Types of the module's own, which nobody needs to load it.

@@ -1,7 +1,7 @@
 //! Programs of the host that the work needs: found, or installed when we are root, or named in one line.
 
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::packages::PackageError;
@@ -55,6 +55,17 @@ pub fn require(wanted: &[(&str, &str)]) -> Result<(), PackageError> {
     } else {
         Err(error)
     }
+}
+
+/// A value for `PATH`: this folder, then those of our own.
+pub(crate) fn path_with(folder: Option<&Path>) -> OsString {
+    let mut path = OsString::new();
+    if let Some(folder) = folder {
+        path.push(folder);
+        path.push(":");
+    }
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    path
 }
 
 /// A value for `LD_LIBRARY_PATH`: these folders, then those of our own environment.

@@ -67,9 +67,9 @@ impl Assets {
     fn make() -> Result<Assets> {
         let mut stock = BTreeMap::new();
         for generation in Generation::ALL {
-            // Headers that this host's compiler can use exist for these two.
+            // Headers, and a compiler that works with them, are to be had for these.
             let patches: &[&str] = match generation {
-                Generation::V6_1 | Generation::V6_12 => &PATCHES,
+                Generation::V6_1 | Generation::V6_12 | Generation::V7_3 => &PATCHES,
                 _ => &[],
             };
             let order = Order {

@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{Scenario, bench::Bench};
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(
                 format!("blocked::sleepers_in_the_function_{generation}"),

@@ -19,7 +19,7 @@ use crate::{
 };
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(
                 format!("check::tells_what_apply_does_{generation}"),

@@ -79,7 +79,7 @@ const STORIES: [Story; 3] = [
 ];
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(format!("faults::every_step_{generation}"), move |bench| {
                 hand_over(bench, generation)

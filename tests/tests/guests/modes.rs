@@ -13,7 +13,7 @@ use crate::{
 };
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(
                 format!("modes::one_pause_cancel_and_force_{generation}"),

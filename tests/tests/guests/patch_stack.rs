@@ -11,7 +11,7 @@ const CMDLINE: (&str, &str) = ("cmdline", "this guest was patched from outside")
 const ORIGINAL: &str = "console=ttyS0";
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(
                 format!("patch_stack::newest_serves_{generation}"),

@@ -61,7 +61,7 @@ impl Patch {
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for generation in ["6.1", "6.12"] {
+    for generation in ["6.1", "6.12", "7.3"] {
         all.push(Scenario::new(
             format!("patching::together_{generation}"),
             move |bench| together(bench, generation),

@@ -18,7 +18,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for generation in ["6.1", "6.12"] {
+    for generation in ["6.1", "6.12", "7.3"] {
         all.push(Scenario::new(
             format!("tools::beside_a_patch_{generation}"),
             move |bench| beside(bench, generation),

@@ -1,0 +1,170 @@
+//! The compiler of a newer Debian and the programs that it compiled, run here as they are: by that Debian's own loader and C library.
+//!
+//! Each program is moved aside and a script stands in its place. Nothing of the host is changed, and nothing is installed.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use crate::cache::{At, Cache, CacheError, fingerprint};
+use crate::packages::{Package, PackageError, Packages};
+
+/// Where a package has its libraries.
+const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+/// The loader, below one of them.
+const LOADER: &str = "ld-linux-x86-64.so.2";
+/// Programs link to fewer.
+const MOST_LIBRARIES: usize = 64;
+/// Goes up when what is put in the programs' places changes.
+const EDITION: &[u8] = b"1";
+
+/// How to run programs of another Debian.
+#[derive(Debug, Clone)]
+pub struct Foreign {
+    loader: PathBuf,
+    /// Folders, with colons between.
+    libraries: String,
+}
+
+impl Foreign {
+    /// What the programs of `packages` need, from `suite`.
+    ///
+    /// # Errors
+    /// When a library cannot be had.
+    pub fn fetch(
+        cache: &Cache,
+        suite: &'static str,
+        packages: &[&Package],
+    ) -> Result<Foreign, PackageError> {
+        let archive = Packages::new(cache);
+        let mut wanted: Vec<String> = packages.iter().flat_map(|p| libraries_of(p)).collect();
+        let mut known = BTreeSet::new();
+        let mut folders = Vec::new();
+        let mut loader = None;
+        while let Some(name) = wanted.pop() {
+            if known.len() >= MOST_LIBRARIES || !known.insert(name.clone()) {
+                continue;
+            }
+            let library = archive.fetch(&name, &[suite])?;
+            for folder in LIBRARIES.map(|below| library.root.join(below)) {
+                let here = folder.join(LOADER);
+                if here.exists() {
+                    loader = Some(here);
+                }
+                if folder.is_dir() {
+                    folders.push(folder.display().to_string());
+                }
+            }
+            wanted.extend(libraries_of(&library));
+        }
+        let missing = || PackageError::Tool {
+            command: format!("looking for {LOADER} among {known:?}"),
+            stderr: "it is not there".to_owned(),
+        };
+        Ok(Foreign {
+            loader: loader.ok_or_else(missing)?,
+            libraries: folders.join(":"),
+        })
+    }
+
+    /// Puts a script in the place of every program below `tree`.
+    ///
+    /// # Errors
+    /// When the tree cannot be read or written.
+    pub fn wrap(&self, tree: &Path) -> Result<(), CacheError> {
+        let mut waiting = vec![tree.to_owned()];
+        while let Some(folder) = waiting.pop() {
+            for entry in fs::read_dir(&folder).at(&folder)?.flatten() {
+                let (path, kind) = (entry.path(), entry.file_type().at(&entry.path())?);
+                if kind.is_dir() {
+                    waiting.push(path);
+                } else if kind.is_file() && is_program(&path)? {
+                    self.wrap_one(&path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn wrap_one(&self, program: &Path) -> Result<(), CacheError> {
+        let mut aside = program.as_os_str().to_owned();
+        aside.push(".real");
+        let aside = PathBuf::from(aside);
+        fs::rename(program, &aside).at(program)?;
+        let name = aside
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        // Found beside the script, as the tree is put together in one place and used in another.
+        let script = format!(
+            "#!/bin/sh\nexec {} --library-path {} --argv0 \"$0\" \"$(dirname \"$0\")/{name}\" \"$@\"\n",
+            self.loader.display(),
+            self.libraries,
+        );
+        fs::write(program, script).at(program)?;
+        fs::set_permissions(program, fs::Permissions::from_mode(0o755)).at(program)
+    }
+}
+
+/// The folder with `compiler` ("gcc-14") of `suite`, ready to run.
+///
+/// # Errors
+/// When a package cannot be had, or the cache fails.
+pub fn compiler(
+    cache: &Cache,
+    suite: &'static str,
+    compiler: &str,
+) -> Result<PathBuf, PackageError> {
+    let archive = Packages::new(cache);
+    let number = compiler.trim_start_matches("gcc-");
+    let driver = archive.fetch(&format!("{compiler}-x86-64-linux-gnu"), &[suite])?;
+    let passes = archive.fetch(&format!("cpp-{number}-x86-64-linux-gnu"), &[suite])?;
+    let headers = archive.fetch(&format!("libgcc-{number}-dev"), &[suite])?;
+    let foreign = Foreign::fetch(cache, suite, &[&driver, &passes])?;
+    let mark = fingerprint([
+        EDITION,
+        driver.version.as_bytes(),
+        passes.version.as_bytes(),
+        foreign.libraries.as_bytes(),
+    ]);
+    let place = cache.root().join(format!("toolchains/{compiler}-{mark}"));
+    if !place.is_dir() {
+        let staging = cache.stage()?;
+        for package in [&driver, &passes, &headers] {
+            crate::cache::link_tree(&package.root, staging.path())?;
+        }
+        foreign.wrap(staging.path())?;
+        let short = staging.path().join("usr/bin").join(compiler);
+        if !short.exists() {
+            symlink(format!("x86_64-linux-gnu-{compiler}"), &short).at(&short)?;
+        }
+        staging.commit(&place)?;
+    }
+    Ok(place.join("usr/bin"))
+}
+
+fn libraries_of(package: &Package) -> Vec<String> {
+    let is_library =
+        |name: &&str| (name.starts_with("lib") && !name.ends_with("-dev")) || *name == "zlib1g";
+    package
+        .needs()
+        .filter(is_library)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// An executable with a loader of its own: no script, no library, no object file.
+fn is_program(path: &Path) -> Result<bool, CacheError> {
+    const MAGIC: &[u8] = b"\x7fELF";
+    if fs::metadata(path).at(path)?.permissions().mode() & 0o111 == 0 {
+        return Ok(false);
+    }
+    let bytes = fs::read(path).at(path)?;
+    Ok(bytes.starts_with(MAGIC)
+        && bytes
+            .windows(LOADER.len())
+            .take(8 << 10)
+            .any(|name| name == LOADER.as_bytes()))
+}
