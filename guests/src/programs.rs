@@ -43,7 +43,7 @@ pub const BED_INIT: Source = Source {
 };
 
 /// The programs that every initramfs has in its `/bin`.
-pub const IN_GUEST: [Source; 6] = [
+pub const IN_GUEST: [Source; 7] = [
     Source {
         name: "churn",
         text: include_str!("../programs/churn.c"),
@@ -55,6 +55,10 @@ pub const IN_GUEST: [Source; 6] = [
     Source {
         name: "spin",
         text: include_str!("../programs/spin.c"),
+    },
+    Source {
+        name: "kexec",
+        text: include_str!("../programs/kexec.c"),
     },
     Source {
         name: "kinds",

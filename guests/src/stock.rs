@@ -1,6 +1,11 @@
 //! A stock kernel with all that a guest boots from: image, initramfs, patches. And the `outpatch` binary to boot it with.
 
-use std::{collections::BTreeMap, env, path::PathBuf, process::Command};
+use std::{
+    collections::BTreeMap,
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -28,6 +33,8 @@ pub struct Order<'a> {
     pub patches: &'a [&'a str],
     /// The kernel's own modules; those that they need come with them.
     pub modules: &'a [&'a str],
+    /// The kernel itself, in `/boot/vmlinuz`, and this initramfs in `/boot/initrd`: for a guest that starts another kernel.
+    pub boot: Option<&'a Path>,
 }
 
 /// One stock kernel, ready to boot.
@@ -66,6 +73,7 @@ impl Stock {
             flavour: kernel.flavour,
             patches: &[],
             modules: &[],
+            boot: None,
         };
         Ok((Stock::of(&cache, kernel, bare)?, vmlinux))
     }
@@ -83,6 +91,11 @@ impl Stock {
             files.push_str(&format!("{MODULES}/{}\n", module.file));
             initramfs =
                 initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);
+        }
+        if let Some(initrd) = order.boot {
+            initramfs = initramfs
+                .with_file("/boot/vmlinuz", &kernel.bzimage)
+                .with_file("/boot/initrd", initrd);
         }
         let initrd = initramfs
             .with_content(&format!("{MODULES}/{ORDER}"), files)

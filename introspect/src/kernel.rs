@@ -56,6 +56,8 @@ pub struct Kernel {
     pub text: TextRanges,
     /// How to find the current task of a CPU: the per-CPU variable that points to it.
     current: Gva,
+    /// Random since this boot, where the kernel has it: the stack canary of the boot CPU's idle task.
+    boot_mark: Option<(Gva, u64)>,
 }
 
 /// Where the core kernel's code is.
@@ -171,7 +173,9 @@ impl Kernel {
             Ok(hot) => btf.field("pcpu_hot.current_task")?.of(hot),
             Err(_) => symbols.address("current_task")?,
         };
+        let boot_mark = boot_mark(&symbols, &layout, &memory);
         Ok(Kernel {
+            boot_mark,
             base: candidate.base,
             phys: candidate.phys,
             phys_base,
@@ -187,6 +191,17 @@ impl Kernel {
             layout,
             current,
         })
+    }
+
+    /// Whether the guest still runs this kernel, of this boot: it can start another one by itself (kexec). A few reads, no lock.
+    #[must_use]
+    pub fn is_there(&self, memory: &KernelMemory<'_>) -> bool {
+        let banner = self.symbols.address("linux_banner").ok();
+        let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
+        let same_boot = self
+            .boot_mark
+            .is_none_or(|(at, mark)| memory.u64(at) == Ok(mark));
+        same_boot && banner.is_some_and(|banner| banner.trim_end() == self.banner)
     }
 
     /// The kernel's virtual memory, for one pause.
@@ -318,6 +333,14 @@ fn ready(symbols: &Symbols, btf: &Btf, memory: &KernelMemory<'_>) -> Result<(), 
 }
 
 /// `Linux version RELEASE (…`.
+fn boot_mark(symbols: &Symbols, layout: &Layout, memory: &KernelMemory<'_>) -> Option<(Gva, u64)> {
+    let at = layout
+        .task
+        .stack_canary?
+        .of(symbols.address("init_task").ok()?);
+    Some((at, memory.u64(at).ok()?))
+}
+
 fn release(banner: &str) -> String {
     let mut words = banner.split_whitespace();
     words.nth(2).unwrap_or_default().to_owned()

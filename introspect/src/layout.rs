@@ -81,6 +81,8 @@ pub struct TaskLayout {
     pub nvcsw: Field,
     /// `nivcsw`: involuntary ones.
     pub nivcsw: Field,
+    /// `stack_canary`: a random number.
+    pub stack_canary: Option<Field>,
     /// `start_time`: when it was made.
     pub start_time: Option<Field>,
     /// `thread`.
@@ -363,6 +365,7 @@ fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
         pi_lock: btf.field("task_struct.pi_lock")?,
         nvcsw: btf.field("task_struct.nvcsw")?,
         nivcsw: btf.field("task_struct.nivcsw")?,
+        stack_canary: btf.field("task_struct.stack_canary").ok(),
         start_time: btf.field("task_struct.start_time").ok(),
         thread: btf.field("task_struct.thread")?,
         sp: btf.field("task_struct.thread.sp")?,

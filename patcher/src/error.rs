@@ -52,6 +52,12 @@ pub enum PatchError {
     #[error("guest kernel: {0}")]
     Guest(String),
 
+    /// The guest has started another kernel by itself.
+    #[error(
+        "the guest no longer runs the kernel that it did ({0}): it has started another one, and what was patched is gone with the old one; ask again"
+    )]
+    AnotherKernel(String),
+
     /// The guest holds a lock, or is doing something, that makes a change unsafe now.
     #[error("the guest was busy in each of {tries} looks: {what}; try again")]
     Busy {
@@ -138,7 +144,7 @@ impl PatchError {
         match self {
             PatchError::Machine(_) | PatchError::Undo { .. } => ErrorKind::Machine,
             PatchError::NotReady(_) => ErrorKind::NotReady,
-            PatchError::Guest(_) => ErrorKind::Guest,
+            PatchError::Guest(_) | PatchError::AnotherKernel(_) => ErrorKind::Guest,
             PatchError::Busy { .. } => ErrorKind::Busy,
             PatchError::NoLivepatch | PatchError::Unsupported(_) | PatchError::NoRoom(_) => {
                 ErrorKind::Unsupported

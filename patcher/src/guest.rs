@@ -95,6 +95,7 @@ impl Guest {
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<Look<'a>, Stop> {
+        self.is_there(memory)?;
         self.refresh(memory);
         let Guest {
             kernel,
@@ -103,6 +104,17 @@ impl Guest {
             ..
         } = self;
         Look::take(kernel, unwinder, survey, memory, vcpus)
+    }
+
+    /// The guest still runs this kernel. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::AnotherKernel`].
+    pub fn is_there(&self, memory: &dyn PhysMemory) -> Result<(), PatchError> {
+        match self.kernel.is_there(&self.kernel.memory(memory)) {
+            true => Ok(()),
+            false => Err(PatchError::AnotherKernel(self.kernel.release.clone())),
+        }
     }
 
     /// Learns which modules there are. Only while paused.

@@ -289,6 +289,10 @@ impl Patcher {
     fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let paused = Paused::begin(machine, &mut self.pauses)?;
+        if let Err(error) = guest.is_there(paused.memory()) {
+            drop(paused);
+            return Err(self.lost(error));
+        }
         // What the walk ahead of the first look needs to know.
         guest.refresh(paused.memory());
         let loaded = guest.loaded_modules(paused.memory())?;
@@ -296,6 +300,19 @@ impl Patcher {
             return Err(PatchError::LoadedInGuest(name.into()));
         }
         Ok(())
+    }
+
+    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other errors change nothing.
+    fn lost(&mut self, error: PatchError) -> PatchError {
+        if matches!(error, PatchError::AnotherKernel(_)) {
+            tracing::warn!(%error, patches = self.patches.len(), "the guest's kernel is gone");
+            self.guest = None;
+            self.patches.clear();
+            self.waker = None;
+            // What is hidden there stays, and is no longer the guest's to see.
+            self.places = Places::default();
+        }
+        error
     }
 
     /// What the patch and a transition need in hidden memory is there.

@@ -163,18 +163,26 @@ impl<'a> Scene<'a> {
         // One list of sleepers is out at a time.
         let idle = waker.is_idle(memory)?;
         let mut sleepers = Vec::new();
-        for (task, finding) in self.look.tasks().zip(&mut step.findings) {
-            let Finding::Blocked(blocked) = finding else {
+        for (at, task) in self.look.tasks().enumerate() {
+            let Some(Finding::Blocked(blocked)) = step.findings.get_mut(at) else {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
             if signal::call(task).wake && idle && sleepers.len() < wake::MOST {
-                sleepers.push(task);
-                blocked.signalled = true;
+                sleepers.push((at, task));
             }
         }
-        if !sleepers.is_empty() {
-            step.wake = waker.plan(self.look, self.places, &sleepers, &mut step.plan)?;
+        if sleepers.is_empty() {
+            return Ok(());
+        }
+        let tasks: Vec<&Task> = sleepers.iter().map(|(_, task)| *task).collect();
+        step.wake = waker.plan(self.look, self.places, &tasks, &mut step.plan)?;
+        if step.wake.is_some() {
+            for (at, _) in sleepers {
+                if let Some(Finding::Blocked(blocked)) = step.findings.get_mut(at) {
+                    blocked.signalled = true;
+                }
+            }
         }
         Ok(())
     }

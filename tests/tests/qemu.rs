@@ -33,6 +33,7 @@ fn reads_what_qemu_dumps(generation: Generation) -> Result<()> {
         flavour: Flavour::Cloud,
         patches: &[],
         modules: &[],
+        boot: None,
     };
     let stock = Stock::prepare(order)?;
     let scratch = env::temp_dir().join(format!(

@@ -57,6 +57,7 @@ fn outside() -> Result<ExitCode> {
         flavour: Flavour::Cloud,
         patches: &[PATCH],
         modules: &[],
+        boot: None,
     })?;
     let spec = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
     fs::write(&spec, serde_json::to_vec(&Parts { binary, stock })?)

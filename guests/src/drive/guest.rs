@@ -117,6 +117,15 @@ impl Guest {
         Ok(())
     }
 
+    /// Waits for the shell of another kernel, that this guest starts by itself.
+    ///
+    /// # Errors
+    /// When it does not come in time.
+    pub fn boots_again(&mut self, limit: Duration) -> Result<()> {
+        self.console.wait_for(READY, limit)?;
+        self.take_shell()
+    }
+
     /// The command line, bound to this guest.
     #[must_use]
     pub fn outpatch(&self) -> &Outpatch {

@@ -210,7 +210,11 @@ impl Patcher {
         if let Some(transition) = transition {
             transition.pauses.merge(&meter);
         }
-        let (tasks, step) = done?;
+        let (tasks, step) = match done {
+            Ok(done) => done,
+            Err(Stop::Fail(error)) => return Err(Stop::Fail(self.lost(error))),
+            Err(busy) => return Err(busy),
+        };
         for vcpu in &step.nudge {
             // It only hastens what the guest does anyway.
             if let Err(error) = machine.interrupt(*vcpu, RESCHEDULE_VECTOR) {

@@ -101,6 +101,25 @@ impl Patcher {
         machine: &mut M,
         question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
+        let had_patches = !self.patches.is_empty();
+        match self.look_once(machine, &question) {
+            Err(error @ PatchError::AnotherKernel(_)) => {
+                let error = self.lost(error);
+                if had_patches {
+                    return Err(error);
+                }
+                // Nobody loses anything by it: the new kernel is asked.
+                self.look_once(machine, &question)
+            }
+            answer => answer,
+        }
+    }
+
+    fn look_once<M: Machine, T>(
+        &mut self,
+        machine: &mut M,
+        question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
+    ) -> Result<T, PatchError> {
         self.guest(machine)?;
         let Patcher {
             guest,

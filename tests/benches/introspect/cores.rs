@@ -71,6 +71,7 @@ pub fn all() -> Result<(String, Vec<Core>)> {
         flavour: Flavour::Cloud,
         patches: &[],
         modules: &[],
+        boot: None,
     })?;
     let sleeper = programs::IN_GUEST
         .iter()

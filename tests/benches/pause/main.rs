@@ -50,6 +50,7 @@ fn bench() -> Result<()> {
         flavour: Flavour::Cloud,
         patches: &PATCHES.map(|(file, _)| file),
         modules: &[],
+        boot: None,
     })?;
     for (file, name) in PATCHES {
         let module = fs::read(stock.patch(file)?)?;

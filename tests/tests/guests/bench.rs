@@ -59,6 +59,9 @@ const PATCHES: [&str; 16] = [
     "features",
 ];
 
+/// The generation of which a guest can start another kernel of its kind.
+pub const KEXEC: Generation = Generation::V6_12;
+
 /// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
 /// None of them asks for another only when it is loaded, which a guest without modprobe cannot answer.
 const MODULES: [&str; 3] = ["dummy", "nf_defrag_ipv6", "nfsd"];
@@ -77,15 +80,28 @@ impl Assets {
                 flavour: Flavour::Cloud,
                 patches,
                 modules: &MODULES,
+                boot: None,
             };
             stock.insert(generation.to_string(), Stock::prepare(order)?);
         }
+        let mut with_kernel = None;
+        if let Some(plain) = stock.get(&KEXEC.to_string()) {
+            with_kernel = Some(Stock::prepare(Order {
+                generation: KEXEC,
+                flavour: Flavour::Cloud,
+                patches: &["pause"],
+                modules: &[],
+                boot: Some(&plain.initrd),
+            })?);
+        }
+        stock.extend(with_kernel.map(|with| (format!("{KEXEC}-kexec"), with)));
         for (generation, flavour) in flavours::wanted() {
             let order = Order {
                 generation,
                 flavour,
                 patches: &[],
                 modules: &MODULES,
+                boot: None,
             };
             stock.insert(flavours::key(generation, flavour), Stock::prepare(order)?);
         }

@@ -6,7 +6,11 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use guests::drive::{Guest, Outpatch};
 
-use crate::{Scenario, bench::Bench, blocked::stays_blocked};
+use crate::{
+    Scenario,
+    bench::{Bench, KEXEC},
+    blocked::stays_blocked,
+};
 
 /// Where ftrace is told what to do.
 const TRACING: &str = "cd /sys/kernel/tracing";
@@ -28,6 +32,7 @@ pub fn scenarios() -> Vec<Scenario> {
             move |bench| ends(bench, generation),
         ));
     }
+    all.push(Scenario::new("tools::kexec_in_mid_transition", kexec));
     all
 }
 
@@ -47,8 +52,14 @@ fn beside(bench: &Bench, generation: &str) -> Result<()> {
         shows(guest, true)?;
         ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
 
-        // Of the function itself: the tracer sees nothing, the patch stays.
-        guest.sh(&format!("{TRACING}; echo {PATCHED} > set_ftrace_filter"))?;
+        // Of the function itself: ftrace says no, and of all functions at once it leaves that one out.
+        let (status, words) = guest.try_sh(
+            &format!("{TRACING}; echo {PATCHED} > set_ftrace_filter"),
+            LIMIT,
+        )?;
+        println!("{generation}: tracing the patched function: {words}");
+        ensure!(status != 0, "it can be traced");
+        guest.sh(&format!("{TRACING}; echo > set_ftrace_filter"))?;
         ensure!(!traced(guest, PATCHED, "cmdline")?, "it was traced");
         shows(guest, true)?;
         guest.sh(&format!(
@@ -163,4 +174,36 @@ fn ends(bench: &Bench, generation: &str) -> Result<()> {
         ensure!(end.code() == Some(0), "typed {typed:?}: {end}");
     }
     Ok(())
+}
+
+/// How long a guest may take from one kernel to the shell of the next.
+const KEXEC_LIMIT: Duration = Duration::from_secs(120);
+
+/// A guest that starts another kernel loses what was done to the old one, and that is said; the new one can be patched.
+fn kexec(bench: &Bench) -> Result<()> {
+    let key = format!("{KEXEC}-kexec");
+    let patch = bench.stock(&key)?.patch("pause")?;
+    bench.with(bench.boot(&key, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        guest.sh("sleeper 10 & sleep 1")?;
+        stays_blocked(guest, &outpatch, patch)?;
+        guest.console().type_in(
+            "kexec /boot/vmlinuz /boot/initrd 'console=ttyS0 quiet panic=-1 tsc=reliable'\n",
+        )?;
+        guest.boots_again(KEXEC_LIMIT)?;
+
+        // Whoever asks first is told, unless the transition was already given up.
+        let told = outpatch.call(&["ps"])?;
+        println!("after kexec: {:?} {}", told.status, told.stderr.trim());
+        let tasks = outpatch.json(&["ps"])?;
+        ensure!(tasks.to_string().contains("kthreadd"), "{tasks}");
+        let status = outpatch.json(&["status"])?;
+        ensure!(!status.to_string().contains("applying"), "{status}");
+
+        let log = guest.dmesg()?;
+        guest.sh("sleeper 10 & sleep 1")?;
+        outpatch.ok(&["apply", patch, "--signal-after", "0", "--timeout", "60"])?;
+        outpatch.ok(&["revert", "pause", "--signal-after", "0", "--timeout", "60"])?;
+        guest.expect_unharmed(&log)
+    })
 }
