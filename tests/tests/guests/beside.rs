@@ -25,13 +25,14 @@ pub fn scenarios() -> Vec<Scenario> {
     let rounds = asked
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(ROUNDS);
-    ["6.1", "6.12"]
+    ["6.1", "6.12", "7.3"]
         .map(|generation| {
             Scenario::new(
                 format!("beside::faster_than_the_guests_own_{generation}"),
                 move |bench| faster(bench, generation, rounds),
             )
             .limit(Duration::from_secs(1800))
+            .more(generation != "6.12")
         })
         .into()
 }

@@ -25,6 +25,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("check::tells_what_apply_does_{generation}"),
                 move |bench| check(bench, generation),
             )
+            .more(generation == "6.12")
         })
         .into()
 }

@@ -47,13 +47,13 @@ const WAYS: [(&str, &[&str]); 14] = [
 ];
 
 pub fn scenarios() -> Vec<Scenario> {
-    [("6.1", 2), ("6.12", 4)]
-        .map(|(generation, cpus)| {
-            Scenario::new(format!("kinds::as_documented_{generation}"), move |bench| {
-                kinds(bench, generation, cpus)
-            })
-        })
-        .into()
+    let cases = ["6.1", "6.12", "7.3"].map(|generation| [(generation, 2), (generation, 4)]);
+    let scenario = |(generation, cpus)| {
+        let name = format!("kinds::as_documented_{generation}_{cpus}_vcpus");
+        let run = move |bench: &Bench| kinds(bench, generation, cpus);
+        Scenario::new(name, run).more(![("6.1", 2), ("7.3", 4)].contains(&(generation, cpus)))
+    };
+    cases.into_iter().flatten().map(scenario).collect()
 }
 
 fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {

@@ -68,6 +68,8 @@ struct Scenario {
     judged: Option<Generation>,
     /// What the host does behind it, with what it left in the scratch folder.
     then: Option<After>,
+    /// One more of a kind of which a plain run has others: it runs when all are asked for.
+    more: bool,
 }
 
 impl Scenario {
@@ -81,12 +83,18 @@ impl Scenario {
             limit: SCENARIO_LIMIT,
             judged: None,
             then: None,
+            more: false,
         }
     }
 
     /// Lets it take longer, or not so long.
     fn limit(self, limit: Duration) -> Scenario {
         Scenario { limit, ..self }
+    }
+
+    /// Leaves it to runs of all scenarios, if `more`.
+    fn more(self, more: bool) -> Scenario {
+        Scenario { more, ..self }
     }
 
     /// Goes on outside of the bed, where nothing is emulated.
@@ -145,7 +153,7 @@ fn outside() -> ExitCode {
     let tally = Arc::new(Tally::default());
     let trials = scenarios()
         .into_iter()
-        .filter(flavours::is_wanted)
+        .filter(is_wanted)
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {
@@ -165,6 +173,13 @@ fn outside() -> ExitCode {
         );
     }
     conclusion.exit_code()
+}
+
+/// Asks for all scenarios.
+const ALL: &str = "OUTPATCH_TEST_ALL";
+
+fn is_wanted(scenario: &Scenario) -> bool {
+    (!scenario.more || env::var_os(ALL).is_some()) && flavours::is_wanted(scenario)
 }
 
 /// A bed that dies says nothing about the scenario in it: that is told and counted, and the scenario gets another bed, once.

@@ -19,6 +19,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("modes::one_pause_cancel_and_force_{generation}"),
                 move |bench| modes(bench, generation),
             )
+            .more(generation == "6.12")
         })
         .into()
 }

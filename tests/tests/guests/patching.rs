@@ -72,9 +72,8 @@ pub fn scenarios() -> Vec<Scenario> {
                     "patching::{ROUNDS}_rounds_{generation}_{cpus}_vcpus{}",
                     if pti { "_pti" } else { "" }
                 );
-                all.push(Scenario::new(name, move |bench| {
-                    rounds(bench, generation, cpus, pti)
-                }));
+                let run = move |bench: &Bench| rounds(bench, generation, cpus, pti);
+                all.push(Scenario::new(name, run).more(generation == "7.3" && cpus != 2));
             }
         }
     }

@@ -30,12 +30,13 @@ pub fn scenarios() -> Vec<Scenario> {
     let asked = env::var("OUTPATCH_SOAK").ok();
     let seconds = asked.and_then(|seconds| seconds.parse().ok());
     let time = Duration::from_secs(seconds.unwrap_or(BRIEF));
-    [("6.1", 2), ("6.12", 4)]
+    [("6.1", 2), ("6.12", 4), ("7.3", 4)]
         .map(|(generation, cpus)| {
             Scenario::new(format!("soak::under_load_{generation}"), move |bench| {
                 soak(bench, generation, cpus, time)
             })
             .limit(time + Duration::from_secs(600))
+            .more(generation != "7.3")
         })
         .into()
 }
