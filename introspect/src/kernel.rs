@@ -193,15 +193,35 @@ impl Kernel {
         })
     }
 
-    /// Whether the guest still runs this kernel, of this boot: it can start another one by itself (kexec). A few reads, no lock.
+    /// Whether nothing shows that the guest runs another kernel than this one, of this boot: it can start one by itself (kexec). The
+    /// old one may lie untouched in memory then, but no vCPU enters it any more. A few reads, no lock.
     #[must_use]
-    pub fn is_there(&self, memory: &KernelMemory<'_>) -> bool {
-        let banner = self.symbols.address("linux_banner").ok();
-        let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
+    pub fn is_there(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
         let same_boot = self
             .boot_mark
             .is_none_or(|(at, mark)| memory.u64(at) == Ok(mark));
-        same_boot && banner.is_some_and(|banner| banner.trim_end() == self.banner)
+        let banner = self.symbols.address("linux_banner").ok();
+        let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
+        let mut online = vcpus.iter().filter(|vcpu| vcpu.online && !vcpu.foreign);
+        same_boot
+            && banner.is_some_and(|banner| banner.trim_end() == self.banner)
+            && online.all(|vcpu| self.may_be_run_by(memory, vcpu))
+    }
+
+    /// Whether a vCPU's system calls lead into this kernel, and its tables, where they map it, to this image.
+    fn may_be_run_by(&self, memory: &KernelMemory<'_>, vcpu: &VcpuRegs) -> bool {
+        let entry = self.symbols.address("entry_SYSCALL_64");
+        // Without a system call entry, as early in boot and with FRED, a vCPU says nothing.
+        let enters = vcpu.lstar == 0 || entry.is_ok_and(|entry| entry.0 == vcpu.lstar);
+        let Some(space) = AddressSpace::of_vcpu(vcpu) else {
+            return enters;
+        };
+        let mut images = [space.kernel_half(), space]
+            .into_iter()
+            .filter_map(|space| space.translate(memory.phys(), self.base).ok())
+            .map(|mapping| mapping.gpa)
+            .peekable();
+        enters && (images.peek().is_none() || images.any(|image| image == self.phys))
     }
 
     /// The kernel's virtual memory, for one pause.

@@ -95,7 +95,7 @@ impl Guest {
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<Look<'a>, Stop> {
-        self.is_there(memory)?;
+        self.is_there(memory, vcpus)?;
         self.refresh(memory);
         let Guest {
             kernel,
@@ -110,8 +110,8 @@ impl Guest {
     ///
     /// # Errors
     /// [`PatchError::AnotherKernel`].
-    pub fn is_there(&self, memory: &dyn PhysMemory) -> Result<(), PatchError> {
-        match self.kernel.is_there(&self.kernel.memory(memory)) {
+    pub fn is_there(&self, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<(), PatchError> {
+        match self.kernel.is_there(&self.kernel.memory(memory), vcpus) {
             true => Ok(()),
             false => Err(PatchError::AnotherKernel(self.kernel.release.clone())),
         }

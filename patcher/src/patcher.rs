@@ -289,7 +289,7 @@ impl Patcher {
     fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let paused = Paused::begin(machine, &mut self.pauses)?;
-        if let Err(error) = guest.is_there(paused.memory()) {
+        if let Err(error) = guest.is_there(paused.memory(), &paused.vcpus) {
             drop(paused);
             return Err(self.lost(error));
         }
