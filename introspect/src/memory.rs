@@ -22,6 +22,30 @@ pub trait PhysMemory {
     /// # Errors
     /// [`Unbacked`] when any byte of the range is not guest RAM.
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked>;
+
+    /// Fills `buf` with the `parts` of the structure at `gpa`, one behind the other: the same as a read for each, in one go.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read). `buf` is as long as the parts together, or only what fits is filled.
+    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+        let mut rest = buf;
+        for part in parts {
+            let len = part.len.min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            self.read(GuestAddress(gpa.0.wrapping_add(part.offset)), now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+/// Some bytes of a structure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// From the structure's start.
+    pub offset: u64,
+    /// How many.
+    pub len: usize,
 }
 
 impl<M: GuestMemory> PhysMemory for M {
@@ -37,5 +61,27 @@ impl<M: GuestMemory> PhysMemory for M {
             gpa,
             len: buf.len(),
         })
+    }
+
+    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+        let ends = parts
+            .iter()
+            .map(|part| part.offset.saturating_add(part.len as u64));
+        let whole = ends.max().and_then(|end| usize::try_from(end).ok());
+        // The structure's region is looked for once.
+        let slice = whole.and_then(|whole| self.physical_memory()?.get_slice(gpa, whole).ok());
+        let mut rest = buf;
+        for part in parts {
+            let len = part.len.min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            let place = usize::try_from(part.offset).ok();
+            let part_of = place.and_then(|place| slice.as_ref()?.subslice(place, len).ok());
+            if part_of.is_none_or(|slice| slice.copy_to(now) != len) {
+                let at = GuestAddress(gpa.0.wrapping_add(part.offset));
+                PhysMemory::read(self, at, now)?;
+            }
+            rest = later;
+        }
+        Ok(())
     }
 }

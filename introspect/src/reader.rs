@@ -9,7 +9,7 @@ use std::fmt;
 use vm_memory::GuestAddress;
 
 use crate::addr::Gva;
-use crate::memory::{PhysMemory, Unbacked};
+use crate::memory::{Part, PhysMemory, Unbacked};
 use crate::paging::{self, AddressSpace, Mapping, Unmapped};
 
 /// Slots of each translation cache; a power of two.
@@ -175,6 +175,28 @@ impl<'m> KernelMemory<'m> {
                     cause: cause.into(),
                 })?;
             at = at.add(len as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` with the `parts` of the structure at `gva`, one behind the other.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `buf` may be partly overwritten.
+    pub(crate) fn gather(&self, gva: Gva, parts: &[Part], buf: &mut [u8]) -> Result<(), ReadError> {
+        let end = parts
+            .last()
+            .map_or(0, |last| last.offset.saturating_add(last.len as u64));
+        let (gpa, left) = self.locate(gva)?;
+        if end <= left && self.phys.gather(GuestAddress(gpa), parts, buf).is_ok() {
+            return Ok(());
+        }
+        let mut rest = buf;
+        for part in parts {
+            let len = part.len.min(rest.len());
+            let (now, later) = rest.split_at_mut(len);
+            self.read(gva.add(part.offset), now)?;
             rest = later;
         }
         Ok(())

@@ -7,10 +7,13 @@
 use std::cell::{Cell, Ref, RefCell};
 
 use crate::addr::Gva;
+use crate::memory::Part;
 use crate::reader::{Field, KernelMemory, ReadError};
 
 /// Fields that lie no further apart are copied together: to begin another read costs more than so many bytes.
 const GAP: usize = 256;
+/// The same where what lies between is to be left out: less than the next cache line.
+const NEAR: usize = 16;
 /// No span is longer: offsets and sizes are the guest's word.
 const LONGEST: usize = 4096;
 /// No field of more bytes is read ahead.
@@ -28,21 +31,39 @@ struct Span {
 pub(crate) struct Records<'a, 'm> {
     memory: &'a KernelMemory<'m>,
     spans: Vec<Span>,
+    /// The same, for who reads them.
+    parts: Vec<Part>,
     /// The structure that is held.
     base: Cell<Option<Gva>>,
     held: RefCell<Vec<u8>>,
 }
 
 impl<'a, 'm> Records<'a, 'm> {
-    /// A reader that reads `fields` ahead.
+    /// A reader that reads `fields` ahead, and what lies between near ones with them.
     pub(crate) fn new(
         memory: &'a KernelMemory<'m>,
         fields: impl IntoIterator<Item = Field>,
     ) -> Self {
-        let spans = spans(fields);
+        Records::of_spans(memory, spans(fields, GAP))
+    }
+
+    /// A reader that reads `fields` ahead and little else.
+    pub(crate) fn exact(
+        memory: &'a KernelMemory<'m>,
+        fields: impl IntoIterator<Item = Field>,
+    ) -> Self {
+        Records::of_spans(memory, spans(fields, NEAR))
+    }
+
+    fn of_spans(memory: &'a KernelMemory<'m>, spans: Vec<Span>) -> Self {
         let len = spans.last().map_or(0, |last| last.held_at + last.len);
+        let part = |span: &Span| Part {
+            offset: span.offset,
+            len: span.len,
+        };
         Records {
             memory,
+            parts: spans.iter().map(part).collect(),
             spans,
             base: Cell::new(None),
             held: RefCell::new(vec![0; len]),
@@ -56,17 +77,9 @@ impl<'a, 'm> Records<'a, 'm> {
             return;
         }
         let mut held = self.held.borrow_mut();
-        let mut rest = held.as_mut_slice();
-        for span in &self.spans {
-            let Some((now, later)) = rest.split_at_mut_checked(span.len) else {
-                return;
-            };
-            if self.memory.read(base.add(span.offset), now).is_err() {
-                return;
-            }
-            rest = later;
+        if self.memory.gather(base, &self.parts, &mut held).is_ok() {
+            self.base.set(Some(base));
         }
-        self.base.set(Some(base));
     }
 
     /// Bytes of a structure, as they are held.
@@ -142,8 +155,8 @@ impl<'a, 'm> Records<'a, 'm> {
     }
 }
 
-/// What to copy for these fields: rising, without overlap.
-fn spans(fields: impl IntoIterator<Item = Field>) -> Vec<Span> {
+/// What to copy for these fields: rising, without overlap. Those that lie no further apart than `gap` are copied together.
+fn spans(fields: impl IntoIterator<Item = Field>, gap: usize) -> Vec<Span> {
     let mut fields: Vec<Field> = fields
         .into_iter()
         .filter(|field| {
@@ -157,7 +170,7 @@ fn spans(fields: impl IntoIterator<Item = Field>) -> Vec<Span> {
         let distance = |last: &Span| usize::try_from(offset - last.offset).unwrap_or(usize::MAX);
         let joined = spans.last_mut().filter(|last| {
             let start = distance(last);
-            start <= last.len + GAP && start + size <= LONGEST
+            start <= last.len + gap && start + size <= LONGEST
         });
         match joined {
             Some(last) => last.len = last.len.max(distance(last) + size),
@@ -220,11 +233,11 @@ mod tests {
             len,
             held_at,
         };
-        assert_eq!(spans(FIELDS), [span(0, 0x90, 0), span(0x6ff, 9, 0x90)]);
+        assert_eq!(spans(FIELDS, GAP), [span(0, 0x90, 0), span(0x6ff, 9, 0x90)]);
         let absurd = [field(0, 4096), field(u64::MAX, 8), field(8, 0)];
-        assert_eq!(spans(absurd), []);
+        assert_eq!(spans(absurd, GAP), []);
         let far = (0..100).map(|n| field(n * 200, 8));
-        assert!(spans(far).iter().all(|span| span.len <= LONGEST));
+        assert!(spans(far, GAP).iter().all(|span| span.len <= LONGEST));
     }
 
     #[test]

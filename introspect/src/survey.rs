@@ -1,24 +1,29 @@
 //! All tasks and their stacks, kept from one look to the next: only what may have changed in between is read again.
 //!
 //! A pause is paid for by the guest, so what can be learned before it is: [`Survey::walk_ahead`] lists and walks while the guest
-//! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if its `task_struct` still
-//! says the same in every field that is read of it, list links and context switch counters among them: a task that has run since
-//! is on a CPU, or was switched out and counted (`kernel/sched/core.c: __schedule`). Of a stack that counter is what proves that it is the
-//! same: nobody but its task writes the frames of a stack.
+//! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
+//! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, where it is in the lists, and
+//! what others may change of it. A task that has run since is on a CPU, or was switched out and counted (`kernel/sched/core.c:
+//! __schedule`); its other fields and the frames of its stack only it changes itself, by running. (Its name can be changed by another.)
 //!
 //! Knows the lists that tasks are on; it must not know what stacks look like.
 
-use std::{borrow::Cow, cell::OnceCell, collections::HashMap};
+use std::{
+    borrow::Cow,
+    cell::{Cell, OnceCell},
+    collections::HashMap,
+};
 
 use crate::{
     addr::Gva,
     kernel::Kernel,
     reader::{KernelMemory, ReadError},
+    record::Records,
     stack::{Stack, Verdict},
     stacks::Unwinder,
     stacks_cpu::StackPlaces,
     task::{Task, TaskKind},
-    task_reader::TaskReader,
+    task_reader::{self, TaskReader},
     tasks::{MAX_TASKS, TasksError, check_count, check_lock},
     tasks_vcpus::{self, OnCpu},
     vcpu::VcpuRegs,
@@ -36,6 +41,8 @@ pub struct Seen {
     /// The task.
     pub task: Task,
     stack: OnceCell<Stack>,
+    /// What the caller found out about that stack.
+    mark: Cell<Option<u64>>,
     kept: bool,
     links: Links,
 }
@@ -56,7 +63,7 @@ pub struct Survey {
     at: HashMap<Gva, usize>,
     /// So many of `seen` are on the lists; the others are idle, or have left them.
     listed: usize,
-    /// What is read of each of those, one behind the other; none when nothing is kept.
+    /// What proves of each of those that it is the same, one behind the other; none when nothing is kept.
     raw: Vec<u8>,
     keep: bool,
     /// Of the code that the stacks were walked by.
@@ -161,8 +168,9 @@ impl Survey {
         // Where a task's birth does not show, another in its place, with its number, could be taken for it.
         self.keep &= kernel.layout.task.start_time.is_some();
         let reader = TaskReader::new(kernel, memory);
-        if !self.renew(&reader)? {
-            self.list_anew(&reader)?;
+        let proof = Records::exact(memory, task_reader::proof(kernel));
+        if !self.renew(&reader, &proof)? {
+            self.list_anew(&reader, &proof)?;
         }
         self.idle(&reader)?;
         let places = StackPlaces::resolve(kernel)?;
@@ -176,8 +184,12 @@ impl Survey {
     }
 
     /// Goes through those that are known, and reads again what has changed of them. False: the lists themselves have.
-    fn renew(&mut self, reader: &TaskReader<'_, '_>) -> Result<bool, TasksError> {
-        let len = reader.fields.len();
+    fn renew(
+        &mut self,
+        reader: &TaskReader<'_, '_>,
+        proof: &Records<'_, '_>,
+    ) -> Result<bool, TasksError> {
+        let len = proof.len();
         if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
             return Ok(false);
         }
@@ -186,8 +198,8 @@ impl Survey {
         }
         for (seen, before) in self.seen.iter_mut().zip(self.raw.chunks_exact_mut(len)) {
             let addr = seen.task.addr;
-            reader.fields.hold(addr);
-            let Some(now) = reader.fields.of(addr) else {
+            proof.hold(addr);
+            let Some(now) = proof.of(addr) else {
                 return Ok(false);
             };
             if *now == *before {
@@ -207,7 +219,11 @@ impl Survey {
     }
 
     /// Every thread of every process, from the boot CPU's idle task on.
-    fn list_anew(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
+    fn list_anew(
+        &mut self,
+        reader: &TaskReader<'_, '_>,
+        proof: &Records<'_, '_>,
+    ) -> Result<(), TasksError> {
         let old = std::mem::replace(
             self,
             Survey {
@@ -217,7 +233,7 @@ impl Survey {
             },
         );
         let mut old = Old {
-            len: reader.fields.len(),
+            len: proof.len(),
             survey: old,
         };
         if old.survey.raw.len() != old.survey.listed * old.len {
@@ -234,7 +250,7 @@ impl Survey {
             let mut node = reader.memory.pointer(layout.list_next.of(head))?;
             while node != head {
                 let thread = layout.task.thread_node.container(node);
-                self.list(reader, thread, &mut old)?;
+                self.list(reader, proof, thread, &mut old)?;
                 node = reader.fields.pointer(layout.list_next.of(node))?;
             }
             let Some(known) = self.at.get(&leader).and_then(|at| self.seen.get(*at)) else {
@@ -256,16 +272,22 @@ impl Survey {
     fn list(
         &mut self,
         reader: &TaskReader<'_, '_>,
+        proof: &Records<'_, '_>,
         addr: Gva,
         old: &mut Old,
     ) -> Result<(), TasksError> {
+        if self.keep {
+            // Before the rest: whatever changes in between then shows.
+            proof.hold(addr);
+        }
         let mut seen = Seen::read(reader, addr)?;
         seen.kept = self.keep;
         if self.keep
-            && let Some(now) = reader.fields.of(addr)
+            && let Some(now) = proof.of(addr)
         {
-            if let Some(stack) = old.stack(addr, &now) {
-                seen.stack = stack;
+            if let Some(known) = old.seen(addr, &now) {
+                seen.stack = std::mem::take(&mut known.stack);
+                seen.mark = known.mark.clone();
             }
             self.raw.extend_from_slice(&now);
         }
@@ -349,14 +371,14 @@ impl Survey {
 
 /// What an earlier look knew.
 struct Old {
-    /// Bytes that are read of each task.
+    /// Bytes that prove each task.
     len: usize,
     survey: Survey,
 }
 
 impl Old {
-    /// The stack of the task at `addr`, if `now` is what was read of it then.
-    fn stack(&mut self, addr: Gva, now: &[u8]) -> Option<OnceCell<Stack>> {
+    /// The task at `addr`, if it proves to be as it was.
+    fn seen(&mut self, addr: Gva, now: &[u8]) -> Option<&mut Seen> {
         let at = *self.survey.at.get(&addr)?;
         let start = at.checked_mul(self.len)?;
         let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
@@ -365,7 +387,7 @@ impl Old {
         }
         let seen = self.survey.seen.get_mut(at)?;
         seen.settle();
-        Some(std::mem::take(&mut seen.stack))
+        Some(seen)
     }
 }
 
@@ -382,6 +404,7 @@ impl Seen {
             },
             task,
             stack: OnceCell::new(),
+            mark: Cell::new(None),
             kept: false,
         })
     }
@@ -390,6 +413,12 @@ impl Seen {
     #[must_use]
     pub fn is_walked(&self) -> bool {
         self.stack.get().is_some()
+    }
+
+    /// Its stack, if that is known from before.
+    #[must_use]
+    pub fn known_stack(&self) -> Option<&Stack> {
+        self.stack.get()
     }
 
     /// Its kernel stack ([`Unwinder::stack`]), walked once while it stays the same; `regs` are those of the vCPU that runs it.
@@ -421,7 +450,21 @@ impl Seen {
         self.task.vcpu = None;
     }
 
+    /// Marks the stack as it is kept; the mark goes when the stack is no longer known to be the same. Nothing if it is not kept.
+    pub fn set_mark(&self, mark: u64) {
+        if self.is_walked() {
+            self.mark.set(Some(mark));
+        }
+    }
+
+    /// The mark.
+    #[must_use]
+    pub fn mark(&self) -> Option<u64> {
+        self.mark.get()
+    }
+
     fn forget(&mut self) {
         self.stack = OnceCell::new();
+        self.mark.set(None);
     }
 }

@@ -91,7 +91,7 @@ impl<'a, 'm> TaskReader<'a, 'm> {
     }
 }
 
-/// What is read of every task, and what shows whether it has run since.
+/// What is read of every task.
 fn fields(kernel: &Kernel) -> Vec<Field> {
     let task = &kernel.layout.task;
     let mut fields = vec![
@@ -109,6 +109,33 @@ fn fields(kernel: &Kernel) -> Vec<Field> {
         task.comm,
         task.signal,
         task.sp,
+    ];
+    fields.extend(
+        kernel
+            .livepatch
+            .as_ref()
+            .map(|livepatch| livepatch.patch_state),
+    );
+    fields
+}
+
+/// What shows that a task is still the same, at the same place of the lists, and has not run: the time of its birth and the counters of
+/// its switches, of which no two are the same; and what others than itself change of it.
+pub(crate) fn proof(kernel: &Kernel) -> Vec<Field> {
+    let task = &kernel.layout.task;
+    let next = |list: Field| Field {
+        offset: list.offset + kernel.layout.list_next.offset,
+        size: kernel.layout.list_next.size,
+    };
+    let mut fields = vec![
+        task.thread_flags,
+        task.cpu,
+        task.state,
+        task.stack,
+        task.flags,
+        task.on_cpu,
+        next(task.tasks),
+        next(task.thread_node),
         task.nvcsw,
         task.nivcsw,
     ];

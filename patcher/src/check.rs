@@ -12,6 +12,7 @@ use crate::apply;
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::ledger::Ledger;
+use crate::look::Watch;
 use crate::machine::{Machine, MachineError};
 use crate::module::LivepatchModule;
 use crate::patch::Patch;
@@ -89,6 +90,12 @@ impl Trial {
         };
         let step = scene.begin(Direction::Apply, false)?;
         Ok((look.tasks().cloned().collect(), step, look.walked()))
+    }
+
+    /// The code that tasks must have left.
+    #[must_use]
+    pub fn watch(&self) -> Watch {
+        Direction::Apply.watch(&self.patch)
     }
 
     /// Takes what it has in the unwinder out again.

@@ -10,7 +10,7 @@ use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
 use crate::facts::Facts;
-use crate::look::Look;
+use crate::look::{Look, Watch};
 use crate::machine::Machine;
 use crate::pause::Paused;
 use crate::quiet::Stop;
@@ -125,11 +125,12 @@ impl Guest {
         }
     }
 
-    /// Walks stacks while the guest runs, so that the next look is short.
-    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory) {
+    /// Walks stacks while the guest runs, and looks for the code of `watch` on them, so that the next look is short.
+    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &Watch) {
         let memory = self.kernel.memory(memory);
         self.survey
             .walk_ahead(&self.kernel, &self.unwinder, &memory);
+        watch.note_ahead(self.survey.seen());
     }
 
     /// Names of the modules that the guest has loaded. Only while paused.

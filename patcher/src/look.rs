@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use introspect::stacks::Unwinder;
 use introspect::survey::{Seen, Survey};
@@ -21,7 +22,11 @@ use crate::status::TaskWay;
 
 /// Code that a task must not be in, each piece with its name.
 #[derive(Clone, Debug, Default)]
-pub struct Watch(Vec<(GvaRange, String)>);
+pub struct Watch {
+    pieces: Vec<(GvaRange, String)>,
+    /// A number that a watch over other code does not have.
+    id: u64,
+}
 
 impl Watch {
     /// Nothing yet.
@@ -32,7 +37,22 @@ impl Watch {
 
     /// Adds a piece of code.
     pub fn add(&mut self, code: GvaRange, name: impl Into<String>) {
-        self.0.push((code, name.into()));
+        let mut hasher = DefaultHasher::new();
+        (self.id, code.start, code.end).hash(&mut hasher);
+        self.id = hasher.finish();
+        self.pieces.push((code, name.into()));
+    }
+
+    /// Notes of everybody whose stack is known already whether it is free of this code, ahead of a look.
+    pub fn note_ahead(&self, all: &[Seen]) {
+        for seen in all.iter().filter(|seen| seen.is_walked()) {
+            if let Some(stack) = seen.known_stack()
+                && stack.is_reliable()
+                && self.first_hit(stack).is_none()
+            {
+                seen.set_mark(self.id);
+            }
+        }
     }
 
     /// The piece that `frame` is in, as `klp_check_stack_func` asks, and stricter: a call can be a function's last instruction,
@@ -42,7 +62,7 @@ impl Watch {
         let inside = |code: &GvaRange| {
             code.contains(frame.ip) || (!frame.exact && code.contains(frame.ip.sub(1)))
         };
-        let (_, name) = self.0.iter().find(|(code, _)| inside(code))?;
+        let (_, name) = self.pieces.iter().find(|(code, _)| inside(code))?;
         Some(name)
     }
 
@@ -138,6 +158,10 @@ impl<'a> Look<'a> {
     /// Where a task stands.
     #[must_use]
     pub fn standing(&self, seen: &'a Seen, watch: &Watch) -> Standing {
+        // A running task's stack is never kept, and so never marked.
+        if seen.mark() == Some(watch.id) {
+            return Standing::Clean(TaskWay::Stack);
+        }
         let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
             return Standing::Blocked(self.unreliable(&stack, &reason.to_string()));

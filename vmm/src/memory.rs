@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use introspect::memory::Part;
 use introspect::{PhysMemory, Unbacked};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -90,7 +91,7 @@ impl VmMemory {
 
 impl PhysMemory for VmMemory {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
-        if self.ram.read_slice(buf, gpa).is_ok() {
+        if PhysMemory::read(&self.ram, gpa, buf).is_ok() {
             return Ok(());
         }
         let len = buf.len();
@@ -99,6 +100,11 @@ impl PhysMemory for VmMemory {
             .unwrap_or_else(PoisonError::into_inner)
             .read_slice(buf, gpa)
             .map_err(|_| Unbacked { gpa, len })
+    }
+
+    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+        // What the guest's kernel has is in its RAM.
+        self.ram.gather(gpa, parts, buf)
     }
 }
 
@@ -117,6 +123,28 @@ mod tests {
         let mut tail = [9; 4];
         memory.read(GuestAddress(0x1ffc), &mut tail).unwrap();
         assert_eq!(tail, [0; 4]);
+    }
+
+    #[test]
+    fn gathered_is_as_read() {
+        let memory = memory();
+        let bytes: Vec<u8> = (0..0x2000).map(|at| (at % 251) as u8).collect();
+        memory.write(GuestAddress(0), &bytes).unwrap();
+        let parts =
+            [(0, 8), (20, 36), (0x880, 1), (0x1ff8, 8)].map(|(offset, len)| Part { offset, len });
+        for base in [0, 5, 8, 0x1000] {
+            let mut got = [0; 53];
+            let done = memory.gather(GuestAddress(base), &parts, &mut got);
+            let mut wanted = Vec::new();
+            let all = parts.iter().all(|part| {
+                let mut one = vec![0; part.len];
+                let read = memory.read(GuestAddress(base + part.offset), &mut one);
+                wanted.append(&mut one);
+                read.is_ok()
+            });
+            assert_eq!(done.is_ok(), all, "{base:#x}");
+            assert!(!all || got[..] == wanted[..], "{base:#x}");
+        }
     }
 
     #[test]

@@ -204,8 +204,11 @@ impl Patcher {
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step, Duration), Stop> {
         let mut meter = PauseReport::default();
-        let signals = transition.as_ref().is_some_and(Transition::signals);
-        let done = self.in_pause(machine, at, signals, &mut meter, make);
+        let Some((direction, signals)) = transition.as_ref().map(|t| (t.direction, t.signals()))
+        else {
+            return Err(Stop::Fail(not_found()));
+        };
+        let done = self.in_pause(machine, at, (direction, signals), &mut meter, make);
         self.pauses.merge(&meter);
         if let Some(transition) = transition {
             transition.pauses.merge(&meter);
@@ -234,7 +237,7 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         at: usize,
-        signals: bool,
+        (direction, signals): (Direction, bool),
         meter: &mut PauseReport,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step), Stop> {
@@ -245,7 +248,7 @@ impl Patcher {
         if self.walks_in_the_pause {
             guest.survey = Survey::new();
         } else {
-            guest.walk_ahead(machine.memory());
+            guest.walk_ahead(machine.memory(), &direction.watch(patch));
         }
         let mut paused = Paused::begin(machine, meter)?;
         let mut mapping = crate::journal::Plan::new();

@@ -160,7 +160,7 @@ impl Patcher {
         let trial = Trial::prepare(machine, guest, places, &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {
-            guest.walk_ahead(machine.memory());
+            guest.walk_ahead(machine.memory(), &trial.watch());
             let mut paused = Paused::begin(machine, &mut meter)?;
             let (tasks, step, walked) = trial.step(guest, paused.memory(), &paused.vcpus)?;
             paused.saw(tasks.len(), walked);

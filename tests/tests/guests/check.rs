@@ -19,13 +19,12 @@ use crate::{
 };
 
 pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12", "7.3"]
+    ["6.1", "6.12"]
         .map(|generation| {
             Scenario::new(
                 format!("check::tells_what_apply_does_{generation}"),
                 move |bench| check(bench, generation),
             )
-            .more(generation == "6.12")
         })
         .into()
 }

@@ -5,7 +5,6 @@
 //! fails its scenario. A bed that is lost, all guests in it with it, is treated alike: said, counted, and tried once more.
 
 mod bench;
-mod beside;
 mod blocked;
 mod check;
 mod differential;
@@ -125,7 +124,6 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(check::scenarios());
     all.extend(faults::scenarios());
     all.extend(kinds::scenarios());
-    all.extend(beside::scenarios());
     all.extend(soak::scenarios());
     all.extend(patch_stack::scenarios());
     all.extend(tools::scenarios());

@@ -73,7 +73,7 @@ pub fn scenarios() -> Vec<Scenario> {
                     if pti { "_pti" } else { "" }
                 );
                 let run = move |bench: &Bench| rounds(bench, generation, cpus, pti);
-                all.push(Scenario::new(name, run).more(generation == "7.3" && cpus != 2));
+                all.push(Scenario::new(name, run).more(generation == "7.3" && (cpus != 2 || pti)));
             }
         }
     }

@@ -28,7 +28,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("tools::beside_a_patch_{generation}"),
                 move |bench| beside(bench, generation),
             )
-            .more(generation == "6.12"),
+            .more(generation != "7.3"),
         );
         all.push(
             Scenario::new(
