@@ -28,15 +28,26 @@ pub trait PhysMemory {
     /// # Errors
     /// As [`read`](Self::read). `buf` is as long as the parts together, or only what fits is filled.
     fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
-        let mut rest = buf;
-        for part in parts {
-            let len = part.len.min(rest.len());
-            let (now, later) = rest.split_at_mut(len);
-            self.read(GuestAddress(gpa.0.wrapping_add(part.offset)), now)?;
-            rest = later;
-        }
-        Ok(())
+        each_part(parts, buf, |offset, now| {
+            self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)
+        })
     }
+}
+
+/// Has every part of a structure read to its place in `buf`.
+pub(crate) fn each_part<E>(
+    parts: &[Part],
+    buf: &mut [u8],
+    mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut rest = buf;
+    for part in parts {
+        let len = part.len.min(rest.len());
+        let (now, later) = rest.split_at_mut(len);
+        read(part.offset, now)?;
+        rest = later;
+    }
+    Ok(())
 }
 
 /// Some bytes of a structure.
@@ -70,18 +81,13 @@ impl<M: GuestMemory> PhysMemory for M {
         let whole = ends.max().and_then(|end| usize::try_from(end).ok());
         // The structure's region is looked for once.
         let slice = whole.and_then(|whole| self.physical_memory()?.get_slice(gpa, whole).ok());
-        let mut rest = buf;
-        for part in parts {
-            let len = part.len.min(rest.len());
-            let (now, later) = rest.split_at_mut(len);
-            let place = usize::try_from(part.offset).ok();
-            let part_of = place.and_then(|place| slice.as_ref()?.subslice(place, len).ok());
-            if part_of.is_none_or(|slice| slice.copy_to(now) != len) {
-                let at = GuestAddress(gpa.0.wrapping_add(part.offset));
-                PhysMemory::read(self, at, now)?;
+        each_part(parts, buf, |offset, now| {
+            let place = usize::try_from(offset).ok();
+            let part = place.and_then(|place| slice.as_ref()?.subslice(place, now.len()).ok());
+            if part.is_some_and(|part| part.copy_to(now) == now.len()) {
+                return Ok(());
             }
-            rest = later;
-        }
-        Ok(())
+            PhysMemory::read(self, GuestAddress(gpa.0.wrapping_add(offset)), now)
+        })
     }
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use vm_memory::GuestAddress;
 
 use crate::addr::Gva;
-use crate::memory::{Part, PhysMemory, Unbacked};
+use crate::memory::{self, Part, PhysMemory, Unbacked};
 use crate::paging::{self, AddressSpace, Mapping, Unmapped};
 
 /// Slots of each translation cache; a power of two.
@@ -192,14 +192,7 @@ impl<'m> KernelMemory<'m> {
         if end <= left && self.phys.gather(GuestAddress(gpa), parts, buf).is_ok() {
             return Ok(());
         }
-        let mut rest = buf;
-        for part in parts {
-            let len = part.len.min(rest.len());
-            let (now, later) = rest.split_at_mut(len);
-            self.read(gva.add(part.offset), now)?;
-            rest = later;
-        }
-        Ok(())
+        memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
     }
 
     /// Where `gva` lies, and how many bytes from there on are contiguous.

@@ -18,6 +18,8 @@ const HOTPLUG: [&str; 2] = ["smpboot: ", "x86: Booting SMP configuration"];
 const START: Duration = Duration::from_secs(180);
 /// How long a transition may take in which nothing is in the way any more.
 const SOON: &str = "120";
+/// The same, for who waits here.
+const GETS_ON: Duration = Duration::from_secs(120);
 /// Exit status of the command line when the transition goes on.
 const TIMED_OUT: i32 = 4;
 
@@ -78,7 +80,8 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
         // What it waits for ends, and it comes by the boundary.
         guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
-        until_over(&outpatch)?;
+        let status = outpatch.json(&["status", "kinds"])?;
+        guest.rest().end(status, GETS_ON)?;
         let over = Tasks::of(&outpatch, "kinds")?;
         let moved = over.one(UNINTERRUPTIBLE)?;
         ensure!(moved["way"] == "boundary", "{moved}");
@@ -157,18 +160,9 @@ fn until_only(outpatch: &Outpatch, comm: &str) -> Result<Tasks> {
         if waiting.keys().eq([&comm]) {
             return Ok(tasks);
         }
-        ensure!(started.elapsed().as_secs() < 120, "these wait: {waiting:?}");
+        ensure!(started.elapsed() < GETS_ON, "these wait: {waiting:?}");
         std::thread::sleep(Duration::from_millis(300));
     }
-}
-
-fn until_over(outpatch: &Outpatch) -> Result<()> {
-    let started = std::time::Instant::now();
-    while outpatch.json(&["status", "kinds"])?["transition"] == true {
-        ensure!(started.elapsed().as_secs() < 120, "it does not end");
-        std::thread::sleep(Duration::from_millis(300));
-    }
-    Ok(())
 }
 
 /// Every task's part in the transition.
