@@ -34,7 +34,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -155,7 +155,10 @@ fn outside() -> ExitCode {
         .map(|scenario| {
             let tally = Arc::clone(&tally);
             Trial::test(scenario.name.clone(), move || {
-                run_in_bed(&scenario, &tally).map_err(|error| Failed::from(format!("{error:#}")))
+                let begun = Instant::now();
+                let ran = run_in_bed(&scenario, &tally);
+                println!("{} took {} s", scenario.name, begun.elapsed().as_secs());
+                ran.map_err(|error| Failed::from(format!("{error:#}")))
             })
         })
         .collect();
