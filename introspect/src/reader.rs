@@ -168,12 +168,10 @@ impl<'m> KernelMemory<'m> {
             let (gpa, left) = self.locate(at)?;
             let len = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at_mut(len);
-            self.phys
-                .read(GuestAddress(gpa), now)
-                .map_err(|cause| ReadError {
-                    gva: at,
-                    cause: cause.into(),
-                })?;
+            self.phys.read(gpa, now).map_err(|cause| ReadError {
+                gva: at,
+                cause: cause.into(),
+            })?;
             at = at.add(len as u64);
             rest = later;
         }
@@ -189,17 +187,20 @@ impl<'m> KernelMemory<'m> {
             .last()
             .map_or(0, |last| last.offset.saturating_add(last.len as u64));
         let (gpa, left) = self.locate(gva)?;
-        if end <= left && self.phys.gather(GuestAddress(gpa), parts, buf).is_ok() {
+        if end <= left && self.phys.gather(gpa, parts, buf).is_ok() {
             return Ok(());
         }
         memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
     }
 
-    /// Where `gva` lies, and how many bytes from there on are contiguous.
-    fn locate(&self, gva: Gva) -> Result<(u64, u64), ReadError> {
+    /// Where `gva` lies, and how many bytes from there on are contiguous. What was looked up once is remembered.
+    ///
+    /// # Errors
+    /// [`ReadError`] when it leads nowhere.
+    pub fn locate(&self, gva: Gva) -> Result<(GuestAddress, u64), ReadError> {
         let within = |frame: u64, size: u64| {
             let offset = gva.0 % size;
-            (frame.wrapping_add(offset), size - offset)
+            (GuestAddress(frame.wrapping_add(offset)), size - offset)
         };
         if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE) {
             return Ok(within(frame, LARGE_PAGE));

@@ -8,59 +8,40 @@
 //!
 //! Knows the lists that tasks are on; it must not know what stacks look like.
 
-use std::{
-    borrow::Cow,
-    cell::{Cell, OnceCell},
-    collections::HashMap,
-};
+use std::{collections::HashMap, num::NonZeroU64};
 
 use crate::{
     addr::Gva,
     kernel::Kernel,
-    reader::{KernelMemory, ReadError},
+    reader::KernelMemory,
     record::Records,
-    stack::{Stack, Verdict},
+    stack::Stack,
     stacks::Unwinder,
     stacks_cpu::StackPlaces,
-    task::{Task, TaskKind},
+    survey_seen::Brief,
+    task::{PatchState, Task, TaskKind},
     task_reader::{self, TaskReader},
     tasks::{MAX_TASKS, TasksError, check_count, check_lock},
     tasks_vcpus::{self, OnCpu},
     vcpu::VcpuRegs,
 };
 
+pub use crate::survey_seen::Seen;
+
 /// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
 const MOST_KEPT: usize = 1 << 15;
 const MOST_RAW: usize = 32 << 20;
-/// Nor is a stack of more frames.
-const MOST_FRAMES: usize = 32;
-
-/// A task, and its stack once somebody asked for it.
-#[derive(Clone, Debug)]
-pub struct Seen {
-    /// The task.
-    pub task: Task,
-    stack: OnceCell<Stack>,
-    /// What the caller found out about that stack.
-    mark: Cell<Option<u64>>,
-    kept: bool,
-    links: Links,
-}
-
-/// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Links {
-    thread: Gva,
-    process: Gva,
-    signal: Gva,
-}
 
 /// All tasks of a guest, as seen in the last look.
 #[derive(Clone, Debug)]
 pub struct Survey {
     seen: Vec<Seen>,
+    /// For each of them.
+    briefs: Vec<Brief>,
     /// Where in `seen` each is.
     at: HashMap<Gva, usize>,
+    /// Those that a vCPU runs.
+    running: Vec<usize>,
     /// So many of `seen` are on the lists; the others are idle, or have left them.
     listed: usize,
     /// What proves of each of those that it is the same, one behind the other; none when nothing is kept.
@@ -82,7 +63,9 @@ impl Survey {
     pub fn new() -> Survey {
         Survey {
             seen: Vec::new(),
+            briefs: Vec::new(),
             at: HashMap::new(),
+            running: Vec::new(),
             listed: 0,
             raw: Vec::new(),
             keep: true,
@@ -126,6 +109,7 @@ impl Survey {
         if self.generation != unwinder.generation() {
             self.generation = unwinder.generation();
             self.seen.iter_mut().for_each(Seen::forget);
+            self.briefs.iter_mut().for_each(|brief| brief.mark = None);
         }
         self.list_tasks(kernel, memory, vcpus)
     }
@@ -152,6 +136,36 @@ impl Survey {
     #[must_use]
     pub fn seen(&self) -> &[Seen] {
         &self.seen
+    }
+
+    /// Those of them that a vCPU runs, in the order of vCPUs.
+    pub fn running(&self) -> impl Iterator<Item = &Seen> {
+        self.running.iter().filter_map(|at| self.seen.get(*at))
+    }
+
+    /// The patch state of number `at` of [`seen`](Self::seen).
+    #[must_use]
+    pub fn patch_state(&self, at: usize) -> Option<PatchState> {
+        self.briefs.get(at)?.patch_state
+    }
+
+    /// Marks everybody whose stack is known, can be relied on and is as `wanted`. A mark goes when the stack is no longer known to be the
+    /// same; a task has one at a time.
+    pub fn mark(&mut self, mark: NonZeroU64, wanted: impl Fn(&Stack) -> bool) {
+        let listed = self.seen.iter().zip(&mut self.briefs).take(self.listed);
+        for (seen, brief) in listed.filter(|(_, brief)| brief.mark != Some(mark)) {
+            let stack = seen.known_stack().filter(|stack| stack.is_reliable());
+            let stays = !seen.moves() && seen.task.vcpu.is_none();
+            brief.mark = stack.filter(|stack| stays && wanted(stack)).map(|_| mark);
+        }
+    }
+
+    /// Whether number `at` of [`seen`](Self::seen) has this mark.
+    #[must_use]
+    pub fn is_marked(&self, at: usize, mark: NonZeroU64) -> bool {
+        self.briefs
+            .get(at)
+            .is_some_and(|brief| brief.mark == Some(mark))
     }
 
     pub(crate) fn into_tasks(self) -> Vec<Task> {
@@ -193,26 +207,30 @@ impl Survey {
         if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
             return Ok(false);
         }
-        for tail in self.seen.drain(self.listed..) {
-            self.at.remove(&tail.task.addr);
+        for tail in self.briefs.drain(self.listed..) {
+            self.at.remove(&tail.addr);
         }
-        for (seen, before) in self.seen.iter_mut().zip(self.raw.chunks_exact_mut(len)) {
-            let addr = seen.task.addr;
-            proof.hold(addr);
-            let Some(now) = proof.of(addr) else {
+        self.seen.truncate(self.listed);
+        let each = self.briefs.iter_mut().zip(self.raw.chunks_exact_mut(len));
+        for ((brief, before), seen) in each.zip(&mut self.seen) {
+            proof.hold(brief.addr);
+            let Some(now) = proof.of(brief.addr) else {
                 return Ok(false);
             };
             if *now == *before {
-                seen.settle();
+                if brief.mark.is_none() {
+                    seen.settle();
+                }
                 continue;
             }
-            let mut fresh = Seen::read(reader, addr)?;
+            let mut fresh = Seen::read(reader, brief.addr)?;
             if fresh.links != seen.links {
                 return Ok(false);
             }
             // Only now: as long as the two differ, nobody takes the old stack for the new one.
             before.copy_from_slice(&now);
             fresh.kept = true;
+            *brief = fresh.brief();
             *seen = fresh;
         }
         Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
@@ -282,16 +300,20 @@ impl Survey {
         }
         let mut seen = Seen::read(reader, addr)?;
         seen.kept = self.keep;
+        let mut mark = None;
         if self.keep
             && let Some(now) = proof.of(addr)
         {
-            if let Some(known) = old.seen(addr, &now) {
+            if let Some((known, known_mark)) = old.seen(addr, &now) {
                 seen.stack = std::mem::take(&mut known.stack);
-                seen.mark = known.mark.clone();
+                mark = known_mark;
             }
             self.raw.extend_from_slice(&now);
         }
         self.add(seen)?;
+        if let Some(brief) = self.briefs.last_mut() {
+            brief.mark = mark;
+        }
         if self.seen.len() > MOST_KEPT || self.raw.len() > MOST_RAW {
             self.keep = false;
             self.raw = Vec::new();
@@ -307,8 +329,13 @@ impl Survey {
         if self.at.insert(addr, self.seen.len()).is_some() {
             return Err(TasksError::Cycle(addr));
         }
-        self.seen.push(seen);
+        self.push(seen);
         Ok(())
+    }
+
+    fn push(&mut self, seen: Seen) {
+        self.briefs.push(seen.brief());
+        self.seen.push(seen);
     }
 
     /// Idle tasks are on no list; the boot CPU's is `init_task`.
@@ -337,18 +364,23 @@ impl Survey {
 
     /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
     fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[OnCpu]) {
+        self.running.clear();
         for on in running {
             if !self.at.contains_key(&on.task)
                 && let Ok(seen) = Seen::read(reader, on.task)
             {
                 self.at.insert(on.task, self.seen.len());
-                self.seen.push(seen);
+                self.push(seen);
             }
-            let known = self.at.get(&on.task);
-            if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
+            let Some(&at) = self.at.get(&on.task) else {
+                continue;
+            };
+            if let (Some(seen), Some(brief)) = (self.seen.get_mut(at), self.briefs.get_mut(at)) {
                 seen.task.vcpu = Some(on.vcpu);
                 seen.task.cpu = Some(on.cpu);
                 seen.forget();
+                brief.mark = None;
+                self.running.push(at);
             }
         }
     }
@@ -378,7 +410,7 @@ struct Old {
 
 impl Old {
     /// The task at `addr`, if it proves to be as it was.
-    fn seen(&mut self, addr: Gva, now: &[u8]) -> Option<&mut Seen> {
+    fn seen(&mut self, addr: Gva, now: &[u8]) -> Option<(&mut Seen, Option<NonZeroU64>)> {
         let at = *self.survey.at.get(&addr)?;
         let start = at.checked_mul(self.len)?;
         let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
@@ -387,84 +419,6 @@ impl Old {
         }
         let seen = self.survey.seen.get_mut(at)?;
         seen.settle();
-        Some(seen)
-    }
-}
-
-impl Seen {
-    fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Seen, ReadError> {
-        let layout = &reader.kernel.layout;
-        let next = |list| reader.fields.pointer(layout.list_next.of(list));
-        let task = reader.read(addr)?;
-        Ok(Seen {
-            links: Links {
-                thread: next(layout.task.thread_node.of(addr))?,
-                process: next(layout.task.tasks.of(addr))?,
-                signal: reader.fields.pointer(layout.task.signal.of(addr))?,
-            },
-            task,
-            stack: OnceCell::new(),
-            mark: Cell::new(None),
-            kept: false,
-        })
-    }
-
-    /// Whether its stack is known from before.
-    #[must_use]
-    pub fn is_walked(&self) -> bool {
-        self.stack.get().is_some()
-    }
-
-    /// Its stack, if that is known from before.
-    #[must_use]
-    pub fn known_stack(&self) -> Option<&Stack> {
-        self.stack.get()
-    }
-
-    /// Its kernel stack ([`Unwinder::stack`]), walked once while it stays the same; `regs` are those of the vCPU that runs it.
-    pub fn stack(
-        &self,
-        unwinder: &Unwinder,
-        memory: &KernelMemory<'_>,
-        regs: Option<&VcpuRegs>,
-    ) -> Cow<'_, Stack> {
-        if let Some(known) = self.stack.get() {
-            return Cow::Borrowed(known);
-        }
-        let walked = unwinder.stack(memory, &self.task, regs);
-        if self.kept && walked.frames.len() <= MOST_FRAMES {
-            Cow::Borrowed(self.stack.get_or_init(|| walked))
-        } else {
-            Cow::Owned(walked)
-        }
-    }
-
-    /// Before another look at a task of which nothing has changed: what a running one does shows in no counter, and what could not
-    /// be relied on may have been something else than its stack.
-    fn settle(&mut self) {
-        let unreliable = |stack: &Stack| stack.verdict != Verdict::Reliable;
-        let moves = self.task.on_cpu || self.task.vcpu.is_some() || self.task.exit_state != 0;
-        if moves || self.stack.get().is_some_and(unreliable) {
-            self.forget();
-        }
-        self.task.vcpu = None;
-    }
-
-    /// Marks the stack as it is kept; the mark goes when the stack is no longer known to be the same. Nothing if it is not kept.
-    pub fn set_mark(&self, mark: u64) {
-        if self.is_walked() {
-            self.mark.set(Some(mark));
-        }
-    }
-
-    /// The mark.
-    #[must_use]
-    pub fn mark(&self) -> Option<u64> {
-        self.mark.get()
-    }
-
-    fn forget(&mut self) {
-        self.stack = OnceCell::new();
-        self.mark.set(None);
+        Some((seen, self.survey.briefs.get(at)?.mark))
     }
 }

@@ -130,7 +130,7 @@ impl Guest {
         let memory = self.kernel.memory(memory);
         self.survey
             .walk_ahead(&self.kernel, &self.unwinder, &memory);
-        watch.note_ahead(self.survey.seen());
+        watch.mark_ahead(&mut self.survey);
     }
 
     /// Names of the modules that the guest has loaded. Only while paused.

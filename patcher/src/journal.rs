@@ -6,6 +6,8 @@
 //!
 //! Knows addresses and bytes only.
 
+use std::ops::Range;
+
 use introspect::reader::{KernelMemory, ReadError};
 use introspect::{Gva, PhysMemory};
 use vm_memory::GuestAddress;
@@ -13,19 +15,41 @@ use vm_memory::GuestAddress;
 use crate::error::PatchError;
 use crate::machine::{Machine, MachineError};
 
-/// One planned write.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Write {
-    /// Where, guest-physical.
-    pub gpa: GuestAddress,
-    /// What is to stand there.
-    pub bytes: Vec<u8>,
+/// Writes in their order. Their bytes lie one behind the other: a transition of many tasks has many small writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Writes {
+    /// Where each goes, and where its bytes are.
+    places: Vec<(GuestAddress, Range<usize>)>,
+    bytes: Vec<u8>,
+}
+
+impl Writes {
+    fn push(&mut self, gpa: GuestAddress, bytes: &[u8]) {
+        let start = self.bytes.len();
+        self.bytes.extend_from_slice(bytes);
+        self.places.push((gpa, start..self.bytes.len()));
+    }
+
+    fn iter(&self) -> impl DoubleEndedIterator<Item = (GuestAddress, &[u8])> {
+        let bytes = |place: &Range<usize>| self.bytes.get(place.clone()).unwrap_or_default();
+        self.places
+            .iter()
+            .map(move |(gpa, place)| (*gpa, bytes(place)))
+    }
+
+    /// Takes back all but the first `len`.
+    fn truncate(&mut self, len: usize) {
+        if let Some((_, place)) = self.places.get(len) {
+            self.bytes.truncate(place.start);
+        }
+        self.places.truncate(len);
+    }
 }
 
 /// The writes of one pause, in the order in which they are to happen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    writes: Vec<Write>,
+    writes: Writes,
 }
 
 impl Plan {
@@ -35,12 +59,9 @@ impl Plan {
         Plan::default()
     }
 
-    /// Adds a write at the end.
-    pub fn write(&mut self, gpa: GuestAddress, bytes: impl Into<Vec<u8>>) {
-        self.writes.push(Write {
-            gpa,
-            bytes: bytes.into(),
-        });
+    /// Adds a write of `bytes` at `gpa` at the end.
+    pub fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) {
+        self.writes.push(gpa, bytes);
     }
 
     /// Adds a write at a kernel virtual address, past the guest's own protection of the page.
@@ -53,28 +74,29 @@ impl Plan {
         gva: Gva,
         bytes: &[u8],
     ) -> Result<(), ReadError> {
-        let mut pieces = Vec::new();
+        let before = self.writes.places.len();
         let (mut at, mut rest) = (gva, bytes);
         while !rest.is_empty() {
-            let mapping = memory.translate(at)?;
-            let left = mapping.page_size - at.0 % mapping.page_size;
+            let (gpa, left) = match memory.locate(at) {
+                Ok(place) => place,
+                Err(error) => {
+                    self.writes.truncate(before);
+                    return Err(error);
+                }
+            };
             let len = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at(len);
-            pieces.push(Write {
-                gpa: mapping.gpa,
-                bytes: now.to_vec(),
-            });
+            self.writes.push(gpa, now);
             at = at.add(left);
             rest = later;
         }
-        self.writes.append(&mut pieces);
         Ok(())
     }
 
-    /// The writes, in order.
+    /// How many writes there are.
     #[cfg(test)]
-    pub fn writes(&self) -> &[Write] {
-        &self.writes
+    pub fn len(&self) -> usize {
+        self.writes.places.len()
     }
 
     /// Carries the plan out. Only while `machine` is paused.
@@ -83,23 +105,21 @@ impl Plan {
     /// [`PatchError::Machine`] with everything as before, or [`PatchError::Undo`] when putting back failed as well.
     pub fn commit<M: Machine>(&self, machine: &mut M) -> Result<Journal, PatchError> {
         let mut journal = Journal::default();
-        for write in &self.writes {
-            let mut old = vec![0; write.bytes.len()];
+        let mut old = Vec::new();
+        for (gpa, bytes) in self.writes.iter() {
+            old.resize(bytes.len(), 0);
             let done = machine
                 .memory()
-                .read(write.gpa, &mut old)
+                .read(gpa, &mut old)
                 .map_err(|e| MachineError::Memory {
                     gpa: e.gpa,
                     len: e.len,
                 })
-                .and_then(|()| machine.write(write.gpa, &write.bytes));
+                .and_then(|()| machine.write(gpa, bytes));
             if let Err(cause) = done {
                 return Err(journal.undo(machine, cause.into()));
             }
-            journal.before.push(Write {
-                gpa: write.gpa,
-                bytes: old,
-            });
+            journal.before.push(gpa, &old);
         }
         Ok(journal)
     }
@@ -108,7 +128,7 @@ impl Plan {
 /// What stood where a plan was carried out. Good for the pause it was made in.
 #[derive(Debug, Default)]
 pub struct Journal {
-    before: Vec<Write>,
+    before: Writes,
 }
 
 impl Journal {
@@ -116,8 +136,8 @@ impl Journal {
     /// as little as can be stays changed.
     pub fn undo<M: Machine>(&self, machine: &mut M, cause: PatchError) -> PatchError {
         let mut failed = None;
-        for write in self.before.iter().rev() {
-            if let Err(error) = machine.write(write.gpa, &write.bytes) {
+        for (gpa, bytes) in self.before.iter().rev() {
+            if let Err(error) = machine.write(gpa, bytes) {
                 failed.get_or_insert(error);
             }
         }
@@ -141,9 +161,9 @@ mod tests {
     /// Writes that overlap: putting back in any order but the reverse would leave the second's old bytes.
     fn plan() -> Plan {
         let mut plan = Plan::new();
-        plan.write(GuestAddress(AT), [1; 8]);
-        plan.write(GuestAddress(AT + 4), [2; 8]);
-        plan.write(GuestAddress(AT + 100), [3; 1]);
+        plan.write(GuestAddress(AT), &[1; 8]);
+        plan.write(GuestAddress(AT + 4), &[2; 8]);
+        plan.write(GuestAddress(AT + 100), &[3]);
         plan
     }
 
@@ -168,7 +188,7 @@ mod tests {
     #[test]
     fn any_failure_leaves_everything_as_it_was() {
         let before = machine().ram;
-        for failing in 0..plan().writes().len() {
+        for failing in 0..plan().len() {
             let mut machine = machine();
             machine.fail_at = Some(1 + failing);
             let error = plan().commit(&mut machine).unwrap_err();
@@ -182,7 +202,7 @@ mod tests {
         let mut machine = machine();
         let before = machine.ram.clone();
         let mut plan = plan();
-        plan.write(GuestAddress(0x3fff8), [9; 16]);
+        plan.write(GuestAddress(0x3fff8), &[9; 16]);
         let error = plan.commit(&mut machine).unwrap_err();
         assert!(
             matches!(

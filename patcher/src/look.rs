@@ -6,12 +6,14 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::num::NonZeroU64;
 
 use introspect::stacks::Unwinder;
 use introspect::survey::{Seen, Survey};
 use introspect::tasks::TasksError;
 use introspect::{
-    Frame, Gva, GvaRange, Kernel, KernelMemory, PhysMemory, Stack, Task, VcpuRegs, Verdict,
+    Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
+    Verdict,
 };
 
 use crate::error::PatchError;
@@ -25,7 +27,7 @@ use crate::status::TaskWay;
 pub struct Watch {
     pieces: Vec<(GvaRange, String)>,
     /// A number that a watch over other code does not have.
-    id: u64,
+    id: Option<NonZeroU64>,
 }
 
 impl Watch {
@@ -39,20 +41,17 @@ impl Watch {
     pub fn add(&mut self, code: GvaRange, name: impl Into<String>) {
         let mut hasher = DefaultHasher::new();
         (self.id, code.start, code.end).hash(&mut hasher);
-        self.id = hasher.finish();
+        self.id = NonZeroU64::new(hasher.finish());
         self.pieces.push((code, name.into()));
     }
 
-    /// Notes of everybody whose stack is known already whether it is free of this code, ahead of a look.
-    pub fn note_ahead(&self, all: &[Seen]) {
-        for seen in all.iter().filter(|seen| seen.is_walked()) {
-            if let Some(stack) = seen.known_stack()
-                && stack.is_reliable()
-                && self.first_hit(stack).is_none()
-            {
-                seen.set_mark(self.id);
-            }
-        }
+    /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
+    pub fn mark_ahead(&self, survey: &mut Survey) {
+        survey.mark(self.mark(), |stack| self.first_hit(stack).is_none());
+    }
+
+    fn mark(&self) -> NonZeroU64 {
+        self.id.unwrap_or(NonZeroU64::MIN)
     }
 
     /// The piece that `frame` is in, as `klp_check_stack_func` asks, and stricter: a call can be a function's last instruction,
@@ -91,8 +90,7 @@ pub struct Look<'a> {
     pub kernel: &'a Kernel,
     /// Its memory, for this pause.
     pub memory: KernelMemory<'a>,
-    /// Every task.
-    pub seen: &'a [Seen],
+    survey: &'a Survey,
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
     walked: Cell<usize>,
@@ -115,16 +113,28 @@ impl<'a> Look<'a> {
         Ok(Look {
             kernel,
             memory,
-            seen: survey.seen(),
+            survey,
             unwinder,
             vcpus,
             walked: Cell::new(0),
         })
     }
 
+    /// Every task, with what is known of it.
+    #[must_use]
+    pub fn seen(&self) -> &'a [Seen] {
+        self.survey.seen()
+    }
+
     /// Every task.
     pub fn tasks(&self) -> impl Iterator<Item = &'a Task> + use<'a> {
-        self.seen.iter().map(|seen| &seen.task)
+        self.seen().iter().map(|seen| &seen.task)
+    }
+
+    /// The patch state of number `at` of them; without a look at the task where nothing about it has changed.
+    #[must_use]
+    pub fn patch_state(&self, at: usize) -> Option<PatchState> {
+        self.survey.patch_state(at)
     }
 
     /// Names for the code on stacks.
@@ -155,13 +165,20 @@ impl<'a> Look<'a> {
         self.walked.get()
     }
 
-    /// Where a task stands.
+    /// Where task number `at` stands.
     #[must_use]
-    pub fn standing(&self, seen: &'a Seen, watch: &Watch) -> Standing {
+    pub fn standing(&self, at: usize, watch: &Watch) -> Standing {
         // A running task's stack is never kept, and so never marked.
-        if seen.mark() == Some(watch.id) {
+        if self.survey.is_marked(at, watch.mark()) {
             return Standing::Clean(TaskWay::Stack);
         }
+        match self.seen().get(at) {
+            Some(seen) => self.standing_of(seen, watch),
+            None => Standing::Blocked("it is not there".into()),
+        }
+    }
+
+    fn standing_of(&self, seen: &'a Seen, watch: &Watch) -> Standing {
         let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
             return Standing::Blocked(self.unreliable(&stack, &reason.to_string()));
@@ -180,9 +197,9 @@ impl<'a> Look<'a> {
     #[must_use]
     pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
         const IF: u64 = 1 << 9;
-        let running = self.tasks().filter_map(|task| {
-            let vcpu = self.vcpu_of(task)?;
-            (vcpu.online && !vcpu.foreign).then_some((vcpu, task.cpu?))
+        let running = self.survey.running().filter_map(|seen| {
+            let vcpu = self.vcpu_of(&seen.task)?;
+            (vcpu.online && !vcpu.foreign).then_some((vcpu, seen.task.cpu?))
         });
         running.max_by_key(|(vcpu, _)| (vcpu.rflags & IF != 0, vcpu.cpl))
     }
@@ -199,7 +216,8 @@ impl<'a> Look<'a> {
                     vcpu.index
                 )));
             }
-            if !self.tasks().any(|task| task.vcpu == Some(vcpu.index)) {
+            let runs_here = |seen: &Seen| seen.task.vcpu == Some(vcpu.index);
+            if !self.survey.running().any(runs_here) {
                 return Err(Stop::Busy(format!(
                     "vCPU {} is between two tasks",
                     vcpu.index
@@ -214,8 +232,8 @@ impl<'a> Look<'a> {
     /// # Errors
     /// [`Stop::Busy`].
     pub fn no_vcpu_in(&self, watch: &Watch) -> Result<(), Stop> {
-        let running = self.seen.iter().filter(|seen| seen.task.vcpu.is_some());
-        self.none_in(running, watch)
+        let each = self.survey.running();
+        none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, watch))))
     }
 
     /// No task is in any of `watch`, for certain.
@@ -223,22 +241,8 @@ impl<'a> Look<'a> {
     /// # Errors
     /// [`Stop::Busy`] with the first that is, or may be.
     pub fn no_task_in(&self, watch: &Watch) -> Result<(), Stop> {
-        self.none_in(self.seen.iter(), watch)
-    }
-
-    fn none_in(
-        &self,
-        mut tasks: impl Iterator<Item = &'a Seen>,
-        watch: &Watch,
-    ) -> Result<(), Stop> {
-        let found = tasks.find_map(|seen| match self.standing(seen, watch) {
-            Standing::Clean(_) => None,
-            Standing::Blocked(why) => Some((&seen.task, why)),
-        });
-        match found {
-            None => Ok(()),
-            Some((task, why)) => Err(Stop::Busy(format!("{} ({}): {why}", task.comm, task.pid))),
-        }
+        let each = self.seen().iter().enumerate();
+        none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
     }
 
     fn blocked_in(&self, frame: &Frame, name: &str) -> String {
@@ -264,6 +268,17 @@ impl<'a> Look<'a> {
             }
             None => format!("stack not reliable: {reason}"),
         }
+    }
+}
+
+fn none_blocked<'t>(mut each: impl Iterator<Item = (&'t Task, Standing)>) -> Result<(), Stop> {
+    let found = each.find_map(|(task, standing)| match standing {
+        Standing::Clean(_) => None,
+        Standing::Blocked(why) => Some((task, why)),
+    });
+    match found {
+        None => Ok(()),
+        Some((task, why)) => Err(Stop::Busy(format!("{} ({}): {why}", task.comm, task.pid))),
     }
 }
 

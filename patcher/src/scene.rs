@@ -6,7 +6,6 @@
 
 mod writes;
 
-use introspect::survey::Seen;
 use introspect::{PatchState, Task};
 
 use crate::error::PatchError;
@@ -115,7 +114,7 @@ impl<'a> Scene<'a> {
     pub fn go_on(&self, direction: Direction) -> Result<Step, Stop> {
         self.is_ours(direction)?;
         let target = direction.target();
-        let standings = self.standings(direction, |task| state(task) != target);
+        let standings = self.standings(direction, |state| state != target);
         let mut step = Step::new(self.findings(&standings, target, None));
         if step.findings.iter().all(is_there) {
             match self.may_end(direction) {
@@ -235,7 +234,7 @@ impl<'a> Scene<'a> {
         // Whoever is just storing the old target would store it after us.
         self.look.no_vcpu_in(&self.switching())?;
         let target = to.target();
-        let standings = self.standings(to, |task| state(task) != target);
+        let standings = self.standings(to, |state| state != target);
         let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
         self.plan_globals(target, Some(self.dummy), &mut step.plan)?;
         for (task, standing) in self.look.tasks().zip(&standings) {
@@ -272,10 +271,10 @@ impl<'a> Scene<'a> {
     }
 
     fn no_states(&self) -> Result<(), Stop> {
-        let other = |task: &&Task| task.patch_state != Some(PatchState::Idle);
-        match self.look.tasks().find(other) {
+        let other = |(at, _): &(usize, &Task)| self.state(*at) != NO_STATE;
+        match self.look.tasks().enumerate().find(other) {
             None => Ok(()),
-            Some(task) => Err(Stop::Busy(format!(
+            Some((_, task)) => Err(Stop::Busy(format!(
                 "{} ({}) has a patch state already",
                 task.comm, task.pid
             ))),
@@ -315,29 +314,29 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// Where each task stands; those that `ask` leaves out are taken to be clean.
-    fn standings(&self, direction: Direction, ask: impl Fn(&Task) -> bool) -> Vec<Standing> {
+    /// The patch state of task number `at` of the look.
+    fn state(&self, at: usize) -> i32 {
+        number(self.look.patch_state(at))
+    }
+
+    /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
+    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> Vec<Standing> {
         let watch = direction.watch(self.patch);
-        let stand = |seen: &'a Seen| {
-            let task = &seen.task;
-            if !ask(task) {
-                return Standing::Clean(TaskWay::Stack);
-            }
-            match task.patch_state {
-                Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
-                    "its patch_state is {state}, which no kernel writes"
-                )),
-                _ => self.look.standing(seen, &watch),
-            }
+        let stand = |at| match self.look.patch_state(at) {
+            state if !ask(number(state)) => Standing::Clean(TaskWay::Stack),
+            Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
+                "its patch_state is {state}, which no kernel writes"
+            )),
+            _ => self.look.standing(at, &watch),
         };
-        self.look.seen.iter().map(stand).collect()
+        (0..self.look.seen().len()).map(stand).collect()
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
     fn findings(&self, standings: &[Standing], target: i32, way: Option<TaskWay>) -> Vec<Finding> {
-        let each = self.look.tasks().zip(standings);
-        each.map(|(task, standing)| match standing {
-            _ if state(task) == target => Finding::There(way),
+        let each = standings.iter().enumerate();
+        each.map(|(at, standing)| match standing {
+            _ if self.state(at) == target => Finding::There(way),
             other => finding(other),
         })
         .collect()
@@ -404,7 +403,11 @@ impl Step {
 
 /// The task's patch state as a number; `NO_STATE` in a kernel that has none.
 fn state(task: &Task) -> i32 {
-    match task.patch_state {
+    number(task.patch_state)
+}
+
+fn number(state: Option<PatchState>) -> i32 {
+    match state {
         None | Some(PatchState::Idle) => NO_STATE,
         Some(PatchState::Unpatched) => 0,
         Some(PatchState::Patched) => 1,

@@ -265,7 +265,7 @@ impl Patcher {
                 signal: self.waker.as_ref().filter(|_| signals),
             };
             let step = make(&scene);
-            (step, look.seen.len(), look.walked())
+            (step, look.seen().len(), look.walked())
         };
         paused.saw(tasks, walked);
         let step = step?;

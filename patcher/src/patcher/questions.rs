@@ -34,7 +34,7 @@ impl Patcher {
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
         self.look(machine, |patches, look| {
-            let seen = look.seen.iter().find(|seen| seen.task.pid == pid);
+            let seen = look.seen().iter().find(|seen| seen.task.pid == pid);
             let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
             Ok(look.names(patches).stack(&seen.task, &look.stack(seen)))
         })
@@ -48,7 +48,7 @@ impl Patcher {
         self.look(machine, |patches, look| {
             let names = look.names(patches);
             let name = |seen: &Seen| names.stack(&seen.task, &look.stack(seen));
-            Ok(look.seen.iter().map(name).collect())
+            Ok(look.seen().iter().map(name).collect())
         })
     }
 
@@ -132,7 +132,7 @@ impl Patcher {
             let mut paused = Paused::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
                 let look = guest.look(paused.memory(), &paused.vcpus)?;
-                (question(patches, &look), look.seen.len(), look.walked())
+                (question(patches, &look), look.seen().len(), look.walked())
             };
             paused.saw(tasks, walked);
             Ok(answer?)
