@@ -181,7 +181,7 @@ impl CoreMachine {
     }
 }
 
-/// As much of a core's memory as is not zero, in a mapping of its own.
+/// As much of a core's memory as is not zero, in a mapping as the VMM's own guests have.
 ///
 /// # Errors
 /// When it cannot be read, or there is no room for it.
@@ -191,6 +191,7 @@ pub fn map(core: &CoreFile) -> Result<GuestMemoryMmap> {
         .map(|(start, len)| Ok((start, usize::try_from(len)?)))
         .collect::<Result<_>>()?;
     let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
+    vmm::slots::prefer_large_pages(&mapped);
     let mut chunk = vec![0; CHUNK];
     for (start, len) in core.ranges() {
         for done in (0..len).step_by(CHUNK) {

@@ -12,7 +12,7 @@ use crate::error::RunError;
 use crate::kvm_run::ImmediateExit;
 use crate::layout::{self, HIDDEN_UNIT};
 use crate::memory::VmMemory;
-use crate::slots::Slots;
+use crate::slots::{Slots, prefer_large_pages};
 
 /// The most hidden memory that a guest is given, all together.
 const HIDDEN_LIMIT: u64 = 1 << 30;
@@ -267,9 +267,9 @@ fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, RunError> {
         .into_iter()
         .map(|(start, len)| Ok((start, usize::try_from(len).map_err(|e| no(e.to_string()))?)))
         .collect::<Result<Vec<_>, RunError>>()?;
-    GuestMemoryMmap::from_ranges(&ranges)
-        .map(VmMemory::new)
-        .map_err(|e| no(e.to_string()))
+    let ram = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| no(e.to_string()))?;
+    prefer_large_pages(&ram);
+    Ok(VmMemory::new(ram))
 }
 
 /// The lowest address from `base` on where `len` bytes fit between `used`, which is sorted.
