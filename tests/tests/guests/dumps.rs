@@ -62,11 +62,20 @@ fn same_tasks(outpatch: &Outpatch, core: &str) -> Result<Vec<Value>> {
 }
 
 fn same_stacks(outpatch: &Outpatch, tasks: &[Value], core: &str) -> Result<()> {
-    for task in tasks {
-        let pid = task["pid"].to_string();
-        let live = outpatch.json(&["stack", &pid])?;
-        let offline = outpatch.of_core(&["stack", &pid], core)?;
-        ensure!(live == offline, "\nguest {live}\ncore  {offline}");
+    let live = outpatch.json(&["stack"])?;
+    let offline = outpatch.of_core(&["stack"], core)?;
+    ensure!(live == offline, "\nguest {live}\ncore  {offline}");
+    let stacks = live.as_array().context("stack is no list")?;
+    let of = |stack: &Value| stack["task"].clone();
+    ensure!(stacks.iter().map(of).eq(tasks.iter().cloned()), "{live}");
+    // One by one they are the same.
+    for stack in stacks.iter().step_by(10) {
+        let pid = stack["task"]["pid"].to_string();
+        let alone = outpatch.of_core(&["stack", &pid], core)?;
+        let first = stacks
+            .iter()
+            .find(|other| other["task"]["pid"] == stack["task"]["pid"]);
+        ensure!(Some(&alone) == first, "\nalone {alone}\namong {stack}");
     }
     Ok(())
 }

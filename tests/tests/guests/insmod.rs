@@ -14,9 +14,9 @@ use crate::{
 pub fn scenarios() -> Vec<Scenario> {
     ["6.1", "6.12"]
         .map(|generation| {
-            Scenario::new(format!("insmod::same_files_{generation}"), move |bench| {
-                same_files(bench, generation)
-            })
+            let name = format!("insmod::same_files_{generation}");
+            let run = move |bench: &Bench| same_files(bench, generation);
+            Scenario::new(name, run).more(generation == "6.1")
         })
         .into()
 }

@@ -33,6 +33,8 @@ pub trait Control: Send + 'static {
     fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem>;
     /// One task's stack.
     fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem>;
+    /// Every task's stack.
+    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem>;
     /// All symbols.
     fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem>;
     /// Writes a core of the guest to a new file at this absolute path.

@@ -96,6 +96,14 @@ impl Control for Guest {
         Ok(stack.into())
     }
 
+    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem> {
+        let stacks = self
+            .patcher
+            .stacks(&mut self.machine)
+            .map_err(|error| problem(&error))?;
+        Ok(stacks.into_iter().map(wire::TaskStack::from).collect())
+    }
+
     fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
         let symbols = self
             .patcher

@@ -60,6 +60,7 @@ pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::DELETE, path: "/vm", handler: |m| on(m, stop_vm) },
     Route { method: Method::GET, path: "/tasks", handler: |m| on(m, tasks) },
     Route { method: Method::GET, path: "/tasks/{pid}/stack", handler: |m| on(m, stack) },
+    Route { method: Method::GET, path: "/stacks", handler: |m| on(m, stacks) },
     Route { method: Method::GET, path: "/symbols", handler: |m| on(m, symbols) },
     Route { method: Method::POST, path: "/dumps", handler: |m| on(m, dump) },
     Route { method: Method::POST, path: "/checks", handler: |m| on(m, check) },
@@ -133,6 +134,10 @@ async fn stack(
         )
     })?;
     Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
+}
+
+async fn stacks(State(app): State<App>) -> Result<Json<Vec<wire::TaskStack>>, Problem> {
+    Ok(Json(app.mailbox.look(|c| c.stacks()).await??))
 }
 
 async fn symbols(State(app): State<App>) -> Result<Json<Vec<wire::Symbol>>, Problem> {

@@ -154,6 +154,10 @@ impl Control for FakeGuest {
         })
     }
 
+    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem> {
+        self.stack(1).map(|stack| vec![stack])
+    }
+
     fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
         Ok(vec![wire::Symbol {
             address: "0xffffffff81000000".into(),

@@ -47,6 +47,8 @@ fn tasks_and_stacks_are_told() {
     let stack = served.ask("GET", "/tasks/1/stack", b"").json();
     assert_eq!(stack["reliable"], true);
     assert_eq!(stack["frames"][0]["symbol"], "do_wait+0x1/0x2");
+    let all = served.ask("GET", "/stacks", b"").json();
+    assert_eq!(all, json!([stack]));
     served
         .ask("GET", "/tasks/7/stack", b"")
         .refused(Kind::NotFound);

@@ -123,7 +123,7 @@ pub struct Task {
     pub comm: String,
 }
 
-/// `GET /tasks/{pid}/stack`.
+/// `GET /tasks/{pid}/stack`, and one of `GET /stacks`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskStack {
     /// Whose stack.

@@ -49,6 +49,13 @@ impl CoreGuest {
         Ok(stack.map_err(|error| self.failed(error))?.into())
     }
 
+    /// Every task's stack.
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+        let stacks = self.patcher.stacks(&mut self.machine);
+        let stacks = stacks.map_err(|error| self.failed(error))?;
+        Ok(stacks.into_iter().map(TaskStack::from).collect())
+    }
+
     /// What applying a module, read from `file`, would come to.
     pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
         let report = self.patcher.check(&mut self.machine, module);

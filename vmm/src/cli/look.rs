@@ -46,10 +46,36 @@ pub fn stack(
     if json {
         return Ok(screen.json(&stack)?);
     }
-    for line in frames(&stack, all) {
+    show(&stack, all, screen)
+}
+
+/// Every task's stack, each below a line that says whose.
+pub fn stacks(
+    guest: &mut Guest,
+    all: bool,
+    json: bool,
+    screen: &mut Screen<'_>,
+) -> Result<(), VerbError> {
+    let stacks = guest.stacks()?;
+    if json {
+        return Ok(screen.json(&stacks)?);
+    }
+    for stack in &stacks {
+        let Task {
+            pid, state, comm, ..
+        } = &stack.task;
+        screen.line(Tone::Plain, &format!("{pid} {comm} ({state})"))?;
+        show(stack, all, screen)?;
+        screen.line(Tone::Plain, "")?;
+    }
+    Ok(())
+}
+
+fn show(stack: &TaskStack, all: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+    for line in frames(stack, all) {
         screen.line(Tone::Plain, &line)?;
     }
-    let (tone, verdict) = verdict(&stack);
+    let (tone, verdict) = verdict(stack);
     Ok(screen.line(tone, &verdict)?)
 }
 

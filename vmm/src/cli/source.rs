@@ -83,6 +83,14 @@ impl Guest {
         }
     }
 
+    /// Every task's stack.
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+        match self {
+            Guest::Live(connection) => Ok(connection.get("/stacks")?),
+            Guest::Core(core) => core.stacks(),
+        }
+    }
+
     /// What applying the module in `file` would come to.
     pub fn check(&mut self, file: &Path) -> Result<CheckReport, VerbError> {
         let module = read_module(file)?;

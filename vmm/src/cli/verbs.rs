@@ -60,11 +60,11 @@ pub enum Verb {
         #[command(flatten)]
         source: Source,
     },
-    /// Show a task's kernel stack, as /proc/PID/stack would, and whether it can be relied on.
+    /// Show kernel stacks, as /proc/PID/stack would, and whether they can be relied on.
     #[command(after_help = EXIT_STATUSES)]
     Stack {
-        /// Thread id; 0: the idle task of CPU 0.
-        pid: i32,
+        /// Thread id; 0: the idle task of CPU 0. Without: every task, of one moment.
+        pid: Option<i32>,
         /// Also the scheduler's own frames at the top, which /proc/PID/stack leaves out.
         #[arg(long)]
         all: bool,
@@ -291,7 +291,11 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
     match verb {
         Verb::Ps { source } => look::ps(&mut source.open()?, source.json(), screen),
         Verb::Stack { pid, all, source } => {
-            look::stack(&mut source.open()?, pid, all, source.json(), screen)
+            let guest = &mut source.open()?;
+            match pid {
+                Some(pid) => look::stack(guest, pid, all, source.json(), screen),
+                None => look::stacks(guest, all, source.json(), screen),
+            }
         }
         Verb::Symbols { source } => look::symbols(&mut source.open()?, source.json(), screen),
         Verb::Check { file, source } => {

@@ -119,6 +119,16 @@ impl Control for MadeUp {
         }
     }
 
+    fn stacks(&mut self) -> Result<Vec<TaskStack>, Problem> {
+        let evil = TaskStack {
+            task: task(77, "evil\x1b[2J"),
+            reliable: false,
+            reason: Some("no rule for this code".to_owned()),
+            frames: vec![],
+        };
+        Ok(vec![self.stack(1)?, evil])
+    }
+
     fn dump(&mut self, path: &Path) -> Result<Dump, Problem> {
         Ok(Dump {
             path: path.display().to_string(),

@@ -94,6 +94,13 @@ fn tasks_and_stacks_are_printed_as_people_know_them() {
     assert_eq!(bench.json(&["ps", "--json"])[1]["pid"], 77);
     let stack = bench.json(&["stack", "1", "--json"]);
     assert_eq!(stack["frames"].as_array().unwrap().len(), 2);
+    let everybody = bench.ok(&["stack"]);
+    assert_eq!(
+        everybody,
+        "1 init (S)\n[<0>] do_wait+0x5a/0x120\nreliable\n\n77 evil?[2J (S)\nunreliable: no rule for this code\n\n"
+    );
+    let stacks = bench.json(&["stack", "--json"]);
+    assert_eq!(stacks[0], stack);
     let line = refused(&bench.run(&["stack", "5"]), 1);
     assert_eq!(line, "outpatch: no task with pid 5; look\n");
 }
