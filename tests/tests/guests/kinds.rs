@@ -251,18 +251,26 @@ impl Tasks {
         Ok(())
     }
 
-    /// All that slept interruptibly came by the boundary, once signalled; nobody else was signalled.
+    /// All that slept interruptibly moved once they were signalled: by the boundary, or a few by their stack, where a pause came
+    /// while they were on the way there. Nobody else was signalled.
     fn moved_by_signal(&self) -> Result<()> {
+        let (mut boundary, mut stack) = (0, 0);
         for task in &self.0 {
             let comm = task["comm"].as_str().unwrap_or_default();
             let signals = task["signals"].as_u64().context("no signals")?;
             let in_pause = INTERRUPTIBLE.contains(&comm) || PAUSING.contains(&comm);
-            if in_pause {
-                ensure!(task["way"] == "boundary" && signals > 0, "{task}");
-            } else if comm != UNINTERRUPTIBLE {
-                ensure!(signals == 0, "{task}");
+            ensure!(
+                in_pause == (signals > 0) || comm == UNINTERRUPTIBLE,
+                "{task}"
+            );
+            match task["way"].as_str() {
+                Some("boundary") if in_pause => boundary += 1,
+                Some("stack") if in_pause => stack += 1,
+                way => ensure!(!in_pause, "{way:?}: {task}"),
             }
         }
+        println!("signalled: {boundary} came by the boundary, {stack} were met on the way");
+        ensure!(boundary > stack, "most were met on the way");
         Ok(())
     }
 
