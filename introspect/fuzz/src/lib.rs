@@ -20,8 +20,8 @@ use introspect::orc::Encoding;
 use introspect::orc_table::OrcTable;
 use introspect::survey::Survey;
 use introspect::{
-    AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Unwinder,
-    VcpuRegs,
+    AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Task,
+    Unwinder, VcpuRegs,
 };
 use vm_memory::GuestAddress;
 
@@ -198,6 +198,7 @@ pub fn tasks(data: &[u8]) -> usize {
     };
     let good = Mutated::new(ram(), &PARTS, &[]);
     let _ = look(&mut survey, &good);
+    let before: Vec<Task> = survey.seen().iter().map(|seen| seen.task.clone()).collect();
     let again = look(&mut survey, &memory);
     // The heads of threads are not looked at again: no kernel changes them alone.
     let heads = |memory: &dyn PhysMemory| {
@@ -210,10 +211,58 @@ pub fn tasks(data: &[u8]) -> usize {
     if let (Ok(found), Ok(())) = (&found, again)
         && heads(&memory) == heads(&good)
     {
-        let seen = survey.seen().iter().map(|seen| &seen.task);
-        assert!(seen.eq(found), "a survey sees other tasks");
+        let seen = survey.seen();
+        assert_eq!(seen.len(), found.len(), "a survey sees other tasks");
+        for (seen, found) in seen.iter().map(|seen| &seen.task).zip(found) {
+            let kept =
+                || before.iter().any(|old| own(old) == own(seen)) && proof(seen) == proof(found);
+            assert!(
+                seen == found || kept(),
+                "a survey sees {seen:?} and not {found:?}"
+            );
+        }
     }
     found.map_or(0, |tasks| tasks.len())
+}
+
+/// What a task only changes itself, by running: where it has not run, that is not looked at again.
+fn own(task: &Task) -> impl PartialEq {
+    let Task {
+        addr,
+        pid,
+        tgid,
+        sp,
+        ..
+    } = *task;
+    (addr, pid, tgid, sp, task.exit_state, task.comm.clone())
+}
+
+/// What others change of it, or who runs it: that is looked at.
+fn proof(task: &Task) -> impl PartialEq {
+    let Task {
+        addr,
+        tif,
+        cpu,
+        vcpu,
+        ..
+    } = *task;
+    let Task {
+        state,
+        flags,
+        stack,
+        ..
+    } = *task;
+    (
+        addr,
+        tif,
+        cpu,
+        vcpu,
+        state,
+        flags,
+        stack,
+        task.on_cpu,
+        task.patch_state,
+    )
 }
 
 /// The list of modules, their symbols and their unwind data: damage to them.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use introspect::survey::Seen;
+use introspect::survey::{Seen, Survey};
 use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use super::{Patcher, not_found, patiently};
@@ -129,6 +129,8 @@ impl Patcher {
         } = self;
         let guest = guest.as_mut().ok_or_else(not_found)?;
         patiently(|| {
+            // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
+            guest.survey = Survey::new();
             let mut paused = Paused::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
                 let look = guest.look(paused.memory(), &paused.vcpus)?;
