@@ -30,6 +30,8 @@ pub const STOLEN_TIME: [&str; 3] = [
     "sched: DL replenish lagged too much",
     "sched: RT throttling activated",
 ];
+/// Prints the kernel's log without its time stamps.
+const LOG: &str = r"dmesg -r | sed 's/^<[0-9]*>\[[^]]*\] //'";
 /// What the guests' init prints when its shell is there.
 const READY: &str = "outpatch guest ready";
 
@@ -61,6 +63,13 @@ pub struct Guest {
     outpatch: Outpatch,
     socket: PathBuf,
     commands: u32,
+}
+
+/// What a guest's log was, to hold it against what it is later. The text stays in the guest: a serial console is slow.
+#[derive(Clone, Debug)]
+pub struct Log {
+    lines: usize,
+    sum: String,
 }
 
 impl Guest {
@@ -194,13 +203,41 @@ impl Guest {
         Ok((status, text.replace('\r', "").trim().to_owned()))
     }
 
-    /// The kernel's log, time stamps cut off.
+    /// The kernel's log as it is now. What is compared are its texts: its time stamps are left out.
     ///
     /// # Errors
     /// When the guest does not answer.
-    pub fn dmesg(&mut self) -> Result<Vec<String>> {
-        let log = self.sh("dmesg -r | sed 's/^<[0-9]*>\\[[^]]*\\] //'")?;
-        Ok(log.lines().map(str::to_owned).collect())
+    pub fn dmesg(&mut self) -> Result<Log> {
+        let said = self.sh(&format!(
+            "{LOG} > /tmp/log; wc -l < /tmp/log; md5sum < /tmp/log; rm /tmp/log"
+        ))?;
+        let mut words = said.split_whitespace();
+        let (Some(lines), Some(sum)) = (words.next(), words.next()) else {
+            bail!("of its log, the guest says {said:?}");
+        };
+        Ok(Log {
+            lines: lines.parse().context(said.clone())?,
+            sum: sum.to_owned(),
+        })
+    }
+
+    /// The lines that came to the log after `before`.
+    ///
+    /// # Errors
+    /// When the lines of before are not there as they were.
+    pub fn dmesg_since(&mut self, before: &Log) -> Result<Vec<String>> {
+        let Log { lines, sum } = before;
+        let text = self.sh(&format!(
+            "{LOG} | head -n {lines} | md5sum; {LOG} | tail -n +{}",
+            lines + 1
+        ))?;
+        let (now, new) = text.split_once('\n').unwrap_or((&text, ""));
+        ensure!(
+            now.split_whitespace().next() == Some(sum),
+            "the first {lines} lines of the guest's log are not what they were: it is\n{}",
+            self.sh(LOG)?
+        );
+        Ok(new.lines().map(str::to_owned).collect())
     }
 
     /// Nothing in the guest may show that it was patched: no taint, no warning, no lockup, no line in its log since `before` but
@@ -208,20 +245,12 @@ impl Guest {
     ///
     /// # Errors
     /// When the guest's log or taint says otherwise.
-    pub fn expect_unharmed(&mut self, before: &[String]) -> Result<()> {
+    pub fn expect_unharmed(&mut self, before: &Log) -> Result<()> {
         let taint = self.sh("cat /proc/sys/kernel/tainted")?;
         ensure!(taint == "0", "the guest is tainted: {taint}");
-        let log = self.dmesg()?;
-        let other = before.iter().zip(&log).find(|(then, now)| then != now);
-        ensure!(
-            log.len() >= before.len() && other.is_none(),
-            "the guest's log lost lines: it had {}, has {}, and the first that is not the same is {other:?}",
-            before.len(),
-            log.len()
-        );
-        let (stolen, new): (Vec<_>, Vec<_>) = log[before.len()..]
-            .iter()
-            .map(String::as_str)
+        let (stolen, new): (Vec<_>, Vec<_>) = self
+            .dmesg_since(before)?
+            .into_iter()
             .partition(|line| STOLEN_TIME.iter().any(|text| line.starts_with(text)));
         if !stolen.is_empty() {
             println!("the guest noticed that it did not run for a while: {stolen:?}");

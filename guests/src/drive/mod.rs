@@ -9,6 +9,6 @@ pub mod outpatch;
 pub mod rest;
 
 pub use emulated::Emulated;
-pub use guest::{Guest, GuestSpec, MEMORY_MIB};
+pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};
 pub use rest::Rest;

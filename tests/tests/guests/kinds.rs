@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use guests::drive::{Guest, Outpatch};
+use guests::drive::{Guest, Log, Outpatch, STOLEN_TIME};
 use serde_json::Value;
 
 use crate::{Scenario, bench::Bench};
@@ -67,7 +67,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
         let reply = outpatch.call(&["apply", patch, "--timeout", "5"])?;
         ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
-        let log = unplug_and_plug(guest, cpus, log)?;
+        let log = unplug_and_plug(guest, cpus, &log)?;
         let before = Tasks::of(&outpatch, "kinds")?;
         before.as_documented()?;
         before.blocked_are(&[&INTERRUPTIBLE[..], &PAUSING, &[UNINTERRUPTIBLE]].concat())?;
@@ -97,7 +97,10 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
 /// All of them, at their places.
 fn start(guest: &mut Guest) -> Result<()> {
-    guest.sh(&format!("sleeper {SLEEPERS} & kinds & sleep 1"))?;
+    // What looks at them is not to wait for the busy ones.
+    guest.sh(&format!(
+        "sleeper {SLEEPERS} & kinds & renice -n -20 -p $$; sleep 1"
+    ))?;
     for (what, until) in [
         (
             "sleepers",
@@ -120,14 +123,19 @@ until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done; 
     Ok(())
 }
 
-/// The last CPU goes and comes back; the log, with what the kernel has to say of that.
-fn unplug_and_plug(guest: &mut Guest, cpus: u32, mut log: Vec<String>) -> Result<Vec<String>> {
+/// The last CPU goes and comes back, of which the kernel says so in its log, and nothing else.
+fn unplug_and_plug(guest: &mut Guest, cpus: u32, before: &Log) -> Result<Log> {
     let cpu = format!("/sys/devices/system/cpu/cpu{}/online", cpus - 1);
     guest.sh(&format!("echo 0 > {cpu}; sleep 1; echo 1 > {cpu}"))?;
     ensure!(guest.sh(&format!("cat {cpu}"))? == "1", "the CPU is off");
-    let new = guest.dmesg()?.split_off(log.len());
-    let hotplug = |line: &String| HOTPLUG.iter().any(|words| line.starts_with(words));
-    log.extend(new.into_iter().filter(hotplug));
+    let log = guest.dmesg()?;
+    for line in guest.dmesg_since(before)? {
+        let expected = HOTPLUG.iter().chain(&STOLEN_TIME);
+        ensure!(
+            expected.into_iter().any(|words| line.starts_with(words)),
+            "in the guest's log: {line}"
+        );
+    }
     Ok(log)
 }
 

@@ -112,7 +112,6 @@ impl Scenario {
 fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     all.extend(machine::scenarios());
-    all.extend(stacks::scenarios());
     all.extend(symbols::scenarios());
     all.extend(flavours::scenarios());
     all.extend(dumps::scenarios());

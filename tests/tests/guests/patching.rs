@@ -77,7 +77,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 let plain = match generation {
                     "6.1" => pti == (cpus == 2),
                     "6.12" => pti == (cpus != 2),
-                    _ => cpus == 2 && !pti,
+                    _ => false,
                 };
                 all.push(Scenario::new(name, run).more(!plain));
             }

@@ -1,4 +1,5 @@
-//! `outpatch symbols` against the guest's own `/proc/kallsyms`: every line, in the same order, modules and made code included.
+//! `outpatch symbols` against the guest's own `/proc/kallsyms`: every line, in the same order, modules and made code included. And
+//! before them, in the same boot, tasks and stacks against the guest's own: [`stacks`].
 
 use std::{fs, process::Command, time::Duration};
 
@@ -8,14 +9,14 @@ use guests::drive::Guest;
 use crate::{
     Scenario,
     bench::{Bench, Scratch},
-    locks,
+    locks, stacks,
 };
 
 pub fn scenarios() -> Vec<Scenario> {
     ["5.10", "6.1", "6.12", "7.2", "7.3"]
         .map(|generation| {
             Scenario::new(
-                format!("symbols::equal_kallsyms_{generation}"),
+                format!("symbols::equal_with_stacks_{generation}"),
                 move |bench| equal(bench, generation),
             )
         })
@@ -31,6 +32,10 @@ const PIECE: usize = 1000;
 
 fn equal(bench: &Bench, generation: &str) -> Result<()> {
     bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let log = guest.dmesg()?;
+        let compared = stacks::equal_in(guest)?;
+        println!("{generation}: {compared} stacks equal");
+        guest.expect_unharmed(&log)?;
         load_modules(guest)?;
         make_code(guest)?;
         let listing = same(guest)?;

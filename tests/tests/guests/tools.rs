@@ -89,7 +89,7 @@ fn beside(bench: &Bench, generation: &str) -> Result<()> {
         outpatch.ok(&["revert"])?;
         shows(guest, false)?;
         tracing_is_free(guest)?;
-        let new = guest.dmesg()?.split_off(log.len());
+        let new = guest.dmesg_since(&log)?;
         let own = ["cmdline: ", "getpid: ", "livepatch: "];
         let warned = new
             .iter()
