@@ -16,6 +16,13 @@ pub const PORTS: u16 = 8;
 /// Its interrupt line.
 pub const GSI: u32 = 4;
 
+/// The interrupt identification register, its bit for *none*, and that for received data.
+const IIR: u8 = 2;
+const IIR_NONE: u8 = 1;
+const IIR_RECEIVED_DATA: u8 = 4;
+/// The line status register, and its bit for received data.
+const LSR: u8 = 5;
+const LSR_DATA_READY: u8 = 1;
 /// Bit of the interrupt enable register: interrupt on received data.
 const IER_RECEIVED_DATA: u8 = 1;
 
@@ -63,6 +70,19 @@ impl<W: Write> Com1<W> {
         self.waiting.len()
     }
 
+    /// What there is to interrupt for. vm-superio takes received data back when the first byte is read, a real UART when the last is:
+    /// a driver that stops at some number of bytes and asks again (`8250_port.c: serial8250_rx_chars`, at 256) would leave the rest
+    /// there for good.
+    fn identify(&mut self) -> u8 {
+        let identity = self.uart.read(IIR);
+        let listens = self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0;
+        if listens && self.uart.read(LSR) & LSR_DATA_READY != 0 {
+            identity & !IIR_NONE | IIR_RECEIVED_DATA
+        } else {
+            identity
+        }
+    }
+
     /// Moves input into the FIFO. Only while the guest listens: its driver reads and throws away what it finds when it starts
     /// (`drivers/tty/serial/8250/8250_port.c: serial8250_do_startup`), which would eat the beginning of piped input.
     fn feed(&mut self) {
@@ -89,7 +109,10 @@ impl<W: Write + Send> Device for Com1<W> {
             return data.fill(0xff);
         };
         for byte in data {
-            *byte = self.uart.read(offset);
+            *byte = match offset {
+                IIR => self.identify(),
+                _ => self.uart.read(offset),
+            };
         }
         if !self.waiting.is_empty() {
             self.feed();
@@ -119,6 +142,7 @@ mod tests {
 
     const DATA: u64 = 0;
     const IER: u64 = 1;
+    const IIR: u64 = 2;
     const LSR: u64 = 5;
 
     fn com1() -> (Com1<Vec<u8>>, EventFd, EventFd) {
@@ -161,6 +185,29 @@ mod tests {
         }
         assert_eq!(got, input);
         assert_eq!(taken.read().unwrap(), 1);
+    }
+
+    /// As Linux does it (`8250_port.c: serial8250_handle_irq`): it asks for the reason, and reads what is there, up to a number.
+    #[test]
+    fn a_driver_that_stops_and_asks_again_gets_all() {
+        for len in 250..=600_usize {
+            let (mut com1, irq, _) = com1();
+            com1.write(IER, &[IER_RECEIVED_DATA]);
+            let input: Vec<u8> = (0..=u8::MAX).cycle().take(len).collect();
+            com1.send(&input);
+            let mut got = Vec::new();
+            while irq.read().is_ok() {
+                while read(&mut com1, IIR) & IIR_NONE == 0 {
+                    for _ in 0..256 {
+                        if read(&mut com1, LSR) & 1 == 0 {
+                            break;
+                        }
+                        got.push(read(&mut com1, DATA));
+                    }
+                }
+            }
+            assert_eq!(got, input);
+        }
     }
 
     #[test]
