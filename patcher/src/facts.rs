@@ -10,6 +10,7 @@ use crate::cave::TextMap;
 use crate::error::PatchError;
 use crate::redirect::CurrentVar;
 use crate::site::FtraceTypes;
+use crate::tracers::Tracers;
 
 /// Where the guest's own livepatching keeps its state.
 #[derive(Clone, Debug)]
@@ -68,6 +69,8 @@ pub struct Facts {
     pub mutex: LockWord,
     /// ftrace's types.
     pub ftrace: FtraceTypes,
+    /// Who traces.
+    pub tracers: Tracers,
     /// `ftrace_pages_start`.
     pub ftrace_pages: Gva,
     /// `level2_fixmap_pgt`.
@@ -108,6 +111,7 @@ impl Facts {
                 .collect::<Result<_, SymbolError>>()?,
             mutex: kernel.layout.lock.mutex,
             ftrace: FtraceTypes::new(&kernel.btf)?,
+            tracers: Tracers::new(kernel)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
             fixmap_table: symbol("level2_fixmap_pgt")?,
             current: current(kernel)?,

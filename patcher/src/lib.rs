@@ -37,6 +37,7 @@ pub mod status;
 mod still;
 #[cfg(test)]
 mod testing;
+mod tracers;
 mod transition;
 pub mod view;
 mod wake;

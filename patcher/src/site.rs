@@ -165,7 +165,7 @@ impl Site {
         Ok(self.flags(memory)? & types.disabled != 0)
     }
 
-    /// Where to write, and what, so that ftrace leaves the site alone (`fence`) or takes it up again.
+    /// Where to write, and what, so that ftrace leaves the site alone.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -173,17 +173,28 @@ impl Site {
         &self,
         memory: &KernelMemory<'_>,
         types: &FtraceTypes,
-        fence: bool,
     ) -> Result<(Gva, Vec<u8>), ReadError> {
-        let now = self.flags(memory)?;
-        let then = if fence {
-            now | types.disabled
-        } else {
-            now & !types.disabled
-        };
-        let mut bytes = then.to_le_bytes().to_vec();
+        Ok(self.record(self.flags(memory)? | types.disabled))
+    }
+
+    /// Where to write, and what, so that ftrace takes the site up again, with what its record is to say of those who trace it
+    /// ([`crate::tracers::Tracers::account`]).
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn unfence(
+        &self,
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+        tracers: u64,
+    ) -> Result<(Gva, Vec<u8>), ReadError> {
+        Ok(self.record(self.flags(memory)? & types.harmless | tracers))
+    }
+
+    fn record(&self, flags: u64) -> (Gva, Vec<u8>) {
+        let mut bytes = flags.to_le_bytes().to_vec();
         bytes.truncate(usize::try_from(self.flags_size).unwrap_or(bytes.len()));
-        Ok((self.flags, bytes))
+        (self.flags, bytes)
     }
 
     fn flags(&self, memory: &KernelMemory<'_>) -> Result<u64, ReadError> {
@@ -395,20 +406,22 @@ mod tests {
     }
 
     #[test]
-    fn the_fence_changes_its_own_bit_only() {
+    fn behind_the_fence_the_record_says_who_came_meanwhile() {
         let mut machine = machine();
         put(&mut machine, 0x108, &u64::from(TOUCHED).to_le_bytes());
         let site = find(&machine, 0x100).unwrap();
-        let fence =
-            |machine: &Mock, on| site.fence(&machine.kernel_memory(), &types(), on).unwrap();
-        let (at, bytes) = fence(&machine, true);
+        let (at, bytes) = site.fence(&machine.kernel_memory(), &types()).unwrap();
         assert_eq!(at, DATA.add(0x108));
         assert_eq!(bytes, u64::from(TOUCHED | DISABLED).to_le_bytes());
         put(&mut machine, 0x108, &bytes);
         let memory = machine.kernel_memory();
         assert!(site.is_fenced(&memory, &types()).unwrap());
         assert!(!site.is_wanted(&memory, &types()).unwrap());
-        assert_eq!(fence(&machine, false).1, u64::from(TOUCHED).to_le_bytes());
+        for tracers in [0, 2] {
+            let (at, bytes) = site.unfence(&memory, &types(), tracers).unwrap();
+            assert_eq!(at, DATA.add(0x108));
+            assert_eq!(bytes, (u64::from(TOUCHED) | tracers).to_le_bytes());
+        }
     }
 
     #[test]

@@ -40,8 +40,8 @@ impl Scene<'_> {
         }
     }
 
-    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again. The entry of
-    /// a function that a newer patch serves is that one's.
+    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again: then its
+    /// record counts who came to trace it meanwhile. The entry of a function that a newer patch serves is that one's.
     pub(super) fn plan_sites(
         &self,
         plan: &mut Plan,
@@ -52,7 +52,13 @@ impl Scene<'_> {
         for redirect in self.patch.redirects.iter().filter(served) {
             let site = &redirect.site;
             let bytes = bytes(redirect).map_err(PatchError::from)?;
-            let (flags, value) = site.fence(memory, &self.facts.ftrace, bytes != site.nop)?;
+            let types = &self.facts.ftrace;
+            let (flags, value) = if bytes == site.nop {
+                let tracers = self.facts.tracers.account(memory, site.at);
+                site.unfence(memory, types, tracers.map_err(PatchError::from)?)?
+            } else {
+                site.fence(memory, types)?
+            };
             plan.write_kernel(memory, flags, &value)?;
             plan.write_kernel(memory, site.at, &bytes)?;
         }

@@ -78,6 +78,8 @@ fn beside(bench: &Bench, generation: &str) -> Result<()> {
         ))?;
         kprobe_behind(guest)?;
         shows(guest, true)?;
+        come_meanwhile(guest)?;
+        shows(guest, true)?;
 
         // The guest's own livepatching is told to wait, for any function.
         for file in ["cmdline", "getpid"] {
@@ -88,6 +90,7 @@ fn beside(bench: &Bench, generation: &str) -> Result<()> {
         shows(guest, true)?;
         outpatch.ok(&["revert"])?;
         shows(guest, false)?;
+        leave_afterwards(guest, generation)?;
         tracing_is_free(guest)?;
         let new = guest.dmesg_since(&log)?;
         let own = ["cmdline: ", "getpid: ", "livepatch: "];
@@ -114,6 +117,13 @@ fn users_are_named(guest: &mut Guest, outpatch: &Outpatch, sample: &str) -> Resu
             format!("echo 'p:tools/one {PATCHED}' > kprobe_events; echo 1 > events/tools/enable"),
             "echo 0 > events/tools/enable; echo > kprobe_events",
             "kprobe",
+        ),
+        (
+            format!(
+                "bpf {PATCHED} > /tmp/bpf & until grep -q attached /tmp/bpf; do sleep 0.1; done"
+            ),
+            "killall bpf; sleep 1",
+            "BPF",
         ),
     ] {
         guest.sh(&format!("{TRACING}; {on}"))?;
@@ -150,6 +160,43 @@ fn kprobe_behind(guest: &mut Guest) -> Result<()> {
     guest.sh(&format!(
         "cat /proc/cmdline; {TRACING}; [ ! -e events/tools/enable ] || echo 0 > events/tools/enable; echo > kprobe_events"
     ))?;
+    Ok(())
+}
+
+/// A probe and a BPF program on the entry of the patched function, and a BPF program on that of another: the kernel takes them, and
+/// leaves the patched function's entry alone.
+fn come_meanwhile(guest: &mut Guest) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo 'p:tools/stays {PATCHED}' > kprobe_events; echo 1 > events/tools/enable
+for function in {PATCHED} {OTHER}; do
+  bpf $function > /tmp/bpf-$function 2>&1 & until [ -s /tmp/bpf-$function ]; do sleep 0.1; done; grep attached /tmp/bpf-$function || exit 1
+done
+echo > trace; cat /proc/cmdline /proc/version"
+    ))?;
+    let hits = guest.sh(&format!("{TRACING}; grep -c stays trace || true"))?;
+    ensure!(hits == "0", "the probe was met {hits} times");
+    Ok(())
+}
+
+/// They are counted once the patch is reverted, work from ftrace's next change on, and leave no trace.
+fn leave_afterwards(guest: &mut Guest, generation: &str) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer; echo > trace; cat /proc/cmdline"
+    ))?;
+    let hits = guest.sh(&format!("{TRACING}; grep -c stays: trace"))?;
+    ensure!(hits == "1", "the probe was met {hits} times");
+    let enabled = guest.sh(&format!("{TRACING}; cat enabled_functions"))?;
+    println!("{generation}: enabled functions: {enabled}");
+    let counted = format!("{PATCHED} (2)");
+    ensure!(
+        enabled.lines().any(|line| line.starts_with(&counted)),
+        "not counted: {enabled}"
+    );
+    let left = guest.sh(&format!(
+        "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter; killall bpf; sleep 1
+echo 0 > events/tools/enable; echo > kprobe_events; cat enabled_functions"
+    ))?;
+    ensure!(left.is_empty(), "these are traced still: {left}");
     Ok(())
 }
 
