@@ -11,6 +11,7 @@ pub mod headers;
 pub mod initramfs;
 pub mod kernels;
 pub mod modules;
+pub mod no_livepatch;
 pub mod packages;
 pub mod patches;
 pub mod programs;

@@ -88,48 +88,81 @@ const OURS: [(&str, &str); 16] = patch_sources![
     "wrong-sympos",
 ];
 
+/// What patches for a kernel without `CONFIG_LIVEPATCH` are built with.
+const PUBLIC: &str = include_str!("../patches/klp_public.h");
+
 /// The names of all patches, the kernel's sample among them.
 pub fn names() -> impl Iterator<Item = &'static str> {
     OURS.iter().map(|(name, _)| *name).chain([SAMPLE])
 }
 
+/// What patches are built for.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    /// What `uname -r` says there.
+    release: &'a str,
+    /// Tells kernels of the same release apart.
+    version: &'a str,
+}
+
 /// The `.ko` of a patch for a kernel, built or from the cache. Ours are built all at once.
 pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, PatchError> {
+    let target = Target {
+        release: &kernel.release,
+        version: &kernel.version,
+    };
     let sources = if name == SAMPLE {
         let source = kernel_source(cache, kernel.generation, SAMPLE_SOURCE)?;
         let text = fs::read_to_string(&source).at(&source)?;
         vec![(SAMPLE, text)]
-    } else if OURS.iter().any(|(n, _)| *n == name) {
-        OURS.iter().map(|(n, t)| (*n, (*t).to_owned())).collect()
     } else {
-        return Err(PatchError::Unknown {
-            name: name.to_owned(),
-            known: names().collect::<Vec<_>>().join(", "),
-        });
+        ours(name)?
     };
-    let folder = build_all(cache, kernel, &sources)?;
+    let headers = || Ok(Headers::fetch(cache, kernel)?);
+    let folder = build_all(cache, target, headers, &sources)?;
     Ok(folder.join(format!("{name}.ko")))
+}
+
+/// The same for one of ours and a kernel that is in no package, of this release, whose builds `version` tells apart.
+pub fn build_against(
+    cache: &Cache,
+    (release, version): (&str, &str),
+    headers: &Headers,
+    name: &str,
+) -> Result<PathBuf, PatchError> {
+    let target = Target { release, version };
+    let folder = build_all(cache, target, || Ok(headers.clone()), &ours(name)?)?;
+    Ok(folder.join(format!("{name}.ko")))
+}
+
+/// All of ours, if `name` is among them.
+fn ours(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
+    if OURS.iter().any(|(n, _)| *n == name) {
+        return Ok(OURS.iter().map(|(n, t)| (*n, (*t).to_owned())).collect());
+    }
+    Err(PatchError::Unknown {
+        name: name.to_owned(),
+        known: names().collect::<Vec<_>>().join(", "),
+    })
 }
 
 fn build_all(
     cache: &Cache,
-    kernel: &Kernel,
+    target: Target<'_>,
+    headers: impl FnOnce() -> Result<Headers, PatchError>,
     sources: &[(&str, String)],
 ) -> Result<PathBuf, PatchError> {
     let texts = sources
         .iter()
         .flat_map(|(n, t)| [n.as_bytes(), t.as_bytes()]);
-    let mark = fingerprint(texts.chain([kernel.version.as_bytes()]));
-    let place = cache
-        .root()
-        .join("patches")
-        .join(&kernel.release)
-        .join(mark);
+    let others = [target.version.as_bytes(), PUBLIC.as_bytes()];
+    let mark = fingerprint(texts.chain(others));
+    let place = cache.root().join("patches").join(target.release).join(mark);
     if place.is_dir() {
         return Ok(place);
     }
     tools::require(&[("make", "make"), ("gcc", "gcc")])?;
-    let headers = Headers::fetch(cache, kernel)?;
+    let headers = headers()?;
     let _lock = cache.lock("patches")?;
     if place.is_dir() {
         return Ok(place);
@@ -137,14 +170,19 @@ fn build_all(
     let staging = cache.stage()?;
     let work = staging.path().join("work");
     fs::create_dir(&work).at(&work)?;
-    let mut makefile = String::new();
+    let header = work.join("klp_public.h");
+    fs::write(&header, PUBLIC).at(&header)?;
+    let mut makefile = format!(
+        "ifndef CONFIG_LIVEPATCH\nccflags-y += -include {}\nendif\n",
+        header.display()
+    );
     for (name, text) in sources {
         let source = work.join(format!("{name}.c"));
         fs::write(&source, text).at(&source)?;
         makefile.push_str(&format!("obj-m += {name}.o\n"));
     }
     fs::write(work.join("Makefile"), makefile).at(&work)?;
-    make(kernel, &headers, &work)?;
+    make(target.release, &headers, &work)?;
     let result = staging.path().join("result");
     fs::create_dir(&result).at(&result)?;
     for (name, _) in sources {
@@ -155,8 +193,8 @@ fn build_all(
     Ok(place)
 }
 
-fn make(kernel: &Kernel, headers: &Headers, work: &Path) -> Result<(), PatchError> {
-    let bar = progress::spinner(&format!("building patches for {}", kernel.release));
+fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError> {
+    let bar = progress::spinner(&format!("building patches for {release}"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let mut command = Command::new("make");
     command
@@ -187,7 +225,7 @@ fn make(kernel: &Kernel, headers: &Headers, work: &Path) -> Result<(), PatchErro
         .get(lines.len().saturating_sub(12)..)
         .unwrap_or_default();
     Err(PatchError::Build {
-        release: kernel.release.clone(),
+        release: release.to_owned(),
         output: last.join("; "),
     })
 }

@@ -11,14 +11,15 @@ use crate::progress;
 pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    // A whole path is itself in every folder.
     std::env::split_paths(&path)
         .chain(sbin)
         .map(|d| d.join(name))
         .find(|p| p.is_file())
 }
 
-/// Makes sure of programs, each given with the Debian package that has it. Root installs what is missing;
-/// others are told the command.
+/// Makes sure of programs, each given with the Debian package that has it; and of files, given by their whole path. Root installs
+/// what is missing; others are told the command.
 pub fn require(wanted: &[(&str, &str)]) -> Result<(), PackageError> {
     let missing: Vec<_> = wanted.iter().filter(|(p, _)| find(p).is_none()).collect();
     if missing.is_empty() {

@@ -14,14 +14,16 @@ use crate::guest::Guest;
 use crate::journal::Plan;
 use crate::machine::Machine;
 use crate::module::{
-    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Target, TargetError,
+    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes, Target,
+    TargetError,
 };
 use crate::patch::{Patch, Replaced};
 use crate::place::{Need, Piece, Places};
-use crate::redirect::{self, STUB_ROOM};
+use crate::redirect::{self, Ask};
 use crate::site::Site;
 use crate::status::PatchPhase;
 use crate::transition::Past;
+use crate::unmoved::Table;
 
 /// Stubs begin at a multiple of this.
 const STUB_ALIGN: u64 = 16;
@@ -61,45 +63,81 @@ pub fn prepare<M: Machine>(
         let memory = kernel.memory(machine.memory());
         old_functions(kernel, &memory, &facts, module, others)?
     };
-    let sizes = module.sizes();
-    let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
-    let stubs_len = STUB_ROOM * olds.len() as u64;
-    let need = Need {
-        len: stubs_at.saturating_add(stubs_len),
-        align: sizes.code_align.max(STUB_ALIGN),
+    let mut taken = Vec::new();
+    let functions = olds.len() as u64;
+    let pieces = take_pieces(
+        machine,
+        (kernel, &facts),
+        places,
+        (module.sizes(), functions),
+        &mut taken,
+    );
+    let built =
+        pieces.and_then(|pieces| build(machine, guest, &facts, (module, others), olds, &pieces));
+    if built.is_err() {
+        taken.into_iter().for_each(|piece| places.give_back(piece));
+    }
+    built
+}
+
+/// Takes room for a module of these sizes with so many functions; `taken` is all that was taken, also when that fails half way.
+fn take_pieces<M: Machine>(
+    machine: &mut M,
+    (kernel, facts): (&Kernel, &Facts),
+    places: &mut Places,
+    (sizes, functions): (Sizes, u64),
+    taken: &mut Vec<Piece>,
+) -> Result<Pieces, PatchError> {
+    let mut take_data = |machine: &mut M, places: &mut Places, need| {
+        let piece = places.take_data(machine, kernel, facts, need)?;
+        taken.push(piece);
+        Ok::<_, PatchError>(piece)
     };
-    let code = places.take_code(machine, kernel, &facts, need)?;
+    let table = match facts.klp {
+        Some(_) => None,
+        None => {
+            let tasks = kernel.symbols.address("nr_threads")?;
+            let tasks = kernel.memory(machine.memory()).u32(tasks)?;
+            Some(take_data(machine, places, Table::need(tasks.into()))?)
+        }
+    };
     let data_need = Need {
         len: sizes.data,
         align: sizes.data_align,
     };
     let data = match sizes.data {
-        0 => Ok(None),
-        _ => places
-            .take_data(machine, kernel, &facts, data_need)
-            .map(Some),
+        0 => None,
+        _ => Some(take_data(machine, places, data_need)?),
     };
-    let pieces = Pieces {
+    let ask = ask(facts, table)?;
+    let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
+    let stubs_len = ask.stub_room() * functions;
+    let need = Need {
+        len: stubs_at.saturating_add(stubs_len),
+        align: sizes.code_align.max(STUB_ALIGN),
+    };
+    let code = places.take_code(machine, kernel, facts, need)?;
+    taken.push(code);
+    Ok(Pieces {
         code,
-        data: match data {
-            Ok(data) => data,
-            Err(error) => {
-                places.give_back(code);
-                return Err(error);
-            }
-        },
+        data,
+        table,
+        ask,
         stubs_at,
         stubs_len,
-    };
-    let built = build(machine, guest, &facts, (module, others), olds, &pieces);
-    if built.is_err() {
-        places.give_back(pieces.code);
-        pieces
-            .data
-            .into_iter()
-            .for_each(|data| places.give_back(data));
+    })
+}
+
+/// How the stubs of a patch with this table, if it has one, learn who has moved.
+fn ask(facts: &Facts, table: Option<Piece>) -> Result<Ask, PatchError> {
+    if let Some(table) = table {
+        return Ok(Ask::Unmoved(Table::in_piece(table)));
     }
-    built
+    let offset = facts.klp.as_ref().map(|klp| klp.patch_state.offset);
+    let offset = offset.and_then(|offset| u32::try_from(offset).ok());
+    offset
+        .map(Ask::PatchState)
+        .ok_or_else(|| PatchError::Guest("task_struct.patch_state is out of reach".into()))
 }
 
 /// Puts the data of `patch` into its hidden memory, which the guest does not see yet.
@@ -125,6 +163,8 @@ pub fn fill<M: Machine>(
 struct Pieces {
     code: Piece,
     data: Option<Piece>,
+    table: Option<Piece>,
+    ask: Ask,
     stubs_at: u64,
     stubs_len: u64,
 }
@@ -148,12 +188,12 @@ fn build<M: Machine>(
     };
     let stubs_start = code_base.add(pieces.stubs_at);
     let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
-    let redirects = redirects(&image, olds, stubs.start)?;
+    let redirects = redirects(&image, olds, stubs.start, pieces.ask)?;
     let replaces = match image.replace {
         true => others.iter().map(replaced).collect(),
         false => Vec::new(),
     };
-    let code_bytes = code_bytes(&image, &redirects, facts, pieces.stubs_at)?;
+    let code_bytes = code_bytes(&image, &redirects, facts, (pieces.ask, pieces.stubs_at))?;
     let region = add_region(&mut guest.unwinder, &image)?;
     guest.unwinder.add_busy(stubs);
     Ok(Patch {
@@ -162,6 +202,7 @@ fn build<M: Machine>(
         code: pieces.code,
         code_bytes,
         data: pieces.data,
+        table: pieces.table,
         stubs,
         stubs_changed: false,
         replaces,
@@ -270,6 +311,7 @@ fn redirects(
     image: &Image,
     mut olds: Vec<Redirect>,
     stubs: Gva,
+    ask: Ask,
 ) -> Result<Vec<Redirect>, PatchError> {
     if image.functions.len() > olds.len() {
         return Err(PatchError::BadPatch(format!(
@@ -288,7 +330,7 @@ fn redirects(
         old.new = Callee::Patched(new.new);
     }
     for (old, at) in olds.iter_mut().zip(0u64..) {
-        old.stub = stubs.add(at * STUB_ROOM);
+        old.stub = stubs.add(at * ask.stub_room());
     }
     Ok(olds)
 }
@@ -306,10 +348,8 @@ fn code_bytes(
     image: &Image,
     redirects: &[Redirect],
     facts: &Facts,
-    stubs_at: u64,
+    (ask, stubs_at): (Ask, u64),
 ) -> Result<Vec<u8>, PatchError> {
-    let offset = u32::try_from(facts.klp.patch_state.offset)
-        .map_err(|_| PatchError::Guest("task_struct.patch_state is out of reach".into()))?;
     let filler = crate::cave::FILLER;
     let mut bytes = image.code.clone();
     bytes.resize(usize::try_from(stubs_at).unwrap_or_default(), filler);
@@ -318,8 +358,8 @@ fn code_bytes(
             redirect.code_of(redirect.below),
             redirect.code_of(redirect.new),
         );
-        let mut stub = redirect::stub(redirect.stub, facts.current, offset, old, new)?;
-        stub.resize(usize::try_from(STUB_ROOM).unwrap_or_default(), filler);
+        let mut stub = redirect::stub(redirect.stub, facts.current, ask, old, new)?;
+        stub.resize(usize::try_from(ask.stub_room()).unwrap_or_default(), filler);
         bytes.append(&mut stub);
     }
     Ok(bytes)
@@ -331,7 +371,8 @@ fn code_bytes(
 /// [`PatchError`].
 pub fn renew_stubs(patch: &mut Patch, facts: &Facts) -> Result<(), PatchError> {
     let stubs_at = patch.stubs.start.since(patch.code.range.start);
-    let bytes = code_bytes(&patch.image, &patch.redirects, facts, stubs_at)?;
+    let ask = ask(facts, patch.table)?;
+    let bytes = code_bytes(&patch.image, &patch.redirects, facts, (ask, stubs_at))?;
     patch.stubs_changed |= bytes != patch.code_bytes;
     patch.code_bytes = bytes;
     Ok(())

@@ -29,7 +29,7 @@ const MADE_UP_MEMORY: u64 = 1 << 50;
 pub struct Trial {
     patch: Patch,
     places: Places,
-    dummy: Gva,
+    dummy: Option<Gva>,
     alone: bool,
 }
 
@@ -51,11 +51,11 @@ impl Trial {
         };
         let mut places = places.clone();
         let dummy = match places.known_dummy() {
-            Some(dummy) => dummy,
+            Some(dummy) => Some(dummy),
             None => {
                 let facts = guest.facts()?;
                 let piece = places.take_dummy(&mut machine, &guest.kernel, facts)?;
-                piece.range.start
+                piece.map(|piece| piece.range.start)
             }
         };
         let patch = apply::prepare(&mut machine, guest, &mut places, module, others)?;
@@ -87,6 +87,7 @@ impl Trial {
             patch: &self.patch,
             alone: self.alone,
             signal: None,
+            unmoved: None,
         };
         let step = scene.begin(Direction::Apply, false)?;
         Ok((look.tasks().cloned().collect(), step, look.walked()))

@@ -67,12 +67,6 @@ pub enum PatchError {
         tries: u32,
     },
 
-    /// The kernel was built without `CONFIG_LIVEPATCH`.
-    #[error(
-        "this guest's kernel has no CONFIG_LIVEPATCH, which patching needs (guests without it are not supported yet)"
-    )]
-    NoLivepatch,
-
     /// The file is not a livepatch module for this guest.
     #[error("{0}")]
     BadPatch(String),
@@ -146,9 +140,7 @@ impl PatchError {
             PatchError::NotReady(_) => ErrorKind::NotReady,
             PatchError::Guest(_) | PatchError::AnotherKernel(_) => ErrorKind::Guest,
             PatchError::Busy { .. } => ErrorKind::Busy,
-            PatchError::NoLivepatch | PatchError::Unsupported(_) | PatchError::NoRoom(_) => {
-                ErrorKind::Unsupported
-            }
+            PatchError::Unsupported(_) | PatchError::NoRoom(_) => ErrorKind::Unsupported,
             PatchError::BadPatch(_) => ErrorKind::BadPatch,
             PatchError::AlreadyApplied(_)
             | PatchError::LoadedInGuest(_)

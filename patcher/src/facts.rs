@@ -21,14 +21,8 @@ pub struct KlpFacts {
     pub transition_patch: Gva,
     /// `task_struct.patch_state`.
     pub patch_state: Field,
-    /// `thread_info.flags`, within `task_struct`.
-    pub thread_flags: Field,
     /// `TIF_PATCH_PENDING`, as a mask.
     pub pending: u64,
-    /// `TIF_NEED_RESCHED`, as a mask, where it is known.
-    pub need_resched: Option<u64>,
-    /// `TIF_NOTIFY_SIGNAL`, as a mask, where it is known.
-    pub notify_signal: Option<u64>,
     /// `sizeof(struct klp_patch)`.
     pub patch_size: u64,
     /// The list heads of `struct klp_patch` that must not be left null.
@@ -37,6 +31,17 @@ pub struct KlpFacts {
     pub switching: Vec<(GvaRange, &'static str)>,
     /// The static key of the hook in `__schedule`, in a kernel that has it.
     pub sched_key: Option<Gva>,
+}
+
+/// How a task is told that something is to be done.
+#[derive(Clone, Copy, Debug)]
+pub struct TifFacts {
+    /// `thread_info.flags`, within `task_struct`.
+    pub flags: Field,
+    /// `TIF_NEED_RESCHED`, as a mask, where it is known.
+    pub need_resched: Option<u64>,
+    /// `TIF_NOTIFY_SIGNAL`, as a mask, where it is known.
+    pub notify_signal: Option<u64>,
 }
 
 /// How a kernel says that it is changing its own text.
@@ -59,8 +64,10 @@ pub enum PokeFacts {
 /// All of it.
 #[derive(Clone, Debug)]
 pub struct Facts {
-    /// Livepatching.
-    pub klp: KlpFacts,
+    /// The guest's own livepatching; a kernel without `CONFIG_LIVEPATCH` has none.
+    pub klp: Option<KlpFacts>,
+    /// Flags of a task.
+    pub tif: TifFacts,
     /// Text poking.
     pub poke: PokeFacts,
     /// Mutexes that must be free while we change what they protect, with their names.
@@ -97,16 +104,23 @@ impl Facts {
     /// From a kernel's symbols and types.
     ///
     /// # Errors
-    /// [`PatchError::NoLivepatch`], or [`PatchError::Guest`] naming what the kernel lacks.
+    /// [`PatchError::Guest`] naming what the kernel lacks.
     pub fn new(kernel: &Kernel) -> Result<Facts, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
+        let klp = klp(kernel)?;
         let mutexes = ["klp_mutex", "text_mutex", "ftrace_lock"];
+        let there = |name: &&str| *name != "klp_mutex" || klp.is_some();
         let srso = ["srso_alias_untrain_ret", "srso_alias_safe_ret"];
         Ok(Facts {
-            klp: klp(kernel)?,
+            tif: TifFacts {
+                flags: kernel.layout.task.thread_flags,
+                need_resched: kernel.tif.need_resched.and_then(mask),
+                notify_signal: kernel.tif.notify_signal.and_then(mask),
+            },
             poke: poke(kernel)?,
             mutexes: mutexes
                 .into_iter()
+                .filter(there)
                 .map(|name| Ok((name, symbol(name)?)))
                 .collect::<Result<_, SymbolError>>()?,
             mutex: kernel.layout.lock.mutex,
@@ -114,6 +128,7 @@ impl Facts {
             tracers: Tracers::new(kernel)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
             fixmap_table: symbol("level2_fixmap_pgt")?,
+            klp,
             current: current(kernel)?,
             text: TextMap {
                 text: kernel.text.core,
@@ -127,19 +142,21 @@ impl Facts {
     }
 }
 
-fn klp(kernel: &Kernel) -> Result<KlpFacts, PatchError> {
-    let derived = kernel.livepatch.as_ref().ok_or(PatchError::NoLivepatch)?;
+fn mask(bit: u32) -> Option<u64> {
+    1u64.checked_shl(bit)
+}
+
+fn klp(kernel: &Kernel) -> Result<Option<KlpFacts>, PatchError> {
+    let Some(derived) = &kernel.livepatch else {
+        return Ok(None);
+    };
     let switching = ["klp_update_patch_state", "klp_copy_process"];
-    let bit = |bit: u32| 1u64.checked_shl(bit);
-    Ok(KlpFacts {
+    Ok(Some(KlpFacts {
         target_state: derived.target_state,
         transition_patch: kernel.symbols.address("klp_transition_patch")?,
         patch_state: derived.patch_state,
-        thread_flags: kernel.layout.task.thread_flags,
-        pending: bit(derived.pending_bit)
+        pending: mask(derived.pending_bit)
             .ok_or_else(|| PatchError::Guest("TIF_PATCH_PENDING is no bit of 64".into()))?,
-        need_resched: kernel.tif.need_resched.and_then(bit),
-        notify_signal: kernel.tif.notify_signal.and_then(bit),
         patch_size: kernel.btf.size_of("klp_patch")?,
         patch_lists: vec![
             kernel.btf.field("klp_patch.list")?,
@@ -150,7 +167,7 @@ fn klp(kernel: &Kernel) -> Result<KlpFacts, PatchError> {
             .map(|name| Ok((kernel.symbols.range(name)?, name)))
             .collect::<Result<_, SymbolError>>()?,
         sched_key: kernel.symbols.address("klp_sched_try_switch_key").ok(),
-    })
+    }))
 }
 
 fn poke(kernel: &Kernel) -> Result<PokeFacts, PatchError> {

@@ -39,6 +39,7 @@ mod still;
 mod testing;
 mod tracers;
 mod transition;
+mod unmoved;
 pub mod view;
 mod wake;
 mod window;

@@ -35,6 +35,8 @@ pub struct Patch {
     pub code_bytes: Vec<u8>,
     /// Its data, if it has any.
     pub data: Option<Piece>,
+    /// The table that its stubs look tasks up in, in a guest that keeps no states of its own.
+    pub table: Option<Piece>,
     /// The part of `code` that is stubs.
     pub stubs: GvaRange,
     /// In the guest they lead to where an older patch was that is gone.
@@ -105,6 +107,14 @@ impl Patch {
         }
         // Whatever else there is: its read-only data is no place for a frame either.
         watch.add(self.code.range, self.name());
+        watch
+    }
+
+    /// Its stubs.
+    #[must_use]
+    pub fn stub_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
         watch
     }
 

@@ -199,7 +199,14 @@ impl Patcher {
         let at = self.in_transition(name)?;
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
-        if facts.klp.notify_signal.is_none() {
+        if facts.klp.is_none() {
+            return Err(PatchError::Unsupported(
+                "the fake signal needs CONFIG_LIVEPATCH in the guest: without it a task that is signalled does not move where it \
+                 leaves the kernel"
+                    .into(),
+            ));
+        }
+        if facts.tif.notify_signal.is_none() {
             return Err(PatchError::Unsupported(
                 "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show"
                     .into(),

@@ -38,6 +38,14 @@ pub struct Piece {
 }
 
 impl Piece {
+    #[cfg(test)]
+    pub(crate) fn made_up(start: Gva, len: u64) -> Piece {
+        Piece {
+            range: GvaRange::new(start, start.add(len)),
+            window: None,
+        }
+    }
+
     /// Whether it is in the padding of the kernel's own text, and not in hidden memory.
     #[must_use]
     pub fn is_in_cave(&self) -> bool {
@@ -175,7 +183,7 @@ impl Places {
     }
 
     /// The stand-in for `klp_transition_patch` during our transitions: a `struct klp_patch` of zeroes with empty lists, so that
-    /// the guest's own livepatching answers -EBUSY and whatever walks it finds nothing.
+    /// the guest's own livepatching answers -EBUSY and whatever walks it finds nothing. `None` in a guest that has no such.
     ///
     /// # Errors
     /// [`PatchError`].
@@ -184,16 +192,19 @@ impl Places {
         machine: &mut M,
         kernel: &Kernel,
         facts: &Facts,
-    ) -> Result<Gva, PatchError> {
-        if let Some(dummy) = self.dummy {
-            return Ok(dummy);
+    ) -> Result<Option<Gva>, PatchError> {
+        if self.dummy.is_some() {
+            return Ok(self.dummy);
         }
         let piece = self.take_dummy(machine, kernel, facts)?;
+        let (Some(klp), Some(piece)) = (&facts.klp, piece) else {
+            return Ok(None);
+        };
         let at = piece.range.start;
         let mut plan = Plan::new();
-        let zeroes = vec![0; usize::try_from(facts.klp.patch_size).unwrap_or_default()];
+        let zeroes = vec![0; usize::try_from(klp.patch_size).unwrap_or_default()];
         self.plan_hidden(piece, at, &zeroes, &mut plan);
-        for list in &facts.klp.patch_lists {
+        for list in &klp.patch_lists {
             let head = list.of(at);
             let link = head.0.to_le_bytes();
             self.plan_hidden(piece, head, &[link, link].concat(), &mut plan);
@@ -203,10 +214,10 @@ impl Places {
             return Err(error);
         }
         self.dummy = Some(at);
-        Ok(at)
+        Ok(self.dummy)
     }
 
-    /// Takes room for the stand-in.
+    /// Takes room for the stand-in, if one is needed.
     ///
     /// # Errors
     /// [`PatchError::NoRoom`].
@@ -215,12 +226,15 @@ impl Places {
         machine: &mut M,
         kernel: &Kernel,
         facts: &Facts,
-    ) -> Result<Piece, PatchError> {
+    ) -> Result<Option<Piece>, PatchError> {
+        let Some(klp) = &facts.klp else {
+            return Ok(None);
+        };
         let need = Need {
-            len: facts.klp.patch_size,
+            len: klp.patch_size,
             align: 64,
         };
-        self.take_data(machine, kernel, facts, need)
+        self.take_data(machine, kernel, facts, need).map(Some)
     }
 
     /// The stand-in, once it is there.
@@ -249,10 +263,25 @@ impl Places {
         bytes: &[u8],
         plan: &mut Plan,
     ) -> Result<(), ReadError> {
-        if self.plan_hidden(piece, piece.range.start, bytes, plan) {
+        self.plan_part(memory, piece, piece.range.start, bytes, plan)
+    }
+
+    /// Plans writing `bytes` at `at` in `piece`.
+    ///
+    /// # Errors
+    /// [`ReadError`] when the cave is not mapped.
+    pub fn plan_part(
+        &self,
+        memory: &KernelMemory<'_>,
+        piece: Piece,
+        at: Gva,
+        bytes: &[u8],
+        plan: &mut Plan,
+    ) -> Result<(), ReadError> {
+        if self.plan_hidden(piece, at, bytes, plan) {
             return Ok(());
         }
-        plan.write_kernel(memory, piece.range.start, bytes)
+        plan.write_kernel(memory, at, bytes)
     }
 
     /// Plans what leaves `piece` as it was before it was ours.

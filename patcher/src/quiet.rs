@@ -6,7 +6,7 @@ use introspect::reader::{KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
 
 use crate::error::PatchError;
-use crate::facts::{Facts, PokeFacts};
+use crate::facts::{Facts, KlpFacts, PokeFacts};
 use crate::machine::MachineError;
 
 /// Why a look at the guest ended without a change.
@@ -53,13 +53,11 @@ fn busy(what: impl Into<String>) -> Stop {
 ///
 /// # Errors
 /// [`Stop`].
-pub fn no_transition(memory: &KernelMemory<'_>, facts: &Facts, ours: Gva) -> Result<(), Stop> {
-    if memory.i32(facts.klp.target_state)? != NO_STATE
-        || memory.pointer(facts.klp.transition_patch)? != ours
-    {
+pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpFacts, ours: Gva) -> Result<(), Stop> {
+    if memory.i32(klp.target_state)? != NO_STATE || memory.pointer(klp.transition_patch)? != ours {
         return Err(busy("the guest has a livepatch transition of its own"));
     }
-    no_sched_hook(memory, facts)
+    no_sched_hook(memory, klp)
 }
 
 /// The transition that we began is still what the guest sees.
@@ -68,23 +66,23 @@ pub fn no_transition(memory: &KernelMemory<'_>, facts: &Facts, ours: Gva) -> Res
 /// [`Stop`].
 pub fn our_transition(
     memory: &KernelMemory<'_>,
-    facts: &Facts,
+    klp: &KlpFacts,
     target: i32,
     dummy: Gva,
 ) -> Result<(), Stop> {
-    let state = memory.i32(facts.klp.target_state)?;
-    let patch = memory.pointer(facts.klp.transition_patch)?;
+    let state = memory.i32(klp.target_state)?;
+    let patch = memory.pointer(klp.transition_patch)?;
     if state != target || patch != dummy {
         return Err(Stop::Fail(PatchError::Guest(format!(
             "something in the guest changed klp_target_state to {state} and klp_transition_patch to {patch} during our transition"
         ))));
     }
-    no_sched_hook(memory, facts)
+    no_sched_hook(memory, klp)
 }
 
 /// The scheduler's own switching is off: with our empty patch it would switch sleepers unchecked.
-fn no_sched_hook(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
-    match facts.klp.sched_key {
+fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpFacts) -> Result<(), Stop> {
+    match klp.sched_key {
         // The count is the first member of every static key.
         Some(key) if memory.i32(key)? != 0 => Err(busy(
             "the guest's scheduler is switching tasks itself (klp_sched_try_switch_key)",

@@ -4,15 +4,34 @@
 //! of our own, which asks the running task's patch state, as `kernel/livepatch/patch.c: klp_ftrace_handler` does, and goes on
 //! either to the new function or to the old one behind its entry site. Knows x86 code only: no guest memory, no tasks.
 
-use iced_x86::code_asm::{CodeAssembler, dword_ptr, r11};
+use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r11d};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use introspect::Gva;
+
+use crate::unmoved::{FACTOR, Table};
 
 /// Length of a site: a five-byte NOP, or the jump in its place.
 pub const SITE_LEN: usize = 5;
 
-/// Room for one stub; [`stub`] never yields more.
-pub const STUB_ROOM: u64 = 48;
+/// How a stub learns whether the running task has moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// By `task_struct.patch_state`, at this offset: 0 gets the old code, any other the new, as the kernel's own handler chooses.
+    PatchState(u32),
+    /// By the table of those who have not, as [`unmoved`](crate::unmoved) has it.
+    Unmoved(Table),
+}
+
+impl Ask {
+    /// Room for one stub; [`stub`] never yields more.
+    #[must_use]
+    pub fn stub_room(self) -> u64 {
+        match self {
+            Ask::PatchState(_) => 48,
+            Ask::Unmoved(_) => 112,
+        }
+    }
+}
 
 /// How the kernel's own code finds `current`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,21 +74,21 @@ pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
     Ok([0xe9, a, b, c, d])
 }
 
-/// The stub at `at`: `old` for a task whose patch state is 0, `new` for any other, as the kernel's own handler chooses.
+/// The stub at `at`: on to `old` for a task in the old state, to `new` for one in the new.
 ///
-/// At a function's entry `r11` and the flags carry nothing; every other register may carry an argument.
+/// At a function's entry `r10`, `r11` and the flags carry nothing; every other register may carry an argument.
 ///
 /// # Errors
 /// [`EncodeError`].
 pub fn stub(
     at: Gva,
     current: CurrentVar,
-    patch_state: u32,
+    ask: Ask,
     old: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, EncodeError> {
-    fitted(at, STUB_ROOM, [old, new], || {
-        assemble(at, current, patch_state, old, new)
+    fitted(at, ask.stub_room(), [old, new], || {
+        assemble(at, current, ask, old, new)
     })
 }
 
@@ -100,7 +119,7 @@ pub fn fitted(
 fn assemble(
     at: Gva,
     current: CurrentVar,
-    patch_state: u32,
+    ask: Ask,
     old: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, IcedError> {
@@ -118,18 +137,54 @@ fn assemble(
         Register::GS,
     );
     let mut a = CodeAssembler::new(64)?;
-    let mut to_old = a.create_label();
     a.add_instruction(Instruction::with2(
         Code::Mov_r64_rm64,
         Register::R11,
         load_current,
     )?)?;
-    a.cmp(dword_ptr(r11 + patch_state), 0)?;
+    match ask {
+        Ask::PatchState(offset) => {
+            let mut to_old = a.create_label();
+            a.cmp(dword_ptr(r11 + offset), 0)?;
+            a.je(to_old)?;
+            a.jmp(new.0)?;
+            a.set_label(&mut to_old)?;
+            a.jmp(old.0)?;
+        }
+        Ask::Unmoved(table) => look_up(&mut a, table, old, new)?,
+    }
+    a.assemble(at.0)
+}
+
+/// The search of [`unmoved`](crate::unmoved), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
+/// kernel's image is.
+fn look_up(a: &mut CodeAssembler, table: Table, old: Gva, new: Gva) -> Result<(), IcedError> {
+    let (mut next, mut found, mut to_old) = (a.create_label(), a.create_label(), a.create_label());
+    let mut absent = a.create_label();
+    let slots = table.slots.0.cast_signed();
+    // A table is no larger than that.
+    let mask = u32::try_from(table.count - 1).unwrap_or(u32::MAX);
+    a.mov(r10d, r11d)?;
+    a.imul_3(r10d, r10d, FACTOR.cast_signed())?;
+    a.shr(r10d, table.shift())?;
+    a.set_label(&mut next)?;
+    a.cmp(qword_ptr(r10 * 8 + slots), r11)?;
+    a.je(found)?;
+    a.cmp(qword_ptr(r10 * 8 + slots), 0)?;
+    a.je(absent)?;
+    a.inc(r10d)?;
+    a.and(r10d, mask)?;
+    a.jmp(next)?;
+    a.set_label(&mut absent)?;
+    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
+    a.jne(to_old)?;
+    a.jmp(new.0)?;
+    a.set_label(&mut found)?;
+    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
     a.je(to_old)?;
     a.jmp(new.0)?;
     a.set_label(&mut to_old)?;
-    a.jmp(old.0)?;
-    a.assemble(at.0)
+    a.jmp(old.0)
 }
 
 #[cfg(test)]
@@ -156,7 +211,8 @@ mod tests {
 
     #[test]
     fn stub_asks_absolute_current() {
-        let code = stub(AT, CurrentVar::Absolute(0x1fb80), 5212, OLD, NEW).unwrap();
+        let ask = Ask::PatchState(5212);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
         assert_eq!(
             listing(AT, &code),
             [
@@ -170,9 +226,45 @@ mod tests {
     }
 
     #[test]
+    fn stub_looks_the_task_up() {
+        let table = Table {
+            slots: Gva(0xffff_ffff_ff20_0040),
+            count: 1024,
+            back: Gva(0xffff_ffff_ff20_0000),
+        };
+        let ask = Ask::Unmoved(table);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
+        assert!(code.len() as u64 <= ask.stub_room(), "{}", code.len());
+        assert_eq!(
+            listing(AT, &code),
+            [
+                "mov r11,gs:[1FB80h]",
+                "mov r10d,r11d",
+                "imul r10d,9E3779B1h",
+                "shr r10d,16h",
+                "cmp [r10*8-0DFFFC0h],r11",
+                "je short 0FFFFFFFF81001047h",
+                "cmp qword ptr [r10*8-0DFFFC0h],0",
+                "je short 0FFFFFFFF81001038h",
+                "inc r10d",
+                "and r10d,3FFh",
+                "jmp short 0FFFFFFFF81001017h",
+                "cmp dword ptr [0FFFFFFFFFF200000h],0",
+                "jne short 0FFFFFFFF81001056h",
+                "jmp 0FFFFFFFF81A00000h",
+                "cmp dword ptr [0FFFFFFFFFF200000h],0",
+                "je short 0FFFFFFFF81001056h",
+                "jmp 0FFFFFFFF81A00000h",
+                "jmp 0FFFFFFFF81234009h",
+            ]
+        );
+    }
+
+    #[test]
     fn stub_asks_rip_relative_current() {
         let symbol = Gva(0xffff_ffff_8300_0040);
-        let code = stub(AT, CurrentVar::RipRelative(symbol), 5772, OLD, NEW).unwrap();
+        let ask = Ask::PatchState(5772);
+        let code = stub(AT, CurrentVar::RipRelative(symbol), ask, OLD, NEW).unwrap();
         let first = Decoder::with_ip(64, &code, AT.0, DecoderOptions::NONE).decode();
         assert!(first.is_ip_rel_memory_operand());
         assert_eq!(first.ip_rel_memory_address(), symbol.0);
@@ -191,7 +283,7 @@ mod tests {
             stub(
                 AT,
                 CurrentVar::Absolute(0),
-                0,
+                Ask::PatchState(0),
                 Gva(0xffff_8880_0000_0000),
                 NEW
             )

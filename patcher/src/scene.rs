@@ -21,6 +21,7 @@ use crate::redirect::{self, EncodeError, SITE_LEN};
 use crate::signal;
 use crate::status::TaskWay;
 use crate::transition::Direction;
+use crate::unmoved::Unmoved;
 use crate::wake::{self, Start, Waker};
 
 /// What to do in the pause of one look, and what it found.
@@ -36,6 +37,8 @@ pub struct Step {
     pub nudge: Vec<u32>,
     /// The interrupt that wakes sleepers, likewise.
     pub wake: Option<Start>,
+    /// Who has not moved then, in a guest that does not know it itself.
+    pub unmoved: Option<Unmoved>,
 }
 
 impl From<EncodeError> for PatchError {
@@ -53,14 +56,16 @@ pub struct Scene<'a> {
     pub facts: &'a Facts,
     /// Where things lie.
     pub places: &'a Places,
-    /// The stand-in for `klp_transition_patch`.
-    pub dummy: introspect::Gva,
+    /// The stand-in for `klp_transition_patch`, where there is such a thing.
+    pub dummy: Option<introspect::Gva>,
     /// The patch.
     pub patch: &'a Patch,
     /// No other patch of ours is in the guest.
     pub alone: bool,
     /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
     pub signal: Option<&'a Waker>,
+    /// Who has not moved, in a transition of a guest that does not know it itself.
+    pub unmoved: Option<&'a Unmoved>,
 }
 
 impl<'a> Scene<'a> {
@@ -71,7 +76,9 @@ impl<'a> Scene<'a> {
     /// [`Stop`]; nothing is to be written.
     pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, Stop> {
         let before = self.transition_patch(direction.back());
-        quiet::no_transition(&self.look.memory, self.facts, before.unwrap_or_default())?;
+        if let Some(klp) = &self.facts.klp {
+            quiet::no_transition(&self.look.memory, klp, before.unwrap_or_default())?;
+        }
         self.text_is_still()?;
         self.no_states()?;
         self.sites_are_as_before(direction)?;
@@ -93,15 +100,17 @@ impl<'a> Scene<'a> {
         if at_once {
             return Err(self.not_at_once(&step.findings));
         }
-        self.plan_globals(direction.target(), Some(self.dummy), &mut step.plan)?;
+        self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
         for (task, standing) in self.look.tasks().zip(&standings) {
-            if matches!(standing, Standing::Clean(_)) {
+            if is_clean(standing) {
                 self.plan_state(task, direction.target(), &mut step.plan)?;
             } else {
                 self.plan_state(task, direction.initial(), &mut step.plan)?;
                 self.plan_pending(task, true, &mut step.plan)?;
             }
         }
+        let unmoved = self.those(|at| standings.get(at).is_some_and(|s| !is_clean(s)));
+        self.plan_unmoved(direction, unmoved, &mut step)?;
         self.plan_sites(&mut step.plan, Redirect::to_stub)?;
         self.nudge(&mut step);
         Ok(step)
@@ -130,17 +139,19 @@ impl<'a> Scene<'a> {
                 Err(fail) => return Err(fail),
             }
         }
-        for (task, standing) in self.look.tasks().zip(&standings) {
-            if state(task) == target {
+        for ((at, task), standing) in self.look.tasks().enumerate().zip(&standings) {
+            if self.state(at) == target {
                 continue;
             }
-            if matches!(standing, Standing::Clean(_)) {
+            if is_clean(standing) {
                 self.plan_state(task, target, &mut step.plan)?;
                 self.plan_pending(task, false, &mut step.plan)?;
             } else {
                 self.plan_flags(task, true, self.signal_flag(task), &mut step.plan)?;
             }
         }
+        let moved = self.those(|at| standings.get(at).is_some_and(is_clean));
+        self.plan_moved(moved, &mut step)?;
         self.wake_sleepers(&mut step)?;
         self.nudge(&mut step);
         Ok(step)
@@ -148,7 +159,7 @@ impl<'a> Scene<'a> {
 
     /// The flag of the fake signal, if `task` is sent one ([`signal`]).
     fn signal_flag(&self, task: &Task) -> u64 {
-        let flag = self.facts.klp.notify_signal.unwrap_or_default();
+        let flag = self.facts.tif.notify_signal.unwrap_or_default();
         let sent = self.signal.is_some() && signal::call(task).flag;
         if sent { flag } else { 0 }
     }
@@ -195,15 +206,18 @@ impl<'a> Scene<'a> {
         // Whoever is just storing a state, or handing it to a child, is let finish.
         self.look.no_vcpu_in(&self.switching())?;
         let target = direction.target();
-        let moved = |task: &Task| match state(task) == target {
+        let moved = |at| match self.state(at) == target {
             true => Finding::There(None),
             false => Finding::There(Some(TaskWay::Forced)),
         };
-        let mut step = Step::new(self.look.tasks().map(moved).collect());
-        for task in self.look.tasks().filter(|task| state(task) != target) {
-            self.plan_state(task, target, &mut step.plan)?;
-            self.plan_pending(task, false, &mut step.plan)?;
+        let mut step = Step::new((0..self.look.seen().len()).map(moved).collect());
+        for (at, task) in self.look.tasks().enumerate() {
+            if self.state(at) != target {
+                self.plan_state(task, target, &mut step.plan)?;
+                self.plan_pending(task, false, &mut step.plan)?;
+            }
         }
+        self.plan_moved(self.those(|_| true), &mut step)?;
         Ok(step)
     }
 
@@ -236,14 +250,16 @@ impl<'a> Scene<'a> {
         let target = to.target();
         let standings = self.standings(to, |state| state != target);
         let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
-        self.plan_globals(target, Some(self.dummy), &mut step.plan)?;
-        for (task, standing) in self.look.tasks().zip(&standings) {
-            let clean = matches!(standing, Standing::Clean(_));
-            if clean && state(task) != target {
+        self.plan_globals(target, self.dummy, &mut step.plan)?;
+        for ((at, task), standing) in self.look.tasks().enumerate().zip(&standings) {
+            let clean = is_clean(standing);
+            if clean && self.state(at) != target {
                 self.plan_state(task, target, &mut step.plan)?;
             }
             self.plan_pending(task, !clean, &mut step.plan)?;
         }
+        let unmoved = self.those(|at| standings.get(at).is_some_and(|s| !is_clean(s)));
+        self.plan_unmoved(to, unmoved, &mut step)?;
         self.nudge(&mut step);
         Ok(step)
     }
@@ -254,14 +270,16 @@ impl<'a> Scene<'a> {
     fn transition_patch(&self, direction: Direction) -> Option<introspect::Gva> {
         match direction {
             Direction::Revert if self.alone => None,
-            _ => Some(self.dummy),
+            _ => self.dummy,
         }
     }
 
     /// The transition is the one we began, and the entries are as we left them.
     fn is_ours(&self, direction: Direction) -> Result<(), Stop> {
         let memory = &self.look.memory;
-        quiet::our_transition(memory, self.facts, direction.target(), self.dummy)?;
+        if let (Some(klp), Some(dummy)) = (&self.facts.klp, self.dummy) {
+            quiet::our_transition(memory, klp, direction.target(), dummy)?;
+        }
         self.sites_hold(|redirect| Ok(redirect.to_stub()?))
     }
 
@@ -314,16 +332,30 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
+    /// The tasks of these numbers of the look.
+    fn those(&self, which: impl Fn(usize) -> bool) -> Vec<introspect::Gva> {
+        let each = self.look.tasks().enumerate();
+        each.filter(|(at, _)| which(*at))
+            .map(|(_, task)| task.addr)
+            .collect()
+    }
+
     /// The patch state of task number `at` of the look.
     fn state(&self, at: usize) -> i32 {
-        number(self.look.patch_state(at))
+        match (self.unmoved, self.look.seen().get(at)) {
+            (Some(unmoved), Some(seen)) if unmoved.contains(seen.task.addr) => {
+                unmoved.direction().initial()
+            }
+            (Some(unmoved), _) => unmoved.direction().target(),
+            (None, _) => number(self.look.patch_state(at)),
+        }
     }
 
     /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
     fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> Vec<Standing> {
         let watch = direction.watch(self.patch);
         let stand = |at| match self.look.patch_state(at) {
-            state if !ask(number(state)) => Standing::Clean(TaskWay::Stack),
+            _ if !ask(self.state(at)) => Standing::Clean(TaskWay::Stack),
             Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
                 "its patch_state is {state}, which no kernel writes"
             )),
@@ -345,7 +377,7 @@ impl<'a> Scene<'a> {
     /// Code in which a task's state and flag are being changed.
     fn switching(&self) -> Watch {
         let mut watch = Watch::new();
-        for (code, name) in &self.facts.klp.switching {
+        for (code, name) in self.facts.klp.iter().flat_map(|klp| &klp.switching) {
             watch.add(*code, *name);
         }
         watch
@@ -397,15 +429,16 @@ impl Step {
             finished: false,
             nudge: Vec::new(),
             wake: None,
+            unmoved: None,
         }
     }
 }
 
-/// The task's patch state as a number; `NO_STATE` in a kernel that has none.
-fn state(task: &Task) -> i32 {
-    number(task.patch_state)
+fn is_clean(standing: &Standing) -> bool {
+    matches!(standing, Standing::Clean(_))
 }
 
+/// The patch state as a number; `NO_STATE` in a kernel that has none.
 fn number(state: Option<PatchState>) -> i32 {
     match state {
         None | Some(PatchState::Idle) => NO_STATE,

@@ -11,6 +11,7 @@ use crate::ledger::{Finding, Ledger};
 use crate::look::Watch;
 use crate::patch::Patch;
 use crate::status::{PatchPhase, PauseReport, TaskReport};
+use crate::unmoved::Unmoved;
 
 /// The time to the second look.
 const FIRST_WAIT: Duration = Duration::from_millis(1);
@@ -87,6 +88,8 @@ pub struct Transition {
     pub direction: Direction,
     /// What it cost so far.
     pub pauses: PauseReport,
+    /// Who has not moved, in a guest that does not know it itself.
+    pub unmoved: Option<Unmoved>,
     began: Instant,
     ledger: Ledger,
     wait: Duration,
@@ -101,6 +104,7 @@ impl Transition {
         Transition {
             direction,
             pauses: PauseReport::default(),
+            unmoved: None,
             began: Instant::now(),
             ledger: Ledger::default(),
             wait: FIRST_WAIT,

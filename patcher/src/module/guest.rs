@@ -9,6 +9,9 @@ use super::exports::Exports;
 use super::klp::KlpLayout;
 use super::target::{AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, Target};
 
+/// What every livepatch's init function calls. That function is not run, but its code may be linked with the rest: where the kernel
+/// has no such export, one that returns at once stands for it.
+const ENABLE: &str = "klp_enable_patch";
 /// A release and what follows it; real ones have some 60 bytes.
 const MAX_VERMAGIC: usize = 256;
 /// `NCAPINTS + NBUGINTS` is about 24.
@@ -52,7 +55,10 @@ impl<'a> GuestTarget<'a> {
         let btf = &self.kernel.btf;
         let at = |path: &str| btf.field(path).map(|field| field.offset);
         Ok(Layouts {
-            klp: klp(btf)?,
+            klp: match btf.has("klp_patch") {
+                true => klp(btf)?,
+                false => KlpLayout::PUBLIC,
+            },
             module_size: btf.size_of("module")?,
             modversion: match btf.has("modversion_info") {
                 false => None,
@@ -145,7 +151,15 @@ impl Target for GuestTarget<'_> {
     }
 
     fn export(&self, name: &str) -> Result<Option<Export>, TargetError> {
-        self.exports()?.get(name)
+        match self.exports()?.get(name)? {
+            None if name == ENABLE && !self.kernel.btf.has("klp_patch") => Ok(Some(Export {
+                address: self.address("ftrace_stub")?,
+                gpl_only: true,
+                namespace: None,
+                crc: None,
+            })),
+            found => Ok(found),
+        }
     }
 
     fn capabilities(&self) -> Result<Vec<u32>, TargetError> {

@@ -42,6 +42,31 @@ pub struct KlpLayout {
     pub func_old_sympos: u64,
 }
 
+impl KlpLayout {
+    /// What the author of a patch fills in, and nothing else: for a kernel without `CONFIG_LIVEPATCH`, which declares no such
+    /// structures. `guests/patches/klp_public.h` declares these.
+    pub const PUBLIC: KlpLayout = KlpLayout {
+        patch_size: 32,
+        patch_mod: 0,
+        patch_objs: 8,
+        patch_states: Some(16),
+        patch_replace: 24,
+        object_size: 48,
+        object_name: 0,
+        object_funcs: 8,
+        object_callbacks: [
+            (16, "pre_patch"),
+            (24, "post_patch"),
+            (32, "pre_unpatch"),
+            (40, "post_unpatch"),
+        ],
+        func_size: 24,
+        func_old_name: 0,
+        func_new_func: 8,
+        func_old_sympos: 16,
+    };
+}
+
 /// One function that a patch replaces, and where in the module its replacement is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PatchFunction {

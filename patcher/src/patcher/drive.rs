@@ -171,10 +171,8 @@ impl Patcher {
             return;
         }
         self.places.give_back(patch.code);
-        patch
-            .data
-            .into_iter()
-            .for_each(|data| self.places.give_back(data));
+        let pieces = patch.data.into_iter().chain(patch.table);
+        pieces.for_each(|data| self.places.give_back(data));
         if let Some(guest) = &mut self.guest {
             patch.forget(&mut guest.unwinder);
         }
@@ -204,17 +202,19 @@ impl Patcher {
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step, Duration), Stop> {
         let mut meter = PauseReport::default();
-        let Some((direction, signals)) = transition.as_ref().map(|t| (t.direction, t.signals()))
-        else {
+        let Some(transition) = transition else {
             return Err(Stop::Fail(not_found()));
         };
-        let done = self.in_pause(machine, at, (direction, signals), &mut meter, make);
+        let done = self.in_pause(machine, at, transition, &mut meter, make);
         self.pauses.merge(&meter);
-        if let Some(transition) = transition {
-            transition.pauses.merge(&meter);
-        }
+        transition.pauses.merge(&meter);
         let (tasks, step) = match done {
-            Ok(done) => done,
+            Ok((tasks, mut step)) => {
+                if step.unmoved.is_some() {
+                    transition.unmoved = step.unmoved.take();
+                }
+                (tasks, step)
+            }
             Err(Stop::Fail(error)) => return Err(Stop::Fail(self.lost(error))),
             Err(busy) => return Err(busy),
         };
@@ -237,19 +237,19 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         at: usize,
-        (direction, signals): (Direction, bool),
+        transition: &Transition,
         meter: &mut PauseReport,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
     ) -> Result<(Vec<Task>, Step), Stop> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
-        let dummy = self.places.known_dummy().ok_or_else(not_found)?;
         if self.walks_in_the_pause {
             guest.survey = Survey::new();
         } else {
-            guest.walk_ahead(machine.memory(), &direction.watch(patch));
+            guest.walk_ahead(machine.memory(), &transition.direction.watch(patch));
         }
+        let signals = transition.signals();
         let mut paused = Paused::begin(machine, meter)?;
         let mut mapping = crate::journal::Plan::new();
         let (step, tasks, walked) = {
@@ -259,10 +259,11 @@ impl Patcher {
                 look: &look,
                 facts: &facts,
                 places: &self.places,
-                dummy,
+                dummy: self.places.known_dummy(),
                 patch,
                 alone: self.patches.len() == 1,
                 signal: self.waker.as_ref().filter(|_| signals),
+                unmoved: transition.unmoved.as_ref(),
             };
             let step = make(&scene);
             (step, look.seen().len(), look.walked())

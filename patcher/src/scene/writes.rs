@@ -8,8 +8,9 @@ use crate::journal::Plan;
 use crate::quiet::{NO_STATE, Stop};
 use crate::redirect::{EncodeError, SITE_LEN};
 use crate::transition::Direction;
+use crate::unmoved::Unmoved;
 
-use super::Scene;
+use super::{Scene, Step};
 
 impl Scene<'_> {
     pub(super) fn plan_code(&self, plan: &mut Plan) -> Result<(), Stop> {
@@ -71,7 +72,10 @@ impl Scene<'_> {
         patch: Option<introspect::Gva>,
         plan: &mut Plan,
     ) -> Result<(), Stop> {
-        let (memory, klp) = (&self.look.memory, &self.facts.klp);
+        let Some(klp) = &self.facts.klp else {
+            return Ok(());
+        };
+        let memory = &self.look.memory;
         let patch = patch.unwrap_or_default().0;
         plan.write_kernel(memory, klp.target_state, &target.to_le_bytes())?;
         plan.write_kernel(memory, klp.transition_patch, &patch.to_le_bytes())?;
@@ -80,6 +84,10 @@ impl Scene<'_> {
 
     /// Nobody has a state, and nobody is to change it.
     pub(super) fn plan_no_states(&self, plan: &mut Plan) -> Result<(), Stop> {
+        if self.facts.klp.is_none() {
+            // Nor does any stub ask any more.
+            return Ok(());
+        }
         for task in self.look.tasks() {
             self.plan_pending(task, false, plan)?;
             self.plan_state(task, NO_STATE, plan)?;
@@ -87,8 +95,49 @@ impl Scene<'_> {
         Ok(())
     }
 
+    /// Writes down who has yet to move, in a guest that has no states of its own. Nobody may be in a stub, looking somebody up.
+    pub(super) fn plan_unmoved(
+        &self,
+        direction: Direction,
+        unmoved: impl IntoIterator<Item = introspect::Gva>,
+        step: &mut Step,
+    ) -> Result<(), Stop> {
+        let Some(piece) = self.patch.table else {
+            return Ok(());
+        };
+        self.look.no_task_in(&self.patch.stub_code())?;
+        let unmoved = Unmoved::new(piece, direction, unmoved)?;
+        let memory = &self.look.memory;
+        (self.places).plan_fill(memory, piece, &unmoved.bytes(), &mut step.plan)?;
+        step.unmoved = Some(unmoved);
+        Ok(())
+    }
+
+    /// Writes down, likewise, that these have moved.
+    pub(super) fn plan_moved(
+        &self,
+        moved: impl IntoIterator<Item = introspect::Gva>,
+        step: &mut Step,
+    ) -> Result<(), Stop> {
+        let Some(mut unmoved) = self.unmoved.cloned() else {
+            return Ok(());
+        };
+        let memory = &self.look.memory;
+        for task in moved {
+            if let Some((at, bytes)) = unmoved.take_out(task) {
+                let plan = &mut step.plan;
+                (self.places).plan_part(memory, unmoved.piece(), at, &bytes, plan)?;
+            }
+        }
+        step.unmoved = Some(unmoved);
+        Ok(())
+    }
+
     pub(super) fn plan_state(&self, task: &Task, state: i32, plan: &mut Plan) -> Result<(), Stop> {
-        let at = self.facts.klp.patch_state.of(task.addr);
+        let Some(klp) = &self.facts.klp else {
+            return Ok(());
+        };
+        let at = klp.patch_state.of(task.addr);
         plan.write_kernel(&self.look.memory, at, &state.to_le_bytes())?;
         Ok(())
     }
@@ -111,18 +160,21 @@ impl Scene<'_> {
         others: u64,
         plan: &mut Plan,
     ) -> Result<(), Stop> {
+        let (Some(klp), tif) = (&self.facts.klp, &self.facts.tif) else {
+            // The flag has no meaning there: the guest's exit to user mode would go round for ever.
+            return Ok(());
+        };
         let mut flags = if pending {
-            task.tif | self.facts.klp.pending
+            task.tif | klp.pending
         } else {
-            task.tif & !self.facts.klp.pending
+            task.tif & !klp.pending
         } | others;
         // An idle task looks at its flag only when it goes round its loop.
-        if let (true, TaskKind::Idle, Some(bit)) = (pending, task.kind, self.facts.klp.need_resched)
-        {
+        if let (true, TaskKind::Idle, Some(bit)) = (pending, task.kind, tif.need_resched) {
             flags |= bit;
         }
         if flags != task.tif {
-            let at = self.facts.klp.thread_flags.of(task.addr);
+            let at = tif.flags.of(task.addr);
             plan.write_kernel(&self.look.memory, at, &flags.to_le_bytes())?;
         }
         Ok(())

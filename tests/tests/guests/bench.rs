@@ -19,7 +19,7 @@ use guests::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::flavours;
+use crate::{flavours, no_livepatch};
 
 /// All that is made before the bed starts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -105,6 +105,7 @@ impl Assets {
             };
             stock.insert(flavours::key(generation, flavour), Stock::prepare(order)?);
         }
+        stock.extend(no_livepatch::stock()?.map(|stock| (no_livepatch::KEY.to_owned(), stock)));
         Ok(Assets {
             binary: build_outpatch()?,
             stock,

@@ -17,6 +17,7 @@ mod kinds;
 mod locks;
 mod machine;
 mod modes;
+mod no_livepatch;
 mod patch_stack;
 mod patching;
 mod refusals;
@@ -120,6 +121,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(insmod::scenarios());
     all.extend(blocked::scenarios());
     all.extend(modes::scenarios());
+    all.extend(no_livepatch::scenarios());
     all.extend(check::scenarios());
     all.extend(faults::scenarios());
     all.extend(kinds::scenarios());
@@ -179,7 +181,9 @@ fn outside() -> ExitCode {
 const ALL: &str = "OUTPATCH_TEST_ALL";
 
 fn is_wanted(scenario: &Scenario) -> bool {
-    (!scenario.more || env::var_os(ALL).is_some()) && flavours::is_wanted(scenario)
+    (!scenario.more || env::var_os(ALL).is_some())
+        && flavours::is_wanted(scenario)
+        && no_livepatch::is_wanted(scenario)
 }
 
 /// A bed that dies says nothing about the scenario in it: that is told and counted, and the scenario gets another bed, once.

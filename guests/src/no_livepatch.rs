@@ -1,0 +1,148 @@
+//! A kernel without `CONFIG_LIVEPATCH`: Debian has none, so a small one is built from Debian's own source of a stock kernel.
+//!
+//! Its tree stays in the cache, as patches are built against it.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fs::{self, File},
+    io::Write,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    cache::{Cache, fingerprint},
+    headers::Headers,
+    initramfs::Initramfs,
+    kernels::Generation,
+    packages::Packages,
+    patches, progress,
+    stock::Stock,
+    tools,
+};
+
+/// What it has; all else is off.
+const CONFIG: &str = include_str!("../kernels/no-livepatch.config");
+
+/// What building a kernel needs, each with its Debian package.
+const TOOLS: [(&str, &str); 9] = [
+    ("make", "make"),
+    ("gcc", "gcc"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("tar", "tar"),
+    ("xz", "xz-utils"),
+    ("pahole", "pahole"),
+    ("/usr/include/gelf.h", "libelf-dev"),
+];
+
+/// A guest with such a kernel and with these patches; built the first time, which takes some minutes.
+///
+/// # Errors
+/// When the source cannot be had, or does not build.
+pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
+    let cache = Cache::open()?;
+    let name = format!("linux-source-{generation}");
+    let source = Packages::new(&cache).fetch(&name, generation.suites())?;
+    let mark = fingerprint([source.version.as_bytes(), CONFIG.as_bytes()]);
+    let tree = cache
+        .root()
+        .join(format!("no-livepatch/{generation}-{mark}"));
+    if !tree.is_dir() {
+        let archive = source.root.join(format!("usr/src/{name}.tar.xz"));
+        build(&cache, &archive, &tree)?;
+    }
+    let release = fs::read_to_string(tree.join("include/config/kernel.release"))?;
+    let release = release.trim();
+    let headers = Headers {
+        folder: tree.clone(),
+        libraries: OsString::new(),
+        compiler: None,
+    };
+    let mut initramfs = Initramfs::new();
+    let mut built = BTreeMap::new();
+    for name in patches {
+        let module = patches::build_against(&cache, (release, &mark), &headers, name)?;
+        initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
+        built.insert((*name).to_owned(), module);
+    }
+    Ok(Stock {
+        release: release.to_owned(),
+        bzimage: tree.join("arch/x86/boot/bzImage"),
+        initrd: initramfs.build(&cache)?,
+        patches: built,
+    })
+}
+
+fn build(cache: &Cache, archive: &Path, tree: &Path) -> Result<()> {
+    tools::require(&TOOLS)?;
+    let _lock = cache.lock("no-livepatch")?;
+    if tree.is_dir() {
+        return Ok(());
+    }
+    let bar = progress::spinner("building a kernel without CONFIG_LIVEPATCH");
+    let staging = cache.stage()?;
+    let folder = staging.path();
+    let mut unpack = Command::new("tar");
+    unpack
+        .arg("-xJf")
+        .arg(archive)
+        .args(["--strip-components=1", "-C"]);
+    run(unpack.arg(folder))?;
+    let wanted = folder.join("wanted.config");
+    File::create(&wanted)?.write_all(CONFIG.as_bytes())?;
+    let mut configure = make(folder);
+    configure.env("KCONFIG_ALLCONFIG", &wanted);
+    run(configure.arg("allnoconfig"))?;
+    check_config(&folder.join(".config"))?;
+    run(make(folder).args(["bzImage", "modules"]))?;
+    bar.finish_and_clear();
+    Ok(staging.commit(tree)?)
+}
+
+fn make(folder: &Path) -> Command {
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut command = Command::new("make");
+    command.arg(format!("-j{jobs}")).arg("-C").arg(folder);
+    command.env_remove("MAKEFLAGS").env_remove("MAKELEVEL");
+    command
+}
+
+/// What was asked for is there, as far as this kernel knows it; and what is not to be there is not.
+fn check_config(path: &Path) -> Result<()> {
+    let config = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let has = |line: &str| config.lines().any(|other| other == line);
+    for needed in [
+        "CONFIG_DEBUG_INFO_BTF=y",
+        "CONFIG_UNWINDER_ORC=y",
+        "CONFIG_DYNAMIC_FTRACE=y",
+        "CONFIG_KALLSYMS_ALL=y",
+        "CONFIG_RANDOMIZE_BASE=y",
+        "CONFIG_SMP=y",
+        "CONFIG_MODULES=y",
+    ] {
+        ensure!(has(needed), "the kernel would lack {needed}");
+    }
+    ensure!(
+        !has("CONFIG_LIVEPATCH=y"),
+        "the kernel would have CONFIG_LIVEPATCH"
+    );
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let shown = tools::shown(command);
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| shown.clone())?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut last: Vec<&str> = said.lines().rev().take(12).collect();
+    last.reverse();
+    ensure!(output.status.success(), "{shown}: {}", last.join("; "));
+    Ok(())
+}
