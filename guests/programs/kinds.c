@@ -175,8 +175,8 @@ static const struct {
 } kinds[] = {
 	{ "k-pause", 1, in_pause },
 	{ "k-vfork", 1, in_vfork },
-	{ "k-user", 2, in_user_mode },
-	{ "k-kernel", 1, in_kernel },
+	{ "k-user", 4, in_user_mode },
+	{ "k-kernel", 2, in_kernel },
 	{ "k-stopped", 1, stopped },
 	{ "k-tracer", 1, traced },
 	{ "k-frozen", 1, in_pause },
