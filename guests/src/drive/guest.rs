@@ -247,9 +247,13 @@ impl Guest {
     /// When the guest's log or taint says otherwise.
     pub fn expect_unharmed(&mut self, before: &Log) -> Result<()> {
         let taint = self.sh("cat /proc/sys/kernel/tainted")?;
-        ensure!(taint == "0", "the guest is tainted: {taint}");
-        let (stolen, new): (Vec<_>, Vec<_>) = self
-            .dmesg_since(before)?
+        let new = self.dmesg_since(before)?;
+        ensure!(
+            taint == "0",
+            "the guest is tainted: {taint}; new lines in its log:\n{}",
+            new.join("\n")
+        );
+        let (stolen, new): (Vec<_>, Vec<_>) = new
             .into_iter()
             .partition(|line| STOLEN_TIME.iter().any(|text| line.starts_with(text)));
         if !stolen.is_empty() {

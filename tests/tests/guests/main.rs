@@ -5,6 +5,7 @@
 //! fails its scenario. A bed that is lost, all guests in it with it, is treated alike: said, counted, and tried once more.
 
 mod bench;
+mod beside;
 mod blocked;
 mod check;
 mod differential;
@@ -122,6 +123,7 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(blocked::scenarios());
     all.extend(modes::scenarios());
     all.extend(no_livepatch::scenarios());
+    all.extend(beside::scenarios());
     all.extend(check::scenarios());
     all.extend(faults::scenarios());
     all.extend(kinds::scenarios());

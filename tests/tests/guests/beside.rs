@@ -1,0 +1,143 @@
+//! outpatch beside the guest's own livepatching: the same `.ko` files, the same guest, the same load, one after the other.
+
+use std::{
+    env,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use guests::drive::Guest;
+use serde_json::json;
+
+use crate::{Scenario, bench::Bench};
+
+/// Transitions of each, there and back; `OUTPATCH_BESIDE=ROUNDS` asks for more.
+const ROUNDS: usize = 3;
+/// With sleepers in the function, the guest's own signals after 15 s (`transition.c: SIGNALS_TIMEOUT`): one of them in so many rounds.
+const ROUNDS_A_SIGNAL: usize = 3;
+/// How long one of the guest's own may take. 6.12 rewrites every place in the kernel where a task may give way
+/// (`kernel/sched/core.c: sched_dynamic_klp_enable`), and each takes some interrupts from CPU to CPU: minutes, where the vCPUs share one.
+const LIMIT: Duration = Duration::from_secs(600);
+
+pub fn scenarios() -> Vec<Scenario> {
+    let asked = env::var("OUTPATCH_BESIDE").ok();
+    let rounds = asked
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(ROUNDS);
+    ["6.1", "6.12", "7.3"]
+        .map(|generation| {
+            Scenario::new(
+                format!("beside::faster_than_the_guests_own_{generation}"),
+                move |bench| faster(bench, generation, rounds),
+            )
+            .limit(Duration::from_secs(7200))
+            .more(true)
+        })
+        .into()
+}
+
+fn faster(bench: &Bench, generation: &str, rounds: usize) -> Result<()> {
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        let stock = bench.stock(generation)?;
+        // Sleepers in callers of the function, in vfs_read for one, and two who do not leave user mode.
+        guest.sh("sleeper 100 & spin 2 & sleep 2")?;
+        let read = |file| Ok::<_, anyhow::Error>(std::fs::read(stock.patch(file)?)?);
+        let sample = Pair {
+            file: "livepatch-sample",
+            name: "livepatch_sample",
+            module: read("livepatch-sample")?,
+            signal: false,
+        };
+        let (ours, theirs) = sample.rounds(guest, rounds)?;
+        compare(generation, "nobody in the function", &ours, &theirs)?;
+        let pause = Pair {
+            file: "pause",
+            name: "pause",
+            module: read("pause")?,
+            signal: true,
+        };
+        let (ours, theirs) = pause.rounds(guest, rounds.div_ceil(ROUNDS_A_SIGNAL))?;
+        compare(generation, "sleepers in the function", &ours, &theirs)
+    })
+}
+
+/// Prints both, and by how much outpatch is the faster one, which it is.
+fn compare(generation: &str, load: &str, ours: &[Duration], theirs: &[Duration]) -> Result<()> {
+    println!("{generation}, {load}: outpatch {ours:?}, the guest's own {theirs:?}");
+    let (ours, theirs) = (median(ours), median(theirs));
+    println!(
+        "{generation}, {load}: in the median outpatch takes {ours:?}, the guest's own {theirs:?}, {:.0} times that",
+        theirs.as_secs_f64() / ours.as_secs_f64()
+    );
+    ensure!(ours < theirs, "outpatch takes longer");
+    Ok(())
+}
+
+/// One module, for both.
+struct Pair {
+    file: &'static str,
+    name: &'static str,
+    module: Vec<u8>,
+    /// Whether ours is to send the fake signal; the guest's own always does, after a while.
+    signal: bool,
+}
+
+impl Pair {
+    /// How long each took to apply, from the request to the end of the transition, in turns.
+    fn rounds(&self, guest: &mut Guest, rounds: usize) -> Result<(Vec<Duration>, Vec<Duration>)> {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            ours.push(self.ours(guest)?);
+            theirs.push(self.theirs(guest)?);
+        }
+        Ok((ours, theirs))
+    }
+
+    fn ours(&self, guest: &Guest) -> Result<Duration> {
+        let rest = guest.rest();
+        let asked = Instant::now();
+        let mut patch = rest.begin(&self.module)?;
+        if self.signal && patch["transition"] == true {
+            patch = rest.change(self.name, &json!({"signal": true}))?;
+        }
+        rest.end(patch, LIMIT)?;
+        let took = asked.elapsed();
+        guest
+            .outpatch()
+            .ok(&["revert", self.name, "--signal-after", "0"])?;
+        Ok(took)
+    }
+
+    /// By the guest's own clock, which stands still for nobody here.
+    fn theirs(&self, guest: &mut Guest) -> Result<Duration> {
+        let (file, name) = (self.file, self.name);
+        let attribute = format!("/sys/kernel/livepatch/{name}");
+        let settled = format!(
+            "while [ \"$(cat {attribute}/transition 2>/dev/null)\" = 1 ]; do sleep 0.02; done"
+        );
+        let took = guest.sh_within(
+            &format!(
+                "read a b < /proc/uptime; insmod /lib/patches/{file}.ko; {settled}; read c d < /proc/uptime; echo $a $c"
+            ),
+            LIMIT,
+        )?;
+        guest.sh_within(
+            &format!("echo 0 > {attribute}/enabled; {settled}; while ! rmmod {name} 2>/dev/null; do sleep 0.1; done"),
+            LIMIT,
+        )?;
+        let times = took
+            .split(' ')
+            .map(str::parse)
+            .collect::<Result<Vec<f64>, _>>()?;
+        let [from, to] = times[..] else {
+            anyhow::bail!("the guest says {took:?}");
+        };
+        Ok(Duration::from_secs_f64(to - from))
+    }
+}
+
+fn median(times: &[Duration]) -> Duration {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
