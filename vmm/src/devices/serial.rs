@@ -75,8 +75,9 @@ impl<W: Write> Com1<W> {
     /// there for good.
     fn identify(&mut self) -> u8 {
         let identity = self.uart.read(IIR);
-        let listens = self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0;
-        if listens && self.uart.read(LSR) & LSR_DATA_READY != 0 {
+        // First what costs nothing: the state is a copy, and most interrupts are of output.
+        let is_there = self.uart.read(LSR) & LSR_DATA_READY != 0;
+        if is_there && self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0 {
             identity & !IIR_NONE | IIR_RECEIVED_DATA
         } else {
             identity
