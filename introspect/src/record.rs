@@ -70,12 +70,9 @@ impl<'a, 'm> Records<'a, 'm> {
         }
     }
 
-    /// Takes the structure at `base`, if it can be read; nothing is held if not.
+    /// Takes the structure at `base` as it is now, if it can be read; nothing is held if not.
     pub(crate) fn hold(&self, base: Gva) {
-        if self.base.replace(None) == Some(base) {
-            self.base.set(Some(base));
-            return;
-        }
+        self.base.set(None);
         let mut held = self.held.borrow_mut();
         if self.memory.gather(base, &self.parts, &mut held).is_ok() {
             self.base.set(Some(base));

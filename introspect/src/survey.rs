@@ -3,8 +3,8 @@
 //! A pause is paid for by the guest, so what can be learned before it is: [`Survey::walk_ahead`] lists and walks while the guest
 //! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
 //! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, where it is in the lists, and
-//! what others may change of it. A task that has run since is on a CPU, or was switched out and counted (`kernel/sched/core.c:
-//! __schedule`); its other fields and the frames of its stack only it changes itself, by running. (Its name can be changed by another.)
+//! what others may change of it ([`proof`](crate::proof)); the other fields and the frames of its stack only it changes itself, by
+//! running. (Its name can be changed by another.)
 //!
 //! Knows the lists that tasks are on; it must not know what stacks look like.
 
@@ -13,14 +13,14 @@ use std::{collections::HashMap, num::NonZeroU64};
 use crate::{
     addr::Gva,
     kernel::Kernel,
+    proof::Proof,
     reader::KernelMemory,
-    record::Records,
     stack::Stack,
     stacks::Unwinder,
     stacks_cpu::StackPlaces,
     survey_seen::Brief,
     task::{PatchState, Task, TaskKind},
-    task_reader::{self, TaskReader},
+    task_reader::TaskReader,
     tasks::{MAX_TASKS, TasksError, check_count, check_lock},
     tasks_vcpus::{self, OnCpu},
     vcpu::VcpuRegs,
@@ -182,7 +182,7 @@ impl Survey {
         // Where a task's birth does not show, another in its place, with its number, could be taken for it.
         self.keep &= kernel.layout.task.start_time.is_some();
         let reader = TaskReader::new(kernel, memory);
-        let proof = Records::exact(memory, task_reader::proof(kernel));
+        let proof = Proof::new(kernel, memory);
         if !self.renew(&reader, &proof)? {
             self.list_anew(&reader, &proof)?;
         }
@@ -201,7 +201,7 @@ impl Survey {
     fn renew(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Records<'_, '_>,
+        proof: &Proof<'_, '_>,
     ) -> Result<bool, TasksError> {
         let len = proof.len();
         if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
@@ -213,16 +213,16 @@ impl Survey {
         self.seen.truncate(self.listed);
         let each = self.briefs.iter_mut().zip(self.raw.chunks_exact_mut(len));
         for ((brief, before), seen) in each.zip(&mut self.seen) {
-            proof.hold(brief.addr);
-            let Some(now) = proof.of(brief.addr) else {
+            let Some(now) = proof.gather(brief.addr) else {
                 return Ok(false);
             };
-            if *now == *before {
+            if *now == *before && !brief.anew {
                 if brief.mark.is_none() {
                     seen.settle();
                 }
                 continue;
             }
+            let still = proof.holds(brief.addr);
             let mut fresh = Seen::read(reader, brief.addr)?;
             if fresh.links != seen.links {
                 return Ok(false);
@@ -230,7 +230,7 @@ impl Survey {
             // Only now: as long as the two differ, nobody takes the old stack for the new one.
             before.copy_from_slice(&now);
             fresh.kept = true;
-            *brief = fresh.brief();
+            *brief = fresh.brief(still);
             *seen = fresh;
         }
         Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
@@ -240,7 +240,7 @@ impl Survey {
     fn list_anew(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Records<'_, '_>,
+        proof: &Proof<'_, '_>,
     ) -> Result<(), TasksError> {
         let old = std::mem::replace(
             self,
@@ -262,8 +262,7 @@ impl Survey {
         let init_task = reader.kernel.symbols.address("init_task")?;
         let mut leader = init_task;
         loop {
-            reader.fields.hold(leader);
-            let signal = reader.fields.pointer(layout.task.signal.of(leader))?;
+            let signal = reader.memory.pointer(layout.task.signal.of(leader))?;
             let head = layout.signal.thread_head.of(signal);
             let mut node = reader.memory.pointer(layout.list_next.of(head))?;
             while node != head {
@@ -290,27 +289,24 @@ impl Survey {
     fn list(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Records<'_, '_>,
+        proof: &Proof<'_, '_>,
         addr: Gva,
         old: &mut Old,
     ) -> Result<(), TasksError> {
-        if self.keep {
-            // Before the rest: whatever changes in between then shows.
-            proof.hold(addr);
-        }
+        // Before the rest: whatever changes in between then shows.
+        let now = self.keep.then(|| proof.gather(addr)).flatten();
+        let still = now.is_some() && proof.holds(addr);
         let mut seen = Seen::read(reader, addr)?;
         seen.kept = self.keep;
         let mut mark = None;
-        if self.keep
-            && let Some(now) = proof.of(addr)
-        {
+        if let Some(now) = now {
             if let Some((known, known_mark)) = old.seen(addr, &now) {
                 seen.stack = std::mem::take(&mut known.stack);
                 mark = known_mark;
             }
             self.raw.extend_from_slice(&now);
         }
-        self.add(seen)?;
+        self.add(seen, still)?;
         if let Some(brief) = self.briefs.last_mut() {
             brief.mark = mark;
         }
@@ -321,7 +317,7 @@ impl Survey {
         Ok(())
     }
 
-    fn add(&mut self, seen: Seen) -> Result<(), TasksError> {
+    fn add(&mut self, seen: Seen, still: bool) -> Result<(), TasksError> {
         if self.seen.len() >= MAX_TASKS {
             return Err(TasksError::TooMany);
         }
@@ -329,12 +325,12 @@ impl Survey {
         if self.at.insert(addr, self.seen.len()).is_some() {
             return Err(TasksError::Cycle(addr));
         }
-        self.push(seen);
+        self.push(seen, still);
         Ok(())
     }
 
-    fn push(&mut self, seen: Seen) {
-        self.briefs.push(seen.brief());
+    fn push(&mut self, seen: Seen, still: bool) {
+        self.briefs.push(seen.brief(still));
         self.seen.push(seen);
     }
 
@@ -351,7 +347,7 @@ impl Survey {
                 continue;
             }
             if !self.at.contains_key(&idle) {
-                self.add(Seen::read(reader, idle)?)?;
+                self.add(Seen::read(reader, idle)?, false)?;
             }
             let known = self.at.get(&idle);
             if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
@@ -370,7 +366,7 @@ impl Survey {
                 && let Ok(seen) = Seen::read(reader, on.task)
             {
                 self.at.insert(on.task, self.seen.len());
-                self.push(seen);
+                self.push(seen, false);
             }
             let Some(&at) = self.at.get(&on.task) else {
                 continue;
@@ -414,11 +410,12 @@ impl Old {
         let at = *self.survey.at.get(&addr)?;
         let start = at.checked_mul(self.len)?;
         let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
-        if before != now {
+        let brief = self.survey.briefs.get(at)?;
+        if before != now || brief.anew {
             return None;
         }
         let seen = self.survey.seen.get_mut(at)?;
         seen.settle();
-        Some((seen, self.survey.briefs.get(at)?.mark))
+        Some((seen, brief.mark))
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct Brief {
     pub(crate) patch_state: Option<PatchState>,
     /// What the caller found out about its stack: while this is here, that is the same.
     pub(crate) mark: Option<NonZeroU64>,
+    /// It may have run while it was read: nothing proves what was, and the next look reads it anew.
+    pub(crate) anew: bool,
 }
 
 /// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
@@ -61,11 +63,13 @@ impl Seen {
         })
     }
 
-    pub(crate) fn brief(&self) -> Brief {
+    /// `still`: it was the same just before it was read ([`Proof::holds`](crate::proof::Proof::holds)).
+    pub(crate) fn brief(&self, still: bool) -> Brief {
         Brief {
             addr: self.task.addr,
             patch_state: self.task.patch_state,
             mark: None,
+            anew: !still || self.task.on_cpu,
         }
     }
 

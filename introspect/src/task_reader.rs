@@ -118,33 +118,3 @@ fn fields(kernel: &Kernel) -> Vec<Field> {
     );
     fields
 }
-
-/// What shows that a task is still the same, at the same place of the lists, and has not run: the time of its birth and the counters of
-/// its switches, of which no two are the same; and what others than itself change of it.
-pub(crate) fn proof(kernel: &Kernel) -> Vec<Field> {
-    let task = &kernel.layout.task;
-    let next = |list: Field| Field {
-        offset: list.offset + kernel.layout.list_next.offset,
-        size: kernel.layout.list_next.size,
-    };
-    let mut fields = vec![
-        task.thread_flags,
-        task.cpu,
-        task.state,
-        task.stack,
-        task.flags,
-        task.on_cpu,
-        next(task.tasks),
-        next(task.thread_node),
-        task.nvcsw,
-        task.nivcsw,
-    ];
-    fields.extend(task.start_time);
-    fields.extend(
-        kernel
-            .livepatch
-            .as_ref()
-            .map(|livepatch| livepatch.patch_state),
-    );
-    fields
-}

@@ -24,6 +24,8 @@ use fuzz::mutate::{Mutated, PARTS};
 mod cores;
 #[path = "hostile/largest.rs"]
 mod largest;
+#[path = "hostile/moving.rs"]
+mod moving;
 #[path = "hostile/survey.rs"]
 mod survey;
 

@@ -164,18 +164,24 @@ impl Scene<'_> {
             // The flag has no meaning there: the guest's exit to user mode would go round for ever.
             return Ok(());
         };
-        let mut flags = if pending {
-            task.tif | klp.pending
-        } else {
-            task.tif & !klp.pending
-        } | others;
-        // An idle task looks at its flag only when it goes round its loop.
-        if let (true, TaskKind::Idle, Some(bit)) = (pending, task.kind, tif.need_resched) {
-            flags |= bit;
-        }
-        if flags != task.tif {
-            let at = tif.flags.of(task.addr);
-            plan.write_kernel(&self.look.memory, at, &flags.to_le_bytes())?;
+        let wanted = |flags: u64| {
+            let flags = if pending {
+                flags | klp.pending
+            } else {
+                flags & !klp.pending
+            };
+            // An idle task looks at its flag only when it goes round its loop.
+            let resched = match (pending, task.kind) {
+                (true, TaskKind::Idle) => tif.need_resched.unwrap_or_default(),
+                _ => 0,
+            };
+            flags | others | resched
+        };
+        if wanted(task.tif) != task.tif {
+            let memory = &self.look.memory;
+            // The whole word is written: the other flags are not to be those of any earlier moment.
+            let flags = wanted(memory.field(task.addr, tif.flags)?);
+            plan.write_kernel(memory, tif.flags.of(task.addr), &flags.to_le_bytes())?;
         }
         Ok(())
     }
