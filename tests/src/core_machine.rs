@@ -1,19 +1,24 @@
 //! A guest out of a core file, in memory, that does not run and can be changed: what a patch does to a guest, with nothing of the
 //! guest's own doing in between. It counts what is asked of it, and fails where it is told to.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fmt,
+    ops::Range,
+    sync::Arc,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use introspect::{CoreFile, PhysMemory, VcpuRegs};
 use patcher::{Machine, MachineError};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 
 /// Memory is copied so many bytes at a time.
 const CHUNK: usize = 64 << 10;
-/// Originals are kept in pages.
+/// Changes are told by page.
 const PAGE: u64 = 4096;
 /// Hidden memory lies at a multiple of this.
 const ALIGN: u64 = 2 << 20;
@@ -27,8 +32,10 @@ pub struct CoreMachine {
     vcpus: Vec<VcpuRegs>,
     /// Where hidden memory begins.
     hidden: u64,
-    /// What stood in each page of RAM before it was first written.
-    originals: BTreeMap<u64, Vec<u8>>,
+    /// Each write to RAM, no part of it over the end of a page: where, and where in `before` is what stood there. Pages are made of
+    /// that only when asked for: what a pause takes is measured.
+    writes: Vec<(u64, Range<usize>)>,
+    before: Vec<u8>,
     paused: u32,
     steps: u64,
     fail_at: Option<u64>,
@@ -57,7 +64,8 @@ impl CoreMachine {
             memory,
             vcpus: core.vcpus().to_vec(),
             hidden,
-            originals: BTreeMap::new(),
+            writes: Vec::new(),
+            before: Vec::new(),
             paused: 0,
             steps: 0,
             fail_at: None,
@@ -96,8 +104,12 @@ impl CoreMachine {
     /// When a page cannot be read.
     pub fn written(&self) -> Result<BTreeMap<u64, Vec<u8>>> {
         let mut pages = BTreeMap::new();
-        for at in self.originals.keys() {
-            pages.insert(*at, self.page(*at)?);
+        for (gpa, _) in &self.writes {
+            let at = gpa / PAGE * PAGE;
+            if let Entry::Vacant(page) = pages.entry(at) {
+                let page = page.insert(vec![0; usize::try_from(PAGE)?]);
+                self.memory.read_slice(page, GuestAddress(at))?;
+            }
         }
         Ok(pages)
     }
@@ -107,9 +119,18 @@ impl CoreMachine {
     /// # Errors
     /// When a page cannot be read.
     pub fn changes_since(&self, before: &BTreeMap<u64, Vec<u8>>) -> Result<Vec<(u64, Vec<u8>)>> {
+        let (now, mut original) = (self.written()?, self.written()?);
+        for (gpa, old) in self.writes.iter().rev() {
+            let old = &self.before[old.clone()];
+            let into = usize::try_from(gpa % PAGE)?;
+            if let Some(page) = original.get_mut(&(gpa - gpa % PAGE)) {
+                page[into..into + old.len()].copy_from_slice(old);
+            }
+        }
         let mut changes = Vec::new();
-        for (at, original) in &self.originals {
-            let (then, now) = (before.get(at).unwrap_or(original), self.page(*at)?);
+        for (at, now) in now {
+            let then = before.get(&at).or(original.get(&at));
+            let then = then.context("no such page")?;
             let differs = |place: &usize| then.get(*place) != now.get(*place);
             let first = (0..now.len()).find(differs);
             let last = (0..now.len()).rev().find(differs);
@@ -125,9 +146,11 @@ impl CoreMachine {
     /// # Errors
     /// When a page cannot be written.
     pub fn restore(&mut self) -> Result<()> {
-        for (at, original) in std::mem::take(&mut self.originals) {
-            self.memory.write_slice(&original, GuestAddress(at))?;
+        for (gpa, old) in self.writes.drain(..).rev() {
+            self.memory
+                .write_slice(&self.before[old], GuestAddress(gpa))?;
         }
+        self.before.clear();
         let hidden: Vec<_> = (self.memory.iter())
             .map(|region| (region.start_addr(), region.len()))
             .filter(|(start, _)| start.0 >= self.hidden)
@@ -146,12 +169,6 @@ impl CoreMachine {
         self.paused == 0
     }
 
-    fn page(&self, at: u64) -> Result<Vec<u8>> {
-        let mut page = vec![0; usize::try_from(PAGE)?];
-        self.memory.read_slice(&mut page, GuestAddress(at))?;
-        Ok(page)
-    }
-
     fn step(
         &mut self,
         call: &'static str,
@@ -168,16 +185,22 @@ impl CoreMachine {
         }
     }
 
-    fn keep_originals(&mut self, gpa: u64, len: u64) {
-        let first = gpa / PAGE * PAGE;
-        for at in (first..gpa.saturating_add(len)).step_by(4096) {
-            if at < self.hidden
-                && !self.originals.contains_key(&at)
-                && let Ok(page) = self.page(at)
-            {
-                self.originals.insert(at, page);
-            }
+    fn keep_before(&mut self, gpa: GuestAddress, len: usize) -> Result<(), GuestMemoryError> {
+        let start = self.before.len();
+        self.before.resize(start + len, 0);
+        let read = (self.memory).read_slice(&mut self.before[start..], gpa);
+        if read.is_err() || gpa.0 >= self.hidden {
+            self.before.truncate(start);
+            return read;
         }
+        let (mut at, end) = (gpa.0, gpa.0 + len as u64);
+        while at < end {
+            let next = end.min(at / PAGE * PAGE + PAGE);
+            let place = |to: u64| start + usize::try_from(to - gpa.0).unwrap_or(len);
+            self.writes.push((at, place(at)..place(next)));
+            at = next;
+        }
+        Ok(())
     }
 }
 
@@ -242,8 +265,9 @@ impl Machine for CoreMachine {
         if self.paused == 0 && gpa.0 < self.hidden {
             return Err(MachineError::Vcpu("a write while the guest runs".into()));
         }
-        self.keep_originals(gpa.0, bytes.len() as u64);
-        self.memory.write_slice(bytes, gpa).map_err(|_| missed)
+        self.keep_before(gpa, bytes.len())
+            .and_then(|()| self.memory.write_slice(bytes, gpa))
+            .map_err(|_| missed)
     }
 
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
