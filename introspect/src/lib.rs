@@ -70,6 +70,7 @@ pub mod orc;
 pub mod orc_table;
 pub mod paging;
 pub mod percpu;
+mod prefetch;
 mod proof;
 pub mod reader;
 mod record;

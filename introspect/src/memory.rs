@@ -5,6 +5,8 @@
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend};
 
+use crate::prefetch::prefetch;
+
 /// No memory backs (all of) the range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]
@@ -32,6 +34,10 @@ pub trait PhysMemory {
             self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)
         })
     }
+
+    /// Says that the `parts` of the structure at `gpa` will be gathered soon. Memory that can be asked for many at once begins to
+    /// fetch them; nothing else comes of it, whatever the address.
+    fn prefetch(&self, _gpa: GuestAddress, _parts: &[Part]) {}
 }
 
 /// Has every part of a structure read to its place in `buf`.
@@ -89,5 +95,18 @@ impl<M: GuestMemory> PhysMemory for M {
             }
             PhysMemory::read(self, GuestAddress(gpa.0.wrapping_add(offset)), now)
         })
+    }
+
+    fn prefetch(&self, gpa: GuestAddress, parts: &[Part]) {
+        let slice = self
+            .physical_memory()
+            .and_then(|memory| memory.get_slice(gpa, 1).ok());
+        let Some(start) = slice.map(|slice| slice.ptr_guard().as_ptr()) else {
+            return;
+        };
+        for part in parts {
+            // Where it leads out of the region, it is of no use and does no harm.
+            prefetch(start.wrapping_add(usize::try_from(part.offset).unwrap_or(0)));
+        }
     }
 }

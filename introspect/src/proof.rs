@@ -39,6 +39,11 @@ impl<'a, 'm> Proof<'a, 'm> {
         self.first.len()
     }
 
+    /// Says that the task at `addr` will be gathered soon.
+    pub(crate) fn prefetch(&self, addr: Gva) {
+        self.first.prefetch(addr);
+    }
+
     /// Gathers those of the task at `addr`; none if they cannot be read.
     pub(crate) fn gather(&self, addr: Gva) -> Option<Ref<'_, [u8]>> {
         self.first.hold(addr);
@@ -79,7 +84,7 @@ fn fields(kernel: &Kernel) -> Vec<Field> {
     fields.extend(
         kernel
             .livepatch
-            .as_ref()
+            .iter()
             .map(|livepatch| livepatch.patch_state),
     );
     fields

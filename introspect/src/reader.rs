@@ -193,6 +193,13 @@ impl<'m> KernelMemory<'m> {
         memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
     }
 
+    /// Says that `parts` of the structure at `gva` will be gathered soon ([`PhysMemory::prefetch`]).
+    pub(crate) fn prefetch(&self, gva: Gva, parts: &[Part]) {
+        if let Ok((gpa, _)) = self.locate(gva) {
+            self.phys.prefetch(gpa, parts);
+        }
+    }
+
     /// Where `gva` lies, and how many bytes from there on are contiguous. What was looked up once is remembered.
     ///
     /// # Errors

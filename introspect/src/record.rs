@@ -79,6 +79,11 @@ impl<'a, 'm> Records<'a, 'm> {
         }
     }
 
+    /// Says that the structure at `base` will be held soon.
+    pub(crate) fn prefetch(&self, base: Gva) {
+        self.memory.prefetch(base, &self.parts);
+    }
+
     /// Bytes of a structure, as they are held.
     pub(crate) fn len(&self) -> usize {
         self.held.borrow().len()

@@ -31,6 +31,8 @@ pub use crate::survey_seen::Seen;
 /// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
 const MOST_KEPT: usize = 1 << 15;
 const MOST_RAW: usize = 32 << 20;
+/// So many tasks are fetched at once: more than a processor waits for together, less than its nearest cache holds.
+const BATCH: usize = 16;
 
 /// All tasks of a guest, as seen in the last look.
 #[derive(Clone, Debug)]
@@ -211,27 +213,16 @@ impl Survey {
             self.at.remove(&tail.addr);
         }
         self.seen.truncate(self.listed);
-        let each = self.briefs.iter_mut().zip(self.raw.chunks_exact_mut(len));
-        for ((brief, before), seen) in each.zip(&mut self.seen) {
-            let Some(now) = proof.gather(brief.addr) else {
-                return Ok(false);
-            };
-            if *now == *before && !brief.anew {
-                if brief.mark.is_none() {
-                    seen.settle();
+        let batches = (self.briefs.chunks_mut(BATCH))
+            .zip(self.raw.chunks_mut(BATCH * len))
+            .zip(self.seen.chunks_mut(BATCH));
+        for ((briefs, raw), seen) in batches {
+            briefs.iter().for_each(|brief| proof.prefetch(brief.addr));
+            for ((brief, before), seen) in briefs.iter_mut().zip(raw.chunks_mut(len)).zip(seen) {
+                if !renew_one(reader, proof, brief, before, seen)? {
+                    return Ok(false);
                 }
-                continue;
             }
-            let still = proof.holds(brief.addr);
-            let mut fresh = Seen::read(reader, brief.addr)?;
-            if fresh.links != seen.links {
-                return Ok(false);
-            }
-            // Only now: as long as the two differ, nobody takes the old stack for the new one.
-            before.copy_from_slice(&now);
-            fresh.kept = true;
-            *brief = fresh.brief(still);
-            *seen = fresh;
         }
         Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
     }
@@ -395,6 +386,36 @@ impl Survey {
             }
         }
     }
+}
+
+/// Makes sure of one that is known, or reads it again. False: it is no longer where it was in the lists.
+fn renew_one(
+    reader: &TaskReader<'_, '_>,
+    proof: &Proof<'_, '_>,
+    brief: &mut Brief,
+    before: &mut [u8],
+    seen: &mut Seen,
+) -> Result<bool, TasksError> {
+    let Some(now) = proof.gather(brief.addr) else {
+        return Ok(false);
+    };
+    if *now == *before && !brief.anew {
+        if brief.mark.is_none() {
+            seen.settle();
+        }
+        return Ok(true);
+    }
+    let still = proof.holds(brief.addr);
+    let mut fresh = Seen::read(reader, brief.addr)?;
+    if fresh.links != seen.links {
+        return Ok(false);
+    }
+    // Only now: as long as the two differ, nobody takes the old stack for the new one.
+    before.copy_from_slice(&now);
+    fresh.kept = true;
+    *brief = fresh.brief(still);
+    *seen = fresh;
+    Ok(true)
 }
 
 /// What an earlier look knew.

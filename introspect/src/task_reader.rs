@@ -113,7 +113,7 @@ fn fields(kernel: &Kernel) -> Vec<Field> {
     fields.extend(
         kernel
             .livepatch
-            .as_ref()
+            .iter()
             .map(|livepatch| livepatch.patch_state),
     );
     fields
