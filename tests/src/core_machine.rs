@@ -1,5 +1,5 @@
 //! A guest out of a core file, in memory, that does not run and can be changed: what a patch does to a guest, with nothing of the
-//! guest's own doing in between. It counts what is asked of it, and fails where it is told to.
+//! guest's own doing in between.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -37,18 +37,12 @@ pub struct CoreMachine {
     writes: Vec<(u64, Range<usize>)>,
     before: Vec<u8>,
     paused: u32,
-    steps: u64,
-    fail_at: Option<u64>,
-    failed: Option<&'static str>,
     on_pause: Option<OnPause>,
 }
 
 impl fmt::Debug for CoreMachine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CoreMachine")
-            .field("steps", &self.steps)
-            .field("fail_at", &self.fail_at)
-            .finish_non_exhaustive()
+        f.debug_struct("CoreMachine").finish_non_exhaustive()
     }
 }
 
@@ -67,9 +61,6 @@ impl CoreMachine {
             writes: Vec::new(),
             before: Vec::new(),
             paused: 0,
-            steps: 0,
-            fail_at: None,
-            failed: None,
             on_pause: None,
         })
     }
@@ -77,25 +68,6 @@ impl CoreMachine {
     /// What happens in the guest right before each pause.
     pub fn on_pause(&mut self, change: impl FnMut(&GuestMemoryMmap) + 'static) {
         self.on_pause = Some(Box::new(change));
-    }
-
-    /// From now on, the step with this number fails, counted from 0.
-    pub fn fail_at(&mut self, step: Option<u64>) {
-        self.steps = 0;
-        self.fail_at = step;
-        self.failed = None;
-    }
-
-    /// Which call was made to fail, if any was yet.
-    #[must_use]
-    pub fn failed(&self) -> Option<&'static str> {
-        self.failed
-    }
-
-    /// How many steps were asked for since [`fail_at`](Self::fail_at).
-    #[must_use]
-    pub fn steps(&self) -> u64 {
-        self.steps
     }
 
     /// All RAM that was ever written, as it is now: by page.
@@ -159,7 +131,6 @@ impl CoreMachine {
             self.memory = self.memory.remove_region(start, len)?.0;
         }
         self.paused = 0;
-        self.fail_at(None);
         Ok(())
     }
 
@@ -167,22 +138,6 @@ impl CoreMachine {
     #[must_use]
     pub fn runs(&self) -> bool {
         self.paused == 0
-    }
-
-    fn step(
-        &mut self,
-        call: &'static str,
-        error: impl FnOnce(String) -> MachineError,
-    ) -> Result<(), MachineError> {
-        let step = self.steps;
-        self.steps += 1;
-        match self.fail_at {
-            Some(failing) if failing == step => {
-                self.failed = Some(call);
-                Err(error("made to fail".into()))
-            }
-            _ => Ok(()),
-        }
     }
 
     fn keep_before(&mut self, gpa: GuestAddress, len: usize) -> Result<(), GuestMemoryError> {
@@ -238,7 +193,6 @@ impl Machine for CoreMachine {
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
-        self.step("pause", MachineError::Vcpu)?;
         if let Some(change) = &mut self.on_pause {
             change(&self.memory);
         }
@@ -248,11 +202,10 @@ impl Machine for CoreMachine {
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.paused = self.paused.saturating_sub(1);
-        self.step("resume", MachineError::Vcpu)
+        Ok(())
     }
 
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        self.step("vcpus", MachineError::Vcpu)?;
         Ok(self.vcpus.clone())
     }
 
@@ -261,7 +214,6 @@ impl Machine for CoreMachine {
             gpa,
             len: bytes.len(),
         };
-        self.step("write", |_| missed.clone())?;
         if self.paused == 0 && gpa.0 < self.hidden {
             return Err(MachineError::Vcpu("a write while the guest runs".into()));
         }
@@ -271,7 +223,6 @@ impl Machine for CoreMachine {
     }
 
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
-        self.step("add_hidden_memory", MachineError::HiddenMemory)?;
         let refused = |error: &dyn std::fmt::Display| MachineError::HiddenMemory(error.to_string());
         let end = self.memory.last_addr().0.saturating_add(1);
         let at = GuestAddress(end.max(self.hidden).next_multiple_of(ALIGN));
@@ -285,7 +236,6 @@ impl Machine for CoreMachine {
     }
 
     fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError> {
-        self.step("remove_hidden_memory", MachineError::HiddenMemory)?;
         let missing = || MachineError::HiddenMemory(format!("none at {:#x}", gpa.0));
         let region = self.memory.find_region(gpa).ok_or_else(missing)?;
         let len = region.len();
@@ -295,6 +245,6 @@ impl Machine for CoreMachine {
     }
 
     fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        self.step("interrupt", MachineError::Interrupt)
+        Ok(())
     }
 }

@@ -117,6 +117,7 @@ fn boot(parts: &Parts) -> Result<Guest> {
     let started = Instant::now();
     let spec = GuestSpec {
         binary: parts.binary.clone(),
+        vmm: parts.binary.clone(),
         kernel: parts.stock.bzimage.clone(),
         initrd: parts.stock.initrd.clone(),
         cpus: 2,

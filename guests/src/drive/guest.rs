@@ -43,6 +43,8 @@ pub const MEMORY_MIB: u32 = 512;
 pub struct GuestSpec {
     /// The `outpatch` binary.
     pub binary: PathBuf,
+    /// What runs the guest: that binary, but for tests of the machine itself.
+    pub vmm: PathBuf,
     /// A stock bzImage.
     pub kernel: PathBuf,
     /// Its initramfs.
@@ -84,7 +86,7 @@ impl Guest {
             std::process::id(),
             BOOTS.fetch_add(1, Ordering::Relaxed)
         ));
-        let mut vmm = Command::new(&spec.binary)
+        let mut vmm = Command::new(&spec.vmm)
             .arg("run")
             .arg("--kernel")
             .arg(&spec.kernel)
@@ -98,7 +100,7 @@ impl Guest {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("cannot start {}", spec.binary.display()))?;
+            .with_context(|| format!("cannot start {}", spec.vmm.display()))?;
         let input = vmm.stdin.take().context("no pipe to the VMM")?;
         let output = vmm.stdout.take().context("no pipe from the VMM")?;
         let outpatch = Outpatch::new(&spec.binary, &socket);

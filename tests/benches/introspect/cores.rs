@@ -140,6 +140,7 @@ fn capture(stock: &Stock, folder: &Path, sizes: &[u32]) -> Result<()> {
 pub fn inside(plan: &Path) -> Result<()> {
     let plan: Plan = serde_json::from_slice(&fs::read(plan)?)?;
     let spec = GuestSpec {
+        vmm: plan.binary.clone(),
         binary: plan.binary,
         kernel: plan.stock.bzimage,
         initrd: plan.stock.initrd,

@@ -222,14 +222,28 @@ impl Bench {
         memory_mib: u32,
         append: &str,
     ) -> Result<Guest> {
+        let append = append.to_owned();
+        let vmm = &self.assets.binary;
+        self.boot_under(vmm, generation, (cpus, memory_mib), append)
+    }
+
+    /// The same with a program that runs the guest in the place of `outpatch`.
+    pub fn boot_under(
+        &self,
+        vmm: &Path,
+        generation: &str,
+        (cpus, memory_mib): (u32, u32),
+        append: String,
+    ) -> Result<Guest> {
         let stock = self.stock(generation)?;
         let spec = GuestSpec {
             binary: self.assets.binary.clone(),
+            vmm: vmm.to_owned(),
             kernel: stock.bzimage.clone(),
             initrd: stock.initrd.clone(),
             cpus,
             memory_mib,
-            append: append.to_owned(),
+            append,
         };
         let first = self.try_boot(&spec);
         match first {

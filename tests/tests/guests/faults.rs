@@ -1,15 +1,20 @@
 //! Every step that changes a guest fails in turn: whatever was asked for is then undone or was not begun, the guest is as it was and
 //! runs, and the same asked again is done as if nothing had been.
 //!
-//! The guest is a stock kernel's, dumped in the bed; what is tried on the dump runs on the host, where nothing is emulated.
+//! The guest is a stock kernel's, dumped in the bed; what is tried on the dump runs on the host, where nothing is emulated. There all
+//! memory can be held against what it was. That a guest lives on is tried on one that runs ([`live`]).
+
+pub mod live;
+mod story;
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use introspect::CoreFile;
-use patcher::{Mode, PatchError, PatchPhase, Patcher};
-use tests::core_machine::CoreMachine;
+use patcher::{Mode, Patcher};
+use tests::{core_machine::CoreMachine, faulty::Faulty};
 
+use self::story::{Call, Story, Subject, somebody_was_told, tell};
 use crate::{
     Scenario,
     bench::{Assets, Bench},
@@ -19,30 +24,6 @@ use crate::{
 const CORE: &str = "faults.core";
 /// A guest that is small: its memory is read many times.
 const MEMORY_MIB: u32 = 256;
-/// Looks that a transition may take here, where nobody moves but by us.
-const MOST_LOOKS: u32 = 20;
-
-/// What is asked for, one after the other.
-#[derive(Clone, Copy, Debug)]
-enum Call {
-    Apply(Mode),
-    /// One look at the running transition.
-    Look,
-    /// Looks until no transition runs.
-    Finish,
-    Signal,
-    Cancel,
-    Force,
-    Revert(Mode),
-}
-
-/// What happens to one patch, from a guest without it to a guest without it.
-struct Story {
-    file: &'static str,
-    name: &'static str,
-    calls: &'static [Call],
-}
-
 const STORIES: [Story; 3] = [
     Story {
         file: "livepatch-sample",
@@ -87,7 +68,9 @@ pub fn scenarios() -> Vec<Scenario> {
             .then(move |assets, folder| every_story(assets, folder, generation))
             .more(generation != "7.3")
         })
-        .into()
+        .into_iter()
+        .chain(live::scenarios())
+        .collect()
 }
 
 /// In the bed: a guest with sleepers, dumped.
@@ -104,10 +87,15 @@ fn hand_over(bench: &Bench, generation: &str) -> Result<()> {
 /// On the host.
 fn every_story(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
     let stock = assets.stock.get(generation).context("no such kernel")?;
-    let mut machine = CoreMachine::load(&CoreFile::open(&folder.join(CORE))?)?;
+    let core = CoreFile::open(&folder.join(CORE))?;
+    let mut dump = Dump {
+        machine: Faulty::new(CoreMachine::load(&core)?),
+        patcher: Patcher::new(),
+        before: BTreeMap::new(),
+    };
     for story in &STORIES {
         let file = fs::read(stock.patch(story.file)?)?;
-        let tried = every_step(&mut machine, story, &file)
+        let tried = every_step(&mut dump, story, &file)
             .with_context(|| format!("{generation}: {:?}", story.calls))?;
         println!(
             "{generation}: {}: each of {tried} steps failed once, {:?}",
@@ -118,114 +106,70 @@ fn every_story(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
 }
 
 /// How many steps there were to fail.
-fn every_step(machine: &mut CoreMachine, story: &Story, file: &[u8]) -> Result<u64> {
-    machine.restore()?;
-    let end = tell(machine, story, file, None).context("with no fault")?;
-    ensure!(end.failed == 0, "{} calls failed by themselves", end.failed);
-    for step in 0..end.steps {
-        machine.restore()?;
-        let now = tell(machine, story, file, Some(step))
-            .with_context(|| format!("step {step} of {}", end.steps))?;
+fn every_step(dump: &mut Dump, story: &Story, module: &[u8]) -> Result<u64> {
+    dump.begin(None)?;
+    let failed = tell(dump, story, module).context("with no fault")?;
+    ensure!(failed == 0, "{failed} calls failed by themselves");
+    let steps = dump.machine.steps();
+    let changes = dump.changes()?;
+    for step in 0..steps {
+        let place = || format!("step {step} of {steps}");
+        dump.begin(Some(step))?;
+        let failed = tell(dump, story, module).with_context(place)?;
         ensure!(
-            now.changes == end.changes,
+            dump.changes()? == changes,
             "step {step}: the guest ends otherwise"
         );
-        // What fails without a word is only what need not succeed: an interrupt that hastens things. And where all was done and
-        // the guest then does not go on, that is no reason to say that it was not done.
-        let call = machine.failed().context("nothing failed")?;
-        let silent = ["interrupt", "resume"].contains(&call);
-        ensure!(
-            now.failed == 1 || silent,
-            "step {step}: {call} failed and nobody was told"
-        );
+        let call = dump.machine.failed().context("nothing failed")?;
+        somebody_was_told(failed, call).with_context(place)?;
     }
-    Ok(end.steps)
+    Ok(steps)
 }
 
-/// How a story ended.
-struct End {
-    steps: u64,
-    failed: u64,
-    changes: Vec<(u64, Vec<u8>)>,
+/// A guest out of a dump.
+struct Dump {
+    machine: Faulty<CoreMachine>,
+    patcher: Patcher,
+    /// Written pages, before the call that is made.
+    before: BTreeMap<u64, Vec<u8>>,
 }
 
-fn tell(
-    machine: &mut CoreMachine,
-    story: &Story,
-    file: &[u8],
-    fail_at: Option<u64>,
-) -> Result<End> {
-    let mut patcher = Patcher::new();
-    machine.fail_at(fail_at);
-    let mut failed = 0;
-    for call in story.calls {
-        failed += u64::from(!one(machine, &mut patcher, story, file, *call)?);
+impl Dump {
+    /// As it was dumped, with nothing known of it.
+    fn begin(&mut self, fail_at: Option<u64>) -> Result<()> {
+        self.machine.get_mut().restore()?;
+        self.machine.fail_at(fail_at);
+        self.patcher = Patcher::new();
+        Ok(())
     }
-    let left = patcher
-        .status()
-        .iter()
-        .any(|patch| patch.phase != PatchPhase::Reverted);
-    ensure!(!left, "{:?}", patcher.status());
-    Ok(End {
-        steps: machine.steps(),
-        failed,
-        changes: machine.changes_since(&BTreeMap::new())?,
-    })
-}
 
-/// One call, and once more if it failed. False: it did fail.
-fn one(
-    machine: &mut CoreMachine,
-    patcher: &mut Patcher,
-    story: &Story,
-    file: &[u8],
-    call: Call,
-) -> Result<bool> {
-    let before = machine.written()?;
-    let first = make(machine, patcher, story, file, call);
-    ensure!(machine.runs(), "after {call:?} the guest stands");
-    let Err(error) = first else {
-        return Ok(true);
-    };
-    ensure!(
-        !matches!(error, PatchError::Undo { .. }),
-        "{call:?}: {error}"
-    );
-    // A call of several looks fails between two of them.
-    if !matches!(call, Call::Finish) {
-        let changes = machine.changes_since(&before)?;
-        ensure!(
-            changes.is_empty(),
-            "{call:?} failed ({error}) and left {changes:x?}"
-        );
-    }
-    match make(machine, patcher, story, file, call) {
-        Ok(()) => Ok(false),
-        Err(again) => bail!("{call:?} failed ({error}), and again: {again}"),
+    fn changes(&self) -> Result<Vec<(u64, Vec<u8>)>> {
+        self.machine.get().changes_since(&BTreeMap::new())
     }
 }
 
-fn make(
-    machine: &mut CoreMachine,
-    patcher: &mut Patcher,
-    story: &Story,
-    file: &[u8],
-    call: Call,
-) -> Result<(), PatchError> {
-    match call {
-        Call::Apply(mode) => patcher.apply(machine, file, mode).map(drop),
-        Call::Look => patcher.poll(machine).map(drop),
-        Call::Finish => {
-            for _ in 0..MOST_LOOKS {
-                if patcher.poll(machine)?.is_none() {
-                    break;
-                }
-            }
-            Ok(())
-        }
-        Call::Signal => patcher.signal(machine, story.name, Duration::ZERO),
-        Call::Cancel => patcher.cancel(machine, story.name),
-        Call::Force => patcher.force(machine, story.name),
-        Call::Revert(mode) => patcher.revert(machine, story.name, mode),
+impl Subject for Dump {
+    type Machine = CoreMachine;
+
+    fn parts(&mut self) -> (&mut Faulty<CoreMachine>, &mut Patcher) {
+        (&mut self.machine, &mut self.patcher)
+    }
+
+    fn wait(&self, _later: Duration) {}
+
+    fn note(&mut self) -> Result<()> {
+        self.before = self.machine.get().written()?;
+        Ok(())
+    }
+
+    fn unchanged(&mut self) -> Result<()> {
+        let changes = self.machine.get().changes_since(&self.before)?;
+        ensure!(changes.is_empty(), "it left {changes:x?}");
+        Ok(())
+    }
+
+    fn runs(&mut self) -> Result<()> {
+        ensure!(self.machine.get().runs(), "the guest stands");
+        Ok(())
     }
 }

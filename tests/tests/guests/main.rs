@@ -142,6 +142,11 @@ fn main() -> ExitCode {
     {
         return inside(name, spec);
     }
+    if let [_, run, options @ ..] = words.as_slice()
+        && run == "run"
+    {
+        return faults::live::run(options);
+    }
     outside()
 }
 

@@ -82,7 +82,7 @@ fn signalled(rest: &Rest, mut patch: Value) -> Result<()> {
 }
 
 /// Every system call that the load made was answered as it must be.
-fn right_answers(guest: &mut Guest) -> Result<()> {
+pub fn right_answers(guest: &mut Guest) -> Result<()> {
     guest.sh("killall churn; while [ ! -e /tmp/churn ]; do sleep 0.1; done")?;
     guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
     let churn = guest.sh("cat /tmp/churn")?;
