@@ -91,7 +91,8 @@ impl CoreMachine {
     /// # Errors
     /// When a page cannot be read.
     pub fn changes_since(&self, before: &BTreeMap<u64, Vec<u8>>) -> Result<Vec<(u64, Vec<u8>)>> {
-        let (now, mut original) = (self.written()?, self.written()?);
+        let now = self.written()?;
+        let mut original = now.clone();
         for (gpa, old) in self.writes.iter().rev() {
             let old = &self.before[old.clone()];
             let into = usize::try_from(gpa % PAGE)?;
