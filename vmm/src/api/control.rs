@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use patcher::{CheckReport, Mode, PatchStatus};
 use tokio::sync::oneshot;
 
+use super::priority::go_before_vcpus;
 use super::problem::{Kind, Problem};
 use super::wire;
 
@@ -92,7 +93,10 @@ impl ControlThread {
         let (operations, inbox) = mpsc::sync_channel(QUEUE);
         let thread = thread::Builder::new()
             .name("control".into())
-            .spawn(move || work(&mut control, &inbox))?;
+            .spawn(move || {
+                go_before_vcpus();
+                work(&mut control, &inbox);
+            })?;
         let thread = ControlThread {
             thread: Some(thread),
         };

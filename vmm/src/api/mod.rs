@@ -8,6 +8,7 @@ mod abi_tests;
 pub mod control;
 pub mod guest;
 mod metrics;
+mod priority;
 pub mod problem;
 pub mod routes;
 pub mod server;

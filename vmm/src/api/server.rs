@@ -17,6 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::control::{Control, ControlThread};
+use super::priority::go_before_vcpus;
 use super::routes;
 use super::socket::{ControlSocket, SocketFile};
 
@@ -84,6 +85,7 @@ impl Server {
             .enable_all()
             .build()?;
         let api = thread::Builder::new().name("api".into()).spawn(move || {
+            go_before_vcpus();
             let served = runtime.block_on(accept(listener, router, limits, stopped));
             if let Err(error) = served {
                 tracing::error!("the control socket fails: {error}");
