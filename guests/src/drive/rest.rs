@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(60);
-/// The time between two looks at a transition.
-const POLL: Duration = Duration::from_millis(5);
+/// The time between two looks at a transition: one takes the only CPU of the test bed from the guest for half as long.
+const POLL: Duration = Duration::from_millis(25);
 
 /// The control socket of one guest.
 #[derive(Clone, Debug)]
