@@ -21,7 +21,7 @@ pub(super) fn go_before_vcpus() {
 mod tests {
     use std::thread;
 
-    use rustix::process::{geteuid, getpriority_process};
+    use rustix::process::getpriority_process;
 
     use super::*;
 
@@ -35,10 +35,10 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(getpriority_process(None).unwrap(), ours);
-        if geteuid().is_root() {
-            assert_eq!(theirs, NICE);
-        } else {
-            assert!([ours, NICE].contains(&theirs), "{theirs}");
-        }
+        // Root in a container may lack CAP_SYS_NICE: the kernel is asked.
+        let may = thread::spawn(|| setpriority_process(None, NICE).is_ok())
+            .join()
+            .unwrap();
+        assert_eq!(theirs, if may { NICE } else { ours });
     }
 }
