@@ -4,7 +4,6 @@ use std::{
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -13,8 +12,8 @@ use serde_json::{Value, json};
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(60);
-/// The time between two looks at a transition: one takes the only CPU of the test bed from the guest for half as long.
-const POLL: Duration = Duration::from_millis(25);
+/// How long one answer is asked to wait for the end of a transition, in milliseconds.
+const WAIT_MS: u64 = 20_000;
 
 /// The control socket of one guest.
 #[derive(Clone, Debug)]
@@ -32,7 +31,8 @@ impl Rest {
     /// # Errors
     /// When it is refused, or the transition takes longer than `limit`.
     pub fn apply(&self, module: &[u8], limit: Duration) -> Result<Value> {
-        let patch = self.begin(module)?;
+        let resource = format!("/patches?wait_ms={WAIT_MS}");
+        let patch = self.ask("POST", &resource, module)?;
         self.end(patch, limit)
     }
 
@@ -73,9 +73,9 @@ impl Rest {
                 since.elapsed() < limit,
                 "the transition does not end: {patch}"
             );
-            thread::sleep(POLL);
             let name = patch["name"].as_str().context("a patch with no name")?;
-            patch = self.ask("GET", &format!("/patches/{name}"), b"")?;
+            let resource = format!("/patches/{name}?wait_ms={WAIT_MS}");
+            patch = self.ask("GET", &resource, b"")?;
         }
         Ok(patch)
     }

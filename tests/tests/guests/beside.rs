@@ -100,14 +100,18 @@ impl Pair {
     fn ours(&self, guest: &Guest) -> Result<Duration> {
         let rest = guest.rest();
         let asked = Instant::now();
-        let patch = as_from_elsewhere(|| {
-            let patch = rest.begin(&self.module)?;
-            if self.signal && patch["transition"] == true {
-                return rest.change(self.name, &json!({"signal": true}));
+        as_from_elsewhere(|| {
+            if !self.signal {
+                return rest.apply(&self.module, LIMIT);
             }
-            Ok(patch)
+            let patch = match rest.begin(&self.module)? {
+                patch if patch["transition"] == true => {
+                    rest.change(self.name, &json!({"signal": true}))?
+                }
+                patch => patch,
+            };
+            rest.end(patch, LIMIT)
         })?;
-        rest.end(patch, LIMIT)?;
         let took = asked.elapsed();
         guest
             .outpatch()
@@ -143,8 +147,8 @@ impl Pair {
     }
 }
 
-/// Who asks does not run on a guest's processors; in the bed there is but one for all, and this lets it go before the vCPUs. Not while it
-/// waits: each look at a transition would hold up the guest that is to end it.
+/// Who asks does not run on a guest's processors; in the bed there is but one for all, and this lets it go before the vCPUs. It waits
+/// asleep, until outpatch says that the transition has ended.
 fn as_from_elsewhere<T>(ask: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = getpriority_process(None)?;
     // A host with processors enough may not allow it, and does not need it.

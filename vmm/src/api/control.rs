@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use patcher::{CheckReport, Mode, PatchStatus};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::priority::go_before_vcpus;
 use super::problem::{Kind, Problem};
@@ -78,6 +78,8 @@ pub(super) struct ControlThread {
 pub(super) struct Mailbox {
     operations: SyncSender<Operation>,
     patience: Duration,
+    /// Changes each time that a transition has ended.
+    ends: watch::Receiver<()>,
 }
 
 impl ControlThread {
@@ -91,11 +93,12 @@ impl ControlThread {
         patience: Duration,
     ) -> io::Result<(ControlThread, Mailbox)> {
         let (operations, inbox) = mpsc::sync_channel(QUEUE);
+        let (ended, ends) = watch::channel(());
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
                 go_before_vcpus();
-                work(&mut control, &inbox);
+                work(&mut control, &inbox, &ended);
             })?;
         let thread = ControlThread {
             thread: Some(thread),
@@ -105,6 +108,7 @@ impl ControlThread {
             Mailbox {
                 operations,
                 patience,
+                ends,
             },
         ))
     }
@@ -129,7 +133,7 @@ impl Drop for ControlThread {
 }
 
 /// Does operations as they come, and polls the transition when it is due.
-fn work(control: &mut impl Control, inbox: &Receiver<Operation>) {
+fn work(control: &mut impl Control, inbox: &Receiver<Operation>, ended: &watch::Sender<()>) {
     let mut due: Option<Instant> = None;
     loop {
         let wait = due.map_or(IDLE, |at| at.saturating_duration_since(Instant::now()));
@@ -138,17 +142,22 @@ fn work(control: &mut impl Control, inbox: &Receiver<Operation>) {
                 (operation.run)(control);
                 // A stream of requests must not starve a poll that is due.
                 if operation.hurries || due.is_some_and(|at| at <= Instant::now()) {
-                    due = next(control);
+                    due = next(control, ended);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => due = next(control),
+            Err(RecvTimeoutError::Timeout) => due = next(control, ended),
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
 }
 
-fn next(control: &mut impl Control) -> Option<Instant> {
-    control.poll().map(|delay| Instant::now() + delay)
+/// One poll. After it no transition runs, or the next poll is due at the time it says.
+fn next(control: &mut impl Control, ended: &watch::Sender<()>) -> Option<Instant> {
+    let delay = control.poll();
+    if delay.is_none() {
+        ended.send_replace(());
+    }
+    delay.map(|delay| Instant::now() + delay)
 }
 
 impl Mailbox {
@@ -166,6 +175,19 @@ impl Mailbox {
         change: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
     ) -> Result<T, Problem> {
         self.send(true, change).await
+    }
+
+    /// A patch as it is now.
+    pub async fn patch(&self, name: String) -> Result<PatchStatus, Problem> {
+        self.look(move |control| find(control.patches(), &name))
+            .await?
+    }
+
+    /// Changes each time that a transition has ended from now on. That of an operation sent later is among them.
+    pub fn ends(&self) -> watch::Receiver<()> {
+        let mut ends = self.ends.clone();
+        ends.mark_unchanged();
+        ends
     }
 
     /// An operation whose client has gone before its turn is not begun.
@@ -202,6 +224,18 @@ impl Mailbox {
             )),
         }
     }
+}
+
+/// The newest patch of a name: one that was reverted and applied again is there twice.
+pub(super) fn find(patches: Vec<PatchStatus>, name: &str) -> Result<PatchStatus, Problem> {
+    let found = patches.into_iter().rev().find(|p| p.name == name);
+    found.ok_or_else(|| {
+        Problem::new(
+            Kind::NotFound,
+            format!("no patch is named {name:?}"),
+            "the status lists those there are",
+        )
+    })
 }
 
 fn gone() -> Problem {

@@ -6,6 +6,7 @@
 #[cfg(test)]
 mod abi_tests;
 pub mod control;
+mod follow;
 pub mod guest;
 mod metrics;
 mod priority;

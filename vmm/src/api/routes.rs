@@ -18,7 +18,8 @@ use patcher::{CheckReport, PatchStatus};
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::control::Mailbox;
+use super::control::{Mailbox, find};
+use super::follow::Follow;
 use super::metrics;
 use super::problem::{Kind, Problem};
 use super::wire;
@@ -31,6 +32,10 @@ const JSON_LIMIT: usize = 64 << 10;
 
 /// Modules received at the same time; together with [`MODULE_LIMIT`] this bounds what uploads can hold of memory.
 const UPLOADS: usize = 2;
+
+/// What to do about a query that is not [`wire::WaitQuery`].
+const WAIT: &str =
+    "the one parameter is wait_ms: how long to wait for the end of the transition, in milliseconds";
 
 /// What the handlers share.
 #[derive(Clone, Debug)]
@@ -157,9 +162,12 @@ async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Probl
 async fn patch(
     State(app): State<App>,
     Path(name): Path<String>,
+    query: Result<Query<wire::WaitQuery>, QueryRejection>,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let patches = app.mailbox.look(|c| c.patches()).await?;
-    Ok(Json(find(patches, &name)?))
+    let wire::WaitQuery { wait_ms } = asked(query, WAIT)?;
+    let follow = Follow::new(&app.mailbox, wait_ms)?;
+    let patch = app.mailbox.patch(name).await?;
+    Ok(Json(follow.until_the_end(patch).await?))
 }
 
 /// Nothing is made that could be asked for later: the report is the whole answer.
@@ -179,20 +187,18 @@ async fn apply(
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
-    let Query(wire::ApplyQuery { mode }) = query.map_err(|rejected| {
-        Problem::new(
-            Kind::BadRequest,
-            rejected.body_text(),
-            "the one parameter is mode: per-task, stop-machine or auto",
-        )
-    })?;
+    let wire::ApplyQuery { mode, wait_ms } = asked(
+        query,
+        "the parameters are mode (per-task, stop-machine or auto) and wait_ms",
+    )?;
+    let follow = Follow::new(&app.mailbox, wait_ms)?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
         let name = control.apply(&upload.module, mode)?;
         drop(upload);
         find(control.patches(), &name)
     });
-    let status = status.await??;
+    let status = follow.until_the_end(status.await??).await?;
     let mut answer = HeaderMap::new();
     if let Ok(location) = HeaderValue::from_str(&format!("/patches/{}", status.name)) {
         answer.insert(header::LOCATION, location);
@@ -203,8 +209,11 @@ async fn apply(
 async fn change_patch(
     State(app): State<App>,
     Path(name): Path<String>,
+    query: Result<Query<wire::WaitQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
+    let wire::WaitQuery { wait_ms } = asked(query, WAIT)?;
+    let follow = Follow::new(&app.mailbox, wait_ms)?;
     let change: wire::PatchChange = app.json(body).await?;
     check_change(&change)?;
     let change = app.mailbox.change(move |control| {
@@ -232,7 +241,7 @@ async fn change_patch(
         }
         find(control.patches(), &name)
     });
-    Ok(Json(change.await??))
+    Ok(Json(follow.until_the_end(change.await??).await?))
 }
 
 /// What makes no sense is refused before anything is done.
@@ -271,6 +280,14 @@ async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
     Ok((kind, metrics::render(&vm, &patches)).into_response())
 }
 
+/// The query, or what is wrong with it and what to do.
+fn asked<T>(query: Result<Query<T>, QueryRejection>, detail: &'static str) -> Result<T, Problem> {
+    match query {
+        Ok(Query(query)) => Ok(query),
+        Err(rejected) => Err(Problem::new(Kind::BadRequest, rejected.body_text(), detail)),
+    }
+}
+
 async fn no_route() -> Problem {
     Problem::new(
         Kind::NotFound,
@@ -285,18 +302,6 @@ async fn no_method() -> Problem {
         "this resource does not have this method",
         "the Allow header names those it has",
     )
-}
-
-fn find(patches: Vec<PatchStatus>, name: &str) -> Result<PatchStatus, Problem> {
-    // A patch that was reverted and applied again is there twice: the newest counts.
-    let found = patches.into_iter().rev().find(|p| p.name == name);
-    found.ok_or_else(|| {
-        Problem::new(
-            Kind::NotFound,
-            format!("no patch is named {name:?}"),
-            "the status lists those there are",
-        )
-    })
 }
 
 /// A web browser's form or a JSON text is not a module; a client that does not say is taken at its word.

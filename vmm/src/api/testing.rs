@@ -52,9 +52,18 @@ pub(crate) struct FakeGuest {
     paused: bool,
     patches: Vec<PatchStatus>,
     polls_left: u32,
+    /// Whether its patches never switch.
+    stuck: bool,
 }
 
 impl FakeGuest {
+    pub fn stuck() -> FakeGuest {
+        FakeGuest {
+            stuck: true,
+            ..FakeGuest::default()
+        }
+    }
+
     pub fn slow(slowness: Duration) -> FakeGuest {
         FakeGuest {
             slowness,
@@ -276,7 +285,7 @@ impl Control for FakeGuest {
     fn poll(&mut self) -> Option<Duration> {
         let patch = self.patches.iter_mut().find(|p| p.transition)?;
         self.polls_left = self.polls_left.saturating_sub(1);
-        if self.polls_left > 0 {
+        if self.stuck || self.polls_left > 0 {
             return Some(Duration::from_millis(5));
         }
         patch.transition = false;

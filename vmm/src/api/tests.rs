@@ -177,6 +177,76 @@ fn a_core_is_asked_for_by_its_path() {
     assert_eq!(served.logged(), ["dump /cores/a"]);
 }
 
+#[test]
+fn an_answer_waits_for_the_end_of_the_transition() {
+    let served = Served::plain();
+    let applied = served.ask("POST", "/patches?wait_ms=20000", ELF);
+    assert_eq!(
+        (applied.status, &applied.json()["phase"]),
+        (201, &json!("applied"))
+    );
+    let path = "/patches/fix?wait_ms=20000";
+    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
+    let reverted = served.ask("PATCH", path, br#"{"enabled":false}"#);
+    assert_eq!(reverted.json()["phase"], "reverted");
+    served.ask("POST", "/patches", ELF);
+    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
+}
+
+#[test]
+fn an_answer_waits_no_longer_than_it_was_told() {
+    let served = Served::new(FakeGuest::stuck(), Limits::default());
+    for wait in ["", "?wait_ms=0", "?wait_ms=30"] {
+        let begun = served.ask("POST", &format!("/patches{wait}"), ELF);
+        assert_eq!(
+            (begun.status, &begun.json()["transition"]),
+            (201, &json!(true))
+        );
+        let path = format!("/patches/fix{wait}");
+        let patch = served.ask("GET", &path, b"");
+        assert_eq!(
+            (patch.status, &patch.json()["transition"]),
+            (200, &json!(true))
+        );
+    }
+    for query in ["wait_ms=60001", "wait_ms=-1", "wait_ms=", "wait=1"] {
+        for (method, path) in [
+            ("POST", "/patches"),
+            ("GET", "/patches/fix"),
+            ("PATCH", "/patches/fix"),
+        ] {
+            let body: &[u8] = if method == "POST" {
+                ELF
+            } else {
+                br#"{"enabled":false}"#
+            };
+            served
+                .ask(method, &format!("{path}?{query}"), body)
+                .refused(Kind::BadRequest);
+        }
+    }
+    let applied = served.logged();
+    assert_eq!(
+        applied, ["apply 13 PerTask"; 3],
+        "refused before anything is done"
+    );
+}
+
+#[test]
+fn who_waits_for_a_transition_does_not_hold_up_the_end_of_the_server() {
+    let mut served = Served::new(FakeGuest::stuck(), Limits::default());
+    let mut waits = served.connect();
+    let head = "POST /patches?wait_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n";
+    waits.write_all(&[head.as_bytes(), ELF].concat()).unwrap();
+    while served.logged().is_empty() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let began = Instant::now();
+    served.server = None;
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert_eq!(waits.read(&mut [0; 16]).unwrap_or(0), 0);
+}
+
 fn wait_for_phase(served: &Served, phase: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

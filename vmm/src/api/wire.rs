@@ -57,6 +57,18 @@ pub struct ApplyQuery {
     /// How tasks are to move.
     #[serde(default)]
     pub mode: Mode,
+    /// How many milliseconds the answer may wait for the end of the transition.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
+}
+
+/// The query of `GET` and `PATCH /patches/{name}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WaitQuery {
+    /// How many milliseconds the answer may wait for the end of the transition.
+    #[serde(default)]
+    pub wait_ms: Option<u64>,
 }
 
 /// The body of `PATCH /patches/{name}`.

@@ -9,7 +9,7 @@ use patcher::{PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
 use super::connection::{AskError, Connection};
 use super::screen::{Screen, Tone};
 
-/// The first and the longest wait between two looks.
+/// The first and the longest wait between two looks; the end of the transition cuts each short.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
 /// Tasks that are still in the way after this long are shown with their frame.
@@ -45,7 +45,6 @@ impl Watch<'_> {
         mut screen: Option<&mut Screen<'_>>,
     ) -> Result<Outcome, WatchError> {
         let began = Instant::now();
-        let resource = format!("/patches/{}", first.name);
         let mut shown = Shown::default();
         let mut wait = LOOKS.0;
         let mut status = first;
@@ -64,8 +63,9 @@ impl Watch<'_> {
             if left.is_some_and(|left| left.is_zero()) {
                 return Ok(Outcome::TimedOut(status));
             }
-            std::thread::sleep(left.map_or(wait, |left| left.min(wait)));
+            let look = left.map_or(wait, |left| left.min(wait));
             wait = (wait * 2).min(LOOKS.1);
+            let resource = format!("/patches/{}?wait_ms={}", status.name, look.as_millis());
             status = self.connection.get(&resource)?;
         }
     }
