@@ -4,7 +4,7 @@ mod drive;
 mod questions;
 
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use introspect::Kernel;
 
@@ -29,7 +29,7 @@ const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::fr
 /// Patches one guest.
 ///
 /// No call waits for the guest's tasks: [`apply`](Self::apply) and [`revert`](Self::revert) begin a transition, and
-/// [`poll`](Self::poll) drives it, called again whenever it says. Between two calls the guest runs. A guest that is in the middle
+/// [`poll`](Self::poll) drives it, called again whenever that is [`due`](Self::due). Between two calls the guest runs. A guest that is in the middle
 /// of a change of its own is looked at again for a second or so before a call gives up.
 #[derive(Debug, Default)]
 pub struct Patcher {
@@ -222,32 +222,48 @@ impl Patcher {
         Ok(())
     }
 
-    /// Drives the transition that runs, if any. `Some`: call again after that long. `None`: nothing to do.
+    /// Looks at the transition that runs, if any, and drives it on; to be called when that is [`due`](Self::due).
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on, and can be polled again or turned round.
-    pub fn poll<M: Machine>(&mut self, machine: &mut M) -> Result<Option<Duration>, PatchError> {
-        let running = self.patches.iter().position(|p| p.transition.is_some());
-        let Some(at) = running else {
-            return Ok(None);
+    pub fn poll<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+        let Some(at) = self.running() else {
+            return Ok(());
         };
         let Some(direction) = self.direction(at) else {
-            return Ok(None);
+            return Ok(());
         };
         let carried = self.carry_out(machine, at, |scene| scene.go_on(direction));
-        let pause = match carried {
+        let (looked, done) = match carried {
             Ok((tasks, step, pause)) => {
                 self.enter(at, direction, &tasks, step);
-                pause
+                (Some(pause), Ok(()))
             }
             Err(Stop::Busy(what)) => {
                 tracing::debug!(what, "the guest is busy");
-                Duration::ZERO
+                (Some(Duration::ZERO), Ok(()))
             }
-            Err(Stop::Fail(error)) => return Err(error),
+            Err(Stop::Fail(error)) => (None, Err(error)),
         };
         let running = self.patches.get_mut(at).and_then(|p| p.transition.as_mut());
-        Ok(running.map(|transition| transition.next_wait(pause)))
+        if let Some(transition) = running {
+            match looked {
+                Some(pause) => transition.looked(pause),
+                None => transition.failed(),
+            }
+        }
+        done
+    }
+
+    /// When the transition that runs is to be looked at again: not before, so that the guest gets on. `None`: none runs.
+    #[must_use]
+    pub fn due(&self) -> Option<Instant> {
+        let transition = self.patches.get(self.running()?)?.transition.as_ref()?;
+        Some(transition.due())
+    }
+
+    fn running(&self) -> Option<usize> {
+        self.patches.iter().position(|p| p.transition.is_some())
     }
 
     /// Every patch that is in the guest, and the last one that was reverted; stops nothing.

@@ -13,11 +13,12 @@ use crate::patch::Patch;
 use crate::status::{PatchPhase, PauseReport, TaskReport};
 use crate::unmoved::Unmoved;
 
-/// The time to the second look.
+/// The time between the first two looks.
 const FIRST_WAIT: Duration = Duration::from_millis(1);
 /// The longest time between two looks.
 const LONGEST_WAIT: Duration = Duration::from_millis(250);
-/// At most one part in this many of the guest's time is spent paused.
+/// The guest runs for at least this many times as long as it was paused before, from so many looks on; one time before the second look,
+/// and so on, as most of those who are in the way go their way at once.
 const PAUSE_SHARE: u32 = 5;
 
 /// Which way tasks move.
@@ -92,7 +93,12 @@ pub struct Transition {
     pub unmoved: Option<Unmoved>,
     began: Instant,
     ledger: Ledger,
+    /// How many looks there were since it began or turned round, up to [`PAUSE_SHARE`].
+    looks: u32,
+    /// The time from the last look to the next, if the pauses are short.
     wait: Duration,
+    /// When the next look is due.
+    due: Instant,
     /// From when on those who keep the old state are sent the fake signal.
     signal: Option<Instant>,
 }
@@ -101,13 +107,16 @@ impl Transition {
     /// One that begins now.
     #[must_use]
     pub fn new(direction: Direction) -> Transition {
+        let now = Instant::now();
         Transition {
             direction,
             pauses: PauseReport::default(),
             unmoved: None,
-            began: Instant::now(),
+            began: now,
             ledger: Ledger::default(),
+            looks: 0,
             wait: FIRST_WAIT,
+            due: now,
             signal: None,
         }
     }
@@ -119,7 +128,11 @@ impl Transition {
             (Some(earlier), Some(asked)) => Some(earlier.min(asked)),
             (known, asked) => known.or(asked),
         };
-        self.wait = FIRST_WAIT;
+        self.hurry();
+        // The admin's delay is met, and what it changes is seen soon.
+        if let Some(from) = self.signal {
+            self.due = self.due.min(from);
+        }
     }
 
     /// Whether the fake signal is sent now.
@@ -138,19 +151,37 @@ impl Transition {
     pub fn turn(&mut self, direction: Direction) {
         self.direction = direction;
         self.ledger.restart();
+        self.hurry();
+    }
+
+    fn hurry(&mut self) {
+        self.looks = 0;
         self.wait = FIRST_WAIT;
     }
 
-    /// How long to let the guest run before the next look, after a pause of `pause`.
-    pub fn next_wait(&mut self, pause: Duration) -> Duration {
-        let wait = self.wait.max(pause * PAUSE_SHARE);
+    /// Notes a look that paused the guest for `pause`, and when the next is due.
+    pub fn looked(&mut self, pause: Duration) {
+        self.looks = (self.looks + 1).min(PAUSE_SHARE);
+        let wait = self.wait.max(pause * self.looks);
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        // The admin's delay is met, and what it changes is seen soon.
-        let until_signal = self
-            .signal
-            .map(|from| from.saturating_duration_since(Instant::now()))
-            .filter(|left| !left.is_zero());
-        wait.min(until_signal.unwrap_or(wait))
+        self.wait_for(wait);
+    }
+
+    /// Notes a look that failed: the next may be as soon as one ever has to be waited for.
+    pub fn failed(&mut self) {
+        self.wait_for(LONGEST_WAIT);
+    }
+
+    fn wait_for(&mut self, wait: Duration) {
+        let now = Instant::now();
+        let signal = self.signal.filter(|from| *from > now);
+        self.due = signal.map_or(now + wait, |from| from.min(now + wait));
+    }
+
+    /// When to look again.
+    #[must_use]
+    pub fn due(&self) -> Instant {
+        self.due
     }
 
     /// As far as it has come.

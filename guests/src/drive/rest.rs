@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(60);
-/// How long one answer is asked to wait for the end of a transition, in milliseconds.
-const WAIT_MS: u64 = 20_000;
+/// What an answer shall be: at the end of the transition, and with those tasks only that are in its way.
+const AT_THE_END: &str = "wait_ms=20000&tasks=waiting";
 
 /// The control socket of one guest.
 #[derive(Clone, Debug)]
@@ -31,7 +31,7 @@ impl Rest {
     /// # Errors
     /// When it is refused, or the transition takes longer than `limit`.
     pub fn apply(&self, module: &[u8], limit: Duration) -> Result<Value> {
-        let resource = format!("/patches?wait_ms={WAIT_MS}");
+        let resource = format!("/patches?{AT_THE_END}");
         let patch = self.ask("POST", &resource, module)?;
         self.end(patch, limit)
     }
@@ -74,7 +74,7 @@ impl Rest {
                 "the transition does not end: {patch}"
             );
             let name = patch["name"].as_str().context("a patch with no name")?;
-            let resource = format!("/patches/{name}?wait_ms={WAIT_MS}");
+            let resource = format!("/patches/{name}?{AT_THE_END}");
             patch = self.ask("GET", &resource, b"")?;
         }
         Ok(patch)

@@ -76,11 +76,14 @@ impl Patcher {
         at_once: bool,
     ) -> Result<(), PatchError> {
         let mut transition = Some(Transition::new(direction));
-        let (tasks, step, _) = patiently(|| {
+        let (tasks, step, pause) = patiently(|| {
             self.carry_out_for(machine, at, &mut transition, |scene| {
                 scene.begin(direction, at_once)
             })
         })?;
+        if let Some(transition) = &mut transition {
+            transition.looked(pause);
+        }
         if let Some(patch) = self.patches.get_mut(at) {
             patch.transition = transition;
             patch.phase = direction.phase();
@@ -97,12 +100,13 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let from = self.direction(at).ok_or_else(not_found)?;
         let to = from.back();
-        let (tasks, step, _) =
+        let (tasks, step, pause) =
             patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
         if let Some(patch) = self.patches.get_mut(at) {
             patch.phase = to.phase();
             if let Some(transition) = &mut patch.transition {
                 transition.turn(to);
+                transition.looked(pause);
             }
         }
         self.enter(at, to, &tasks, step);

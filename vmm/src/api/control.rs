@@ -54,8 +54,10 @@ pub trait Control: Send + 'static {
     fn force(&mut self, name: &str) -> Result<(), Problem>;
     /// Sends the fake signal in a patch's running transition, from so long after its start on.
     fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
-    /// Drives a running transition on, and says after what time to do so again; `None`: there is none.
-    fn poll(&mut self) -> Option<Duration>;
+    /// Drives a running transition on.
+    fn poll(&mut self);
+    /// When that is to be done next; `None`: no transition runs.
+    fn due(&mut self) -> Option<Instant>;
 }
 
 type Work = Box<dyn FnOnce(&mut dyn Control) + Send>;
@@ -63,8 +65,8 @@ type Work = Box<dyn FnOnce(&mut dyn Control) + Send>;
 /// An operation, as it waits in the queue.
 struct Operation {
     run: Work,
-    /// It may begin a transition or turn one round: the next poll is due at once.
-    hurries: bool,
+    /// It may begin a transition, turn one round or end it: when the next poll is due may be another time.
+    changes: bool,
 }
 
 /// The running control thread; dropping it lets the operation in hand finish, and ends it.
@@ -137,27 +139,26 @@ fn work(control: &mut impl Control, inbox: &Receiver<Operation>, ended: &watch::
     let mut due: Option<Instant> = None;
     loop {
         let wait = due.map_or(IDLE, |at| at.saturating_duration_since(Instant::now()));
-        match inbox.recv_timeout(wait) {
+        let changes = match inbox.recv_timeout(wait) {
             Ok(operation) => {
                 (operation.run)(control);
-                // A stream of requests must not starve a poll that is due.
-                if operation.hurries || due.is_some_and(|at| at <= Instant::now()) {
-                    due = next(control, ended);
-                }
+                operation.changes
             }
-            Err(RecvTimeoutError::Timeout) => due = next(control, ended),
+            Err(RecvTimeoutError::Timeout) => false,
             Err(RecvTimeoutError::Disconnected) => return,
+        };
+        // Asked after every operation, too: a stream of requests must not starve a poll that is due.
+        let polls = due.is_some_and(|at| at <= Instant::now());
+        if polls {
+            control.poll();
+        }
+        if polls || changes {
+            due = control.due();
+            if due.is_none() {
+                ended.send_replace(());
+            }
         }
     }
-}
-
-/// One poll. After it no transition runs, or the next poll is due at the time it says.
-fn next(control: &mut impl Control, ended: &watch::Sender<()>) -> Option<Instant> {
-    let delay = control.poll();
-    if delay.is_none() {
-        ended.send_replace(());
-    }
-    delay.map(|delay| Instant::now() + delay)
 }
 
 impl Mailbox {
@@ -193,7 +194,7 @@ impl Mailbox {
     /// An operation whose client has gone before its turn is not begun.
     async fn send<T: Send + 'static>(
         &self,
-        hurries: bool,
+        changes: bool,
         operation: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
     ) -> Result<T, Problem> {
         let (reply, answer) = oneshot::channel();
@@ -203,7 +204,7 @@ impl Mailbox {
                 drop(reply.send(operation(control)));
             }
         });
-        let operation = Operation { run, hurries };
+        let operation = Operation { run, changes };
         self.operations
             .try_send(operation)
             .map_err(|error| match error {

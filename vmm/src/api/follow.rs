@@ -1,4 +1,5 @@
-//! Answers that wait for the end of a transition, so that nobody has to ask again and again.
+//! Answers on a patch that are no sooner and no longer than asked for: they wait for the end of a transition, so that nobody has to
+//! ask again and again, and leave out tasks that nobody wants to hear of.
 //!
 //! Knows the queue to the control thread and nothing of HTTP. Who waits costs the guest nothing: there is no look at it before a
 //! transition ends.
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 
 use super::control::Mailbox;
 use super::problem::{Kind, Problem};
+use super::wire::{AnswerQuery, TasksAsked};
 
 /// The longest that an answer may wait for a transition, well within the life of a connection.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -20,15 +22,16 @@ pub(super) struct Follow {
     mailbox: Mailbox,
     ends: watch::Receiver<()>,
     wait: Duration,
+    tasks: TasksAsked,
 }
 
 impl Follow {
-    /// Looks out from now on; the answer is to wait for so many milliseconds at most, not at all with `None`.
+    /// Looks out from now on.
     ///
     /// # Errors
-    /// `bad-request` when that is longer than an answer may wait.
-    pub fn new(mailbox: &Mailbox, wait_ms: Option<u64>) -> Result<Follow, Problem> {
-        let wait = Duration::from_millis(wait_ms.unwrap_or(0));
+    /// `bad-request` when an answer may not wait as long as that.
+    pub fn new(mailbox: &Mailbox, query: AnswerQuery) -> Result<Follow, Problem> {
+        let wait = Duration::from_millis(query.wait_ms.unwrap_or(0));
         if wait > LONGEST {
             return Err(Problem::new(
                 Kind::BadRequest,
@@ -40,19 +43,28 @@ impl Follow {
             mailbox: mailbox.clone(),
             ends: mailbox.ends(),
             wait,
+            tasks: query.tasks,
         })
     }
 
     /// The patch as it is when its transition has ended, or when the wait is over.
+    ///
+    /// # Errors
+    /// When the control thread no longer answers, or no longer knows the patch.
     pub async fn until_the_end(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
-        if self.wait.is_zero() || !patch.transition {
-            return Ok(patch);
+        let mut patch = if self.wait.is_zero() || !patch.transition {
+            patch
+        } else {
+            let (mailbox, wait) = (self.mailbox.clone(), self.wait);
+            match tokio::time::timeout(wait, self.end(&patch.name)).await {
+                Ok(ended) => ended?,
+                Err(_) => mailbox.patch(patch.name).await?,
+            }
+        };
+        if self.tasks == TasksAsked::Waiting {
+            patch.tasks.retain(|task| task.way.is_none());
         }
-        let (mailbox, wait) = (self.mailbox.clone(), self.wait);
-        match tokio::time::timeout(wait, self.end(&patch.name)).await {
-            Ok(ended) => ended,
-            Err(_) => mailbox.patch(patch.name).await,
-        }
+        Ok(patch)
     }
 
     async fn end(&mut self, name: &str) -> Result<PatchStatus, Problem> {

@@ -3,7 +3,7 @@
 //! Only translates: what can be done is the patcher's, how the answers look is the wire's.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use patcher::{CheckReport, ErrorKind, MachineError, Mode, PatchError, PatchStatus, Patcher};
 
@@ -13,9 +13,6 @@ use super::wire;
 use crate::dump::{DumpError, NewDump};
 use crate::handle::{VmHandle, VmState};
 use crate::machine::VmMachine;
-
-/// When to look again at a transition whose last look failed.
-const AFTER_FAILURE: Duration = Duration::from_millis(250);
 
 /// The guest of this process.
 #[derive(Debug)]
@@ -171,20 +168,18 @@ impl Control for Guest {
             .map_err(|error| problem(&error))
     }
 
-    fn poll(&mut self) -> Option<Duration> {
-        match self.patcher.poll(&mut self.machine) {
-            Ok(next) => {
-                self.failure = None;
-                next
-            }
-            Err(error) => {
-                if self.failure.as_ref() != Some(&error) {
-                    tracing::warn!("the transition does not get on: {error}");
-                }
-                self.failure = Some(error);
-                Some(AFTER_FAILURE)
-            }
+    fn poll(&mut self) {
+        let failure = self.patcher.poll(&mut self.machine).err();
+        if let Some(error) = &failure
+            && self.failure != failure
+        {
+            tracing::warn!("the transition does not get on: {error}");
         }
+        self.failure = failure;
+    }
+
+    fn due(&mut self) -> Option<Instant> {
+        self.patcher.due()
     }
 }
 

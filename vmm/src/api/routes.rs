@@ -33,9 +33,10 @@ const JSON_LIMIT: usize = 64 << 10;
 /// Modules received at the same time; together with [`MODULE_LIMIT`] this bounds what uploads can hold of memory.
 const UPLOADS: usize = 2;
 
-/// What to do about a query that is not [`wire::WaitQuery`].
-const WAIT: &str =
-    "the one parameter is wait_ms: how long to wait for the end of the transition, in milliseconds";
+/// What to do about a query that is not [`wire::ApplyQuery`], and one that is not [`wire::AnswerQuery`].
+const APPLY: &str =
+    "the parameters are mode (per-task, stop-machine or auto), wait_ms and tasks (all or waiting)";
+const ANSWER: &str = "the parameters are wait_ms and tasks (all or waiting)";
 
 /// What the handlers share.
 #[derive(Clone, Debug)]
@@ -162,10 +163,9 @@ async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Probl
 async fn patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<wire::WaitQuery>, QueryRejection>,
+    query: Result<Query<wire::AnswerQuery>, QueryRejection>,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let wire::WaitQuery { wait_ms } = asked(query, WAIT)?;
-    let follow = Follow::new(&app.mailbox, wait_ms)?;
+    let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
     let patch = app.mailbox.patch(name).await?;
     Ok(Json(follow.until_the_end(patch).await?))
 }
@@ -187,11 +187,12 @@ async fn apply(
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
-    let wire::ApplyQuery { mode, wait_ms } = asked(
-        query,
-        "the parameters are mode (per-task, stop-machine or auto) and wait_ms",
-    )?;
-    let follow = Follow::new(&app.mailbox, wait_ms)?;
+    let wire::ApplyQuery {
+        mode,
+        wait_ms,
+        tasks,
+    } = asked(query, APPLY)?;
+    let follow = Follow::new(&app.mailbox, wire::AnswerQuery { wait_ms, tasks })?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
         let name = control.apply(&upload.module, mode)?;
@@ -209,11 +210,10 @@ async fn apply(
 async fn change_patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<wire::WaitQuery>, QueryRejection>,
+    query: Result<Query<wire::AnswerQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let wire::WaitQuery { wait_ms } = asked(query, WAIT)?;
-    let follow = Follow::new(&app.mailbox, wait_ms)?;
+    let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
     let change: wire::PatchChange = app.json(body).await?;
     check_change(&change)?;
     let change = app.mailbox.change(move |control| {

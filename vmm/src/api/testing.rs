@@ -5,12 +5,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use introspect::TaskKind;
 use patcher::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseLength, PauseReport, PieceReport, TaskReport,
+    PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
 };
 
 use super::control::Control;
@@ -282,18 +282,26 @@ impl Control for FakeGuest {
         Ok(())
     }
 
-    fn poll(&mut self) -> Option<Duration> {
-        let patch = self.patches.iter_mut().find(|p| p.transition)?;
+    fn poll(&mut self) {
         self.polls_left = self.polls_left.saturating_sub(1);
         if self.stuck || self.polls_left > 0 {
-            return Some(Duration::from_millis(5));
+            return;
         }
-        patch.transition = false;
-        patch.phase = match patch.phase {
-            PatchPhase::Applying => PatchPhase::Applied,
-            _ => PatchPhase::Reverted,
-        };
-        None
+        if let Some(patch) = self.patches.iter_mut().find(|p| p.transition) {
+            patch.transition = false;
+            for task in &mut patch.tasks {
+                task.way = Some(TaskWay::Stack);
+            }
+            patch.phase = match patch.phase {
+                PatchPhase::Applying => PatchPhase::Applied,
+                _ => PatchPhase::Reverted,
+            };
+        }
+    }
+
+    fn due(&mut self) -> Option<Instant> {
+        let runs = self.patches.iter().any(|p| p.transition);
+        runs.then(|| Instant::now() + Duration::from_millis(5))
     }
 }
 

@@ -194,6 +194,23 @@ fn an_answer_waits_for_the_end_of_the_transition() {
 }
 
 #[test]
+fn an_answer_tells_of_the_tasks_that_were_asked_for() {
+    let served = Served::plain();
+    let tasks = |method, path: &str, body: &[u8]| {
+        let patch = served.ask(method, path, body).json();
+        patch["tasks"].as_array().map(Vec::len)
+    };
+    let (all, waiting) = ("wait_ms=20000", "wait_ms=20000&tasks=waiting");
+    assert_eq!(tasks("POST", &format!("/patches?{waiting}"), ELF), Some(0));
+    assert_eq!(tasks("GET", &format!("/patches/fix?{all}"), b""), Some(1));
+    assert_eq!(tasks("GET", "/patches/fix?tasks=all", b""), Some(1));
+    assert_eq!(tasks("GET", "/patches/fix?tasks=waiting", b""), Some(0));
+    let served = Served::new(FakeGuest::stuck(), Limits::default());
+    let begun = served.ask("POST", "/patches?tasks=waiting", ELF).json();
+    assert_eq!(begun["tasks"][0]["comm"], "init");
+}
+
+#[test]
 fn an_answer_waits_no_longer_than_it_was_told() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
     for wait in ["", "?wait_ms=0", "?wait_ms=30"] {
@@ -209,7 +226,13 @@ fn an_answer_waits_no_longer_than_it_was_told() {
             (200, &json!(true))
         );
     }
-    for query in ["wait_ms=60001", "wait_ms=-1", "wait_ms=", "wait=1"] {
+    for query in [
+        "wait_ms=60001",
+        "wait_ms=-1",
+        "wait_ms=",
+        "wait=1",
+        "tasks=moved",
+    ] {
         for (method, path) in [
             ("POST", "/patches"),
             ("GET", "/patches/fix"),

@@ -57,18 +57,35 @@ pub struct ApplyQuery {
     /// How tasks are to move.
     #[serde(default)]
     pub mode: Mode,
-    /// How many milliseconds the answer may wait for the end of the transition.
+    /// As in [`AnswerQuery`].
     #[serde(default)]
     pub wait_ms: Option<u64>,
+    /// As in [`AnswerQuery`].
+    #[serde(default)]
+    pub tasks: TasksAsked,
 }
 
-/// The query of `GET` and `PATCH /patches/{name}`.
+/// The query of `GET` and `PATCH /patches/{name}`: what the answer is to be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct WaitQuery {
-    /// How many milliseconds the answer may wait for the end of the transition.
+pub struct AnswerQuery {
+    /// How many milliseconds it may wait for the end of the transition.
     #[serde(default)]
     pub wait_ms: Option<u64>,
+    /// Which tasks it tells of.
+    #[serde(default)]
+    pub tasks: TasksAsked,
+}
+
+/// The tasks of a transition that an answer tells of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TasksAsked {
+    /// Every task.
+    #[default]
+    All,
+    /// Those that still keep the old state.
+    Waiting,
 }
 
 /// The body of `PATCH /patches/{name}`.

@@ -1,7 +1,7 @@
 //! The guest that is made up: what it answers to the command line's questions.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use introspect::TaskKind;
 use patcher::{
@@ -273,8 +273,10 @@ impl Control for MadeUp {
         Ok(())
     }
 
-    fn poll(&mut self) -> Option<Duration> {
-        let patch = self.patches.iter_mut().find(|p| p.transition)?;
+    fn poll(&mut self) {
+        let Some(patch) = self.patches.iter_mut().find(|p| p.transition) else {
+            return;
+        };
         self.polls += 1;
         let stuck = patch.name == "stuck"
             && patch.phase == PatchPhase::Applying
@@ -286,7 +288,7 @@ impl Control for MadeUp {
             task.after_ms = Some(u64::from(self.polls));
         }
         if stuck || self.polls < 3 {
-            return Some(Duration::from_millis(20));
+            return;
         }
         patch.transition = false;
         patch.transition_ms = 60;
@@ -294,6 +296,10 @@ impl Control for MadeUp {
             PatchPhase::Applying => PatchPhase::Applied,
             _ => PatchPhase::Reverted,
         };
-        None
+    }
+
+    fn due(&mut self) -> Option<Instant> {
+        let runs = self.patches.iter().any(|p| p.transition);
+        runs.then(|| Instant::now() + Duration::from_millis(20))
     }
 }

@@ -1,6 +1,6 @@
 //! What is asked for in a guest in which a step is to fail, and what has to hold then.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use patcher::{Machine, Mode, PatchError, PatchPhase, Patcher};
@@ -93,7 +93,7 @@ fn make(
     let (machine, patcher) = subject.parts();
     match call {
         Call::Apply(mode) => patcher.apply(machine, module, mode).map(drop),
-        Call::Look => patcher.poll(machine).map(drop),
+        Call::Look => patcher.poll(machine),
         Call::Finish => finish(subject),
         Call::Signal if !patcher.status().iter().any(|patch| patch.transition) => Ok(()),
         Call::Signal => patcher.signal(machine, story.name, Duration::ZERO),
@@ -106,8 +106,9 @@ fn make(
 fn finish(subject: &mut impl Subject) -> Result<(), PatchError> {
     for _ in 0..MOST_LOOKS {
         let (machine, patcher) = subject.parts();
-        match patcher.poll(machine)? {
-            Some(later) => subject.wait(later),
+        patcher.poll(machine)?;
+        match patcher.due() {
+            Some(due) => subject.wait(due.saturating_duration_since(Instant::now())),
             None => break,
         }
     }
