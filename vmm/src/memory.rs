@@ -106,6 +106,10 @@ impl PhysMemory for VmMemory {
         // What the guest's kernel has is in its RAM.
         self.ram.gather(gpa, parts, buf)
     }
+
+    fn prefetch(&self, gpa: GuestAddress, parts: &[Part]) {
+        PhysMemory::prefetch(&self.ram, gpa, parts);
+    }
 }
 
 #[cfg(test)]
