@@ -15,6 +15,7 @@ use crate::memory::PhysMemory;
 use crate::paging::AddressSpace;
 use crate::percpu::{PerCpu, PerCpuError};
 use crate::reader::{KernelMemory, ReadError};
+use crate::stacks_cpu::{PlacesError, StackPlaces};
 use crate::symbols::{Symbol, SymbolError, Symbols};
 use crate::tif::Tif;
 use crate::vcpu::VcpuRegs;
@@ -54,6 +55,8 @@ pub struct Kernel {
     pub tif: Tif,
     /// Where the core kernel's code is.
     pub text: TextRanges,
+    /// Where stacks are.
+    places: Result<StackPlaces, PlacesError>,
     /// How to find the current task of a CPU: the per-CPU variable that points to it.
     current: Gva,
     /// Random since this boot, where the kernel has it: the stack canary of the boot CPU's idle task.
@@ -174,15 +177,17 @@ impl Kernel {
             Err(_) => symbols.address("current_task")?,
         };
         let boot_mark = boot_mark(&symbols, &layout, &memory);
+        let percpu = PerCpu::find(&symbols, &memory)?;
         Ok(Kernel {
             boot_mark,
+            places: StackPlaces::resolve(&symbols, &btf, &percpu),
             base: candidate.base,
             phys: candidate.phys,
             phys_base,
             space,
             release: release(&banner),
             banner: banner.trim_end().to_owned(),
-            percpu: PerCpu::find(&symbols, &memory)?,
+            percpu,
             livepatch: Livepatch::find(&symbols, &layout, &memory)?,
             tif: Tif::find(&symbols, &memory),
             text: TextRanges::find(&symbols)?,
@@ -262,6 +267,11 @@ impl Kernel {
             .image()
             .contains(gva)
             .then(|| GuestAddress(self.phys.0.wrapping_add(gva.since(self.base))))
+    }
+
+    /// Where this kernel's stacks are.
+    pub(crate) fn places(&self) -> Result<&StackPlaces, PlacesError> {
+        self.places.as_ref().map_err(Clone::clone)
     }
 
     /// The per-CPU variable that points to a CPU's current task: a symbol in the sense of [`PerCpu::address`].

@@ -123,9 +123,13 @@ fn set_bits(memory: &KernelMemory<'_>, (mask, bytes): (Gva, u64)) -> Result<Vec<
     // Behind the mask comes whatever symbol is next: never look further than the largest mask there is.
     let bytes = bytes.min(u64::from(MAX_CPUS) / 8);
     let raw = memory.bytes(mask, bytes, MAX_CPUS as usize / 8)?;
-    let bit = |cpu: u32| {
-        let byte = raw.get(cpu as usize / 8).copied().unwrap_or(0);
-        byte >> (cpu % 8) & 1 != 0
+    let bytes = raw.iter().zip((0u32..).step_by(8));
+    let of_byte = |(byte, first): (&u8, u32)| {
+        let byte = *byte;
+        let bits = (0..8).filter(move |bit| byte >> bit & 1 != 0);
+        bits.map(move |bit| first + bit)
     };
-    Ok((0..MAX_CPUS).filter(|&cpu| bit(cpu)).collect())
+    // Almost all of it is zero: `NR_CPUS` is for the largest machine there is.
+    let some = bytes.filter(|(byte, _)| **byte != 0);
+    Ok(some.flat_map(of_byte).collect())
 }

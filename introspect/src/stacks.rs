@@ -100,7 +100,7 @@ impl Unwinder {
                 rules,
             }),
             modules: ModuleRegions::default(),
-            places: StackPlaces::resolve(kernel)?,
+            places: kernel.places()?.clone(),
             sleeping,
             stack_refcount: kernel.layout.task.stack_refcount,
             init_task: symbols.address("init_task")?,

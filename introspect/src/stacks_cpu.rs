@@ -5,11 +5,11 @@
 
 use crate::{
     addr::{Gva, GvaRange},
-    btf::BtfError,
-    kernel::Kernel,
+    btf::{Btf, BtfError},
+    percpu::PerCpu,
     reader::{Field, KernelMemory},
     stacks_places::{MAX_STACK, ReadVirtual, StackKind, StackSpan},
-    symbols::SymbolError,
+    symbols::{SymbolError, Symbols},
 };
 
 const PAGE: u64 = 4096;
@@ -71,24 +71,26 @@ impl StackPlaces {
     ///
     /// # Errors
     /// What is missing.
-    pub fn resolve(kernel: &Kernel) -> Result<StackPlaces, PlacesError> {
-        let btf = &kernel.btf;
-        let irq = irq_pointer(kernel)?;
-        let estacks = kernel.symbols.address("cea_exception_stacks")?;
-        let cpus = kernel
-            .percpu
+    pub(crate) fn resolve(
+        symbols: &Symbols,
+        btf: &Btf,
+        percpu: &PerCpu,
+    ) -> Result<StackPlaces, PlacesError> {
+        let irq = irq_pointer(symbols, btf)?;
+        let estacks = symbols.address("cea_exception_stacks")?;
+        let cpus = percpu
             .cpus()
             .iter()
             .filter_map(|cpu| {
                 Some(CpuPointers {
                     cpu: *cpu,
-                    irq: kernel.percpu.address(irq, *cpu)?,
-                    estacks: kernel.percpu.address(estacks, *cpu)?,
+                    irq: percpu.address(irq, *cpu)?,
+                    estacks: percpu.address(estacks, *cpu)?,
                 })
             })
             .collect();
         Ok(StackPlaces {
-            thread_size: checked("a task's stack", thread_size(kernel)?)?,
+            thread_size: checked("a task's stack", thread_size(symbols)?)?,
             irq_size: checked("an interrupt stack", btf.size_of("irq_stack")?)?,
             exceptions: EXCEPTION_STACKS
                 .iter()
@@ -153,8 +155,7 @@ fn checked(what: &'static str, size: u64) -> Result<u64, PlacesError> {
 
 /// `THREAD_SIZE` is in no type that BTF has; the boot CPU's idle task has a stack of that size between two symbols
 /// (`include/asm-generic/vmlinux.lds.h: INIT_TASK_DATA`, renamed in 6.10).
-fn thread_size(kernel: &Kernel) -> Result<u64, PlacesError> {
-    let symbols = &kernel.symbols;
+fn thread_size(symbols: &Symbols) -> Result<u64, PlacesError> {
     let stack = symbols
         .between("__start_init_stack", "__end_init_stack")
         .or_else(|_| symbols.between("__start_init_task", "__end_init_task"))?;
@@ -162,12 +163,12 @@ fn thread_size(kernel: &Kernel) -> Result<u64, PlacesError> {
 }
 
 /// A per-CPU variable of its own, or a member of `pcpu_hot` (6.2 to 6.14).
-fn irq_pointer(kernel: &Kernel) -> Result<Gva, PlacesError> {
-    match kernel.symbols.address("hardirq_stack_ptr") {
+fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, PlacesError> {
+    match symbols.address("hardirq_stack_ptr") {
         Ok(variable) => Ok(variable),
         Err(missing) => {
-            let hot = kernel.symbols.address("pcpu_hot").map_err(|_| missing)?;
-            Ok(kernel.btf.field("pcpu_hot.hardirq_stack_ptr")?.of(hot))
+            let hot = symbols.address("pcpu_hot").map_err(|_| missing)?;
+            Ok(btf.field("pcpu_hot.hardirq_stack_ptr")?.of(hot))
         }
     }
 }

@@ -17,7 +17,6 @@ use crate::{
     reader::KernelMemory,
     stack::Stack,
     stacks::Unwinder,
-    stacks_cpu::StackPlaces,
     survey_seen::Brief,
     task::{PatchState, Task, TaskKind},
     task_reader::TaskReader,
@@ -189,8 +188,8 @@ impl Survey {
             self.list_anew(&reader, &proof)?;
         }
         self.idle(&reader)?;
-        let places = StackPlaces::resolve(kernel)?;
-        let running = tasks_vcpus::attribute(kernel, memory, &places, vcpus);
+        let places = kernel.places()?;
+        let running = tasks_vcpus::attribute(kernel, memory, places, vcpus);
         self.attribute(&reader, &running);
         if let Ok(online) = kernel.percpu.online(memory) {
             let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();

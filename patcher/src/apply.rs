@@ -14,8 +14,7 @@ use crate::guest::Guest;
 use crate::journal::Plan;
 use crate::machine::Machine;
 use crate::module::{
-    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes, Target,
-    TargetError,
+    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes, TargetError,
 };
 use crate::patch::{Patch, Replaced};
 use crate::place::{Need, Piece, Places};
@@ -223,8 +222,8 @@ fn old_functions(
     module: &LivepatchModule,
     others: &[Patch],
 ) -> Result<Vec<Redirect>, PatchError> {
-    let layouts = GuestTarget::new(kernel, memory).layouts()?;
-    let patch = module.patch(&layouts.klp)?;
+    let layout = GuestTarget::new(kernel, memory).klp_layout()?;
+    let patch = module.patch(&layout)?;
     let mut olds: Vec<Redirect> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);

@@ -161,14 +161,21 @@ impl Ledger {
     /// What is to be said, those not there yet first.
     #[must_use]
     pub fn reports(&self) -> Vec<TaskReport> {
-        let (mut waiting, done): (Vec<_>, Vec<_>) = self
-            .rows
-            .iter()
-            .map(|row| row.report.clone())
-            .partition(|report| report.way.is_none());
-        waiting.extend(done);
-        waiting
+        in_order(self.rows.iter().map(|row| row.report.clone()))
     }
+
+    /// The same, for the last time.
+    #[must_use]
+    pub fn into_reports(self) -> Vec<TaskReport> {
+        in_order(self.rows.into_iter().map(|row| row.report))
+    }
+}
+
+fn in_order(reports: impl Iterator<Item = TaskReport>) -> Vec<TaskReport> {
+    let (mut waiting, mut done): (Vec<_>, Vec<_>) =
+        reports.partition(|report| report.way.is_none());
+    waiting.append(&mut done);
+    waiting
 }
 
 #[cfg(test)]

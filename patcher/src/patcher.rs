@@ -155,8 +155,7 @@ impl Patcher {
     pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
         let direction = self.direction(at).ok_or_else(not_found)?;
-        let (tasks, step, _) =
-            patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
+        let (step, _) = patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
         tracing::warn!(patch = name, "a transition was forced");
         let (older, rest) = self.patches.split_at_mut(at);
         if let Some(patch) = rest.first_mut() {
@@ -167,7 +166,7 @@ impl Patcher {
                 older.iter_mut().for_each(|old| old.forced = true);
             }
         }
-        self.enter(at, direction, &tasks, step);
+        self.enter(at, direction, step);
         Ok(())
     }
 
@@ -235,8 +234,8 @@ impl Patcher {
         };
         let carried = self.carry_out(machine, at, |scene| scene.go_on(direction));
         let (looked, done) = match carried {
-            Ok((tasks, step, pause)) => {
-                self.enter(at, direction, &tasks, step);
+            Ok((step, pause)) => {
+                self.enter(at, direction, step);
                 (Some(pause), Ok(()))
             }
             Err(Stop::Busy(what)) => {

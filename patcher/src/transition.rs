@@ -142,9 +142,8 @@ impl Transition {
     }
 
     /// Enters what a step found, once it is carried out.
-    pub fn enter(&mut self, tasks: &[Task], findings: Vec<Finding>) {
-        self.ledger
-            .enter(self.began.elapsed(), tasks.iter().zip(findings));
+    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, findings: Vec<Finding>) {
+        self.ledger.enter(self.began.elapsed(), tasks.zip(findings));
     }
 
     /// Turns round: everybody may have to move again.
@@ -189,8 +188,22 @@ impl Transition {
     pub fn so_far(&self) -> Past {
         Past {
             tasks: self.ledger.reports(),
-            ms: u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ms: self.ms(),
             pauses: self.pauses.clone(),
         }
+    }
+
+    /// Ends it.
+    #[must_use]
+    pub fn end(self) -> Past {
+        Past {
+            ms: self.ms(),
+            tasks: self.ledger.into_reports(),
+            pauses: self.pauses,
+        }
+    }
+
+    fn ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }

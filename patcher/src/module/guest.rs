@@ -51,14 +51,23 @@ impl<'a> GuestTarget<'a> {
             .map_err(|_| TargetError::NoSymbol(name))
     }
 
-    fn layouts(&self) -> Result<Layouts, BtfError> {
+    /// How a livepatch says what it replaces.
+    ///
+    /// # Errors
+    /// [`TargetError::Types`] when the kernel's types lack something.
+    pub fn klp_layout(&self) -> Result<KlpLayout, TargetError> {
+        let btf = &self.kernel.btf;
+        match btf.has("klp_patch") {
+            true => klp(btf).map_err(|e| TargetError::Types(e.to_string())),
+            false => Ok(KlpLayout::PUBLIC),
+        }
+    }
+
+    fn layouts_with(&self, klp: KlpLayout) -> Result<Layouts, BtfError> {
         let btf = &self.kernel.btf;
         let at = |path: &str| btf.field(path).map(|field| field.offset);
         Ok(Layouts {
-            klp: match btf.has("klp_patch") {
-                true => klp(btf)?,
-                false => KlpLayout::PUBLIC,
-            },
+            klp,
             module_size: btf.size_of("module")?,
             modversion: match btf.has("modversion_info") {
                 false => None,
@@ -122,7 +131,8 @@ fn half(btf: &Btf, path: &str) -> Result<u64, BtfError> {
 
 impl Target for GuestTarget<'_> {
     fn layouts(&self) -> Result<Layouts, TargetError> {
-        GuestTarget::layouts(self).map_err(|e| TargetError::Types(e.to_string()))
+        self.layouts_with(self.klp_layout()?)
+            .map_err(|e| TargetError::Types(e.to_string()))
     }
 
     fn vermagic(&self) -> Result<String, TargetError> {

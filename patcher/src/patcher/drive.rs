@@ -3,7 +3,6 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::Task;
 use introspect::survey::Survey;
 
 use crate::apply;
@@ -76,7 +75,7 @@ impl Patcher {
         at_once: bool,
     ) -> Result<(), PatchError> {
         let mut transition = Some(Transition::new(direction));
-        let (tasks, step, pause) = patiently(|| {
+        let (step, pause) = patiently(|| {
             self.carry_out_for(machine, at, &mut transition, |scene| {
                 scene.begin(direction, at_once)
             })
@@ -88,7 +87,7 @@ impl Patcher {
             patch.transition = transition;
             patch.phase = direction.phase();
         }
-        self.enter(at, direction, &tasks, step);
+        self.enter(at, direction, step);
         Ok(())
     }
 
@@ -100,7 +99,7 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let from = self.direction(at).ok_or_else(not_found)?;
         let to = from.back();
-        let (tasks, step, pause) =
+        let (step, pause) =
             patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
         if let Some(patch) = self.patches.get_mut(at) {
             patch.phase = to.phase();
@@ -109,24 +108,28 @@ impl Patcher {
                 transition.looked(pause);
             }
         }
-        self.enter(at, to, &tasks, step);
+        self.enter(at, to, step);
         Ok(())
     }
 
-    /// Enters what a step found, and ends the transition if the step did.
-    pub(super) fn enter(&mut self, at: usize, direction: Direction, tasks: &[Task], step: Step) {
-        let Some(patch) = self.patches.get_mut(at) else {
+    /// Enters what a step found of those who were seen in its look, and ends the transition if the step did.
+    pub(super) fn enter(&mut self, at: usize, direction: Direction, step: Step) {
+        let (Some(guest), Some(patch)) = (&self.guest, self.patches.get_mut(at)) else {
             return;
         };
         let Some(transition) = &mut patch.transition else {
             return;
         };
+        let tasks = guest.survey.seen().iter().map(|seen| &seen.task);
         transition.enter(tasks, step.findings);
         if !step.finished {
             return;
         }
-        patch.past = transition.so_far();
-        patch.transition = None;
+        patch.past = patch
+            .transition
+            .take()
+            .map(Transition::end)
+            .unwrap_or_default();
         match direction {
             Direction::Apply => {
                 patch.phase = PatchPhase::Applied;
@@ -188,7 +191,7 @@ impl Patcher {
         machine: &mut M,
         at: usize,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
+    ) -> Result<(Step, Duration), Stop> {
         let mut transition = self.patches.get_mut(at).and_then(|p| p.transition.take());
         let done = self.carry_out_for(machine, at, &mut transition, make);
         if let Some(patch) = self.patches.get_mut(at) {
@@ -204,7 +207,7 @@ impl Patcher {
         at: usize,
         transition: &mut Option<Transition>,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step, Duration), Stop> {
+    ) -> Result<(Step, Duration), Stop> {
         let mut meter = PauseReport::default();
         let Some(transition) = transition else {
             return Err(Stop::Fail(not_found()));
@@ -212,12 +215,12 @@ impl Patcher {
         let done = self.in_pause(machine, at, transition, &mut meter, make);
         self.pauses.merge(&meter);
         transition.pauses.merge(&meter);
-        let (tasks, step) = match done {
-            Ok((tasks, mut step)) => {
+        let step = match done {
+            Ok(mut step) => {
                 if step.unmoved.is_some() {
                     transition.unmoved = step.unmoved.take();
                 }
-                (tasks, step)
+                step
             }
             Err(Stop::Fail(error)) => return Err(Stop::Fail(self.lost(error))),
             Err(busy) => return Err(busy),
@@ -234,7 +237,7 @@ impl Patcher {
                 tracing::warn!(%error, "sleepers are woken later");
             }
         }
-        Ok((tasks, step, Duration::from_micros(meter.longest_us)))
+        Ok((step, Duration::from_micros(meter.longest_us)))
     }
 
     fn in_pause<M: Machine>(
@@ -244,7 +247,7 @@ impl Patcher {
         transition: &Transition,
         meter: &mut PauseReport,
         make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Vec<Task>, Step), Stop> {
+    ) -> Result<Step, Stop> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
@@ -290,7 +293,6 @@ impl Patcher {
             // What was written stands; the machine says the rest with its next answer.
             tracing::error!(%error, "the guest could not be resumed");
         }
-        let tasks = guest.survey.seen().iter().map(|seen| seen.task.clone());
-        Ok((tasks.collect(), step))
+        Ok(step)
     }
 }
