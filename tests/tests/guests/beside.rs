@@ -21,7 +21,7 @@ const ROUNDS_A_SIGNAL: usize = 3;
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// The nice value of who asks, which is that of outpatch's own threads.
-const FRONT: i32 = -10;
+const FRONT: i32 = -20;
 
 pub fn scenarios() -> Vec<Scenario> {
     let asked = env::var("OUTPATCH_BESIDE").ok();
