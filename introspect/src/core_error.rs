@@ -85,7 +85,7 @@ pub enum CoreError {
         at: u64,
     },
     /// No memory at all.
-    #[error("it holds no memory: it has no PT_LOAD segment with anything in it")]
+    #[error("it holds no memory: it has no PT_LOAD segment, or range, with anything in it")]
     NoMemory,
     /// The list of notes is broken.
     #[error("it is damaged: its notes cannot be read: {0}")]
@@ -100,9 +100,9 @@ pub enum CoreError {
         /// What is wrong.
         error: NoteError,
     },
-    /// Two notes are of one vCPU.
-    #[error("it is damaged: it has two notes of vCPU {0}")]
-    TwoNotes(u32),
+    /// Two notes, or two of the vCPUs given with a raw image, are of one vCPU.
+    #[error("it has the registers of vCPU {0} twice")]
+    VcpuTwice(u32),
     /// There are no vCPUs whose page tables are known.
     #[error(
         "it does not say where the page tables are: {plain} notes with plain registers and none named QEMU or outpatch; make it with `outpatch dump` or QEMU's dump-guest-memory"
@@ -111,4 +111,7 @@ pub enum CoreError {
         /// How many notes have registers of a thread or vCPU.
         plain: usize,
     },
+    /// A raw image, and nothing that leads to page tables in it.
+    #[error("no vCPU's registers came with the raw image: its page tables are found by them")]
+    NoRegisters,
 }

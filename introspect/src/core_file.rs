@@ -1,4 +1,5 @@
-//! A guest's memory and vCPUs out of a core file: what QEMU's `dump-guest-memory` writes without paging, and what we write.
+//! A guest's memory and vCPUs out of a file: a core, as QEMU's `dump-guest-memory` writes it without paging and as we write it, or a raw
+//! image, to which the registers are given.
 //!
 //! Knows ELF; what the notes say, [`core_notes`](crate::core_notes) knows. It must not know kernels: to the rest of this crate a
 //! core is memory like any other ([`PhysMemory`]) and vCPUs that stand still. The file is hostile input: every count, size and range in
@@ -41,7 +42,18 @@ struct Segment {
     offset: u64,
 }
 
-/// An open core file.
+/// A piece of a raw image: which memory lies where in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawRange {
+    /// Where it begins in the guest's physical memory.
+    pub gpa: GuestAddress,
+    /// Its bytes.
+    pub len: u64,
+    /// Where it begins in the file.
+    pub offset: u64,
+}
+
+/// An open core file, or raw image.
 #[derive(Debug)]
 pub struct CoreFile {
     file: CachedFile,
@@ -72,6 +84,37 @@ impl CoreFile {
         let table = program_headers(&input)?;
         let segments = segments(&input, &table)?;
         let vcpus = vcpus(&input, &table)?;
+        Ok(CoreFile {
+            file: CachedFile::new(input.file),
+            segments,
+            vcpus,
+        })
+    }
+
+    /// Takes an open file for a raw image of a guest's memory, as QEMU's `pmemsave` or a VMM's memory file is one. What such a file does
+    /// not say itself, the caller does: where the memory of each of `ranges` lies in it, and the registers of the vCPUs when they stopped.
+    ///
+    /// # Errors
+    /// [`CoreError`].
+    pub fn raw(
+        file: File,
+        ranges: &[RawRange],
+        vcpus: Vec<VcpuRegs>,
+    ) -> Result<CoreFile, CoreError> {
+        let input = Input::new(file)?;
+        at_most("ranges", ranges.len() as u64, MAX_SEGMENTS)?;
+        at_most("vCPUs", vcpus.len() as u64, MAX_VCPUS as u64)?;
+        if vcpus.is_empty() {
+            return Err(CoreError::NoRegisters);
+        }
+        let range = |range: &RawRange| Segment {
+            start: range.gpa.0,
+            len: range.len,
+            file_len: range.len,
+            offset: range.offset,
+        };
+        let segments = memory(&input, ranges.iter().map(range).enumerate())?;
+        let vcpus = in_order(vcpus)?;
         Ok(CoreFile {
             file: CachedFile::new(input.file),
             segments,
@@ -241,23 +284,29 @@ fn at_most(what: &'static str, found: u64, most: u64) -> Result<(), CoreError> {
 
 /// The memory, in order of address.
 fn segments(input: &Input, table: &[ProgramHeader]) -> Result<Vec<Segment>, CoreError> {
+    let segment = |header: &ProgramHeader| Segment {
+        start: header.p_paddr.get(LE),
+        len: header.p_memsz.get(LE),
+        file_len: header.p_filesz.get(LE),
+        offset: header.p_offset.get(LE),
+    };
+    let loads = (table.iter().enumerate()).filter(|(_, h)| h.p_type.get(LE) == elf::PT_LOAD);
+    memory(input, loads.map(|(index, header)| (index, segment(header))))
+}
+
+/// Those of `claimed` that are not empty, in order of address: all of them can be, and none overlap.
+fn memory(
+    input: &Input,
+    claimed: impl Iterator<Item = (usize, Segment)>,
+) -> Result<Vec<Segment>, CoreError> {
     let mut segments = Vec::new();
-    for (index, header) in table.iter().enumerate() {
-        let segment = Segment {
-            start: header.p_paddr.get(LE),
-            len: header.p_memsz.get(LE),
-            file_len: header.p_filesz.get(LE),
-            offset: header.p_offset.get(LE),
-        };
+    for (index, segment) in claimed.filter(|(_, segment)| segment.len > 0) {
         let Segment {
             start,
             len,
             file_len,
             offset,
         } = segment;
-        if header.p_type.get(LE) != elf::PT_LOAD || len == 0 {
-            continue;
-        }
         let damaged = |what| CoreError::Segment {
             index,
             start,
@@ -298,14 +347,19 @@ fn vcpus(input: &Input, table: &[ProgramHeader]) -> Result<Vec<VcpuRegs>, CoreEr
         found.read(header.p_align.get(LE), &bytes)?;
     }
     let Found { own, qemu, plain } = found;
-    let mut vcpus = if own.is_empty() { qemu } else { own };
-    if vcpus.is_empty() {
-        return Err(CoreError::NoVcpus { plain });
+    let vcpus = if own.is_empty() { qemu } else { own };
+    match vcpus.is_empty() {
+        true => Err(CoreError::NoVcpus { plain }),
+        false => in_order(vcpus),
     }
+}
+
+/// The vCPUs by index, each of which is there once.
+fn in_order(mut vcpus: Vec<VcpuRegs>) -> Result<Vec<VcpuRegs>, CoreError> {
     vcpus.sort_by_key(|vcpu| vcpu.index);
     let mut pairs = vcpus.iter().zip(vcpus.iter().skip(1));
     match pairs.find(|(one, other)| one.index == other.index) {
-        Some((twice, _)) => Err(CoreError::TwoNotes(twice.index)),
+        Some((twice, _)) => Err(CoreError::VcpuTwice(twice.index)),
         None => Ok(vcpus),
     }
 }

@@ -220,7 +220,7 @@ fn notes_have_an_end() {
     assert!(refusal(&bytes).contains("notes cannot be read"));
     let twice = core_notes::write(&[regs(0), regs(0)], None);
     let text = refusal(&core(&[(PT_NOTE, 0, 0, &twice), (PT_LOAD, 0, 1, b"x")]));
-    assert!(text.contains("two notes of vCPU 0"), "{text}");
+    assert!(text.contains("vCPU 0 twice"), "{text}");
 }
 
 proptest! {
@@ -252,4 +252,53 @@ proptest! {
             }
         }
     }
+}
+
+/// Low memory and, behind a hole, high memory, one behind the other in the file, as VMMs keep it.
+const RAW: [RawRange; 2] = [
+    RawRange {
+        gpa: GuestAddress(1 << 32),
+        len: 4,
+        offset: 0x1000,
+    },
+    RawRange {
+        gpa: GuestAddress(0),
+        len: 0x1000,
+        offset: 0,
+    },
+];
+
+fn raw(ranges: &[RawRange], vcpus: Vec<VcpuRegs>) -> Result<CoreFile, CoreError> {
+    let bytes = [&[1; 0x1000][..], b"high"].concat();
+    CoreFile::raw(file(&bytes), ranges, vcpus)
+}
+
+#[test]
+fn a_raw_image_is_read_where_it_is_said_to_be() {
+    let image = raw(&RAW, vec![regs(1), regs(0)]).unwrap();
+    assert_eq!(image.vcpus(), [regs(0), regs(1)]);
+    let mut buf = [0; 4];
+    image.read(GuestAddress(1 << 32), &mut buf).unwrap();
+    assert_eq!(buf, *b"high");
+    image.read(GuestAddress(0xffc), &mut buf).unwrap();
+    assert_eq!(buf, [1; 4]);
+    assert!(image.read(GuestAddress(0xffd), &mut buf).is_err());
+    assert!(image.read(GuestAddress((1 << 32) + 1), &mut buf).is_err());
+}
+
+#[test]
+fn a_raw_image_that_is_not_as_said_is_refused() {
+    let refusal = |ranges: &[RawRange], vcpus| raw(ranges, vcpus).unwrap_err().to_string();
+    assert!(refusal(&RAW, Vec::new()).contains("no vCPU's registers"));
+    assert!(refusal(&RAW, vec![regs(3), regs(3)]).contains("vCPU 3 twice"));
+    assert!(refusal(&[], vec![regs(0)]).contains("no memory"));
+    let [high, low] = RAW;
+    let with = |range| refusal(&[low, range], vec![regs(0)]);
+    let (gpa, len) = (GuestAddress(0xfff), 5);
+    assert!(with(RawRange { gpa, ..high }).contains("hold physical 0xfff"));
+    assert!(with(RawRange { len, ..high }).contains("cut short"));
+    let gpa = GuestAddress(u64::MAX - 2);
+    assert!(with(RawRange { gpa, ..high }).contains("address space"));
+    let offset = u64::MAX;
+    assert!(with(RawRange { offset, ..high }).contains("cut short"));
 }

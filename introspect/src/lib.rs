@@ -1,7 +1,7 @@
 //! Read-only knowledge of a Linux guest's kernel, from its memory and vCPU registers alone.
 //!
 //! No KVM, no writes, no symbol file: the same calls work on a live guest and on a dump. What the guest is asked through is
-//! [`PhysMemory`], which cannot write, and [`VcpuRegs`]; a [`CoreFile`] has both, and so has whoever stops a guest's vCPUs.
+//! [`PhysMemory`], which cannot write, and [`VcpuRegs`]; a [`CoreFile`] has both (an ELF core, or a raw image to which the registers are given), and so has whoever stops a guest's vCPUs.
 //!
 //! # Example
 //! Every stack in a core file:
@@ -18,7 +18,7 @@
 //!
 //! | reader | depends on | what it can say wrong | cost |
 //! | --- | --- | --- | --- |
-//! | [`CoreFile::open`] | nothing | nothing: it refuses what is not whole | linear in segments and vCPUs |
+//! | [`CoreFile::open`], [`CoreFile::raw`] | nothing | nothing: they refuse what is not whole | linear in segments and vCPUs |
 //! | [`Kernel::find`] | nothing: what it keeps is fixed once the guest runs | of a guest that is still booting, nothing: [`NotReady`] | linear in the kernel's image and types: hundreds of ms |
 //! | [`tasks()`] | `tasklist_lock`, else [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, under no lock in the guest either | linear in tasks |
 //! | [`modules::modules`] | RCU only | nothing; a module that is being formed or freed is left out, as the guest leaves it out | linear in modules |
@@ -98,7 +98,7 @@ pub mod vcpu;
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};
 pub use core_error::CoreError;
-pub use core_file::CoreFile;
+pub use core_file::{CoreFile, RawRange};
 pub use kernel::{FindError, Kernel, NotReady, TextRanges};
 pub use layout::Layout;
 pub use listing::ListedSymbol;

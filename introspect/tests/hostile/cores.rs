@@ -1,10 +1,10 @@
 //! Core files that lie.
 
-use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory};
+use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory, RawRange, tasks};
 use vm_memory::GuestAddress;
 
-use super::fuzz::bounded;
 use super::fuzz::cores::{self, PT_LOAD, PT_NOTE, Part};
+use super::fuzz::{self, bounded};
 use super::fuzz::{image, symbols};
 
 fn open(bytes: &[u8]) -> Result<CoreFile, CoreError> {
@@ -30,6 +30,31 @@ fn a_core_that_is_whole_can_be_read() {
     let mut word = [0; 8];
     core.read(GuestAddress((1 << 40) + 2), &mut word).unwrap();
     assert_eq!(word, *b"gh\0\0\0\0\0\0");
+}
+
+/// The same guest in a raw image, half of it behind a hole in the file.
+#[test]
+fn a_raw_image_shows_the_guest_that_is_in_it() {
+    let ram = fuzz::ram();
+    let (low, high) = ram.split_at(image::IMAGE);
+    let gap = vec![0xee; 0x3000];
+    let bytes = [high, &gap, low].concat();
+    let range = |gpa: usize, len: usize, offset: usize| RawRange {
+        gpa: GuestAddress(gpa as u64),
+        len: len as u64,
+        offset: offset as u64,
+    };
+    let ranges = [
+        range(0, low.len(), high.len() + gap.len()),
+        range(low.len(), high.len(), 0),
+    ];
+    let raw = CoreFile::raw(cores::file(&bytes), &ranges, image::vcpus()).unwrap();
+    let kernel = Kernel::find(&raw, raw.vcpus()).unwrap();
+    assert_eq!(kernel.base, fuzz::kernel().base);
+    let found = tasks(&kernel, &kernel.memory(&raw), raw.vcpus()).unwrap();
+    assert_eq!(found.len(), 5);
+    let reliable = fuzz::stacks(&raw, raw.vcpus());
+    assert!(reliable >= 4, "{reliable}");
 }
 
 #[test]
