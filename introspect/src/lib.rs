@@ -1,7 +1,8 @@
 //! Read-only knowledge of a Linux guest's kernel, from its memory and vCPU registers alone.
 //!
 //! No KVM, no writes, no symbol file: the same calls work on a live guest and on a dump. What the guest is asked through is
-//! [`PhysMemory`], which cannot write, and [`VcpuRegs`]; a [`CoreFile`] has both (an ELF core, or a raw image to which the registers are given), and so has whoever stops a guest's vCPUs.
+//! [`PhysMemory`], which cannot write, and [`VcpuRegs`]; a [`CoreFile`] (an ELF core, or a raw image to which the
+//! registers are given) has both, and so has whoever stops a guest's vCPUs.
 //!
 //! # Example
 //! Every stack in a core file:

@@ -29,8 +29,8 @@ const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::fr
 /// Patches one guest.
 ///
 /// No call waits for the guest's tasks: [`apply`](Self::apply) and [`revert`](Self::revert) begin a transition, and
-/// [`poll`](Self::poll) drives it, called again whenever that is [`due`](Self::due). Between two calls the guest runs. A guest that is in the middle
-/// of a change of its own is looked at again for a second or so before a call gives up.
+/// [`poll`](Self::poll) drives it, called again whenever that is [`due`](Self::due). Between two calls the
+/// guest runs. A guest that is in the middle of a change of its own is looked at again for a second or so before a call gives up.
 #[derive(Debug, Default)]
 pub struct Patcher {
     guest: Option<Guest>,

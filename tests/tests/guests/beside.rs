@@ -104,12 +104,10 @@ impl Pair {
             if !self.signal {
                 return rest.apply(&self.module, LIMIT);
             }
-            let patch = match rest.begin(&self.module)? {
-                patch if patch["transition"] == true => {
-                    rest.change(self.name, &json!({"signal": true}))?
-                }
-                patch => patch,
-            };
+            let mut patch = rest.begin(&self.module)?;
+            if patch["transition"] == true {
+                patch = rest.change(self.name, &json!({"signal": true}))?;
+            }
             rest.end(patch, LIMIT)
         })?;
         let took = asked.elapsed();

@@ -52,15 +52,14 @@ impl Follow {
     /// # Errors
     /// When the control thread no longer answers, or no longer knows the patch.
     pub async fn until_the_end(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
-        let mut patch = if self.wait.is_zero() || !patch.transition {
-            patch
-        } else {
-            let (mailbox, wait) = (self.mailbox.clone(), self.wait);
-            match tokio::time::timeout(wait, self.end(&patch.name)).await {
+        let mut patch = patch;
+        if patch.transition && !self.wait.is_zero() {
+            let ended = tokio::time::timeout(self.wait, self.end(&patch.name)).await;
+            patch = match ended {
                 Ok(ended) => ended?,
-                Err(_) => mailbox.patch(patch.name).await?,
-            }
-        };
+                Err(_) => self.mailbox.patch(patch.name).await?,
+            };
+        }
         if self.tasks == TasksAsked::Waiting {
             patch.tasks.retain(|task| task.way.is_none());
         }

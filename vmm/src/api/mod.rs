@@ -7,6 +7,8 @@
 mod abi_tests;
 pub mod control;
 mod follow;
+#[cfg(test)]
+mod follow_tests;
 pub mod guest;
 mod metrics;
 mod priority;

@@ -19,6 +19,9 @@ use super::server::{Limits, Server};
 use super::socket::ControlSocket;
 use super::wire;
 
+/// What the fake guest takes for a module.
+pub(crate) const ELF: &[u8] = b"\x7fELF and more";
+
 /// A folder that goes with its owner.
 #[derive(Debug)]
 pub(crate) struct TempDir(PathBuf);
