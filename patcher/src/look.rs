@@ -80,8 +80,10 @@ impl Watch {
 pub enum Standing {
     /// It is in none of the watched code, and this is how we know.
     Clean(TaskWay),
-    /// It is, or may be, and this is why.
-    Blocked(String),
+    /// It is in some of it, and this is where.
+    Inside(String),
+    /// It may be: this is why nobody can tell.
+    Unsure(String),
 }
 
 /// A paused guest, as seen once.
@@ -174,17 +176,17 @@ impl<'a> Look<'a> {
         }
         match self.seen().get(at) {
             Some(seen) => self.standing_of(seen, watch),
-            None => Standing::Blocked("it is not there".into()),
+            None => Standing::Unsure("it is not there".into()),
         }
     }
 
     fn standing_of(&self, seen: &'a Seen, watch: &Watch) -> Standing {
         let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
-            return Standing::Blocked(self.unreliable(&stack, &reason.to_string()));
+            return Standing::Unsure(self.unreliable(&stack, &reason.to_string()));
         }
         if let Some((frame, name)) = watch.first_hit(&stack) {
-            return Standing::Blocked(self.blocked_in(frame, name));
+            return Standing::Inside(self.inside(frame, name));
         }
         match self.vcpu_of(&seen.task) {
             Some(vcpu) if vcpu.cpl == 3 => Standing::Clean(TaskWay::UserMode),
@@ -245,7 +247,7 @@ impl<'a> Look<'a> {
         none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
     }
 
-    fn blocked_in(&self, frame: &Frame, name: &str) -> String {
+    fn inside(&self, frame: &Frame, name: &str) -> String {
         let mut text = format!("in {name}");
         if let Some((symbol, offset)) = self.kernel.symbolize(frame.ip) {
             if symbol.name != name {
@@ -274,7 +276,7 @@ impl<'a> Look<'a> {
 fn none_blocked<'t>(mut each: impl Iterator<Item = (&'t Task, Standing)>) -> Result<(), Stop> {
     let found = each.find_map(|(task, standing)| match standing {
         Standing::Clean(_) => None,
-        Standing::Blocked(why) => Some((task, why)),
+        Standing::Inside(why) | Standing::Unsure(why) => Some((task, why)),
     });
     match found {
         None => Ok(()),

@@ -98,7 +98,7 @@ impl<'a> Scene<'a> {
             return Ok(step);
         }
         if at_once {
-            return Err(self.not_at_once(&step.findings));
+            return Err(self.not_at_once(&standings));
         }
         self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
         for (task, standing) in self.look.tasks().zip(&standings) {
@@ -221,18 +221,21 @@ impl<'a> Scene<'a> {
         Ok(step)
     }
 
-    /// Somebody is in the way of moving all in this pause.
-    fn not_at_once(&self, findings: &[Finding]) -> Stop {
-        let each = self.look.tasks().zip(findings);
-        let mut blocked = each.filter_map(|(task, finding)| match finding {
-            Finding::Blocked(blocked) => {
-                Some(format!("{} {} {}", task.pid, task.comm, blocked.why))
+    /// Somebody is in the way of moving all in this pause. Whoever is in the old code is named rather than one of whom that is not
+    /// known: the latter has often gone on by the next pause.
+    fn not_at_once(&self, standings: &[Standing]) -> Stop {
+        let (mut inside, mut unsure) = (Vec::new(), Vec::new());
+        for (task, standing) in self.look.tasks().zip(standings) {
+            match standing {
+                Standing::Clean(_) => {}
+                Standing::Inside(why) => inside.push((task, why)),
+                Standing::Unsure(why) => unsure.push((task, why)),
             }
-            Finding::There(_) => None,
-        });
+        }
+        let mut blocked = inside.into_iter().chain(unsure);
         match blocked.next() {
-            Some(blocker) => Stop::Fail(PatchError::NotAtOnce {
-                blocker,
+            Some((task, why)) => Stop::Fail(PatchError::NotAtOnce {
+                blocker: format!("{} {} {why}", task.pid, task.comm),
                 others: blocked.count(),
             }),
             None => Stop::Busy("a vCPU is between two tasks".into()),
@@ -356,7 +359,7 @@ impl<'a> Scene<'a> {
         let watch = direction.watch(self.patch);
         let stand = |at| match self.look.patch_state(at) {
             _ if !ask(self.state(at)) => Standing::Clean(TaskWay::Stack),
-            Some(PatchState::Invalid(state)) => Standing::Blocked(format!(
+            Some(PatchState::Invalid(state)) => Standing::Unsure(format!(
                 "its patch_state is {state}, which no kernel writes"
             )),
             _ => self.look.standing(at, &watch),
@@ -451,7 +454,7 @@ fn number(state: Option<PatchState>) -> i32 {
 fn finding(standing: &Standing) -> Finding {
     match standing {
         Standing::Clean(way) => Finding::There(Some(*way)),
-        Standing::Blocked(why) => Finding::Blocked(Blocked {
+        Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Blocked {
             why: why.clone(),
             signalled: false,
         }),
