@@ -126,9 +126,18 @@ impl Stock {
 /// # Errors
 /// When cargo cannot build it.
 pub fn build_outpatch() -> Result<PathBuf> {
+    // This program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
+    let this = env::current_exe()?;
+    let folder = this.parent().context("this program is in no folder")?;
+    let is_test = folder.ends_with("deps");
+    // With the features that all members and their tests want of crates, it is the one that `cargo test` has built already.
+    let build = match is_test {
+        true => "test --no-run --workspace --test cli",
+        false => "build --package vmm --bin outpatch",
+    };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["build", "--quiet", "--package", "vmm", "--bin", "outpatch"]);
+    command.args(build.split(' ')).arg("--quiet");
     if !cfg!(debug_assertions) {
         command.arg("--release");
     }
@@ -136,13 +145,9 @@ pub fn build_outpatch() -> Result<PathBuf> {
         command.status().context("cannot start cargo")?.success(),
         "cargo could not build outpatch"
     );
-    // This program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
-    let this = env::current_exe()?;
-    let folder = this.parent().context("this program is in no folder")?;
-    let folder = if folder.ends_with("deps") {
-        folder.parent().context("deps is in no folder")?
-    } else {
-        folder
+    let folder = match is_test {
+        true => folder.parent().context("deps is in no folder")?,
+        false => folder,
     };
     let binary = folder.join("outpatch");
     ensure!(
