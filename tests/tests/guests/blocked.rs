@@ -10,17 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};
 use serde_json::Value;
 
-use crate::{Scenario, bench::Bench};
-
-pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12", "7.3"]
-        .map(|generation| {
-            let name = format!("blocked::sleepers_in_the_function_{generation}");
-            let run = move |bench: &Bench| sleepers(bench, generation);
-            Scenario::new(name, run).more(generation == "6.12")
-        })
-        .into()
-}
+use crate::bench::Bench;
 
 /// Those of `sleeper`'s processes that are in pause(2).
 pub const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
@@ -29,53 +19,51 @@ const TIMED_OUT: i32 = 4;
 /// How long a transition that nothing blocks any more may take.
 const SOON: Duration = Duration::from_secs(30);
 
-fn sleepers(bench: &Bench, generation: &str) -> Result<()> {
+pub fn sleepers_in_the_function(bench: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
     let patch = bench.stock(generation)?.patch("pause")?;
-    bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let outpatch = guest.outpatch().clone();
-        let log = guest.dmesg()?;
-        guest.sh("sleeper 10 & sleep 1")?;
-        ensure!(
-            pausing(guest)? == "__do_sys_pause",
-            "sleep-pause does not sleep in pause(2)"
-        );
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    guest.sh("sleeper 10 & sleep 1")?;
+    ensure!(
+        pausing(guest)? == "__do_sys_pause",
+        "sleep-pause does not sleep in pause(2)"
+    );
 
-        stays_blocked(guest, &outpatch, patch)?;
-        // The other way there is nothing in the way: those who have not moved need not move back.
-        outpatch.ok(&["revert", "pause"])?;
-        ensure!(
-            states(guest)? == BTreeSet::from([-1]),
-            "states are left behind"
-        );
-        ensure!(
-            pausing(guest)? == "__do_sys_pause",
-            "a task was moved while it slept in the function"
-        );
+    stays_blocked(guest, &outpatch, patch)?;
+    // The other way there is nothing in the way: those who have not moved need not move back.
+    outpatch.ok(&["revert", "pause"])?;
+    ensure!(
+        states(guest)? == BTreeSet::from([-1]),
+        "states are left behind"
+    );
+    ensure!(
+        pausing(guest)? == "__do_sys_pause",
+        "a task was moved while it slept in the function"
+    );
 
-        stays_blocked(guest, &outpatch, patch)?;
-        // Stopping wakes them, and what they stop in is the way back to user mode.
-        let each = BLOCKERS.join("|");
-        let pids = format!(
-            "$(grep -lE '^({each})$' /proc/[0-9]*/task/[0-9]*/comm | sed 's/.comm//;s/.*.task.//')"
-        );
-        guest.sh(&format!(
-            "for p in {pids}; do kill -STOP $p; kill -CONT $p; done"
-        ))?;
-        let ended = end_of_transition(&outpatch)?;
-        for task in list(&ended, "/tasks")? {
-            let comm = task["comm"].as_str().unwrap_or_default();
-            if BLOCKERS.contains(&comm) {
-                ensure!(has_left(task), "{task}");
-            }
+    stays_blocked(guest, &outpatch, patch)?;
+    // Stopping wakes them, and what they stop in is the way back to user mode.
+    let each = BLOCKERS.join("|");
+    let pids = format!(
+        "$(grep -lE '^({each})$' /proc/[0-9]*/task/[0-9]*/comm | sed 's/.comm//;s/.*.task.//')"
+    );
+    guest.sh(&format!(
+        "for p in {pids}; do kill -STOP $p; kill -CONT $p; done"
+    ))?;
+    let ended = end_of_transition(&outpatch)?;
+    for task in list(&ended, "/tasks")? {
+        let comm = task["comm"].as_str().unwrap_or_default();
+        if BLOCKERS.contains(&comm) {
+            ensure!(has_left(task), "{task}");
         }
-        all_moved(guest)?;
+    }
+    all_moved(guest)?;
 
-        // They never are in the new function for long.
-        outpatch.ok(&["revert", "pause"])?;
-        back_in_the_function(guest)?;
-        signalled(guest, &outpatch, patch)?;
-        guest.expect_unharmed(&log)
-    })
+    // They never are in the new function for long.
+    outpatch.ok(&["revert", "pause"])?;
+    back_in_the_function(guest)?;
+    signalled(guest, &outpatch, patch)?;
+    guest.expect_unharmed(&log)
 }
 
 /// The fake signal moves those who sleep in the function: nothing is pending, nobody dies, and nobody else is signalled.

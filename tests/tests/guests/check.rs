@@ -13,20 +13,9 @@ use guests::drive::{Guest, Outpatch, one_line_refusal};
 use serde_json::Value;
 
 use crate::{
-    Scenario,
     bench::{Bench, Scratch},
     locks,
 };
-
-pub fn scenarios() -> Vec<Scenario> {
-    ["6.1", "6.12"]
-        .map(|generation| {
-            let name = format!("check::tells_what_apply_does_{generation}");
-            let run = move |bench: &Bench| check(bench, generation);
-            Scenario::new(name, run).more(generation == "6.1")
-        })
-        .into()
-}
 
 /// Those of `sleeper`'s processes that are in pause(2).
 const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
@@ -46,33 +35,31 @@ const BAD: [&str; 6] = [
     "module-object",
 ];
 
-fn check(bench: &Bench, generation: &str) -> Result<()> {
+pub fn tells_what_apply_does(bench: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
     let stock = bench.stock(generation)?;
-    bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let outpatch = guest.outpatch().clone();
-        let log = guest.dmesg()?;
-        guest.sh("sleeper 10 & sleep 1")?;
-        let symbols = symbols(&outpatch)?;
-        for (name, functions) in GOOD {
-            let report = outpatch.json(&["check", stock.patch(name)?])?;
-            println!("{generation}: {name}: {}", summary(&report));
-            addresses_are_the_guests(&report, functions, &symbols)
-                .with_context(|| report.to_string())?;
-        }
-        blockers_are_named(&outpatch, stock.patch("pause")?)?;
-        for name in BAD {
-            let file = stock.patch(name)?;
-            let applied = outpatch.refused(&["apply", file])?;
-            let checked = outpatch.refused(&["check", file])?;
-            ensure!(
-                checked == applied,
-                "{name}: apply says {applied:?}, check {checked:?}"
-            );
-        }
-        nothing_is_written(&outpatch, stock.patch("pause")?, stock.patch(BAD[1])?)?;
-        as_applied(guest, &outpatch, stock.patch("livepatch-sample")?)?;
-        guest.expect_unharmed(&log)
-    })
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    guest.sh("sleeper 10 & sleep 1")?;
+    let symbols = symbols(&outpatch)?;
+    for (name, functions) in GOOD {
+        let report = outpatch.json(&["check", stock.patch(name)?])?;
+        println!("{generation}: {name}: {}", summary(&report));
+        addresses_are_the_guests(&report, functions, &symbols)
+            .with_context(|| report.to_string())?;
+    }
+    blockers_are_named(&outpatch, stock.patch("pause")?)?;
+    for name in BAD {
+        let file = stock.patch(name)?;
+        let applied = outpatch.refused(&["apply", file])?;
+        let checked = outpatch.refused(&["check", file])?;
+        ensure!(
+            checked == applied,
+            "{name}: apply says {applied:?}, check {checked:?}"
+        );
+    }
+    nothing_is_written(&outpatch, stock.patch("pause")?, stock.patch(BAD[1])?)?;
+    as_applied(guest, &outpatch, stock.patch("livepatch-sample")?)?;
+    guest.expect_unharmed(&log)
 }
 
 fn summary(report: &Value) -> String {

@@ -1,51 +1,39 @@
 //! The oldest and the newest kernel: they boot, and patching there is right or refused with a reason.
 
 use anyhow::{Result, ensure};
+use guests::drive::Guest;
 
-use crate::{Scenario, bench::Bench, patching::PATCHES};
+use crate::{bench::Bench, patching::PATCHES};
 
-pub fn scenarios() -> Vec<Scenario> {
-    ["5.10", "7.3"]
-        .map(|generation| {
-            Scenario::new(
-                format!("generations::right_or_refused_{generation}"),
-                move |bench| right_or_refused(bench, generation),
-            )
-        })
-        .into()
-}
-
-fn right_or_refused(bench: &Bench, generation: &str) -> Result<()> {
-    bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let outpatch = guest.outpatch().clone();
-        let log = guest.dmesg()?;
-        ensure!(
-            guest.sh("uname -r")? == bench.stock(generation)?.release,
-            "another kernel than asked for"
-        );
-        ensure!(guest.sh("nproc")? == "2", "not all vCPUs are online");
-        // A patch built for another kernel is refused in any case.
-        let line = outpatch.refused(&["apply", bench.stock("6.12")?.patch("livepatch-sample")?])?;
-        println!("{generation}: {line}");
-        for patch in &PATCHES {
-            let Ok(file) = bench.stock(generation)?.patch(patch.file) else {
-                continue;
-            };
-            let reply = outpatch.call(&["apply", file])?;
-            if reply.status == Some(0) {
-                patch.expect(guest, true)?;
-                outpatch.ok(&["revert", patch.name])?;
-            } else {
-                guests::drive::one_line_refusal(patch.name, &reply)?;
-            }
-            println!(
-                "{generation}: {}: status {:?} {}",
-                patch.name,
-                reply.status,
-                reply.stderr.trim()
-            );
-            patch.expect(guest, false)?;
+pub fn right_or_refused(bench: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    ensure!(
+        guest.sh("uname -r")? == bench.stock(generation)?.release,
+        "another kernel than asked for"
+    );
+    ensure!(guest.sh("nproc")? == "2", "not all vCPUs are online");
+    // A patch built for another kernel is refused in any case.
+    let line = outpatch.refused(&["apply", bench.stock("6.12")?.patch("livepatch-sample")?])?;
+    println!("{generation}: {line}");
+    for patch in &PATCHES {
+        let Ok(file) = bench.stock(generation)?.patch(patch.file) else {
+            continue;
+        };
+        let reply = outpatch.call(&["apply", file])?;
+        if reply.status == Some(0) {
+            patch.expect(guest, true)?;
+            outpatch.ok(&["revert", patch.name])?;
+        } else {
+            guests::drive::one_line_refusal(patch.name, &reply)?;
         }
-        guest.expect_unharmed(&log)
-    })
+        println!(
+            "{generation}: {}: status {:?} {}",
+            patch.name,
+            reply.status,
+            reply.stderr.trim()
+        );
+        patch.expect(guest, false)?;
+    }
+    guest.expect_unharmed(&log)
 }

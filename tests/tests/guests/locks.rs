@@ -140,9 +140,18 @@ pub fn changes_say_busy(path: &Path, module: &[u8]) -> Result<()> {
     let lock = kernel.symbols.address("tasklist_lock")?;
     let pane = Pane::over(&core, &kernel, lock, &QUEUED.0.to_le_bytes())?;
     busy(pane, module, "tasklist_lock")?;
-    let refs = kernel.btf.field("bp_patching_desc.refs")?;
-    let refs = refs.of(kernel.symbols.address("bp_desc")?);
-    let pane = Pane::over(&core, &kernel, refs, &1u32.to_le_bytes())?;
+    // What says that text is being changed: where there is no bp_desc, the array itself.
+    let poked = match kernel.symbols.address("text_poke_array") {
+        Ok(array) => kernel
+            .btf
+            .field("smp_text_poke_array.nr_entries")?
+            .of(array),
+        Err(_) => {
+            let batch = kernel.symbols.address("bp_desc")?;
+            kernel.btf.field("bp_patching_desc.refs")?.of(batch)
+        }
+    };
+    let pane = Pane::over(&core, &kernel, poked, &1u32.to_le_bytes())?;
     busy(pane, module, "changing its own text")
 }
 

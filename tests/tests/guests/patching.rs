@@ -62,10 +62,6 @@ impl Patch {
 pub fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for generation in ["6.1", "6.12", "7.3"] {
-        all.push(Scenario::new(
-            format!("patching::together_{generation}"),
-            move |bench| together(bench, generation),
-        ));
         for cpus in [1, 2, 4] {
             for pti in [false, true] {
                 let name = format!(
@@ -73,12 +69,9 @@ pub fn scenarios() -> Vec<Scenario> {
                     if pti { "_pti" } else { "" }
                 );
                 let run = move |bench: &Bench| rounds(bench, generation, cpus, pti);
-                // A plain run has each number of vCPUs on 6.1 and 6.12, and each with PTI on one of the two.
-                let plain = match generation {
-                    "6.1" => pti == (cpus == 2),
-                    "6.12" => pti == (cpus != 2),
-                    _ => false,
-                };
+                // A plain run has each generation and each number of vCPUs once.
+                let plain = [("6.1", 4, false), ("6.12", 2, true), ("7.3", 1, false)];
+                let plain = plain.contains(&(generation, cpus, pti));
                 all.push(Scenario::new(name, run).more(!plain));
             }
         }
@@ -87,31 +80,29 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// Two functions in one patch change together, and two patches beside each other come and go in any order.
-fn together(bench: &Bench, generation: &str) -> Result<()> {
+pub fn together(bench: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
     let [sample, getpid] = &PATCHES;
-    bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let stock = bench.stock(generation)?;
-        let outpatch = guest.outpatch().clone();
-        let log = guest.dmesg()?;
-        outpatch.ok(&["apply", stock.patch("two-functions")?])?;
-        ensure!(
-            guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
-            "not both are new"
-        );
-        outpatch.ok(&["revert", "two_functions"])?;
-        sample.expect(guest, false)?;
-        getpid.expect(guest, false)?;
-        outpatch.ok(&["apply", stock.patch(sample.file)?])?;
-        outpatch.ok(&["apply", stock.patch(getpid.file)?])?;
-        sample.expect(guest, true)?;
-        getpid.expect(guest, true)?;
-        outpatch.ok(&["revert", sample.name])?;
-        sample.expect(guest, false)?;
-        getpid.expect(guest, true)?;
-        outpatch.ok(&["revert"])?;
-        getpid.expect(guest, false)?;
-        guest.expect_unharmed(&log)
-    })
+    let stock = bench.stock(generation)?;
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    outpatch.ok(&["apply", stock.patch("two-functions")?])?;
+    ensure!(
+        guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
+        "not both are new"
+    );
+    outpatch.ok(&["revert", "two_functions"])?;
+    sample.expect(guest, false)?;
+    getpid.expect(guest, false)?;
+    outpatch.ok(&["apply", stock.patch(sample.file)?])?;
+    outpatch.ok(&["apply", stock.patch(getpid.file)?])?;
+    sample.expect(guest, true)?;
+    getpid.expect(guest, true)?;
+    outpatch.ok(&["revert", sample.name])?;
+    sample.expect(guest, false)?;
+    getpid.expect(guest, true)?;
+    outpatch.ok(&["revert"])?;
+    getpid.expect(guest, false)?;
+    guest.expect_unharmed(&log)
 }
 
 fn rounds(bench: &Bench, generation: &str, cpus: u32, pti: bool) -> Result<()> {

@@ -1,0 +1,102 @@
+//! Checks that share a guest, one after the other: a boot takes longer than most of them, and each leaves the guest as it found it.
+
+use std::{env, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::Guest;
+
+use crate::{
+    ALL, Scenario, bench::Bench, blocked, check, generations, modes, patch_stack, patching,
+    refusals,
+};
+
+/// Picks the checks whose names it is a part of; without it all run.
+const CHECK: &str = "OUTPATCH_TEST_CHECK";
+
+struct Check {
+    name: &'static str,
+    run: fn(&Bench, &mut Guest, &str) -> Result<()>,
+    /// The generations on which a plain run has it, and those on which it runs when all is asked for.
+    plain: &'static [&'static str],
+    more: &'static [&'static str],
+}
+
+/// In this order: the first wants a guest that nobody has patched yet (a core file does not tell what room is taken), and the last
+/// leaves code behind.
+const CHECKS: [Check; 7] = [
+    Check {
+        name: "check::tells_what_apply_does",
+        run: check::tells_what_apply_does,
+        plain: &["6.12"],
+        more: &["6.1", "7.3"],
+    },
+    Check {
+        name: "refusals::modules",
+        run: refusals::modules,
+        plain: &["6.1", "6.12"],
+        more: &["7.3"],
+    },
+    Check {
+        name: "generations::right_or_refused",
+        run: generations::right_or_refused,
+        plain: &["5.10", "7.3"],
+        more: &[],
+    },
+    Check {
+        name: "patching::together",
+        run: patching::together,
+        plain: &["6.1", "6.12", "7.3"],
+        more: &[],
+    },
+    Check {
+        name: "patch_stack::newest_serves",
+        run: patch_stack::newest_serves,
+        plain: &["7.3"],
+        more: &["6.1", "6.12"],
+    },
+    Check {
+        name: "blocked::sleepers_in_the_function",
+        run: blocked::sleepers_in_the_function,
+        plain: &["6.1", "7.3"],
+        more: &["6.12"],
+    },
+    Check {
+        name: "modes::one_pause_cancel_and_force",
+        run: modes::one_pause_cancel_and_force,
+        plain: &["6.1", "7.3"],
+        more: &["6.12"],
+    },
+];
+
+pub fn scenarios() -> Vec<Scenario> {
+    ["5.10", "6.1", "6.12", "7.3"]
+        .map(|generation| {
+            Scenario::new(format!("one_guest::{generation}"), move |bench| {
+                one_after_the_other(bench, generation)
+            })
+        })
+        .into()
+}
+
+fn one_after_the_other(bench: &Bench, generation: &str) -> Result<()> {
+    let part = env::var(CHECK).unwrap_or_default();
+    let all = env::var_os(ALL).is_some() || !part.is_empty();
+    let here = |check: &&Check| {
+        check.plain.contains(&generation) || (all && check.more.contains(&generation))
+    };
+    let wanted = CHECKS.iter().filter(here);
+    let wanted: Vec<_> = wanted.filter(|check| check.name.contains(&part)).collect();
+    ensure!(
+        !wanted.is_empty(),
+        "no check of {generation} has {part:?} in its name"
+    );
+    bench.with(bench.boot(generation, 2, "")?, |guest| {
+        for check in wanted {
+            let begun = Instant::now();
+            (check.run)(bench, guest, generation).context(check.name)?;
+            println!("{generation}: {} took {} s", check.name, begun.elapsed().as_secs());
+            guest.sh("killall -q sleeper hammer; while grep -q '^sleep-' /proc/[0-9]*/comm; do sleep 0.1; done")?;
+        }
+        Ok(())
+    })
+}
