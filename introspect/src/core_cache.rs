@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 /// Bytes of a block: a page, as nothing of a guest goes on in the next one.
-const BLOCK: usize = 4096;
+pub(crate) const BLOCK: usize = 4096;
 /// Blocks that are kept; a power of two. Together 2 MiB.
 const SLOTS: u64 = 512;
 /// Reads of more are done at once.

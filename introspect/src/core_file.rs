@@ -15,10 +15,10 @@ use object::pod::{self, Pod};
 use object::read::elf::NoteIterator;
 use vm_memory::GuestAddress;
 
-use crate::core_cache::CachedFile;
+use crate::core_cache::{self, CachedFile};
 use crate::core_error::CoreError;
 use crate::core_notes::{self, NoteError};
-use crate::memory::{PhysMemory, Unbacked};
+use crate::memory::{Part, PhysMemory, Unbacked, each_part};
 use crate::vcpu::VcpuRegs;
 
 type Header = elf::FileHeader64<LE>;
@@ -31,6 +31,9 @@ const MAX_SEGMENTS: u64 = 1 << 17;
 const MAX_VCPUS: usize = 4096;
 /// All notes of [`MAX_VCPUS`] vCPUs have about 5 MiB.
 const MAX_NOTES: u64 = 16 << 20;
+
+/// What is further apart is read in its parts. A `task_struct` has some 10 KiB.
+const TOGETHER: u64 = 16 << 10;
 
 /// A piece of physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +145,24 @@ impl CoreFile {
         (offset < segment.len).then_some((segment, offset))
     }
 
+    /// All from the first of `parts` of the structure at `gpa` to the last, and the offset at which that begins: one system call, and not one
+    /// for each page of it. `None` where they lie in one page, or too far apart, or not in one piece of the file.
+    fn around(&self, gpa: GuestAddress, parts: &[Part]) -> Option<(u64, Vec<u8>)> {
+        let start = parts.iter().map(|part| part.offset).min()?;
+        let ends = parts
+            .iter()
+            .map(|part| part.offset.saturating_add(part.len as u64));
+        let len = ends.max()?.checked_sub(start)?;
+        let (segment, offset) = self.segment_at(gpa.0.checked_add(start)?)?;
+        let is_there = offset.checked_add(len)? <= segment.file_len;
+        if !is_there || !(core_cache::BLOCK as u64..=TOGETHER).contains(&len) {
+            return None;
+        }
+        let mut bytes = vec![0; usize::try_from(len).ok()?];
+        let read = self.file.read_exact_at(&mut bytes, segment.offset + offset);
+        read.ok().map(|()| (start, bytes))
+    }
+
     /// Fills the first bytes of `buf` with memory from `at` on, as far as one segment goes; how many.
     fn read_part(&self, at: u64, buf: &mut [u8]) -> Option<usize> {
         let (segment, offset) = self.segment_at(at)?;
@@ -169,6 +190,21 @@ impl PhysMemory for CoreFile {
             done += self.read_part(at, rest).ok_or(unbacked)?;
         }
         Ok(())
+    }
+
+    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+        let whole = self.around(gpa, parts);
+        each_part(parts, buf, |offset, now| {
+            let held = whole.as_ref().and_then(|(start, bytes)| {
+                let from = usize::try_from(offset.checked_sub(*start)?).ok()?;
+                bytes.get(from..from.checked_add(now.len())?)
+            });
+            match held {
+                Some(bytes) => now.copy_from_slice(bytes),
+                None => self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)?,
+            }
+            Ok(())
+        })
     }
 }
 

@@ -39,9 +39,9 @@ const PT_NOTE: u32 = 4;
 const CONTENT: u64 = 0x400;
 
 /// Type, physical address, bytes in memory, content.
-type Part<'a> = (u32, u64, u64, &'a [u8]);
+type Load<'a> = (u32, u64, u64, &'a [u8]);
 
-fn core(parts: &[Part<'_>]) -> Vec<u8> {
+fn core(parts: &[Load<'_>]) -> Vec<u8> {
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
     out.resize(16, 0);
     out.extend(4_u16.to_le_bytes()); // ET_CORE
@@ -127,6 +127,47 @@ fn memory_and_vcpus_come_back() {
 }
 
 #[test]
+fn gathered_is_as_read() {
+    let content: Vec<u8> = (0..0x6000_u32).map(|at| (at % 251) as u8).collect();
+    // The second begins where the first ends, and not all of it is in the file.
+    let parts = [
+        (PT_LOAD, 0x1000, 0x3000, &content[..0x3000]),
+        (PT_LOAD, 0x4000, 0x4000, &content[0x3000..]),
+        (PT_NOTE, 0, 0, &notes()),
+    ];
+    let core = open(&core(&parts)).unwrap();
+    for base in [
+        0x1000,
+        0x1800,
+        0x2fff,
+        0x4000,
+        0x5000,
+        0x6800,
+        0x9000,
+        u64::MAX - 0x10,
+    ] {
+        for offsets in [
+            [0, 0x20, 0x40],
+            [8, 0x900, 0x1800],
+            [0x1000, 0, 0x2ff0],
+            [0, 0x5000, u64::MAX],
+        ] {
+            let parts = offsets.map(|offset| Part { offset, len: 16 });
+            let (mut gathered, mut read) = ([0; 48], [0; 48]);
+            let mut each = parts.iter().zip(read.chunks_mut(16));
+            let expected = each.try_for_each(|(part, buf)| {
+                core.read(GuestAddress(base.wrapping_add(part.offset)), buf)
+            });
+            let got = core.gather(GuestAddress(base), &parts, &mut gathered);
+            assert_eq!(got, expected, "{offsets:x?} at {base:#x}");
+            if got.is_ok() {
+                assert_eq!(gathered, read, "{offsets:x?} at {base:#x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn qemus_notes_do_where_ours_are_not() {
     let mut bytes = good();
     while let Some(at) = bytes.windows(9).position(|w| w == b"outpatch\0") {
@@ -158,7 +199,7 @@ fn what_is_no_core_is_told_apart() {
     assert!(refusal(&other).contains("another machine (3)"));
     other[4] = 1;
     assert!(refusal(&other).contains("64-bit"));
-    let memory: Part<'_> = (PT_LOAD, 0, 0x1000, &[0; 0x1000]);
+    let memory: Load<'_> = (PT_LOAD, 0, 0x1000, &[0; 0x1000]);
     let thread = core_notes::write(&[], None);
     assert!(refusal(&core(&[(PT_NOTE, 0, 0, &thread), memory])).contains("page tables"));
     assert!(refusal(&core(&[memory])).contains("0 notes with plain registers"));
@@ -183,8 +224,8 @@ fn every_cut_is_noticed() {
 #[test]
 fn segments_that_cannot_be_are_refused() {
     let notes = notes();
-    let with = |segment: Part<'_>| {
-        let memory: Part<'_> = (PT_LOAD, 0x1000, 0x1000, &[0; 0x1000]);
+    let with = |segment: Load<'_>| {
+        let memory: Load<'_> = (PT_LOAD, 0x1000, 0x1000, &[0; 0x1000]);
         refusal(&core(&[(PT_NOTE, 0, 0, &notes), memory, segment]))
     };
     assert!(with((PT_LOAD, 0x1fff, 1, b"x")).contains("hold physical 0x1fff"));

@@ -17,7 +17,7 @@ use crate::{
     reader::KernelMemory,
     stack::Stack,
     stacks::Unwinder,
-    survey_seen::Brief,
+    survey_seen::{Brief, Links},
     task::{PatchState, Task, TaskKind},
     task_reader::TaskReader,
     tasks::{MAX_TASKS, TasksError, check_count, check_lock},
@@ -248,46 +248,64 @@ impl Survey {
             // One of them could not be read whole: the others are not where they seem.
             old.survey.raw.clear();
         }
-        let layout = &reader.kernel.layout;
         let init_task = reader.kernel.symbols.address("init_task")?;
         let mut leader = init_task;
         loop {
-            let signal = reader.memory.pointer(layout.task.signal.of(leader))?;
-            let head = layout.signal.thread_head.of(signal);
-            let mut node = reader.memory.pointer(layout.list_next.of(head))?;
-            while node != head {
-                let thread = layout.task.thread_node.container(node);
-                self.list(reader, proof, thread, &mut old)?;
-                node = reader.fields.pointer(layout.list_next.of(node))?;
-            }
-            let Some(known) = self.at.get(&leader).and_then(|at| self.seen.get(*at)) else {
-                return Err(TasksError::Leaderless(leader));
-            };
-            leader = layout.task.tasks.container(known.links.process);
+            let links = self.list(reader, proof, leader, &mut old)?;
+            self.list_threads(reader, proof, (leader, links), &mut old)?;
+            leader = reader.kernel.layout.task.tasks.container(links.process);
             if leader == init_task {
                 break;
-            }
-            if self.at.contains_key(&leader) {
-                return Err(TasksError::Cycle(leader));
             }
         }
         self.listed = self.seen.len();
         check_count(reader.kernel, reader.memory, self.listed)
     }
 
-    /// One that is on the lists.
+    /// The other threads of a process: all around their list, on which its first one stands, too. The list's head is in what they share.
+    fn list_threads(
+        &mut self,
+        reader: &TaskReader<'_, '_>,
+        proof: &Proof<'_, '_>,
+        (leader, links): (Gva, Links),
+        old: &mut Old,
+    ) -> Result<(), TasksError> {
+        let layout = &reader.kernel.layout;
+        let head = layout.signal.thread_head.of(links.signal);
+        let start = layout.task.thread_node.of(leader);
+        let mut node = links.thread;
+        let mut passed_head = false;
+        while node != start {
+            node = if node != head {
+                let thread = layout.task.thread_node.container(node);
+                self.list(reader, proof, thread, old)?.thread
+            } else if passed_head {
+                return Err(TasksError::Leaderless(leader));
+            } else {
+                passed_head = true;
+                reader.memory.pointer(layout.list_next.of(head))?
+            };
+        }
+        match passed_head {
+            true => Ok(()),
+            false => Err(TasksError::Leaderless(leader)),
+        }
+    }
+
+    /// One that is on the lists, and where they go on from it.
     fn list(
         &mut self,
         reader: &TaskReader<'_, '_>,
         proof: &Proof<'_, '_>,
         addr: Gva,
         old: &mut Old,
-    ) -> Result<(), TasksError> {
+    ) -> Result<Links, TasksError> {
         // Before the rest: whatever changes in between then shows.
         let now = self.keep.then(|| proof.gather(addr)).flatten();
         let still = now.is_some() && proof.holds(addr);
         let mut seen = Seen::read(reader, addr)?;
         seen.kept = self.keep;
+        let links = seen.links;
         let mut mark = None;
         if let Some(now) = now {
             if let Some((known, known_mark)) = old.seen(addr, &now) {
@@ -304,7 +322,7 @@ impl Survey {
             self.keep = false;
             self.raw = Vec::new();
         }
-        Ok(())
+        Ok(links)
     }
 
     fn add(&mut self, seen: Seen, still: bool) -> Result<(), TasksError> {

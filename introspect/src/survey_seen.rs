@@ -41,9 +41,9 @@ pub(crate) struct Brief {
 /// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Links {
-    thread: Gva,
+    pub(crate) thread: Gva,
     pub(crate) process: Gva,
-    signal: Gva,
+    pub(crate) signal: Gva,
 }
 
 impl Seen {

@@ -39,8 +39,10 @@ pub enum TasksError {
     /// A task is on the lists twice: a cycle.
     #[error("the list of tasks leads back to {0}")]
     Cycle(Gva),
-    /// A process whose threads do not include its first one: the list of processes could be walked for ever.
-    #[error("the first thread of the process {0} is not among its threads")]
+    /// A process whose list of threads does not lead from its first one past the list's head and back.
+    #[error(
+        "the list of threads of the process {0} does not lead past its head and back to the first of them"
+    )]
     Leaderless(Gva),
     /// More tasks than a kernel can have.
     #[error("more than {MAX_TASKS} tasks")]
