@@ -14,10 +14,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     unwinder.refresh(&kernel, &memory)?;
     println!("{}", kernel.banner);
 
-    for task in tasks(&kernel, &memory, core.vcpus())? {
-        let on_it = |vcpu: &&introspect::VcpuRegs| task.vcpu == Some(vcpu.index);
-        let regs = core.vcpus().iter().find(on_it);
-        let stack = unwinder.stack(&memory, &task, regs);
+    let tasks = tasks(&kernel, &memory, core.vcpus())?;
+    let each: Vec<_> = tasks.iter().collect();
+    let stacks = unwinder.stacks(&memory, &each, core.vcpus());
+    for (task, stack) in tasks.iter().zip(stacks) {
         println!("\n{} {} {}", task.pid, task.state_letter(), task.comm);
         for frame in &stack.frames {
             match kernel.symbolize(frame.ip) {

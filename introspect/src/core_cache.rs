@@ -22,18 +22,19 @@ struct Block {
     bytes: Box<[u8; BLOCK]>,
 }
 
-/// A file with the blocks that were read last, one for each slot that its number leads to.
+/// A file with the blocks that were read last, one for each slot that its number leads to. Threads wait for each other only at one
+/// slot.
 #[derive(Debug)]
 pub(crate) struct CachedFile {
     file: File,
-    slots: Mutex<Vec<Option<Block>>>,
+    slots: Box<[Mutex<Option<Block>>]>,
 }
 
 impl CachedFile {
     pub(crate) fn new(file: File) -> CachedFile {
         CachedFile {
             file,
-            slots: Mutex::default(),
+            slots: (0..SLOTS).map(|_| Mutex::default()).collect(),
         }
     }
 
@@ -50,27 +51,23 @@ impl CachedFile {
 
     /// `None` when a block cannot be had: the end of the file is in none.
     fn copy_blocks(&self, buf: &mut [u8], offset: u64) -> Option<()> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut at = offset;
         let mut rest = buf;
         while !rest.is_empty() {
-            let bytes = self.block(&mut slots, at / BLOCK as u64)?;
-            let from = bytes.get(usize::try_from(at % BLOCK as u64).ok()?..)?;
-            let len = from.len().min(rest.len());
+            let from = usize::try_from(at % BLOCK as u64).ok()?;
+            let len = rest.len().min(BLOCK - from);
             let (now, later) = rest.split_at_mut_checked(len)?;
-            now.copy_from_slice(from.get(..len)?);
+            self.copy_of_block(now, at / BLOCK as u64, from)?;
             at = at.checked_add(len as u64)?;
             rest = later;
         }
         Some(())
     }
 
-    fn block<'s>(&self, slots: &'s mut Vec<Option<Block>>, number: u64) -> Option<&'s [u8]> {
-        let slot = usize::try_from(number % SLOTS).ok()?;
-        if slots.len() <= slot {
-            slots.resize_with(slot + 1, || None);
-        }
-        let kept = slots.get_mut(slot)?;
+    /// Fills `buf` with what lies in block `number` from byte `from` on.
+    fn copy_of_block(&self, buf: &mut [u8], number: u64, from: usize) -> Option<()> {
+        let slot = self.slots.get(usize::try_from(number % SLOTS).ok()?)?;
+        let mut kept = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.as_ref().is_none_or(|block| block.number != number) {
             // Taken out while it is filled: what could not be read is not kept.
             let mut bytes = match kept.take() {
@@ -81,7 +78,9 @@ impl CachedFile {
             self.file.read_exact_at(&mut bytes[..], at).ok()?;
             *kept = Some(Block { number, bytes });
         }
-        kept.as_ref().map(|block| &block.bytes[..])
+        let bytes = kept.as_ref()?.bytes.get(from..)?;
+        buf.copy_from_slice(bytes.get(..buf.len())?);
+        Some(())
     }
 }
 

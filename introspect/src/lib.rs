@@ -75,6 +75,7 @@ mod prefetch;
 mod proof;
 pub mod reader;
 mod record;
+mod spread;
 pub mod stack;
 pub mod stacks;
 pub mod stacks_code;

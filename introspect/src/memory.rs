@@ -17,8 +17,8 @@ pub struct Unbacked {
     pub len: usize,
 }
 
-/// Read access to guest-physical memory.
-pub trait PhysMemory {
+/// Read access to guest-physical memory, from several threads at once.
+pub trait PhysMemory: Sync {
     /// Fills `buf` from `gpa` on, or fails without saying how much of `buf` was overwritten.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ pub struct Part {
     pub len: usize,
 }
 
-impl<M: GuestMemory> PhysMemory for M {
+impl<M: GuestMemory + Sync> PhysMemory for M {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
         // Almost all reads are small and lie in one region: an iterator over regions costs more than they do.
         let slice = self

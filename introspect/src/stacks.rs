@@ -13,6 +13,7 @@ use crate::{
     orc::{self, ENTRY_SIZE, Encoding, Kind, RawEntry},
     orc_table::{MAX_ENTRIES, OrcTable, OrcTableError},
     reader::{Field, KernelMemory, ReadError},
+    spread::spread,
     stack::{Stack, Unreliable},
     stacks_code::{CodeMap, CodeRegion, CoreText, Overlap, RegionId, Rule},
     stacks_cpu::{PlacesError, StackPlaces},
@@ -51,6 +52,9 @@ pub enum UnwinderError {
     )]
     Unproven(&'static str),
 }
+
+/// So many stacks take longer to walk than a thread to start.
+const WORTH_A_THREAD: usize = 512;
 
 /// Walks the stacks of one guest.
 #[derive(Clone, Debug)]
@@ -198,6 +202,27 @@ impl Unwinder {
             (None, None) if !task.on_cpu => self.sleeping(memory, task),
             _ => unreliable(Unreliable::Running),
         }
+    }
+
+    /// The kernel stacks of all of `tasks`, in their order: each as [`stack`](Self::stack) gives it with the registers of that of the
+    /// `vcpus` that runs the task. Many are walked by several threads, for which the guest must be paused just as well.
+    #[must_use]
+    pub fn stacks(
+        &self,
+        memory: &KernelMemory<'_>,
+        tasks: &[&Task],
+        vcpus: &[VcpuRegs],
+    ) -> Vec<Stack> {
+        let (phys, space) = (memory.phys(), memory.space());
+        spread(tasks, WORTH_A_THREAD, |tasks| {
+            // Each thread remembers translations of its own.
+            let memory = KernelMemory::new(phys, space);
+            let of = |task: &&Task| {
+                let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
+                self.stack(&memory, task, vcpus.iter().find(runs))
+            };
+            tasks.iter().map(of).collect()
+        })
     }
 
     fn running(&self, memory: &KernelMemory<'_>, task: &Task, regs: &VcpuRegs) -> Stack {

@@ -161,6 +161,22 @@ impl<'a> Look<'a> {
         seen.stack(self.unwinder, &self.memory, self.vcpu_of(&seen.task))
     }
 
+    /// The stacks of all tasks, in their order.
+    #[must_use]
+    pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
+        let seen = self.seen().iter();
+        let known: Vec<_> = seen.map(|seen| (seen, seen.known_stack())).collect();
+        let others = known.iter().filter(|(_, known)| known.is_none());
+        let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
+        let walked = self.unwinder.stacks(&self.memory, &others, self.vcpus);
+        self.walked.set(self.walked.get() + walked.len());
+        let mut walked = walked.into_iter().map(Cow::Owned);
+        let known = known.into_iter();
+        known
+            .filter_map(|(_, known)| known.map(Cow::Borrowed).or_else(|| walked.next()))
+            .collect()
+    }
+
     /// How many stacks were walked in this look: the others were known.
     #[must_use]
     pub fn walked(&self) -> usize {

@@ -3,10 +3,9 @@
 //! What introspection reads of the guest while it is whole is noted once; damage goes to such places alone, so each record of a
 //! fuzzer's bytes counts. A record has sixteen bytes: which of the places, where in it, how the value is meant, and the value.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use introspect::{CoreFile, Kernel, PhysMemory, Unbacked, Unwinder};
 use vm_memory::GuestAddress;
@@ -44,13 +43,13 @@ pub fn named() -> Option<&'static Dump> {
 /// Memory that notes what is read of it.
 struct Traced<'c> {
     core: &'c CoreFile,
-    reads: RefCell<BTreeMap<usize, usize>>,
+    reads: Mutex<BTreeMap<usize, usize>>,
 }
 
 impl PhysMemory for Traced<'_> {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
         self.core.read(gpa, buf)?;
-        let mut reads = self.reads.borrow_mut();
+        let mut reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
         let len = reads.entry(gpa.0 as usize).or_default();
         *len = (*len).max(buf.len());
         Ok(())
@@ -59,7 +58,9 @@ impl PhysMemory for Traced<'_> {
 
 impl Traced<'_> {
     fn take(&self) -> Vec<(usize, usize)> {
-        self.reads.take().into_iter().collect()
+        std::mem::take(&mut *self.reads.lock().unwrap_or_else(PoisonError::into_inner))
+            .into_iter()
+            .collect()
     }
 }
 
@@ -68,7 +69,7 @@ impl Dump {
         let core = CoreFile::open(path).expect("OUTPATCH_FUZZ_CORE names a core file");
         let traced = Traced {
             core: &core,
-            reads: RefCell::default(),
+            reads: Mutex::default(),
         };
         let kernel = Kernel::find(&traced, core.vcpus()).expect("a guest with a kernel");
         let mut places = traced.take();

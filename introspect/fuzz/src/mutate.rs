@@ -35,7 +35,7 @@ pub struct Mutated<'b, B: Base + ?Sized = [u8]> {
 }
 
 /// Memory that nobody has damaged.
-pub trait Base {
+pub trait Base: Sync {
     /// As [`PhysMemory::read`].
     fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked>;
 }

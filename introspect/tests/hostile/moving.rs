@@ -1,6 +1,6 @@
 //! A guest that runs while it is looked at: what was learned of a task in the middle of a change is not believed later.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use introspect::survey::Survey;
 use introspect::{PhysMemory, Stack, Task, Unbacked};
@@ -60,7 +60,7 @@ struct Moving<'l> {
     task: GuestAddress,
     /// After so many words it has come to this point.
     turns: &'l [(usize, usize)],
-    words: Cell<usize>,
+    words: AtomicUsize,
 }
 
 impl PhysMemory for Moving<'_> {
@@ -68,8 +68,11 @@ impl PhysMemory for Moving<'_> {
         let is_task = gpa.0.wrapping_sub(self.task.0) < TASK_SIZE as u64;
         // A longer copy is not made at one moment.
         for (gpa, word) in (gpa.0..).step_by(8).zip(buf.chunks_mut(8)) {
-            self.words.set(self.words.get() + usize::from(is_task));
-            let passed = |(after, _): &&(usize, usize)| *after < self.words.get();
+            let words = self
+                .words
+                .fetch_add(usize::from(is_task), Ordering::Relaxed)
+                + usize::from(is_task);
+            let passed = |(after, _): &&(usize, usize)| *after < words;
             let turn = self.turns.iter().rev().find(passed);
             self.life[turn.map_or(0, |(_, point)| *point)].read(GuestAddress(gpa), word)?;
         }
@@ -106,7 +109,7 @@ fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'
         life,
         task: GuestAddress(task_at(task) as u64),
         turns: &turns,
-        words: Cell::new(0),
+        words: AtomicUsize::new(0),
     };
     walk_ahead(&mut survey, &moving);
     let last = &life[turns[1].1];
@@ -115,7 +118,7 @@ fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'
         in_pause(&mut Survey::new(), last),
         "task {task}, known before: {known}, turns {turns:?}"
     );
-    moving.words.get()
+    moving.words.into_inner()
 }
 
 #[test]

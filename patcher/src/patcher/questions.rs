@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use introspect::survey::{Seen, Survey};
+use introspect::survey::Survey;
 use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
 
 use super::{Patcher, not_found, patiently};
@@ -47,8 +47,10 @@ impl Patcher {
     pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
         self.look(machine, |patches, look| {
             let names = look.names(patches);
-            let name = |seen: &Seen| names.stack(&seen.task, &look.stack(seen));
-            Ok(look.seen().iter().map(name).collect())
+            let each = look.tasks().zip(look.stacks());
+            Ok(each
+                .map(|(task, stack)| names.stack(task, &stack))
+                .collect())
         })
     }
 

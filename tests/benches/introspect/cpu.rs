@@ -1,6 +1,7 @@
-//! The time that this thread was on a CPU.
+//! The time that this process was on CPUs, all its threads together.
 //!
-//! Nothing that is measured here waits, so on an idle machine this is the time on the clock; on a busy one it is what that would be.
+//! Nothing that is measured here waits, so for what one thread does this is the time on the clock of an idle machine. All stacks are
+//! walked by several: there the clock says less.
 
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// As much of it as was used so far.
 pub fn used() -> Duration {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
+    let now = clock_gettime(ClockId::ProcessCPUTime);
     let part = |value: i64| u64::try_from(value).unwrap_or_default(); // it counts from 0
     Duration::from_secs(part(now.tv_sec)) + Duration::from_nanos(part(now.tv_nsec))
 }

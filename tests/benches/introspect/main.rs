@@ -76,6 +76,7 @@ fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Res
         let unwinder = subject::unwind_data(&kernel, memory)?;
         let all = subject::stacks(&kernel, &unwinder, memory, vcpus)?;
         subject::check(&all, subject.sleepers).with_context(|| name.to_owned())?;
+        subject::check_each(&kernel, &unwinder, memory, (vcpus, &all)).context(name)?;
         let tasks = all.len() as u64;
         group.throughput(Throughput::Elements(tasks));
         group.bench_function(BenchmarkId::new(name, tasks), |bencher| {

@@ -44,12 +44,12 @@ pub struct Figures {
 pub struct Timing {
     /// On the clock.
     pub wall: Duration,
-    /// On a CPU.
+    /// On CPUs, all together.
     pub cpu: Duration,
 }
 
 impl Timing {
-    /// The time on a CPU, in seconds.
+    /// The time on CPUs, in seconds.
     pub fn seconds(&self) -> f64 {
         self.cpu.as_secs_f64()
     }
@@ -86,7 +86,7 @@ impl Figures {
     /// The header of [`Figures::print`].
     pub fn print_header() {
         println!(
-            "\nin ms on the clock (and on a CPU), medians of {RUNS} runs; stacks include the list; the last two by CPU time"
+            "\nin ms on the clock (and on all CPUs), medians of {RUNS} runs; stacks include the list; a stack's time on CPUs, frames a second by the clock"
         );
         println!(
             "{:>8} {:<9} {:>6} {:>7} {:>15} {:>15} {:>15} {:>15} {:>12} {:>9}",
@@ -114,7 +114,7 @@ impl Figures {
             self.list,
             self.stacks,
             self.stacks.seconds() * 1e9 / count(self.tasks),
-            count(self.frames) / self.stacks.seconds() / 1e6,
+            count(self.frames) / self.stacks.wall.as_secs_f64() / 1e6,
         );
     }
 }

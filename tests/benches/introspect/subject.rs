@@ -86,12 +86,10 @@ pub fn stacks(
     vcpus: &[VcpuRegs],
 ) -> Result<Vec<(Task, Stack)>> {
     let memory = kernel.memory(memory);
-    let of = |task: Task| {
-        let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
-        let stack = unwinder.stack(&memory, &task, vcpus.iter().find(runs));
-        (task, stack)
-    };
-    Ok(tasks(kernel, &memory, vcpus)?.into_iter().map(of).collect())
+    let tasks = tasks(kernel, &memory, vcpus)?;
+    let each: Vec<&Task> = tasks.iter().collect();
+    let stacks = unwinder.stacks(&memory, &each, vcpus);
+    Ok(tasks.into_iter().zip(stacks).collect())
 }
 
 /// That every sleeper is there, and that all of its stack is known: what is fast and wrong is worth nothing.
@@ -115,5 +113,29 @@ pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
         found += 1;
     }
     ensure!(found == expected, "{found} sleepers and not {expected}");
+    Ok(())
+}
+
+/// That walking them over several threads gave what walking each by itself gives.
+///
+/// # Errors
+/// When one is another.
+pub fn check_each(
+    kernel: &Kernel,
+    unwinder: &Unwinder,
+    memory: &dyn PhysMemory,
+    (vcpus, all): (&[VcpuRegs], &[(Task, Stack)]),
+) -> Result<()> {
+    let memory = kernel.memory(memory);
+    for (task, stack) in all {
+        let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
+        let alone = unwinder.stack(&memory, task, vcpus.iter().find(runs));
+        ensure!(
+            alone == *stack,
+            "{} ({}): {alone:?}, among all {stack:?}",
+            task.comm,
+            task.pid
+        );
+    }
     Ok(())
 }
