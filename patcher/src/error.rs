@@ -90,7 +90,7 @@ pub enum PatchError {
     /// Not everybody could be moved in one pause.
     #[error("not all tasks can be moved in one pause: {blocker}{}; move them per task, or try again", and_more(.others))]
     NotAtOnce {
-        /// The first task in the way, and where it is.
+        /// A task in the way, and where it is: one that is in the functions, if any is.
         blocker: String,
         /// How many more there are.
         others: usize,
