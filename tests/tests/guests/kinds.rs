@@ -97,23 +97,19 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
 
 /// All of them, at their places.
 fn start(guest: &mut Guest) -> Result<()> {
+    let wait = |guest: &mut Guest, what, until: &str| {
+        let wait = format!("until {until}; do sleep 2; done 2>/dev/null");
+        guest.sh_within(&wait, START).context(what).map(drop)
+    };
+    // All of them before the busy ones begin: who is born in the transition has no way to go. One of ten has a child.
+    guest.sh(&format!("sleeper {SLEEPERS} &"))?;
+    let all = SLEEPERS / 10 * 11;
+    let named = format!("[ $(cat /proc/[0-9]*/comm | grep -c '^sleep-') -ge {all} ]");
+    wait(guest, "sleepers", &named)?;
     // What looks at them is not to wait for the busy ones.
-    guest.sh(&format!(
-        "sleeper {SLEEPERS} & kinds & renice -n -20 -p $$; sleep 1"
-    ))?;
-    for (what, until) in [
-        (
-            "sleepers",
-            format!("[ $(ls -d /proc/[0-9]* | wc -l) -ge {SLEEPERS} ]"),
-        ),
-        (
-            "io_uring's worker",
-            "cat /proc/[0-9]*/task/[0-9]*/comm | grep -q iou-wrk".into(),
-        ),
-    ] {
-        let wait = format!("until {until}; do sleep 0.5; done 2>/dev/null");
-        guest.sh_within(&wait, START).context(what)?;
-    }
+    guest.sh("kinds & renice -n -20 -p $$; sleep 1")?;
+    let worker = "cat /proc/[0-9]*/task/[0-9]*/comm | grep -q iou-wrk";
+    wait(guest, "io_uring's worker", worker)?;
     guest.sh(
         "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
 for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do echo $p > /sys/fs/cgroup/cold/cgroup.procs; done
