@@ -3,54 +3,39 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use guests::drive::Outpatch;
+use guests::drive::{Guest, Outpatch};
 use serde_json::Value;
 
-use crate::{
-    Scenario,
-    bench::{Bench, Scratch},
-};
-
-pub fn scenarios() -> Vec<Scenario> {
-    let mut all = Vec::new();
-    for generation in ["6.1", "6.12"] {
-        let name = format!("dumps::equal_the_paused_guest_{generation}");
-        let run = move |bench: &Bench| equal(bench, generation);
-        all.push(Scenario::new(name, run).more(generation != "6.12"));
-    }
-    all
-}
+use crate::bench::{Bench, Scratch};
 
 /// At least this many tasks are compared on each kernel.
 const ENOUGH: usize = 50;
 
-fn equal(bench: &Bench, generation: &str) -> Result<()> {
+pub fn equal_the_paused_guest(_: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
     let scratch = Scratch::new()?;
     let path = scratch.path().join("guest.core");
     let file = path.to_str().context("a scratch folder in UTF-8")?;
-    bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let outpatch = guest.outpatch().clone();
-        let log = guest.dmesg()?;
-        guest.sh("sleeper 24 & sleep 1")?;
-        outpatch.ok(&["pause"])?;
-        let dump = outpatch.json(&["dump", file])?;
-        println!("{generation}: {dump}");
-        let line = outpatch.refused(&["dump", file])?;
-        ensure!(line.contains("exists"), "{line}");
-        let state = outpatch.json(&["status"])?["vm"]["state"].clone();
-        ensure!(state == "paused", "after the dump the guest is {state}");
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    guest.sh("sleeper 24 & sleep 1")?;
+    outpatch.ok(&["pause"])?;
+    let dump = outpatch.json(&["dump", file])?;
+    println!("{generation}: {dump}");
+    let line = outpatch.refused(&["dump", file])?;
+    ensure!(line.contains("exists"), "{line}");
+    let state = outpatch.json(&["status"])?["vm"]["state"].clone();
+    ensure!(state == "paused", "after the dump the guest is {state}");
 
-        let tasks = same_tasks(&outpatch, file)?;
-        same_stacks(&outpatch, &tasks, file)?;
-        println!("{generation}: {} tasks and stacks equal", tasks.len());
-        ensure!(tasks.len() >= ENOUGH, "only {} tasks", tasks.len());
-        has_symbols(&outpatch, file)?;
-        cut_short(&outpatch, &path)?;
+    let tasks = same_tasks(&outpatch, file)?;
+    same_stacks(&outpatch, &tasks, file)?;
+    println!("{generation}: {} tasks and stacks equal", tasks.len());
+    ensure!(tasks.len() >= ENOUGH, "only {} tasks", tasks.len());
+    has_symbols(&outpatch, file)?;
+    cut_short(&outpatch, &path)?;
 
-        outpatch.ok(&["resume"])?;
-        guest.sh("true")?;
-        guest.expect_unharmed(&log)
-    })
+    outpatch.ok(&["resume"])?;
+    guest.sh("true")?;
+    guest.expect_unharmed(&log)
 }
 
 fn same_tasks(outpatch: &Outpatch, core: &str) -> Result<Vec<Value>> {

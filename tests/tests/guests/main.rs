@@ -117,7 +117,6 @@ fn scenarios() -> Vec<Scenario> {
     all.extend(machine::scenarios());
     all.extend(symbols::scenarios());
     all.extend(flavours::scenarios());
-    all.extend(dumps::scenarios());
     all.extend(refusals::scenarios());
     all.extend(one_guest::scenarios());
     all.extend(insmod::scenarios());

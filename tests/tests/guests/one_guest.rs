@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 
 use crate::{
-    ALL, Scenario, bench::Bench, blocked, check, generations, modes, patch_stack, patching,
-    refusals,
+    ALL, Scenario, bench::Bench, blocked, check, dumps, generations, machine, modes, patch_stack,
+    patching, refusals,
 };
 
 /// Picks the checks whose names it is a part of; without it all run.
@@ -23,7 +23,7 @@ struct Check {
 
 /// In this order: the first wants a guest that nobody has patched yet (a core file does not tell what room is taken), and the last
 /// leaves code behind.
-const CHECKS: [Check; 7] = [
+const CHECKS: [Check; 9] = [
     Check {
         name: "check::tells_what_apply_does",
         run: check::tells_what_apply_does,
@@ -46,6 +46,18 @@ const CHECKS: [Check; 7] = [
         name: "patching::together",
         run: patching::together,
         plain: &["6.1", "6.12", "7.3"],
+        more: &[],
+    },
+    Check {
+        name: "dumps::equal_the_paused_guest",
+        run: dumps::equal_the_paused_guest,
+        plain: &["6.12"],
+        more: &["6.1", "7.3"],
+    },
+    Check {
+        name: "machine::pause_loses_nothing",
+        run: machine::pause_loses_nothing,
+        plain: &["6.12"],
         more: &[],
     },
     Check {
