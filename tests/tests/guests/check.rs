@@ -14,11 +14,10 @@ use serde_json::Value;
 
 use crate::{
     bench::{Bench, Scratch},
+    blocked::BLOCKERS,
     locks,
 };
 
-/// Those of `sleeper`'s processes that are in pause(2).
-const BLOCKERS: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
 /// Good patches, and functions that each replaces.
 const GOOD: [(&str, &[&str]); 3] = [
     ("livepatch-sample", &["cmdline_proc_show"]),
