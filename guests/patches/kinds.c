@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * A livepatch of pause(2) and vfork(2), in which the tasks of the program `kinds` sleep, interruptibly and not. The new pause
- * sleeps for a tenth of a second at a time, the new vfork says that it cannot.
+ * sleeps for two seconds at a time, as hundreds of tasks call it again and again; the new vfork says that it cannot.
  */
 #include <linux/errno.h>
 #include <linux/jiffies.h>
@@ -11,7 +11,7 @@
 
 static long patched_pause(const struct pt_regs *regs)
 {
-	schedule_timeout_interruptible(HZ / 10);
+	schedule_timeout_interruptible(2 * HZ);
 	return -EAGAIN;
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{console::Console, outpatch::Outpatch, rest::Rest};
+use super::{console::Console, outpatch::Outpatch, rest::Rest, silence};
 
 /// How long a guest may take to its shell; ten times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -195,7 +195,10 @@ impl Guest {
         let before = self
             .console
             .wait_for(&format!("<{tag}:"), limit)
-            .with_context(|| format!("running `{command}`"))?;
+            .with_context(|| {
+                let why = silence::explain(&self.outpatch);
+                format!("running `{command}`, with {why}")
+            })?;
         let status = self.console.wait_for(">", limit)?;
         let status = status
             .trim_end_matches('>')

@@ -7,6 +7,7 @@ pub mod emulated;
 pub mod guest;
 pub mod outpatch;
 pub mod rest;
+mod silence;
 
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};

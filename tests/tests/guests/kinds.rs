@@ -86,7 +86,8 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         let moved = over.one(UNINTERRUPTIBLE)?;
         ensure!(moved["way"] == "boundary", "{moved}");
         println!("{generation}, {cpus} vCPUs: {}", over.summary());
-        let states = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq")?;
+        let read = "cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq";
+        let states = guest.sh_within(read, GETS_ON)?;
         ensure!(states == "-1", "states are left: {states}");
 
         outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
