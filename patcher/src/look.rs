@@ -17,8 +17,7 @@ use introspect::{
 };
 
 use crate::error::PatchError;
-use crate::naming::Names;
-use crate::patch::Patch;
+use crate::naming::{self, Loaded};
 use crate::quiet::Stop;
 use crate::status::TaskWay;
 
@@ -139,10 +138,10 @@ impl<'a> Look<'a> {
         self.survey.patch_state(at)
     }
 
-    /// Names for the code on stacks.
+    /// The modules that the guest has loaded, for names of the code on stacks.
     #[must_use]
-    pub fn names<'n>(&'n self, patches: &'n [Patch]) -> Names<'n> {
-        Names::new(self.kernel, self.unwinder, &self.memory, patches)
+    pub fn loaded(&self) -> Loaded {
+        naming::loaded(self.kernel, &self.memory)
     }
 
     /// The registers that are `task`'s, when a vCPU runs it.

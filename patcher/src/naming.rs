@@ -11,34 +11,42 @@ use crate::module::Image;
 use crate::patch::Patch;
 use crate::view::{NamedFrame, TaskStack};
 
-/// Names code of one guest, in one pause.
+/// The modules of a guest at one moment, with their symbols.
+pub type Loaded = Vec<(Module, ModuleSymbols)>;
+
+/// The modules that can be read now, for [`Names`]. Only while paused.
+#[must_use]
+pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> Loaded {
+    let modules = modules(kernel, memory).unwrap_or_default().into_iter();
+    modules
+        .map(|module| {
+            let symbols = module.symbols(kernel, memory).unwrap_or_default();
+            (module, symbols)
+        })
+        .collect()
+}
+
+/// Names code of one guest. Reads nothing of it: what it needs was read in a pause, and the guest need not wait for the names.
 pub struct Names<'a> {
     kernel: &'a Kernel,
     unwinder: &'a Unwinder,
     images: Vec<&'a Image>,
-    modules: Vec<(Module, ModuleSymbols)>,
+    modules: Loaded,
 }
 
 impl<'a> Names<'a> {
-    /// With the modules that can be read now.
+    /// For stacks of the pause in which `modules` were read.
     pub fn new(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
-        memory: &KernelMemory<'_>,
+        modules: Loaded,
         patches: &'a [Patch],
     ) -> Names<'a> {
-        let loaded = modules(kernel, memory).unwrap_or_default();
         Names {
             kernel,
             unwinder,
             images: patches.iter().map(|patch| &patch.image).collect(),
-            modules: loaded
-                .into_iter()
-                .map(|module| {
-                    let symbols = module.symbols(kernel, memory).unwrap_or_default();
-                    (module, symbols)
-                })
-                .collect(),
+            modules,
         }
     }
 

@@ -1,16 +1,17 @@
 //! What can be asked of a guest: each question is a short pause, and changes nothing.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use introspect::survey::Survey;
-use introspect::{Kernel, ListedSymbol, Task, VcpuRegs, listing};
+use introspect::{Kernel, ListedSymbol, Stack, Task, VcpuRegs, listing};
 
 use super::{Patcher, not_found, patiently};
 use crate::check::Trial;
 use crate::error::PatchError;
 use crate::look::Look;
 use crate::machine::Machine;
-use crate::patch::Patch;
+use crate::naming::{Loaded, Names};
 use crate::pause::Paused;
 use crate::status::{CheckReport, PauseReport};
 use crate::view::TaskStack;
@@ -21,7 +22,7 @@ impl Patcher {
     /// # Errors
     /// [`PatchError`].
     pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
-        self.look(machine, |_, look| Ok(look.tasks().cloned().collect()))
+        self.look(machine, |look| Ok(look.tasks().cloned().collect()))
     }
 
     /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
@@ -33,11 +34,13 @@ impl Patcher {
         machine: &mut M,
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
-        self.look(machine, |patches, look| {
+        let (task, stack, loaded) = self.look(machine, |look| {
             let seen = look.seen().iter().find(|seen| seen.task.pid == pid);
             let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
-            Ok(look.names(patches).stack(&seen.task, &look.stack(seen)))
-        })
+            let stack = look.stack(seen).into_owned();
+            Ok((seen.task.clone(), stack, look.loaded()))
+        })?;
+        Ok(self.names(loaded)?.stack(&task, &stack))
     }
 
     /// The stacks of all tasks, of one moment.
@@ -45,13 +48,24 @@ impl Patcher {
     /// # Errors
     /// [`PatchError`].
     pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
-        self.look(machine, |patches, look| {
-            let names = look.names(patches);
-            let each = look.tasks().zip(look.stacks());
-            Ok(each
-                .map(|(task, stack)| names.stack(task, &stack))
-                .collect())
-        })
+        let (stacks, loaded) = self.look(machine, |look| {
+            let stacks = look.stacks().into_iter().map(Cow::into_owned);
+            let each: Vec<(Task, Stack)> = look.tasks().cloned().zip(stacks).collect();
+            Ok((each, look.loaded()))
+        })?;
+        let names = self.names(loaded)?;
+        let each = stacks.iter();
+        Ok(each.map(|(task, stack)| names.stack(task, stack)).collect())
+    }
+
+    fn names(&self, loaded: Loaded) -> Result<Names<'_>, PatchError> {
+        let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        Ok(Names::new(
+            &guest.kernel,
+            &guest.unwinder,
+            loaded,
+            &self.patches,
+        ))
     }
 
     /// Every symbol of the guest, as its `/proc/kallsyms` lists them.
@@ -101,7 +115,7 @@ impl Patcher {
     fn look<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
+        question: impl Fn(&Look<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         let had_patches = !self.patches.is_empty();
         match self.look_once(machine, &question) {
@@ -120,15 +134,10 @@ impl Patcher {
     fn look_once<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&[Patch], &Look<'_>) -> Result<T, PatchError>,
+        question: impl Fn(&Look<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         self.guest(machine)?;
-        let Patcher {
-            guest,
-            patches,
-            pauses,
-            ..
-        } = self;
+        let Patcher { guest, pauses, .. } = self;
         let guest = guest.as_mut().ok_or_else(not_found)?;
         patiently(|| {
             // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
@@ -136,7 +145,7 @@ impl Patcher {
             let mut paused = Paused::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
                 let look = guest.look(paused.memory(), &paused.vcpus)?;
-                (question(patches, &look), look.seen().len(), look.walked())
+                (question(&look), look.seen().len(), look.walked())
             };
             paused.saw(tasks, walked);
             Ok(answer?)
