@@ -62,17 +62,26 @@ const SILENCE: Duration = Duration::from_millis(200);
 /// How long what a paused guest has printed may take to arrive.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
+/// Lines that it prints: an emulated machine takes 15 ms for each.
+const TICKS: u32 = 1500;
+/// What it prints when it has printed them.
+const ALL_TICKS: &str = "all-ticks";
+/// How often it is paused meanwhile, and how often at the least.
+const PAUSES: u32 = 20;
+const ENOUGH_PAUSES: u32 = 10;
+
 /// A paused guest does not run; pausing at any moment of its output loses none.
 pub fn pause_loses_nothing(_: &Bench, guest: &mut Guest, _: &str) -> Result<()> {
     let log = guest.dmesg()?;
     let outpatch = guest.outpatch().clone();
     // A moment's rest now and then: on a slow emulated CPU a console that is never idle keeps the guest's soft interrupts from
     // getting on for so long that its watchdog barks.
-    guest.console().type_in(
-        "i=0; while [ $i -lt 3000 ]; do echo tick-$i.; i=$((i+1)); \
-         [ $((i % 100)) != 0 ] || sleep 0.1; done; echo all-ticks\n",
-    )?;
-    for _ in 0..20 {
+    guest.console().type_in(&format!(
+        "i=0; while [ $i -lt {TICKS} ]; do echo tick-$i.; i=$((i+1)); \
+         [ $((i % 100)) != 0 ] || sleep 0.1; done; echo {ALL_TICKS}\n",
+    ))?;
+    let mut pauses = 0;
+    while pauses < PAUSES && !guest.console().text().contains(ALL_TICKS) {
         outpatch.ok(&["pause"])?;
         // What was already on its way may still arrive; a guest that goes on would never fall silent.
         let deadline = Instant::now() + SETTLE_LIMIT;
@@ -88,11 +97,13 @@ pub fn pause_loses_nothing(_: &Bench, guest: &mut Guest, _: &str) -> Result<()> 
         }
         outpatch.ok(&["resume"])?;
         thread::sleep(Duration::from_millis(20));
+        pauses += 1;
     }
+    ensure!(pauses >= ENOUGH_PAUSES, "only {pauses} pauses");
     let text = guest
         .console()
-        .wait_for("all-ticks", Duration::from_secs(60))?;
-    for tick in 0..3000 {
+        .wait_for(ALL_TICKS, Duration::from_secs(60))?;
+    for tick in 0..TICKS {
         ensure!(
             text.contains(&format!("tick-{tick}.")),
             "tick {tick} was lost"
