@@ -6,11 +6,13 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/io_uring.h>
+#include <linux/vhost.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
@@ -168,6 +170,16 @@ static void with_io_worker(void)
 	sleep_elsewhere();
 }
 
+/* A network card's other half without a card: its worker waits for work. */
+static void with_vhost_worker(void)
+{
+	int vhost = open("/dev/vhost-net", O_RDWR);
+
+	if (vhost < 0 || ioctl(vhost, VHOST_SET_OWNER))
+		exit(1);
+	sleep_elsewhere();
+}
+
 static const struct {
 	const char *name;
 	int count;
@@ -184,6 +196,7 @@ static const struct {
 	{ "k-forking", 1, forking },
 	{ "k-clones", 1, with_clones },
 	{ "k-io", 1, with_io_worker },
+	{ "k-vhost", 1, with_vhost_worker },
 };
 
 int main(void)

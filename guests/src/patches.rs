@@ -69,7 +69,7 @@ macro_rules! patch_sources {
 }
 
 /// Our patches: name and source.
-const OURS: [(&str, &str); 16] = patch_sources![
+const OURS: [(&str, &str); 17] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
@@ -85,6 +85,7 @@ const OURS: [(&str, &str); 16] = patch_sources![
     "uname",
     "unknown-function",
     "unknown-symbol",
+    "worker",
     "wrong-sympos",
 ];
 

@@ -40,7 +40,7 @@ impl Assets {
 }
 
 /// The patches that every kernel with headers gets built.
-const PATCHES: [&str; 16] = [
+const PATCHES: [&str; 17] = [
     "livepatch-sample",
     "cmdline",
     "getpid",
@@ -54,6 +54,7 @@ const PATCHES: [&str; 16] = [
     "pause",
     "kinds",
     "kthread",
+    "worker",
     "percpu",
     "module-object",
     "features",
@@ -64,7 +65,7 @@ pub const KEXEC: Generation = Generation::V6_12;
 
 /// Modules of the kernel's own that every guest is given, with what they need: small, large, with exported symbols of both sorts.
 /// None of them asks for another only when it is loaded, which a guest without modprobe cannot answer.
-const MODULES: [&str; 3] = ["dummy", "nf_defrag_ipv6", "nfsd"];
+const MODULES: [&str; 4] = ["dummy", "nf_defrag_ipv6", "nfsd", "vhost_net"];
 
 impl Assets {
     fn make() -> Result<Assets> {

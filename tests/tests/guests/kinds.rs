@@ -1,12 +1,12 @@
 //! Every kind of task in a transition, among a thousand sleepers: each ends as the table in `docs/transition.md` says.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Log, Outpatch, STOLEN_TIME};
 use serde_json::Value;
 
-use crate::{Scenario, bench::Bench};
+use crate::{Scenario, bench::Bench, symbols};
 
 /// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
 const SLEEPERS: u32 = 1000;
@@ -30,8 +30,12 @@ const UNINTERRUPTIBLE: &str = "k-vfork";
 /// Sleepers of the program `sleeper` in pause(2).
 const PAUSING: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
 
+/// How workers of io_uring and of vhost are named, before the id of whom they work for.
+const WORKERS: [&str; 2] = ["iou-wrk-", VHOST];
+const VHOST: &str = "vhost-";
+
 /// Who may go which way before anybody is signalled.
-const WAYS: [(&str, &[&str]); 14] = [
+const WAYS: [(&str, &[&str]); 15] = [
     ("k-user", &["user-mode", "boundary", "stack"]),
     ("k-kernel", &["boundary", "stack", "user-mode"]),
     ("k-stopped", &["stack"]),
@@ -42,6 +46,7 @@ const WAYS: [(&str, &[&str]); 14] = [
     ("k-parent", &["stack"]),
     ("k-clones", &["stack"]),
     ("k-io", &["stack"]),
+    ("k-vhost", &["stack"]),
     ("sleep-read", &["stack"]),
     ("sleep-nano", &["stack"]),
     ("sleep-futex", &["stack"]),
@@ -62,6 +67,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
     let patch = bench.stock(generation)?.patch("kinds")?;
     bench.with(bench.boot(generation, cpus, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
+        symbols::load_modules(guest)?;
         let log = guest.dmesg()?;
         start(guest)?;
 
@@ -69,7 +75,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
         let log = unplug_and_plug(guest, cpus, &log)?;
         let before = Tasks::of(&outpatch, "kinds")?;
-        before.as_documented()?;
+        before.as_documented(generation)?;
         before.blocked_are(&[&INTERRUPTIBLE[..], &PAUSING, &[UNINTERRUPTIBLE]].concat())?;
 
         outpatch.ok(&["signal"])?;
@@ -78,20 +84,25 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         let stays = signalled.one(UNINTERRUPTIBLE)?;
         ensure!(stays["state"] == "D", "{stays}");
 
-        // What it waits for ends, and it comes by the boundary.
+        // What it waits for ends, and it comes by the boundary, or is met on the way there.
         guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
         let status = outpatch.json(&["status", "kinds"])?;
         guest.rest().end(status, GETS_ON)?;
         let over = Tasks::of(&outpatch, "kinds")?;
         let moved = over.one(UNINTERRUPTIBLE)?;
-        ensure!(moved["way"] == "boundary", "{moved}");
+        ensure!(moved["way"] == "boundary" || moved["way"] == "stack", "{moved}");
         println!("{generation}, {cpus} vCPUs: {}", over.summary());
         let read = "cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq";
         let states = guest.sh_within(read, GETS_ON)?;
         ensure!(states == "-1", "states are left: {states}");
 
         outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
-        main_loop_of_a_kthread(&outpatch, bench.stock(generation)?.patch("kthread")?)?;
+        let stock = bench.stock(generation)?;
+        main_loop(&outpatch, stock.patch("kthread")?, "oom_reaper", "oom_reaper+")?;
+        if worker_of_vhost(generation) == "worker" {
+            main_loop(&outpatch, stock.patch("worker")?, VHOST, "vhost_task_fn+")?;
+        }
+        vhost_still_serves(guest, &over)?;
         guest.expect_unharmed(&log)
     })
 }
@@ -109,8 +120,10 @@ fn start(guest: &mut Guest) -> Result<()> {
     wait(guest, "sleepers", &named)?;
     // What looks at them is not to wait for the busy ones.
     guest.sh("kinds & renice -n -20 -p $$; sleep 1")?;
-    let worker = "cat /proc/[0-9]*/task/[0-9]*/comm | grep -q iou-wrk";
-    wait(guest, "io_uring's worker", worker)?;
+    for worker in WORKERS {
+        let is_there = format!("cat /proc/[0-9]*/task/[0-9]*/comm | grep -q ^{worker}");
+        wait(guest, worker, &is_there)?;
+    }
     guest.sh(
         "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
 for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do echo $p > /sys/fs/cgroup/cold/cgroup.procs; done
@@ -136,23 +149,37 @@ fn unplug_and_plug(guest: &mut Guest, cpus: u32, before: &Log) -> Result<Log> {
     Ok(log)
 }
 
-/// It never leaves the function: it is named, woken when that is asked for, and stays.
-fn main_loop_of_a_kthread(outpatch: &Outpatch, patch: &str) -> Result<()> {
+/// What a worker of vhost is to the kernel: threads of whom they work for came with 6.4.
+fn worker_of_vhost(generation: &str) -> &'static str {
+    match generation {
+        "6.1" => "kthread",
+        _ => "worker",
+    }
+}
+
+/// Its worker goes when whom it is for goes.
+fn vhost_still_serves(guest: &mut Guest, tasks: &Tasks) -> Result<()> {
+    let owner = &tasks.one("k-vhost")?["pid"];
+    let worker = &tasks.beginning(VHOST)?["pid"];
+    guest.sh(&format!(
+        "kill -9 {owner}; while [ -e /proc/{worker} ]; do sleep 0.1; done"
+    ))?;
+    Ok(())
+}
+
+/// One that never leaves the function: it is named, told and woken when that is asked for, and stays.
+fn main_loop(outpatch: &Outpatch, patch: &str, begins: &str, function: &str) -> Result<()> {
     let reply = outpatch.call(&["apply", patch, "--signal-after", "0", "--timeout", "3"])?;
     ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
-    let tasks = Tasks::of(outpatch, "kthread")?;
-    ensure!(
-        tasks.waiting().keys().eq([&"oom_reaper"]),
-        "{:?}",
-        tasks.waiting()
-    );
-    let reaper = tasks.one("oom_reaper")?;
-    let blocker = reaper["blocker"].as_str().unwrap_or_default();
-    ensure!(blocker.contains("oom_reaper+"), "{reaper}");
-    ensure!(
-        reaper["signals"].as_u64() > Some(0),
-        "it was not woken: {reaper}"
-    );
+    let name = Path::new(patch).file_stem().context(patch.to_owned())?;
+    let tasks = Tasks::of(outpatch, &name.to_string_lossy())?;
+    let one = tasks.beginning(begins)?;
+    let waiting = tasks.waiting();
+    let alone = waiting.len() == 1 && waiting.keys().all(|comm| one["comm"] == *comm);
+    ensure!(alone, "{waiting:?}");
+    let blocker = one["blocker"].as_str().unwrap_or_default();
+    ensure!(blocker.contains(function), "{one}");
+    ensure!(one["signals"].as_u64() > Some(0), "it was not woken: {one}");
     outpatch.ok(&["cancel"]).map(drop)
 }
 
@@ -190,6 +217,16 @@ impl Tasks {
             .with_context(|| format!("no {comm} among the tasks"))
     }
 
+    /// The first whose name begins so.
+    fn beginning(&self, begins: &str) -> Result<&Value> {
+        let mut tasks = self.0.iter();
+        let is_it = |task: &&Value| {
+            let comm = task["comm"].as_str();
+            comm.is_some_and(|comm| comm.starts_with(begins))
+        };
+        (tasks.find(is_it)).with_context(|| format!("no {begins} among the tasks"))
+    }
+
     /// How many of each name keep the old state.
     fn waiting(&self) -> BTreeMap<&str, usize> {
         let mut waiting = BTreeMap::new();
@@ -201,7 +238,7 @@ impl Tasks {
         waiting
     }
 
-    fn as_documented(&self) -> Result<()> {
+    fn as_documented(&self, generation: &str) -> Result<()> {
         for (comm, ways) in WAYS {
             let mut tasks = self.named(comm).peekable();
             ensure!(tasks.peek().is_some(), "no {comm} among the tasks");
@@ -217,10 +254,15 @@ impl Tasks {
             let way = kthread["way"].as_str().unwrap_or_default();
             ensure!(["stack", "born", "exited"].contains(&way), "{kthread}");
         }
-        let mut workers = kind("worker").peekable();
-        ensure!(workers.peek().is_some(), "no worker of io_uring");
-        for worker in workers {
-            ensure!(worker["way"] == "stack", "{worker}");
+        for (begins, kind) in WORKERS
+            .into_iter()
+            .zip(["worker", worker_of_vhost(generation)])
+        {
+            let worker = self.beginning(begins)?;
+            ensure!(
+                worker["kind"] == kind && worker["way"] == "stack",
+                "{worker}"
+            );
         }
         for idle in kind("idle") {
             let way = idle["way"].as_str().unwrap_or_default();
