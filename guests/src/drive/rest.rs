@@ -84,11 +84,10 @@ impl Rest {
         let mut stream = UnixStream::connect(&self.0)?;
         stream.set_read_timeout(Some(ANSWER))?;
         let length = body.len();
-        write!(
-            stream,
+        let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: outpatch\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
-        )?;
-        stream.write_all(body)?;
+        );
+        stream.write_all(&[head.as_bytes(), body].concat())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         let (head, body) = answer.split_once("\r\n\r\n").context("no answer")?;
