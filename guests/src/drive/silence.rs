@@ -10,8 +10,8 @@ use super::outpatch::Outpatch;
 const BUSY: [&str; 2] = ["R", "D"];
 /// Of whom a silent shell is made.
 const OF_THE_SHELL: [&str; 5] = ["sh", "cat", "sort", "uniq", "grep"];
-/// How many frames of each are told.
-const FRAMES: usize = 12;
+/// How many frames of each are told: an interrupt in an interrupt in a system call is among them.
+const FRAMES: usize = 40;
 /// Between two looks, so that who stands still is told from who is slow.
 const APART: Duration = Duration::from_secs(2);
 
