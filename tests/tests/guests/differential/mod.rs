@@ -39,19 +39,22 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(20);
 const MEMORY_MIB: u32 = 256;
 
 /// Turned on and off in a loop, so that pauses fall into every state of it: function and graph tracing, probes on entries and on
-/// returns, of functions that tasks sleep in and that are called all the time.
+/// returns, of functions that tasks sleep in and that are called all the time. A round takes a minute at times, as each step waits for
+/// all CPUs, several times: it ends behind any step.
 const TRACING: &str = r#"cd /sys/kernel/tracing
 echo 'schedule* vfs_* do_wait* kernel_wait4 tcp_sendmsg* tcp_recvmsg* do_nanosleep hrtimer_nanosleep futex_* do_futex do_sys_poll pipe_* kthread worker_thread do_exit' > set_ftrace_filter
-while [ ! -e /tmp/stop ]; do
-	for tracer in function function_graph nop; do echo $tracer > current_tracer; sleep 0.4; done
-	echo 'p:outpatch/a vfs_read
+going() { [ ! -e /tmp/stop ]; }
+while going; do
+	for tracer in function function_graph nop; do going && echo $tracer > current_tracer && sleep 0.4; done
+	going && echo 'p:outpatch/a vfs_read
 p:outpatch/b schedule
 r:outpatch/c do_nanosleep
 r:outpatch/d vfs_read
 r:outpatch/e do_sys_poll
 r:outpatch/f do_wait' > kprobe_events
-	echo 1 > events/outpatch/enable; sleep 0.5
-	echo 0 > events/outpatch/enable; echo > kprobe_events; sleep 0.3
+	going && echo 1 > events/outpatch/enable && sleep 0.5
+	going && echo 0 > events/outpatch/enable
+	going && echo > kprobe_events && sleep 0.3
 done
 rm /tmp/stop"#;
 
