@@ -58,5 +58,7 @@ fn is_busy(task: &Value) -> bool {
         let word = task[field].as_str();
         word.is_some_and(|word| words.contains(&word))
     };
-    (one_of(&BUSY, "state") && task["pid"] != 0) || one_of(&OF_THE_SHELL, "comm")
+    // Who is on a vCPU can hold a lock whatever its state, idle tasks too.
+    let runs = !task["vcpu"].is_null();
+    runs || (one_of(&BUSY, "state") && task["pid"] != 0) || one_of(&OF_THE_SHELL, "comm")
 }

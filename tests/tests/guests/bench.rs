@@ -19,7 +19,7 @@ use guests::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{flavours, no_livepatch};
+use crate::{cores, flavours, no_livepatch};
 
 /// All that is made before the bed starts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -273,11 +273,16 @@ impl Bench {
         mut guest: Guest,
         body: impl FnOnce(&mut Guest) -> Result<()>,
     ) -> Result<()> {
-        let result = body(&mut guest);
-        if result.is_err() && !guest.is_running() {
-            self.count("lost")?;
+        if let Err(error) = body(&mut guest) {
+            if !guest.is_running() {
+                self.count("lost")?;
+            } else if cores::are_kept() {
+                let core = self.scratch.join(cores::OF_A_FAILURE);
+                // What failed is to be told, not this.
+                let _ = guest.outpatch().call(&["dump", &core.to_string_lossy()]);
+            }
+            return Err(error);
         }
-        result?;
         let status = guest.poweroff()?;
         ensure!(
             status.success(),

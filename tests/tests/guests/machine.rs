@@ -106,7 +106,12 @@ pub fn pause_loses_nothing(_: &Bench, guest: &mut Guest, _: &str) -> Result<()> 
     for tick in 0..TICKS {
         ensure!(
             text.contains(&format!("tick-{tick}.")),
-            "tick {tick} was lost"
+            "tick {tick} was lost: {:?}",
+            text.split_once(&format!("tick-{}.", tick.saturating_sub(1)))
+                .map_or(&*text, |(_, rest)| rest)
+                .chars()
+                .take(400)
+                .collect::<String>()
         );
     }
     guest.expect_unharmed(&log)

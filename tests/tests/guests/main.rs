@@ -8,6 +8,7 @@ mod bench;
 mod beside;
 mod blocked;
 mod check;
+mod cores;
 mod differential;
 mod dumps;
 mod faults;
@@ -255,6 +256,10 @@ fn in_bed(scenario: &Scenario, assets: &Assets, scratch: &Scratch, tally: &Tally
         String::from_utf8_lossy(&out.stderr)
     );
     if !out.status.success() {
+        let core = scratch.path().join(cores::OF_A_FAILURE);
+        if core.exists() {
+            cores::keep(&core)?;
+        }
         bail!("{}\n{text}", out.status);
     }
     print!("{text}");

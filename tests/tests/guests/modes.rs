@@ -37,11 +37,7 @@ fn in_one_pause(outpatch: &Outpatch, patch: &str, mode: &str) -> Result<()> {
     for verb in [&["apply", patch][..], &["revert"]] {
         outpatch.ok(&[verb, &["--mode", mode]].concat())?;
         let status = outpatch.json(&["status", "livepatch_sample"])?;
-        ensure!(
-            status["pauses"]["count"] == 1,
-            "{mode}: {}",
-            status["pauses"]
-        );
+        ensure!(status["pauses"]["count"] == 1, "{mode}: {status}");
         for task in list(&status, "/tasks")? {
             let way = task["way"].as_str().unwrap_or_default();
             ensure!(["stack", "user-mode"].contains(&way), "{mode}: {task}");

@@ -14,6 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use guests::{cache::Cache, drgn::Drgn, kernels::Generation};
 use introspect::{Stack, Task, Verdict};
 
+use crate::cores;
+
 use super::{
     LOCKED, crash,
     oracle::{Oracle, Told},
@@ -117,7 +119,7 @@ fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Opti
         }
     }
     if counts.differences.len() > before {
-        keep(core)?;
+        cores::keep(core)?;
     }
     Ok(Some(ours))
 }
@@ -130,20 +132,6 @@ fn tell_locked(core: &Path) -> Result<()> {
         .append(true)
         .open(told)?;
     Ok(file.write_all(b"!")?)
-}
-
-/// Keeps a core that shows a difference where `OUTPATCH_KEEP_CORES` says.
-fn keep(core: &Path) -> Result<()> {
-    let Some(folder) = std::env::var_os("OUTPATCH_KEEP_CORES") else {
-        return Ok(());
-    };
-    let name = core.file_name().context("a core without a name")?;
-    let mut copy = std::process::Command::new("cp");
-    copy.arg("--sparse=always")
-        .arg(core)
-        .arg(Path::new(&folder).join(name));
-    ensure!(copy.status()?.success(), "cannot keep {}", core.display());
-    Ok(())
 }
 
 impl Counts {
