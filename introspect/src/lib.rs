@@ -85,6 +85,7 @@ pub mod stacks_places;
 pub mod stacks_rules;
 pub mod stacks_walk;
 pub mod survey;
+mod survey_known;
 mod survey_seen;
 pub mod symbols;
 pub mod task;

@@ -39,9 +39,10 @@ impl<'a, 'm> Proof<'a, 'm> {
         self.first.len()
     }
 
-    /// Says that the task at `addr` will be gathered soon.
-    pub(crate) fn prefetch(&self, addr: Gva) {
-        self.first.prefetch(addr);
+    /// Sets `same` for tasks that are certainly proved by the bytes that stand for them: sooner than to [`gather`](Self::gather) those of
+    /// one after the other. Of the others nothing is known.
+    pub(crate) fn compare(&self, addrs: &[Gva], bytes: &[u8], same: &mut [bool]) {
+        self.first.compare(addrs, bytes, same);
     }
 
     /// Gathers those of the task at `addr`; none if they cannot be read.
@@ -60,14 +61,10 @@ impl<'a, 'm> Proof<'a, 'm> {
     }
 }
 
-/// What shows that a task is still the same, at the same place of the lists, and has not run: the time of its birth and the counters of
+/// What shows that a task is still the same and has not run: the time of its birth and the counters of
 /// its switches, of which no two are the same; and what others than itself change of it.
 fn fields(kernel: &Kernel) -> Vec<Field> {
     let task = &kernel.layout.task;
-    let next = |list: Field| Field {
-        offset: list.offset + kernel.layout.list_next.offset,
-        size: kernel.layout.list_next.size,
-    };
     let mut fields = vec![
         task.thread_flags,
         task.cpu,
@@ -75,8 +72,6 @@ fn fields(kernel: &Kernel) -> Vec<Field> {
         task.stack,
         task.flags,
         task.on_cpu,
-        next(task.tasks),
-        next(task.thread_node),
         task.nvcsw,
         task.nivcsw,
     ];

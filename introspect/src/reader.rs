@@ -95,16 +95,15 @@ impl fmt::Debug for KernelMemory<'_> {
 
 /// Translations of pages of one size: (page number, frame address), direct-mapped. Page number `u64::MAX` is an empty slot: no
 /// page has it.
-struct Cache(Box<[Cell<(u64, u64)>]>);
+struct Cache(Box<[Cell<(u64, u64)>; SLOTS]>);
 
 impl Cache {
     fn new() -> Cache {
-        Cache(vec![Cell::new((u64::MAX, 0)); SLOTS].into())
+        Cache(Box::new([const { Cell::new((u64::MAX, 0)) }; SLOTS]))
     }
 
     fn slot(&self, page: u64) -> Option<&Cell<(u64, u64)>> {
-        let slots = self.0.len() as u64;
-        self.0.get(usize::try_from(page % slots).ok()?)
+        self.0.get(usize::try_from(page % SLOTS as u64).ok()?)
     }
 
     fn get(&self, page: u64) -> Option<u64> {
@@ -183,9 +182,7 @@ impl<'m> KernelMemory<'m> {
     /// # Errors
     /// [`ReadError`]; `buf` may be partly overwritten.
     pub(crate) fn gather(&self, gva: Gva, parts: &[Part], buf: &mut [u8]) -> Result<(), ReadError> {
-        let end = parts
-            .last()
-            .map_or(0, |last| last.offset.saturating_add(last.len as u64));
+        let end = memory::extent(parts).unwrap_or(usize::MAX) as u64;
         let (gpa, left) = self.locate(gva)?;
         if end <= left && self.phys.gather(gpa, parts, buf).is_ok() {
             return Ok(());
@@ -193,11 +190,19 @@ impl<'m> KernelMemory<'m> {
         memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
     }
 
-    /// Says that `parts` of the structure at `gva` will be gathered soon ([`PhysMemory::prefetch`]).
-    pub(crate) fn prefetch(&self, gva: Gva, parts: &[Part]) {
-        if let Ok((gpa, _)) = self.locate(gva) {
-            self.phys.prefetch(gpa, parts);
-        }
+    /// Sets `same` for structures at `gvas` whose `parts` are just the bytes that stand for them ([`PhysMemory::compare`]).
+    pub(crate) fn compare(&self, gvas: &[Gva], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+        let Some(end) = memory::extent(parts) else {
+            return;
+        };
+        // No memory is there.
+        let nowhere = GuestAddress(u64::MAX);
+        let place = |gva: &Gva| match self.locate(*gva) {
+            Ok((gpa, left)) if end as u64 <= left => gpa,
+            _ => nowhere,
+        };
+        let gpas: Vec<GuestAddress> = gvas.iter().map(place).collect();
+        self.phys.compare(&gpas, parts, bytes, same);
     }
 
     /// Where `gva` lies, and how many bytes from there on are contiguous. What was looked up once is remembered.

@@ -79,9 +79,9 @@ impl<'a, 'm> Records<'a, 'm> {
         }
     }
 
-    /// Says that the structure at `base` will be held soon.
-    pub(crate) fn prefetch(&self, base: Gva) {
-        self.memory.prefetch(base, &self.parts);
+    /// Sets `same` for structures at `bases` of which [`hold`](Self::hold) would certainly hold just the bytes that stand for them.
+    pub(crate) fn compare(&self, bases: &[Gva], bytes: &[u8], same: &mut [bool]) {
+        self.memory.compare(bases, &self.parts, bytes, same);
     }
 
     /// Bytes of a structure, as they are held.

@@ -2,7 +2,10 @@
 //!
 //! Knows nothing of guests.
 
-use std::thread;
+use std::{
+    sync::{Mutex, OnceLock, PoisonError},
+    thread,
+};
 
 /// More threads than this gain little: they wait for the same memory.
 const MOST: usize = 8;
@@ -14,37 +17,59 @@ pub(crate) fn spread<T: Sync, R: Send>(
     least: usize,
     work: impl Fn(&[T]) -> Vec<R> + Sync,
 ) -> Vec<R> {
-    let worth = items.len() / least.max(1);
-    // Asking for the number of processors costs some system calls.
-    let threads = match worth {
-        0 | 1 => 1,
-        _ => worth
-            .min(MOST)
-            .min(thread::available_parallelism().map_or(1, usize::from)),
-    };
-    over(threads, items, work)
+    let threads = threads(items.len(), least);
+    let part = items.len().div_ceil(threads).max(1);
+    let parts = || items.chunks(part).enumerate();
+    let done = over(threads, parts(), |parts| {
+        parts.map(|(n, part)| (n, work(part))).collect::<Vec<_>>()
+    });
+    let mut done: Vec<_> = done.into_iter().flatten().flatten().collect();
+    done.sort_unstable_by_key(|(n, _)| *n);
+    let mut done = done.into_iter().peekable();
+    let each = parts().flat_map(|(n, part)| match done.next_if(|(of, _)| *of == n) {
+        Some((_, done)) => done,
+        // Its thread ended in a panic.
+        None => work(part),
+    });
+    each.collect()
 }
 
-fn over<T: Sync, R: Send>(
+/// How many threads so many items are worth, if each is to have at least `least`; one at the least.
+pub(crate) fn threads(items: usize, least: usize) -> usize {
+    // Asking for them costs some system calls, and reads some files.
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    let processors = || thread::available_parallelism().map_or(1, usize::from);
+    match items / least.max(1) {
+        0 | 1 => 1,
+        worth => worth.min(MOST).min(*PROCESSORS.get_or_init(processors)),
+    }
+}
+
+/// Parts that several threads take one after the other, each when it is done with the last: one that starts late takes fewer.
+pub(crate) struct Parts<'q, I>(&'q Mutex<I>);
+
+impl<I: Iterator> Iterator for Parts<'_, I> {
+    type Item = I::Item;
+
+    fn next(&mut self) -> Option<I::Item> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).next()
+    }
+}
+
+/// What `work` makes of the parts it takes, in so many threads, of which this is one. None of a thread that ended in a panic; one that
+/// could not be started leaves the parts to the others.
+pub(crate) fn over<I: Iterator + Send, R: Send>(
     threads: usize,
-    items: &[T],
-    work: impl Fn(&[T]) -> Vec<R> + Sync,
-) -> Vec<R> {
-    let part = items.len().div_ceil(threads.max(1)).max(1);
-    let (ours, others) = items.split_at(part.min(items.len()));
-    let work = &work;
+    parts: I,
+    work: impl Fn(Parts<'_, I>) -> R + Sync,
+) -> Vec<Option<R>> {
+    let (parts, work) = (&Mutex::new(parts), &work);
     thread::scope(|scope| {
-        let start = |part| {
-            let thread = thread::Builder::new().spawn_scoped(scope, move || work(part));
-            (part, thread.ok())
-        };
-        let others: Vec<_> = others.chunks(part).map(start).collect();
-        let mut all = work(ours);
-        for (part, thread) in others {
-            let done = thread.and_then(|thread| thread.join().ok());
-            all.extend(done.unwrap_or_else(|| work(part)));
-        }
-        all
+        let start = |_| thread::Builder::new().spawn_scoped(scope, move || work(Parts(parts)));
+        let others: Vec<_> = (1..threads).flat_map(start).collect();
+        let ours = Some(work(Parts(parts)));
+        let others = others.into_iter().map(|thread| thread.join().ok());
+        std::iter::once(ours).chain(others).collect()
     })
 }
 
@@ -55,18 +80,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_the_parts_the_order_is_kept() {
+    fn each_part_is_taken_once() {
+        for len in [0, 1, 2, 7, 8, 9, 100] {
+            let items: Vec<usize> = (0..len).collect();
+            for threads in [1, 2, 3, 8, 200] {
+                let taken = AtomicUsize::new(0);
+                let done = over(threads, items.chunks(3).enumerate(), |parts| {
+                    let each = parts.inspect(|_| {
+                        taken.fetch_add(1, Ordering::Relaxed);
+                    });
+                    each.collect::<Vec<_>>()
+                });
+                let mut done: Vec<_> = done.into_iter().flatten().flatten().collect();
+                done.sort_unstable();
+                assert!(
+                    done.into_iter().eq(items.chunks(3).enumerate()),
+                    "{len} over {threads}"
+                );
+                assert_eq!(taken.into_inner(), len.div_ceil(3), "{len} over {threads}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_is_kept_whatever_becomes_of_a_thread() {
+        let this = thread::current().id();
         for len in [0, 1, 2, 7, 8, 9, 100] {
             let items: Vec<usize> = (0..len).collect();
             let squares: Vec<usize> = items.iter().map(|n| n * n).collect();
-            for threads in [0, 1, 2, 3, 8, 200] {
-                let parts = AtomicUsize::new(0);
-                let done = over(threads, &items, |part| {
-                    parts.fetch_add(1, Ordering::Relaxed);
+            for panics in [false, true] {
+                let done = spread(&items, 1, |part| {
+                    assert!(!panics || thread::current().id() == this, "on purpose");
                     part.iter().map(|n| n * n).collect()
                 });
-                assert_eq!(done, squares, "{len} over {threads}");
-                assert!(parts.into_inner() <= threads.max(1), "{len} over {threads}");
+                assert_eq!(done, squares);
             }
         }
     }

@@ -2,9 +2,9 @@
 //!
 //! A pause is paid for by the guest, so what can be learned before it is: [`Survey::walk_ahead`] lists and walks while the guest
 //! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
-//! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, where it is in the lists, and
-//! what others may change of it ([`proof`](crate::proof)); the other fields and the frames of its stack only it changes itself, by
-//! running. (Its name can be changed by another.)
+//! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, and what others may change
+//! of it ([`proof`](crate::proof)); the other fields and the frames of its stack only it changes itself, by running. (Its name can be
+//! changed by another.) That nobody came and nobody left, the kernel's own counts say.
 //!
 //! Knows the lists that tasks are on; it must not know what stacks look like.
 
@@ -17,10 +17,11 @@ use crate::{
     reader::KernelMemory,
     stack::Stack,
     stacks::Unwinder,
+    survey_known::Known,
     survey_seen::{Brief, Links},
     task::{PatchState, Task, TaskKind},
     task_reader::TaskReader,
-    tasks::{MAX_TASKS, TasksError, check_count, check_lock},
+    tasks::{Census, MAX_TASKS, TasksError, check_count},
     tasks_vcpus::{self, OnCpu},
     vcpu::VcpuRegs,
 };
@@ -30,8 +31,6 @@ pub use crate::survey_seen::Seen;
 /// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
 const MOST_KEPT: usize = 1 << 15;
 const MOST_RAW: usize = 32 << 20;
-/// So many tasks are fetched at once: more than a processor waits for together, less than its nearest cache holds.
-const BATCH: usize = 16;
 
 /// All tasks of a guest, as seen in the last look.
 #[derive(Clone, Debug)]
@@ -48,6 +47,8 @@ pub struct Survey {
     /// What proves of each of those that it is the same, one behind the other; none when nothing is kept.
     raw: Vec<u8>,
     keep: bool,
+    /// Since before the lists were gone through.
+    census: Option<Census>,
     /// Of the code that the stacks were walked by.
     generation: u64,
 }
@@ -70,6 +71,7 @@ impl Survey {
             listed: 0,
             raw: Vec::new(),
             keep: true,
+            census: None,
             generation: 0,
         }
     }
@@ -179,13 +181,14 @@ impl Survey {
         memory: &KernelMemory<'_>,
         vcpus: &[VcpuRegs],
     ) -> Result<(), TasksError> {
-        check_lock(kernel, memory)?;
+        let census = Census::take(kernel, memory)?;
         // Where a task's birth does not show, another in its place, with its number, could be taken for it.
-        self.keep &= kernel.layout.task.start_time.is_some();
+        self.keep &= kernel.layout.task.start_time.is_some() && census.is_some();
         let reader = TaskReader::new(kernel, memory);
         let proof = Proof::new(kernel, memory);
-        if !self.renew(&reader, &proof)? {
+        if self.census != census || !self.renew(&reader, &proof)? {
             self.list_anew(&reader, &proof)?;
+            self.census = census;
         }
         self.idle(&reader)?;
         let places = kernel.places()?;
@@ -198,7 +201,8 @@ impl Survey {
         Ok(())
     }
 
-    /// Goes through those that are known, and reads again what has changed of them. False: the lists themselves have.
+    /// Goes through those that are known, of whom nobody has left the lists, and reads again what has changed of them. False: what is
+    /// known does not hold.
     fn renew(
         &mut self,
         reader: &TaskReader<'_, '_>,
@@ -212,16 +216,13 @@ impl Survey {
             self.at.remove(&tail.addr);
         }
         self.seen.truncate(self.listed);
-        let batches = (self.briefs.chunks_mut(BATCH))
-            .zip(self.raw.chunks_mut(BATCH * len))
-            .zip(self.seen.chunks_mut(BATCH));
-        for ((briefs, raw), seen) in batches {
-            briefs.iter().for_each(|brief| proof.prefetch(brief.addr));
-            for ((brief, before), seen) in briefs.iter_mut().zip(raw.chunks_mut(len)).zip(seen) {
-                if !renew_one(reader, proof, brief, before, seen)? {
-                    return Ok(false);
-                }
-            }
+        let known = Known {
+            briefs: &mut self.briefs,
+            raw: &mut self.raw,
+            seen: &mut self.seen,
+        };
+        if !known.renew(reader.kernel, reader.memory, len)? {
+            return Ok(false);
         }
         Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
     }
@@ -403,36 +404,6 @@ impl Survey {
             }
         }
     }
-}
-
-/// Makes sure of one that is known, or reads it again. False: it is no longer where it was in the lists.
-fn renew_one(
-    reader: &TaskReader<'_, '_>,
-    proof: &Proof<'_, '_>,
-    brief: &mut Brief,
-    before: &mut [u8],
-    seen: &mut Seen,
-) -> Result<bool, TasksError> {
-    let Some(now) = proof.gather(brief.addr) else {
-        return Ok(false);
-    };
-    if *now == *before && !brief.anew {
-        if brief.mark.is_none() {
-            seen.settle();
-        }
-        return Ok(true);
-    }
-    let still = proof.holds(brief.addr);
-    let mut fresh = Seen::read(reader, brief.addr)?;
-    if fresh.links != seen.links {
-        return Ok(false);
-    }
-    // Only now: as long as the two differ, nobody takes the old stack for the new one.
-    before.copy_from_slice(&now);
-    fresh.kept = true;
-    *brief = fresh.brief(still);
-    *seen = fresh;
-    Ok(true)
 }
 
 /// What an earlier look knew.

@@ -107,8 +107,8 @@ impl PhysMemory for VmMemory {
         self.ram.gather(gpa, parts, buf)
     }
 
-    fn prefetch(&self, gpa: GuestAddress, parts: &[Part]) {
-        PhysMemory::prefetch(&self.ram, gpa, parts);
+    fn compare(&self, gpas: &[GuestAddress], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+        self.ram.compare(gpas, parts, bytes, same);
     }
 }
 

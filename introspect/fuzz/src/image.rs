@@ -60,6 +60,7 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("klp_target_state", 0x2_0080),
     ("tasklist_lock", 0x2_0090),
     ("nr_threads", 0x2_00a0),
+    ("total_forks", 0x2_00a8),
     ("modules", 0x2_00b0),
     ("__per_cpu_offset", 0x2_0100),
     ("__cpu_possible_mask", 0x2_0200),
