@@ -17,8 +17,8 @@ const MOST_EXITED: usize = 1024;
 pub enum Finding {
     /// It is where it is to go; the way, when it was we who moved it.
     There(Option<TaskWay>),
-    /// It is not.
-    Blocked(Blocked),
+    /// It is not. Boxed: of thousands of findings few are this one.
+    Blocked(Box<Blocked>),
 }
 
 /// Why a task is not there, and what was done about it.
@@ -92,7 +92,8 @@ impl Ledger {
         row.report.kind = task.kind;
         row.report.state = task.state_letter();
         match finding {
-            Finding::Blocked(Blocked { why, signalled }) => {
+            Finding::Blocked(blocked) => {
+                let Blocked { why, signalled } = *blocked;
                 if row.report.blocker.as_ref() != Some(&why) {
                     row.report.since_ms = Some(after_ms);
                     row.report.blocker = Some(why);
@@ -191,10 +192,10 @@ mod tests {
     }
 
     fn blocked(why: &str) -> Finding {
-        Finding::Blocked(Blocked {
+        Finding::Blocked(Box::new(Blocked {
             why: why.into(),
             signalled: false,
-        })
+        }))
     }
 
     fn ms(n: u64) -> Duration {
@@ -253,10 +254,10 @@ mod tests {
     fn says_since_when_and_how_often_it_was_signalled() {
         let a = task(1, 1, TaskKind::User);
         let in_frame = |why: &str, signalled| {
-            Finding::Blocked(Blocked {
+            Finding::Blocked(Box::new(Blocked {
                 why: why.into(),
                 signalled,
-            })
+            }))
         };
         let mut ledger = Ledger::default();
         for (at, why, signalled) in [

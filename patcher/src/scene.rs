@@ -86,20 +86,23 @@ impl<'a> Scene<'a> {
             self.places.check(&self.look.memory, self.patch.code)?;
         }
         let standings = self.standings(direction, |_| true);
-        let mut step = Step::new(standings.iter().map(finding).collect());
-        if direction == Direction::Apply || self.patch.stubs_changed {
-            self.plan_code(&mut step.plan)?;
+        let all = standings.iter().all(is_clean);
+        let at_last =
+            all && self.look.every_vcpu_has_a_task().is_ok() && self.replaced_are_left().is_ok();
+        if !at_last && at_once {
+            return Err(self.not_at_once(&standings));
         }
-        let all = step.findings.iter().all(is_there);
-        if all && self.look.every_vcpu_has_a_task().is_ok() && self.replaced_are_left().is_ok() {
+        // Thousands of findings take the place of the standings, which nobody needs any more.
+        if at_last {
+            let mut step = Step::new(standings.into_iter().map(Finding::from).collect());
+            self.plan_code(direction, &mut step.plan)?;
             self.plan_end(direction, &mut step.plan)?;
             self.plan_globals(NO_STATE, self.transition_patch(direction), &mut step.plan)?;
             step.finished = true;
             return Ok(step);
         }
-        if at_once {
-            return Err(self.not_at_once(&standings));
-        }
+        let mut step = Step::new(standings.iter().cloned().map(Finding::from).collect());
+        self.plan_code(direction, &mut step.plan)?;
         self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
         for (task, standing) in self.look.tasks().zip(&standings) {
             if is_clean(standing) {
@@ -372,7 +375,7 @@ impl<'a> Scene<'a> {
         let each = standings.iter().enumerate();
         each.map(|(at, standing)| match standing {
             _ if self.state(at) == target => Finding::There(way),
-            other => finding(other),
+            other => other.clone().into(),
         })
         .collect()
     }
@@ -451,13 +454,15 @@ fn number(state: Option<PatchState>) -> i32 {
     }
 }
 
-fn finding(standing: &Standing) -> Finding {
-    match standing {
-        Standing::Clean(way) => Finding::There(Some(*way)),
-        Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Blocked {
-            why: why.clone(),
-            signalled: false,
-        }),
+impl From<Standing> for Finding {
+    fn from(standing: Standing) -> Finding {
+        match standing {
+            Standing::Clean(way) => Finding::There(Some(way)),
+            Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Box::new(Blocked {
+                why,
+                signalled: false,
+            })),
+        }
     }
 }
 

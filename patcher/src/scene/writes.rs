@@ -13,10 +13,13 @@ use crate::unmoved::Unmoved;
 use super::{Scene, Step};
 
 impl Scene<'_> {
-    pub(super) fn plan_code(&self, plan: &mut Plan) -> Result<(), Stop> {
-        let (memory, patch) = (&self.look.memory, self.patch);
-        self.places
-            .plan_fill(memory, patch.code, &patch.code_bytes, plan)?;
+    /// The code, where a transition in this direction begins with it.
+    pub(super) fn plan_code(&self, direction: Direction, plan: &mut Plan) -> Result<(), Stop> {
+        if direction == Direction::Apply || self.patch.stubs_changed {
+            let (memory, patch) = (&self.look.memory, self.patch);
+            self.places
+                .plan_fill(memory, patch.code, &patch.code_bytes, plan)?;
+        }
         Ok(())
     }
 
