@@ -90,6 +90,14 @@ impl<'a, M: Machine> Paused<'a, M> {
         plan.commit(self.machine)
     }
 
+    /// Sends an interrupt that the vCPU takes once the guest runs.
+    ///
+    /// # Errors
+    /// [`MachineError::Interrupt`].
+    pub fn interrupt(&mut self, vcpu: u32, vector: u8) -> Result<(), MachineError> {
+        self.machine.interrupt(vcpu, vector)
+    }
+
     /// Puts back what [`commit`](Self::commit) did in this pause.
     pub fn undo(&mut self, journal: &Journal, cause: PatchError) -> PatchError {
         journal.undo(self.machine, cause)

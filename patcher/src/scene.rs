@@ -33,9 +33,9 @@ pub struct Step {
     pub findings: Vec<Finding>,
     /// With these writes the transition is over.
     pub finished: bool,
-    /// vCPUs to send a reschedule interrupt once the guest runs.
+    /// vCPUs to send a reschedule interrupt, which they take once the guest runs.
     pub nudge: Vec<u32>,
-    /// The interrupt that wakes sleepers, likewise.
+    /// The interrupt that wakes sleepers, to send once it does.
     pub wake: Option<Start>,
     /// Who has not moved then, in a guest that does not know it itself.
     pub unmoved: Option<Unmoved>,

@@ -200,7 +200,7 @@ impl Patcher {
         done
     }
 
-    /// One pause: a look, the step that `make` makes of it, its writes, and the guest running again with its interrupts sent.
+    /// One pause: a look, the step that `make` makes of it, its writes and interrupts, and the guest running again, its sleepers woken.
     fn carry_out_for<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -225,12 +225,6 @@ impl Patcher {
             Err(Stop::Fail(error)) => return Err(Stop::Fail(self.lost(error))),
             Err(busy) => return Err(busy),
         };
-        for vcpu in &step.nudge {
-            // It only hastens what the guest does anyway.
-            if let Err(error) = machine.interrupt(*vcpu, RESCHEDULE_VECTOR) {
-                tracing::debug!(%error, vcpu, "no reschedule interrupt");
-            }
-        }
         if let Some(start) = step.wake {
             // The list is out: whatever comes to it first works it off, the next tick at the latest.
             if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
@@ -281,8 +275,15 @@ impl Patcher {
         let reached = self
             .places
             .check_mapping(&guest.kernel.memory(paused.memory()));
-        let done = reached.and_then(|()| paused.commit(&step.plan).map(drop));
-        if let Err(error) = done {
+        let written = match reached.and_then(|()| paused.commit(&step.plan)) {
+            Ok(written) => written,
+            Err(error) => return Err(paused.undo(&mapped, error).into()),
+        };
+        // Before the guest runs: its own wakeups send no interrupt to a CPU whose idle task has TIF_NEED_RESCHED already
+        // (`kernel/sched/core.c: resched_curr`), which would sleep on without ours.
+        let mut nudges = step.nudge.iter();
+        if let Err(error) = nudges.try_for_each(|vcpu| paused.interrupt(*vcpu, RESCHEDULE_VECTOR)) {
+            let error = paused.undo(&written, error.into());
             return Err(paused.undo(&mapped, error).into());
         }
         self.places.mapped();
