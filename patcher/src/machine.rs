@@ -73,7 +73,7 @@ pub trait Machine {
     /// [`MachineError::HiddenMemory`].
     fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError>;
 
-    /// Sends interrupt `vector` to vCPU `index`, fixed delivery, edge.
+    /// Sends interrupt `vector` to vCPU `index`, fixed delivery, edge. Of one that is stopped it is pending, and taken when it runs.
     ///
     /// # Errors
     /// [`MachineError::Interrupt`].
