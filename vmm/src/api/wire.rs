@@ -142,7 +142,7 @@ pub struct Task {
     pub state: char,
     /// What sort of task.
     pub kind: TaskKind,
-    /// The vCPU that runs it, if one does.
+    /// The vCPU that runs it, if one does. Of a vCPU in the middle of a context switch it is not certain, and no task has it.
     pub vcpu: Option<u32>,
     /// The CPU it last ran on, or whose idle task it is.
     pub cpu: Option<u32>,
