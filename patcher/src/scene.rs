@@ -4,20 +4,23 @@
 //! what to enter in the book. None of them writes. What happens between two looks is the guest's own doing: its entry code and idle
 //! loop flip tasks that carry TIF_PATCH_PENDING to `klp_target_state`, and its forks inherit.
 
+mod standings;
 mod writes;
 
+use introspect::survey::Seen;
 use introspect::{PatchState, Task};
 
 use crate::error::PatchError;
 use crate::facts::Facts;
 use crate::func_stack::Redirect;
 use crate::journal::Plan;
-use crate::ledger::{Blocked, Finding};
+use crate::ledger::Finding;
 use crate::look::{Look, Standing, Watch};
 use crate::patch::Patch;
 use crate::place::Places;
 use crate::quiet::{self, NO_STATE, Stop};
 use crate::redirect::{self, EncodeError, SITE_LEN};
+use crate::scene::standings::Standings;
 use crate::signal;
 use crate::status::TaskWay;
 use crate::transition::Direction;
@@ -86,33 +89,32 @@ impl<'a> Scene<'a> {
             self.places.check(&self.look.memory, self.patch.code)?;
         }
         let standings = self.standings(direction, |_| true);
-        let all = standings.iter().all(is_clean);
-        let at_last =
-            all && self.look.every_vcpu_has_a_task().is_ok() && self.replaced_are_left().is_ok();
+        let at_last = standings.are_clean()
+            && self.look.every_vcpu_has_a_task().is_ok()
+            && self.replaced_are_left().is_ok();
         if !at_last && at_once {
             return Err(self.not_at_once(&standings));
         }
-        // Thousands of findings take the place of the standings, which nobody needs any more.
         if at_last {
-            let mut step = Step::new(standings.into_iter().map(Finding::from).collect());
+            let mut step = Step::new(standings.into_findings());
             self.plan_code(direction, &mut step.plan)?;
             self.plan_end(direction, &mut step.plan)?;
             self.plan_globals(NO_STATE, self.transition_patch(direction), &mut step.plan)?;
             step.finished = true;
             return Ok(step);
         }
-        let mut step = Step::new(standings.iter().cloned().map(Finding::from).collect());
+        let mut step = Step::new(standings.clone().into_findings());
         self.plan_code(direction, &mut step.plan)?;
         self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
-        for (task, standing) in self.look.tasks().zip(&standings) {
-            if is_clean(standing) {
+        for (at, task) in self.look.tasks().enumerate() {
+            if standings.is_clean(at) {
                 self.plan_state(task, direction.target(), &mut step.plan)?;
             } else {
                 self.plan_state(task, direction.initial(), &mut step.plan)?;
                 self.plan_pending(task, true, &mut step.plan)?;
             }
         }
-        let unmoved = self.those(|at| standings.get(at).is_some_and(|s| !is_clean(s)));
+        let unmoved = self.those(|at| !standings.is_clean(at));
         self.plan_unmoved(direction, unmoved, &mut step)?;
         self.plan_sites(&mut step.plan, Redirect::to_stub)?;
         self.nudge(&mut step);
@@ -142,18 +144,18 @@ impl<'a> Scene<'a> {
                 Err(fail) => return Err(fail),
             }
         }
-        for ((at, task), standing) in self.look.tasks().enumerate().zip(&standings) {
+        for (at, task) in self.look.tasks().enumerate() {
             if self.state(at) == target {
                 continue;
             }
-            if is_clean(standing) {
+            if standings.is_clean(at) {
                 self.plan_state(task, target, &mut step.plan)?;
                 self.plan_pending(task, false, &mut step.plan)?;
             } else {
                 self.plan_flags(task, true, self.signal_flag(task), &mut step.plan)?;
             }
         }
-        let moved = self.those(|at| standings.get(at).is_some_and(is_clean));
+        let moved = self.those(|at| standings.is_clean(at));
         self.plan_moved(moved, &mut step)?;
         self.wake_sleepers(&mut step)?;
         self.nudge(&mut step);
@@ -226,9 +228,12 @@ impl<'a> Scene<'a> {
 
     /// Somebody is in the way of moving all in this pause. Whoever is in the old code is named rather than one of whom that is not
     /// known: the latter has often gone on by the next pause.
-    fn not_at_once(&self, standings: &[Standing]) -> Stop {
+    fn not_at_once(&self, standings: &Standings) -> Stop {
         let (mut inside, mut unsure) = (Vec::new(), Vec::new());
-        for (task, standing) in self.look.tasks().zip(standings) {
+        for (at, standing) in standings.unclean() {
+            let Some(Seen { task, .. }) = self.look.seen().get(at) else {
+                continue;
+            };
             match standing {
                 Standing::Clean(_) => {}
                 Standing::Inside(why) => inside.push((task, why)),
@@ -257,14 +262,14 @@ impl<'a> Scene<'a> {
         let standings = self.standings(to, |state| state != target);
         let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
         self.plan_globals(target, self.dummy, &mut step.plan)?;
-        for ((at, task), standing) in self.look.tasks().enumerate().zip(&standings) {
-            let clean = is_clean(standing);
+        for (at, task) in self.look.tasks().enumerate() {
+            let clean = standings.is_clean(at);
             if clean && self.state(at) != target {
                 self.plan_state(task, target, &mut step.plan)?;
             }
             self.plan_pending(task, !clean, &mut step.plan)?;
         }
-        let unmoved = self.those(|at| standings.get(at).is_some_and(|s| !is_clean(s)));
+        let unmoved = self.those(|at| !standings.is_clean(at));
         self.plan_unmoved(to, unmoved, &mut step)?;
         self.nudge(&mut step);
         Ok(step)
@@ -358,7 +363,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
-    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> Vec<Standing> {
+    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> Standings {
         let watch = direction.watch(self.patch);
         let stand = |at| match self.look.patch_state(at) {
             _ if !ask(self.state(at)) => Standing::Clean(TaskWay::Stack),
@@ -367,17 +372,18 @@ impl<'a> Scene<'a> {
             )),
             _ => self.look.standing(at, &watch),
         };
-        (0..self.look.seen().len()).map(stand).collect()
+        Standings::ask(self.look.seen().len(), stand)
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
-    fn findings(&self, standings: &[Standing], target: i32, way: Option<TaskWay>) -> Vec<Finding> {
-        let each = standings.iter().enumerate();
-        each.map(|(at, standing)| match standing {
-            _ if self.state(at) == target => Finding::There(way),
-            other => other.clone().into(),
-        })
-        .collect()
+    fn findings(&self, standings: &Standings, target: i32, way: Option<TaskWay>) -> Vec<Finding> {
+        let mut findings = standings.clone().into_findings();
+        for (at, finding) in findings.iter_mut().enumerate() {
+            if self.state(at) == target {
+                *finding = Finding::There(way);
+            }
+        }
+        findings
     }
 
     /// Code in which a task's state and flag are being changed.
@@ -440,10 +446,6 @@ impl Step {
     }
 }
 
-fn is_clean(standing: &Standing) -> bool {
-    matches!(standing, Standing::Clean(_))
-}
-
 /// The patch state as a number; `NO_STATE` in a kernel that has none.
 fn number(state: Option<PatchState>) -> i32 {
     match state {
@@ -451,18 +453,6 @@ fn number(state: Option<PatchState>) -> i32 {
         Some(PatchState::Unpatched) => 0,
         Some(PatchState::Patched) => 1,
         Some(PatchState::Invalid(other)) => other,
-    }
-}
-
-impl From<Standing> for Finding {
-    fn from(standing: Standing) -> Finding {
-        match standing {
-            Standing::Clean(way) => Finding::There(Some(way)),
-            Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Box::new(Blocked {
-                why,
-                signalled: false,
-            })),
-        }
     }
 }
 
