@@ -3,7 +3,8 @@
 //! This is the one place that decides whether a task may be moved. It only reads.
 
 use std::borrow::Cow;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
@@ -95,6 +96,8 @@ pub struct Look<'a> {
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
     walked: Cell<usize>,
+    /// What was said of an address inside watched code, and of which piece: thousands sleep at the same place.
+    said: RefCell<HashMap<Gva, (String, String)>>,
 }
 
 impl<'a> Look<'a> {
@@ -118,6 +121,7 @@ impl<'a> Look<'a> {
             unwinder,
             vcpus,
             walked: Cell::new(0),
+            said: RefCell::default(),
         })
     }
 
@@ -263,6 +267,10 @@ impl<'a> Look<'a> {
     }
 
     fn inside(&self, frame: &Frame, name: &str) -> String {
+        let mut said = self.said.borrow_mut();
+        if let Some((_, text)) = said.get(&frame.ip).filter(|(piece, _)| piece == name) {
+            return text.clone();
+        }
         let mut text = format!("in {name}");
         if let Some((symbol, offset)) = self.kernel.symbolize(frame.ip) {
             if symbol.name != name {
@@ -271,6 +279,7 @@ impl<'a> Look<'a> {
                 let _ = write!(text, "+{offset:#x}");
             }
         }
+        said.insert(frame.ip, (name.to_owned(), text.clone()));
         text
     }
 

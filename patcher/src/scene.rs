@@ -103,7 +103,7 @@ impl<'a> Scene<'a> {
             step.finished = true;
             return Ok(step);
         }
-        let mut step = Step::new(standings.clone().into_findings());
+        let mut step = Step::new(Vec::new());
         self.plan_code(direction, &mut step.plan)?;
         self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
         for (at, task) in self.look.tasks().enumerate() {
@@ -117,6 +117,7 @@ impl<'a> Scene<'a> {
         let unmoved = self.those(|at| !standings.is_clean(at));
         self.plan_unmoved(direction, unmoved, &mut step)?;
         self.plan_sites(&mut step.plan, Redirect::to_stub)?;
+        step.findings = standings.into_findings();
         self.nudge(&mut step);
         Ok(step)
     }
@@ -344,11 +345,10 @@ impl<'a> Scene<'a> {
     }
 
     /// The tasks of these numbers of the look.
-    fn those(&self, which: impl Fn(usize) -> bool) -> Vec<introspect::Gva> {
+    fn those(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = introspect::Gva> {
         let each = self.look.tasks().enumerate();
-        each.filter(|(at, _)| which(*at))
+        each.filter(move |(at, _)| which(*at))
             .map(|(_, task)| task.addr)
-            .collect()
     }
 
     /// The patch state of task number `at` of the look.
