@@ -1,6 +1,6 @@
 //! How tasks move: all in one pause or each when it can, turned round on the way, or by force.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};
 
 use crate::{
@@ -10,6 +10,9 @@ use crate::{
         the_patch,
     },
 };
+
+/// How often a guest that was left alone for a second is asked whether it is idle.
+const LOOKS: usize = 50;
 
 pub fn one_pause_cancel_and_force(
     bench: &Bench,
@@ -23,7 +26,7 @@ pub fn one_pause_cancel_and_force(
     // The log just read is still on its way through the console's workers: let the guest be idle.
     guest.sh("sleep 1")?;
     for mode in ["auto", "stop-machine"] {
-        in_one_pause(&outpatch, sample, mode)?;
+        in_one_pause(&outpatch, sample, mode, pause)?;
     }
     guest.sh("sleeper 10 & sleep 1")?;
     refused_with_the_frame(guest, &outpatch, pause)?;
@@ -32,9 +35,10 @@ pub fn one_pause_cancel_and_force(
     guest.expect_unharmed(&log)
 }
 
-/// An idle guest is patched in one pause, and back.
-fn in_one_pause(outpatch: &Outpatch, patch: &str, mode: &str) -> Result<()> {
+/// An idle guest is patched in one pause, and back. `other` is a patch that nobody is in the way of either.
+fn in_one_pause(outpatch: &Outpatch, patch: &str, mode: &str, other: &str) -> Result<()> {
     for verb in [&["apply", patch][..], &["revert"]] {
+        is_idle(outpatch, other)?;
         outpatch.ok(&[verb, &["--mode", mode]].concat())?;
         let status = outpatch.json(&["status", "livepatch_sample"])?;
         ensure!(status["pauses"]["count"] == 1, "{mode}: {status}");
@@ -45,6 +49,17 @@ fn in_one_pause(outpatch: &Outpatch, patch: &str, mode: &str) -> Result<()> {
     }
     println!("{mode}: there and back in one pause each");
     Ok(())
+}
+
+/// Waits for the guest to be idle: on a busy machine its console's workers and timers are still at it a while later.
+fn is_idle(outpatch: &Outpatch, patch: &str) -> Result<()> {
+    for _ in 0..LOOKS {
+        let report = outpatch.json(&["check", patch])?;
+        if report["at_once"] == true {
+            return Ok(());
+        }
+    }
+    bail!("the guest is not idle in {LOOKS} looks")
 }
 
 /// With tasks in the old function all in one pause cannot be, and the first of them is named; nothing is left of the try. What
