@@ -141,6 +141,15 @@ pub fn signal_at(n: usize) -> usize {
     TASKS + 0x8000 + 0x20 * n
 }
 
+/// Where the lists of tasks lead on: the next process, the next thread and the head of the threads of each task, and those heads.
+pub fn list_words() -> impl Iterator<Item = usize> {
+    let links = |n| [72, 88, 112].map(|offset| task_at(n) + offset);
+    (0..4).flat_map(links).chain((0..3).map(signal_at))
+}
+
+/// Where it is counted who came to them and who left: `nr_threads` and `total_forks`.
+pub const COUNTS: [usize; 2] = [IMAGE + 0x2_00a0, IMAGE + 0x2_00a8];
+
 /// Where a module is.
 pub fn module_at(n: usize) -> usize {
     MODULES + 0x1000 * n
