@@ -197,11 +197,12 @@ impl Kernel {
         let suites = generation.debug_suites();
         let start = format!("linux-image-{generation}.");
         let symbols = Packages::new(cache).only("*/vmlinux*");
-        let symbols = symbols.fetch_newest(&start, "-cloud-amd64-dbg", |_| true, suites)?;
+        let flavour = Flavour::Cloud;
+        let symbols = symbols.fetch_newest_extra(&start, flavour.end(), "-dbg", suites)?;
         let name = symbols.name.trim_end_matches("-dbg");
         let packages = Packages::new(cache);
-        let image = packages.fetch(name, suites)?;
-        let kernel = Kernel::of(&packages, (generation, Flavour::Cloud), image, suites)?;
+        let image = packages.fetch_version(name, &symbols.version, suites)?;
+        let kernel = Kernel::of(&packages, (generation, flavour), image, suites)?;
         let release = &kernel.release;
         let vmlinux = symbols
             .root

@@ -117,7 +117,18 @@ impl Packages {
 
     /// The newest version of `name` in `suites`, unpacked.
     pub fn fetch(&self, name: &str, suites: &[&str]) -> Result<Package> {
-        self.fetch_as(name, suites, || Ok(vec![name.to_owned()]))
+        self.fetch_as(name, suites, || {
+            self.apt.candidates(&[name.to_owned()], suites)
+        })
+    }
+
+    /// This version of `name` in `suites`, unpacked.
+    pub fn fetch_version(&self, name: &str, version: &str, suites: &[&str]) -> Result<Package> {
+        self.fetch_as(&format!("{name}={version}"), suites, || {
+            let mut found = self.apt.candidates(&[name.to_owned()], suites)?;
+            found.retain(|candidate| candidate.version == version);
+            Ok(found)
+        })
     }
 
     /// The newest package in `suites` whose name has this beginning, this end, and is one of `ours`.
@@ -131,7 +142,25 @@ impl Packages {
         self.fetch_as(&format!("{start}*{end}"), suites, || {
             let mut names = self.apt.names(start)?;
             names.retain(|n| n.ends_with(end) && ours(n));
-            Ok(names)
+            self.apt.candidates(&names, suites)
+        })
+    }
+
+    /// The newest package in `suites` whose name has this beginning and this end with `extra` behind, of those whose main package, the one
+    /// without `extra`, is there in the same version: what is signed reaches the archive some days after what is not.
+    pub fn fetch_newest_extra(
+        &self,
+        start: &str,
+        end: &str,
+        extra: &str,
+        suites: &[&str],
+    ) -> Result<Package> {
+        let what = format!("{start}*{end}{extra} with {start}*{end}");
+        self.fetch_as(&what, suites, || {
+            let mut names = self.apt.names(start)?;
+            names.retain(|n| n.strip_suffix(extra).unwrap_or(n).ends_with(end));
+            let found = self.apt.candidates(&names, suites)?;
+            Ok(with_main_package(&found, extra))
         })
     }
 
@@ -180,7 +209,7 @@ impl Packages {
         &self,
         what: &str,
         suites: &[&str],
-        names: impl Fn() -> Result<Vec<String>>,
+        find: impl Fn() -> Result<Vec<Candidate>>,
     ) -> Result<Package> {
         let part = self.only.map_or(String::new(), |part| format!(":{part}"));
         let key = format!("{what}@{}{part}", suites.join(","));
@@ -192,7 +221,7 @@ impl Packages {
         if let Some(found) = self.indexed(&key) {
             return Ok(found);
         }
-        let fetched = self.download_newest(what, suites, names)?;
+        let fetched = self.download_newest(what, suites, find)?;
         let mut index = self.index();
         index.extend(fetched.iter().map(|p| (key.clone(), p.clone())));
         self.write_json(&self.index_path(), &index)?;
@@ -207,13 +236,13 @@ impl Packages {
         &self,
         what: &str,
         suites: &[&str],
-        names: impl Fn() -> Result<Vec<String>>,
+        find: impl Fn() -> Result<Vec<Candidate>>,
     ) -> Result<Vec<Package>> {
         let mut gone: Vec<Candidate> = Vec::new();
         let mut first = None;
         loop {
             let resolve = || {
-                let mut found = self.apt.candidates(&names()?, suites)?;
+                let mut found = find()?;
                 found.retain(|candidate| !gone.contains(candidate));
                 let newest = self.apt.newest(found)?;
                 newest.ok_or_else(|| PackageError::NotFound {
@@ -353,6 +382,19 @@ fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()
     })
 }
 
+/// Those of `found` whose names end in `extra`, and of which the same without it is found in the same version.
+fn with_main_package(found: &[Candidate], extra: &str) -> Vec<Candidate> {
+    let is_there = |name: &str, version: &str| {
+        let mut all = found.iter();
+        all.any(|other| other.name == name && other.version == version)
+    };
+    let has_main = |candidate: &&Candidate| {
+        let main = candidate.name.strip_suffix(extra);
+        main.is_some_and(|main| is_there(main, &candidate.version))
+    };
+    found.iter().filter(has_main).cloned().collect()
+}
+
 /// Is this the file of that package? They are called `name_version_arch.deb`, with a colon written as `%3a`.
 fn is_of(file: &str, candidate: &Candidate) -> bool {
     let (name, rest) = file.split_once('_').unwrap_or_default();
@@ -414,6 +456,26 @@ mod tests {
             &candidate
         ));
         assert!(!is_of("odd", &candidate));
+    }
+
+    #[test]
+    fn what_came_before_its_main_package_is_passed_over() {
+        let candidate = |name: &str, version: &str| Candidate {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            suite: "s".to_owned(),
+        };
+        let both = candidate("image-5-dbg", "9.2-1");
+        let found = [
+            // Its main package is there in an older version only.
+            candidate("image-5-dbg", "9.2-2"),
+            candidate("image-5", "9.2-1"),
+            both.clone(),
+            candidate("image-4", "9.1-1"),
+            candidate("image-6-dbg", "9.2-3"),
+        ];
+        assert_eq!(with_main_package(&found, "-dbg"), [both]);
+        assert_eq!(with_main_package(&[], "-dbg"), []);
     }
 
     #[test]
