@@ -78,6 +78,7 @@ mod record;
 mod spread;
 pub mod stack;
 pub mod stacks;
+mod stacks_changes;
 pub mod stacks_code;
 pub mod stacks_cpu;
 pub mod stacks_modules;

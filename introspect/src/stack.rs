@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::addr::Gva;
+use crate::addr::{Gva, GvaRange};
 
 /// One frame: an address in code that the task has yet to execute from or return to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -76,6 +76,15 @@ pub struct Stack {
     /// Whether they can be relied on.
     #[serde(flatten)]
     pub verdict: Verdict,
+}
+
+impl Frame {
+    /// Whether it is in `code`, as `kernel/livepatch/transition.c: klp_check_stack_func` asks, and stricter: a call can be a function's
+    /// last instruction, and then its return address lies behind the function.
+    #[must_use]
+    pub fn is_in(&self, code: &GvaRange) -> bool {
+        code.contains(self.ip) || (!self.exact && code.contains(self.ip.sub(1)))
+    }
 }
 
 impl Stack {

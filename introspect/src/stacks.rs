@@ -145,6 +145,13 @@ impl Unwinder {
         self.code.generation()
     }
 
+    /// The code of which something else is known than at that `generation`: a stack without any of it, if it was reliable, still looks
+    /// as it did. None: any code.
+    #[must_use]
+    pub fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
+        self.code.changed_since(generation)
+    }
+
     /// Adds code that the kernel does not know of, with its own unwind data.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use crate::{
     orc::{Entry, Kind},
     orc_table::OrcTable,
     stack::Unreliable,
+    stacks_changes::Changes,
 };
 
 /// What is special about a run of code.
@@ -83,8 +84,7 @@ pub struct CodeMap {
     /// Around all of `busy`: ordinary frames lie outside and need no look at each.
     busy_around: GvaRange,
     next_id: u64,
-    /// Counts the changes.
-    generation: u64,
+    changes: Changes,
 }
 
 /// A region lies over another.
@@ -108,19 +108,24 @@ impl CodeMap {
             busy: Vec::new(),
             busy_around: GvaRange::default(),
             next_id: 0,
-            generation: 0,
+            changes: Changes::new(),
         }
     }
 
     /// Another number after every change of what is known of the guest's code.
     #[must_use]
     pub fn generation(&self) -> u64 {
-        self.generation
+        self.changes.generation()
+    }
+
+    /// The code of which something else is known than when [`generation`](Self::generation) said so; none: of any.
+    pub(crate) fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
+        self.changes.since(generation)
     }
 
     /// What is known may no longer be so.
     pub(crate) fn touch(&mut self) {
-        self.generation = self.generation.wrapping_add(1);
+        self.changes.note_all();
     }
 
     /// The core kernel's ORC table.
@@ -153,28 +158,37 @@ impl CodeMap {
         }
         let id = RegionId(self.next_id);
         self.next_id += 1;
+        self.changes.note(region.text);
         self.regions.insert(at, (id, Box::new(region)));
-        self.touch();
         Ok(id)
     }
 
     /// Drops a region; unknown ones are gone already.
     pub fn remove(&mut self, id: RegionId) {
-        self.regions.retain(|(other, _)| *other != id);
-        self.touch();
+        self.remove_where(|other| other == id);
     }
 
     /// Drops many regions in one go.
     pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
-        self.regions.retain(|(id, _)| !ids.contains(id));
-        self.touch();
+        self.remove_where(|id| ids.contains(&id));
+    }
+
+    fn remove_where(&mut self, goes: impl Fn(RegionId) -> bool) {
+        let changes = &mut self.changes;
+        self.regions.retain(|(id, region)| {
+            let goes = goes(*id);
+            if goes {
+                changes.note(region.text);
+            }
+            !goes
+        });
     }
 
     /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
     pub fn add_busy(&mut self, range: GvaRange) {
         if !range.is_empty() {
             self.busy.push(range);
-            self.bound_busy();
+            self.bound_busy(range);
         }
     }
 
@@ -182,12 +196,12 @@ impl CodeMap {
     pub fn remove_busy(&mut self, range: GvaRange) {
         if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
             self.busy.swap_remove(at);
-            self.bound_busy();
+            self.bound_busy(range);
         }
     }
 
-    fn bound_busy(&mut self) {
-        self.touch();
+    fn bound_busy(&mut self, changed: GvaRange) {
+        self.changes.note(changed);
         let start = self.busy.iter().map(|range| range.start).min();
         let end = self.busy.iter().map(|range| range.end).max();
         self.busy_around = match (start, end) {

@@ -11,11 +11,11 @@
 use std::{collections::HashMap, num::NonZeroU64};
 
 use crate::{
-    addr::Gva,
+    addr::{Gva, GvaRange},
     kernel::Kernel,
     proof::Proof,
     reader::KernelMemory,
-    stack::Stack,
+    stack::{Frame, Stack},
     stacks::Unwinder,
     survey_known::Known,
     survey_seen::{Brief, Links},
@@ -110,11 +110,28 @@ impl Survey {
         vcpus: &[VcpuRegs],
     ) -> Result<(), TasksError> {
         if self.generation != unwinder.generation() {
+            let changed = unwinder.changed_since(self.generation);
             self.generation = unwinder.generation();
-            self.seen.iter_mut().for_each(Seen::forget);
-            self.briefs.iter_mut().for_each(|brief| brief.mark = None);
+            self.forget(changed.as_deref());
         }
         self.list_tasks(kernel, memory, vcpus)
+    }
+
+    /// Forgets the stacks with any of this code on them; none: all stacks.
+    fn forget(&mut self, code: Option<&[GvaRange]>) {
+        let is_touched = |stack: &Stack, code: &[GvaRange]| {
+            let is_in_any = |frame: &Frame| code.iter().any(|code| frame.is_in(code));
+            stack.frames.iter().any(is_in_any)
+        };
+        let stays = |stack: &Stack| {
+            stack.is_reliable() && code.is_some_and(|code| !is_touched(stack, code))
+        };
+        for (seen, brief) in self.seen.iter_mut().zip(&mut self.briefs) {
+            if !seen.known_stack().is_some_and(stays) {
+                seen.forget();
+                brief.mark = None;
+            }
+        }
     }
 
     /// The same without a word on stacks.

@@ -54,14 +54,10 @@ impl Watch {
         self.id.unwrap_or(NonZeroU64::MIN)
     }
 
-    /// The piece that `frame` is in, as `klp_check_stack_func` asks, and stricter: a call can be a function's last instruction,
-    /// and then its return address lies behind the function.
+    /// The piece that `frame` is in.
     #[must_use]
     pub fn hit(&self, frame: &Frame) -> Option<&str> {
-        let inside = |code: &GvaRange| {
-            code.contains(frame.ip) || (!frame.exact && code.contains(frame.ip.sub(1)))
-        };
-        let (_, name) = self.pieces.iter().find(|(code, _)| inside(code))?;
+        let (_, name) = self.pieces.iter().find(|(code, _)| frame.is_in(code))?;
         Some(name)
     }
 

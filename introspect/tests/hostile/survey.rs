@@ -1,7 +1,7 @@
 //! What is kept of tasks and stacks from look to look is what a fresh look would find.
 
 use introspect::survey::Survey;
-use introspect::{PhysMemory, Stack, TasksError, Unwinder};
+use introspect::{Gva, GvaRange, PhysMemory, Stack, TasksError, Unwinder};
 
 use crate::fuzz::{
     self,
@@ -143,16 +143,40 @@ fn a_task_that_comes_or_goes_is_seen_and_the_others_stacks_are_kept() {
 }
 
 #[test]
-fn new_knowledge_of_code_makes_all_stacks_new() {
+fn new_knowledge_of_code_makes_the_stacks_with_it_new_and_no_others() {
     let mut unwinder = fuzz::unwinder().clone();
     let good = memory();
     let mut survey = Survey::new();
     look(&mut survey, &unwinder, &good).unwrap();
     let before = stacks(&survey, &unwinder, &good);
-    let frame = before[2].frames[0].ip;
-    unwinder.add_busy(introspect::GvaRange::new(frame.sub(8), frame.add(8)));
+    let is_known = |survey: &Survey| -> Vec<bool> {
+        let all = survey.seen().iter();
+        all.map(|seen| seen.is_walked()).collect()
+    };
+    let mut nothing_new = survey.clone();
+    look(&mut nothing_new, &unwinder, &good).unwrap();
+    let known = is_known(&nothing_new);
+    assert!(known[2] && known.iter().filter(|known| **known).count() > 1);
+
+    let nobodys = GvaRange::new(Gva(image::virt(0)), Gva(image::virt(16)));
+    unwinder.add_busy(nobodys);
+    unwinder.remove_busy(nobodys);
     look(&mut survey, &unwinder, &good).unwrap();
-    assert!(!stacks(&survey, &unwinder, &good)[2].is_reliable());
+    assert_eq!(is_known(&survey), known);
+
+    for frame in &before[2].frames {
+        // Its last byte is the call that the frame is in.
+        let code = GvaRange::new(frame.ip.sub(8), frame.ip);
+        unwinder.add_busy(code);
+        look(&mut survey, &unwinder, &good).unwrap();
+        assert!(!is_known(&survey)[2]);
+        let now = stacks(&survey, &unwinder, &good);
+        assert!(!now[2].is_reliable());
+        assert_eq!(now, fresh(&unwinder, &good));
+        unwinder.remove_busy(code);
+        look(&mut survey, &unwinder, &good).unwrap();
+        assert_eq!(stacks(&survey, &unwinder, &good), before);
+    }
 }
 
 #[test]

@@ -1,0 +1,104 @@
+//! Where what is known of a guest's code has changed, and since when.
+//!
+//! Knows ranges of code and the order of their changes; must not know what the changes were.
+
+use std::{
+    collections::VecDeque,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use crate::addr::GvaRange;
+
+/// So many changes are remembered. Who has missed more takes all code for changed.
+const MOST: usize = 64;
+
+/// The last changes of one guest's code.
+#[derive(Clone, Debug)]
+pub(crate) struct Changes {
+    /// Another number after every change, and in every guest.
+    generation: u64,
+    /// Where each of the last changes was, the newest at the end; none: anywhere.
+    last: VecDeque<Option<GvaRange>>,
+}
+
+impl Changes {
+    /// None yet.
+    pub(crate) fn new() -> Changes {
+        static GUESTS: AtomicU64 = AtomicU64::new(1);
+        Changes {
+            // No guest sees so many changes that it comes to the numbers of the next.
+            generation: GUESTS.fetch_add(1, Ordering::Relaxed) << 40,
+            last: VecDeque::new(),
+        }
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Notes a change of `code`.
+    pub(crate) fn note(&mut self, code: GvaRange) {
+        self.push(Some(code));
+    }
+
+    /// Notes a change that may be anywhere.
+    pub(crate) fn note_all(&mut self) {
+        self.push(None);
+    }
+
+    fn push(&mut self, code: Option<GvaRange>) {
+        self.generation = self.generation.wrapping_add(1);
+        if self.last.len() >= MOST {
+            self.last.pop_front();
+        }
+        self.last.push_back(code);
+    }
+
+    /// The code that has changed since `generation`; none if that may be any.
+    pub(crate) fn since(&self, generation: u64) -> Option<Vec<GvaRange>> {
+        let missed = usize::try_from(self.generation.wrapping_sub(generation)).ok()?;
+        let first = self.last.len().checked_sub(missed)?;
+        self.last.range(first..).copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Gva;
+
+    fn range(n: u64) -> GvaRange {
+        GvaRange::new(Gva(n), Gva(n + 1))
+    }
+
+    #[test]
+    fn what_was_missed_is_told_and_no_more() {
+        let mut changes = Changes::new();
+        let start = changes.generation();
+        assert_eq!(changes.since(start), Some(vec![]));
+        changes.note(range(1));
+        let middle = changes.generation();
+        changes.note(range(2));
+        assert_eq!(changes.since(start), Some(vec![range(1), range(2)]));
+        assert_eq!(changes.since(middle), Some(vec![range(2)]));
+        changes.note_all();
+        assert_eq!(changes.since(middle), None);
+        assert_eq!(changes.since(changes.generation()), Some(vec![]));
+    }
+
+    #[test]
+    fn who_has_missed_too_many_or_knows_another_guest_takes_all_for_changed() {
+        let mut changes = Changes::new();
+        let start = changes.generation();
+        for n in 0..MOST as u64 {
+            changes.note(range(n));
+        }
+        assert_eq!(changes.since(start).map(|all| all.len()), Some(MOST));
+        changes.note(range(0));
+        assert_eq!(changes.since(start), None);
+        assert_eq!(changes.since(changes.generation() + 1), None);
+        for other in [0, Changes::new().generation()] {
+            assert_eq!(changes.since(other), None);
+        }
+    }
+}
