@@ -320,18 +320,24 @@ impl Survey {
     ) -> Result<Links, TasksError> {
         // Before the rest: whatever changes in between then shows.
         let now = self.keep.then(|| proof.gather(addr)).flatten();
-        let still = now.is_some() && proof.holds(addr);
-        let mut seen = Seen::read(reader, addr)?;
-        seen.kept = self.keep;
-        let links = seen.links;
-        let mut mark = None;
-        if let Some(now) = now {
-            if let Some((known, known_mark)) = old.seen(addr, &now) {
-                seen.stack = std::mem::take(&mut known.stack);
-                mark = known_mark;
+        let known = now.as_ref().and_then(|now| old.take(addr, now));
+        let (mark, still, seen) = match known {
+            // Others have come and gone around it.
+            Some((known, mark)) => {
+                let links = Links::read(reader, addr)?;
+                (mark, true, Seen { links, ..known })
             }
+            None => {
+                let still = now.is_some() && proof.holds(addr);
+                let mut seen = Seen::read(reader, addr)?;
+                seen.kept = self.keep;
+                (None, still, seen)
+            }
+        };
+        if let Some(now) = now {
             self.raw.extend_from_slice(&now);
         }
+        let links = seen.links;
         self.add(seen, still)?;
         if let Some(brief) = self.briefs.last_mut() {
             brief.mark = mark;
@@ -431,8 +437,8 @@ struct Old {
 }
 
 impl Old {
-    /// The task at `addr`, if it proves to be as it was.
-    fn seen(&mut self, addr: Gva, now: &[u8]) -> Option<(&mut Seen, Option<NonZeroU64>)> {
+    /// The task at `addr` with its mark, if it proves to be as it was.
+    fn take(&mut self, addr: Gva, now: &[u8]) -> Option<(Seen, Option<NonZeroU64>)> {
         let at = *self.survey.at.get(&addr)?;
         let start = at.checked_mul(self.len)?;
         let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
@@ -440,8 +446,9 @@ impl Old {
         if before != now || brief.anew {
             return None;
         }
-        let seen = self.survey.seen.get_mut(at)?;
+        let mark = brief.mark;
+        let mut seen = self.survey.seen.get_mut(at)?.take();
         seen.settle();
-        Some((seen, brief.mark))
+        Some((seen, mark))
     }
 }

@@ -46,21 +46,40 @@ pub(crate) struct Links {
     pub(crate) signal: Gva,
 }
 
-impl Seen {
-    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Seen, ReadError> {
+impl Links {
+    /// Of the task at `addr`, which is read together where the reader has taken it.
+    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Links, ReadError> {
         let layout = &reader.kernel.layout;
         let next = |list| reader.fields.pointer(layout.list_next.of(list));
+        Ok(Links {
+            thread: next(layout.task.thread_node.of(addr))?,
+            process: next(layout.task.tasks.of(addr))?,
+            signal: reader.fields.pointer(layout.task.signal.of(addr))?,
+        })
+    }
+}
+
+impl Seen {
+    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Seen, ReadError> {
         let task = reader.read(addr)?;
         Ok(Seen {
-            links: Links {
-                thread: next(layout.task.thread_node.of(addr))?,
-                process: next(layout.task.tasks.of(addr))?,
-                signal: reader.fields.pointer(layout.task.signal.of(addr))?,
-            },
+            links: Links::read(reader, addr)?,
             task,
             stack: OnceCell::new(),
             kept: false,
         })
+    }
+
+    /// All of it; what stays behind is of no use.
+    pub(crate) fn take(&mut self) -> Seen {
+        Seen {
+            task: Task {
+                comm: std::mem::take(&mut self.task.comm),
+                ..self.task
+            },
+            stack: std::mem::take(&mut self.stack),
+            ..*self
+        }
     }
 
     /// `still`: it was the same just before it was read ([`Proof::holds`](crate::proof::Proof::holds)).
