@@ -14,8 +14,6 @@ use crate::{Scenario, bench::Bench};
 
 /// Transitions of each, there and back; `OUTPATCH_BESIDE=ROUNDS` asks for more.
 const ROUNDS: usize = 3;
-/// With sleepers in the function, the guest's own signals after 15 s (`transition.c: SIGNALS_TIMEOUT`): one of them in so many rounds.
-const ROUNDS_A_SIGNAL: usize = 3;
 /// How long one of the guest's own may take. 6.12 rewrites every place in the kernel where a task may give way
 /// (`kernel/sched/core.c: sched_dynamic_klp_enable`), and each takes some interrupts from CPU to CPU: minutes, where the vCPUs share one.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -28,40 +26,59 @@ pub fn scenarios() -> Vec<Scenario> {
     let rounds = asked
         .and_then(|rounds| rounds.parse().ok())
         .unwrap_or(ROUNDS);
-    ["6.1", "6.12", "7.3"]
-        .map(|generation| {
-            Scenario::new(
-                format!("beside::faster_than_the_guests_own_{generation}"),
-                move |bench| faster(bench, generation, rounds),
-            )
+    let each = ["6.1", "6.12", "7.3"].into_iter().flat_map(|generation| {
+        LOADS.map(|load| {
+            let Load { name, .. } = load;
+            Scenario::new(format!("beside::{name}_{generation}"), move |bench| {
+                faster(bench, generation, load, rounds)
+            })
             .limit(Duration::from_secs(7200))
             .more(true)
         })
-        .into()
+    });
+    each.collect()
 }
 
-fn faster(bench: &Bench, generation: &str, rounds: usize) -> Result<()> {
+/// Who is in the way of a patch.
+#[derive(Clone, Copy)]
+struct Load {
+    /// Of the scenario.
+    name: &'static str,
+    what: &'static str,
+    /// The patch's file and module.
+    patch: (&'static str, &'static str),
+    /// Whether ours is to send the fake signal; the guest's own always does, after 15 s (`transition.c: SIGNALS_TIMEOUT`).
+    signal: bool,
+}
+
+const LOADS: [Load; 2] = [
+    Load {
+        name: "faster_than_the_guests_own",
+        what: "nobody in the function",
+        patch: ("livepatch-sample", "livepatch_sample"),
+        signal: false,
+    },
+    Load {
+        name: "faster_with_the_signal",
+        what: "sleepers in the function",
+        patch: ("pause", "pause"),
+        signal: true,
+    },
+];
+
+fn faster(bench: &Bench, generation: &str, load: Load, rounds: usize) -> Result<()> {
     bench.with(bench.boot(generation, 2, "")?, |guest| {
-        let stock = bench.stock(generation)?;
-        // Sleepers in callers of the function, in vfs_read for one, and two who do not leave user mode.
+        // Sleepers in callers of the functions, in vfs_read for one, and in one of them; two who do not leave user mode.
         guest.sh("sleeper 100 & spin 2 & sleep 2")?;
-        let read = |file| Ok::<_, anyhow::Error>(std::fs::read(stock.patch(file)?)?);
-        let sample = Pair {
-            file: "livepatch-sample",
-            name: "livepatch_sample",
-            module: read("livepatch-sample")?,
-            signal: false,
+        let (file, name) = load.patch;
+        let pair = Pair {
+            file,
+            name,
+            module: std::fs::read(bench.stock(generation)?.patch(file)?)?,
+            signal: load.signal,
         };
-        let (ours, theirs) = sample.rounds(guest, rounds)?;
-        compare(generation, "nobody in the function", &ours, &theirs)?;
-        let pause = Pair {
-            file: "pause",
-            name: "pause",
-            module: read("pause")?,
-            signal: true,
-        };
-        let (ours, theirs) = pause.rounds(guest, rounds.div_ceil(ROUNDS_A_SIGNAL))?;
-        compare(generation, "sleepers in the function", &ours, &theirs)
+        let (ours, theirs) = pair.rounds(guest, rounds)?;
+        compare(generation, load.what, &ours, &theirs)
     })
 }
 
@@ -82,7 +99,6 @@ struct Pair {
     file: &'static str,
     name: &'static str,
     module: Vec<u8>,
-    /// Whether ours is to send the fake signal; the guest's own always does, after a while.
     signal: bool,
 }
 
