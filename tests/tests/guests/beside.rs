@@ -28,12 +28,10 @@ pub fn scenarios() -> Vec<Scenario> {
         .unwrap_or(ROUNDS);
     let each = ["6.1", "6.12", "7.3"].into_iter().flat_map(|generation| {
         LOADS.map(|load| {
-            let Load { name, .. } = load;
-            Scenario::new(format!("beside::{name}_{generation}"), move |bench| {
-                faster(bench, generation, load, rounds)
-            })
-            .limit(Duration::from_secs(7200))
-            .more(true)
+            let name = format!("beside::{}_{generation}", load.scenario);
+            Scenario::new(name, move |bench| faster(bench, generation, load, rounds))
+                .limit(Duration::from_secs(7200))
+                .more(true)
         })
     });
     each.collect()
@@ -42,26 +40,28 @@ pub fn scenarios() -> Vec<Scenario> {
 /// Who is in the way of a patch.
 #[derive(Clone, Copy)]
 struct Load {
-    /// Of the scenario.
-    name: &'static str,
+    scenario: &'static str,
     what: &'static str,
-    /// The patch's file and module.
-    patch: (&'static str, &'static str),
+    /// The patch's file, and the name of its module.
+    file: &'static str,
+    name: &'static str,
     /// Whether ours is to send the fake signal; the guest's own always does, after 15 s (`transition.c: SIGNALS_TIMEOUT`).
     signal: bool,
 }
 
 const LOADS: [Load; 2] = [
     Load {
-        name: "faster_than_the_guests_own",
+        scenario: "faster_than_the_guests_own",
         what: "nobody in the function",
-        patch: ("livepatch-sample", "livepatch_sample"),
+        file: "livepatch-sample",
+        name: "livepatch_sample",
         signal: false,
     },
     Load {
-        name: "faster_with_the_signal",
+        scenario: "faster_with_the_signal",
         what: "sleepers in the function",
-        patch: ("pause", "pause"),
+        file: "pause",
+        name: "pause",
         signal: true,
     },
 ];
@@ -70,13 +70,8 @@ fn faster(bench: &Bench, generation: &str, load: Load, rounds: usize) -> Result<
     bench.with(bench.boot(generation, 2, "")?, |guest| {
         // Sleepers in callers of the functions, in vfs_read for one, and in one of them; two who do not leave user mode.
         guest.sh("sleeper 100 & spin 2 & sleep 2")?;
-        let (file, name) = load.patch;
-        let pair = Pair {
-            file,
-            name,
-            module: std::fs::read(bench.stock(generation)?.patch(file)?)?,
-            signal: load.signal,
-        };
+        let module = std::fs::read(bench.stock(generation)?.patch(load.file)?)?;
+        let pair = Pair { load, module };
         let (ours, theirs) = pair.rounds(guest, rounds)?;
         compare(generation, load.what, &ours, &theirs)
     })
@@ -96,10 +91,8 @@ fn compare(generation: &str, load: &str, ours: &[Duration], theirs: &[Duration])
 
 /// One module, for both.
 struct Pair {
-    file: &'static str,
-    name: &'static str,
+    load: Load,
     module: Vec<u8>,
-    signal: bool,
 }
 
 impl Pair {
@@ -117,25 +110,25 @@ impl Pair {
         let rest = guest.rest();
         let asked = Instant::now();
         as_from_elsewhere(|| {
-            if !self.signal {
+            if !self.load.signal {
                 return rest.apply(&self.module, LIMIT);
             }
             let mut patch = rest.begin(&self.module)?;
             if patch["transition"] == true {
-                patch = rest.change(self.name, &json!({"signal": true}))?;
+                patch = rest.change(self.load.name, &json!({"signal": true}))?;
             }
             rest.end(patch, LIMIT)
         })?;
         let took = asked.elapsed();
         guest
             .outpatch()
-            .ok(&["revert", self.name, "--signal-after", "0"])?;
+            .ok(&["revert", self.load.name, "--signal-after", "0"])?;
         Ok(took)
     }
 
     /// By the guest's own clock, which stands still for nobody here.
     fn theirs(&self, guest: &mut Guest) -> Result<Duration> {
-        let (file, name) = (self.file, self.name);
+        let (file, name) = (self.load.file, self.load.name);
         let attribute = format!("/sys/kernel/livepatch/{name}");
         let settled = format!(
             "while [ \"$(cat {attribute}/transition 2>/dev/null)\" = 1 ]; do sleep 0.02; done"
