@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 use rustix::process::{getpriority_process, setpriority_process};
 use serde_json::json;
@@ -100,8 +100,12 @@ impl Pair {
     fn rounds(&self, guest: &mut Guest, rounds: usize) -> Result<(Vec<Duration>, Vec<Duration>)> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
-            ours.push(self.ours(guest)?);
-            theirs.push(self.theirs(guest)?);
+            // A guest that is lost late takes an hour with it.
+            let before = || format!("after outpatch {ours:?}, the guest's own {theirs:?}");
+            let our = self.ours(guest).with_context(before)?;
+            let their = self.theirs(guest).with_context(before)?;
+            ours.push(our);
+            theirs.push(their);
         }
         Ok((ours, theirs))
     }
