@@ -23,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress};
 const RUNS: usize = 11;
 /// In a busy guest one of so many sleepers has run since its stack was walked.
 const RAN: usize = 10;
-/// Nobody is in what the first replaces; a tenth of the sleepers is in what the second does.
+/// Nobody is in what the first replaces; a quarter of the sleepers, threads and children among them, is in what the second does.
 const PATCHES: [(&str, &str); 2] = [("livepatch-sample", "livepatch_sample"), ("pause", "pause")];
 
 fn main() -> ExitCode {
