@@ -18,6 +18,15 @@ pub struct Frame {
     pub exact: bool,
 }
 
+impl Frame {
+    /// Whether it is in `code`, as `kernel/livepatch/transition.c: klp_check_stack_func` asks, and stricter: a call can be a function's
+    /// last instruction, and then its return address lies behind the function.
+    #[must_use]
+    pub fn is_in(&self, code: &GvaRange) -> bool {
+        code.contains(self.ip) || (!self.exact && code.contains(self.ip.sub(1)))
+    }
+}
+
 /// Whether a stack can be relied on to show *every* function that the task is in.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "verdict", content = "reason")]
@@ -76,15 +85,6 @@ pub struct Stack {
     /// Whether they can be relied on.
     #[serde(flatten)]
     pub verdict: Verdict,
-}
-
-impl Frame {
-    /// Whether it is in `code`, as `kernel/livepatch/transition.c: klp_check_stack_func` asks, and stricter: a call can be a function's
-    /// last instruction, and then its return address lies behind the function.
-    #[must_use]
-    pub fn is_in(&self, code: &GvaRange) -> bool {
-        code.contains(self.ip) || (!self.exact && code.contains(self.ip.sub(1)))
-    }
 }
 
 impl Stack {
