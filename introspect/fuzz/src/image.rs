@@ -147,8 +147,8 @@ pub fn list_words() -> impl Iterator<Item = usize> {
     (0..4).flat_map(links).chain((0..3).map(signal_at))
 }
 
-/// Where it is counted who came to them and who left: `nr_threads` and `total_forks`.
-pub const COUNTS: [usize; 2] = [IMAGE + 0x2_00a0, IMAGE + 0x2_00a8];
+/// Where it is counted who came to them and who left, and in how many bytes: `nr_threads` and `total_forks`.
+pub const COUNTS: [(usize, usize); 2] = [(IMAGE + 0x2_00a0, 4), (IMAGE + 0x2_00a8, 8)];
 
 /// Where a module is.
 pub fn module_at(n: usize) -> usize {

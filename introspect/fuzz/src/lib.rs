@@ -201,7 +201,7 @@ pub fn tasks(data: &[u8]) -> usize {
     let before: Vec<Task> = survey.seen().iter().map(|seen| seen.task.clone()).collect();
     let again = look(&mut survey, &memory);
     // How the lists lead on is not looked at again while the counts of who came and who left are the same: no kernel changes it alone.
-    let lists = |memory| words(memory, image::list_words());
+    let lists = |memory| words(memory, image::list_words().map(|at| (at, 8)));
     let counts = |memory| words(memory, image::COUNTS);
     if let (Ok(found), Ok(())) = (&found, again)
         && (lists(&memory) == lists(&good) || counts(&memory) != counts(&good))
@@ -220,10 +220,13 @@ pub fn tasks(data: &[u8]) -> usize {
     found.map_or(0, |tasks| tasks.len())
 }
 
-/// What memory holds at each of these places, where there is memory.
-fn words(memory: &dyn PhysMemory, places: impl IntoIterator<Item = usize>) -> Vec<Option<[u8; 8]>> {
-    let read = |at| {
-        let mut word = [0; 8];
+/// What memory holds at each of these places, so many bytes each, where there is memory.
+fn words(
+    memory: &dyn PhysMemory,
+    places: impl IntoIterator<Item = (usize, usize)>,
+) -> Vec<Option<Vec<u8>>> {
+    let read = |(at, len)| {
+        let mut word = vec![0; len];
         let done = memory.read(GuestAddress(at as u64), &mut word);
         done.ok().map(|()| word)
     };
