@@ -3,7 +3,7 @@
 
 use introspect::VcpuRegs;
 
-use super::{btf, symbols};
+use super::{btf, mutate::Part, symbols};
 
 /// Bytes of guest memory, from physical 0 on.
 pub const RAM: usize = 4 << 20;
@@ -19,6 +19,8 @@ pub const SYSCALL: u64 = 0x600;
 const UPDATE: u64 = 0x700;
 const FILL: u64 = 0x8000;
 pub const DATA: usize = 0x2_0000;
+const NR_THREADS: u64 = 0x2_00a0;
+const TOTAL_FORKS: u64 = 0x2_00a8;
 const LISTS: u64 = 0x2_0300;
 pub const INIT_TASK: u64 = 0x2_1000;
 pub const TABLES: usize = 0x3_0000;
@@ -59,8 +61,8 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("linux_banner", 0x2_0020),
     ("klp_target_state", 0x2_0080),
     ("tasklist_lock", 0x2_0090),
-    ("nr_threads", 0x2_00a0),
-    ("total_forks", 0x2_00a8),
+    ("nr_threads", NR_THREADS),
+    ("total_forks", TOTAL_FORKS),
     ("modules", 0x2_00b0),
     ("__per_cpu_offset", 0x2_0100),
     ("__cpu_possible_mask", 0x2_0200),
@@ -142,13 +144,17 @@ pub fn signal_at(n: usize) -> usize {
 }
 
 /// Where the lists of tasks lead on: the next process, the next thread and the head of the threads of each task, and those heads.
-pub fn list_words() -> impl Iterator<Item = usize> {
+pub fn list_words() -> impl Iterator<Item = Part> {
     let links = |n| [72, 88, 112].map(|offset| task_at(n) + offset);
-    (0..4).flat_map(links).chain((0..3).map(signal_at))
+    let places = (0..4).flat_map(links).chain((0..3).map(signal_at));
+    places.map(|at| (at, 8))
 }
 
-/// Where it is counted who came to them and who left, and in how many bytes: `nr_threads` and `total_forks`.
-pub const COUNTS: [(usize, usize); 2] = [(IMAGE + 0x2_00a0, 4), (IMAGE + 0x2_00a8, 8)];
+/// Where it is counted who came to them and who left: an `int` and an `unsigned long`.
+pub const COUNTS: [Part; 2] = [
+    (IMAGE + NR_THREADS as usize, 4),
+    (IMAGE + TOTAL_FORKS as usize, 8),
+];
 
 /// Where a module is.
 pub fn module_at(n: usize) -> usize {
@@ -207,7 +213,7 @@ fn data(ram: &mut Builder) {
         at(0x2_0020),
         b"Linux version 6.12.0-made-up (nobody@nowhere) #1\n\0",
     );
-    ram.word(at(0x2_00a0), 3);
+    ram.word(at(NR_THREADS as usize), 3);
     for cpu in 0..2 {
         let area = PERCPU + 0x4000 * cpu;
         let task = virt(task_at(4 * cpu));

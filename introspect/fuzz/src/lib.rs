@@ -33,7 +33,7 @@ pub mod image;
 pub mod mutate;
 pub mod symbols;
 
-use mutate::{Mutated, PARTS};
+use mutate::{Mutated, PARTS, Part};
 
 /// No input may make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
 pub const MAX_BYTES: usize = 64 << 20;
@@ -201,8 +201,8 @@ pub fn tasks(data: &[u8]) -> usize {
     let before: Vec<Task> = survey.seen().iter().map(|seen| seen.task.clone()).collect();
     let again = look(&mut survey, &memory);
     // How the lists lead on is not looked at again while the counts of who came and who left are the same: no kernel changes it alone.
-    let lists = |memory| words(memory, image::list_words().map(|at| (at, 8)));
-    let counts = |memory| words(memory, image::COUNTS);
+    let lists = |memory| contents(memory, image::list_words());
+    let counts = |memory| contents(memory, image::COUNTS);
     if let (Ok(found), Ok(())) = (&found, again)
         && (lists(&memory) == lists(&good) || counts(&memory) != counts(&good))
     {
@@ -220,17 +220,17 @@ pub fn tasks(data: &[u8]) -> usize {
     found.map_or(0, |tasks| tasks.len())
 }
 
-/// What memory holds at each of these places, so many bytes each, where there is memory.
-fn words(
+/// What memory holds in each of these parts, where there is memory.
+fn contents(
     memory: &dyn PhysMemory,
-    places: impl IntoIterator<Item = (usize, usize)>,
+    parts: impl IntoIterator<Item = Part>,
 ) -> Vec<Option<Vec<u8>>> {
     let read = |(at, len)| {
-        let mut word = vec![0; len];
-        let done = memory.read(GuestAddress(at as u64), &mut word);
-        done.ok().map(|()| word)
+        let mut bytes = vec![0; len];
+        let done = memory.read(GuestAddress(at as u64), &mut bytes);
+        done.ok().map(|()| bytes)
     };
-    places.into_iter().map(read).collect()
+    parts.into_iter().map(read).collect()
 }
 
 /// What a task only changes itself, by running: where it has not run, that is not looked at again.
