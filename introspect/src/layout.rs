@@ -14,29 +14,17 @@ pub struct Layout {
     pub task: TaskLayout,
     /// `struct signal_struct`.
     pub signal: SignalLayout,
-    /// `struct rq`.
-    pub rq: RqLayout,
     /// `struct module`.
     pub module: ModuleLayout,
     /// `struct list_head`'s `next`.
     pub list_next: Field,
     /// Locks.
     pub lock: LockLayout,
-    /// `struct irq_work`.
-    pub irq_work: IrqWorkLayout,
-    /// ftrace's records.
-    pub ftrace: Option<FtraceLayout>,
-    /// Livepatch; `None` without `CONFIG_LIVEPATCH`.
-    pub klp: Option<KlpLayout>,
-    /// `struct rethook_node`; `None` where kretprobes do without.
-    pub rethook: Option<RethookLayout>,
 }
 
 /// `struct task_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TaskLayout {
-    /// Bytes of the whole.
-    pub size: u64,
     /// `thread_info.flags`: the TIF bits.
     pub thread_flags: Field,
     /// The CPU it last ran on.
@@ -47,22 +35,16 @@ pub struct TaskLayout {
     pub exit_state: Field,
     /// `stack`: the lowest address of its stack.
     pub stack: Field,
-    /// `usage`: its reference count.
-    pub usage: Field,
     /// `stack_refcount`.
     pub stack_refcount: Field,
     /// `flags`: the PF bits.
     pub flags: Field,
     /// `on_cpu`: 4 bytes, or 1.
     pub on_cpu: Field,
-    /// `on_rq`: 4 bytes, or 1.
-    pub on_rq: Field,
     /// `tasks`: the list of processes.
     pub tasks: Field,
     /// `thread_node`: the list of a process's threads.
     pub thread_node: Field,
-    /// `mm`.
-    pub mm: Field,
     /// `pid`.
     pub pid: Field,
     /// `tgid`.
@@ -71,12 +53,6 @@ pub struct TaskLayout {
     pub comm: Field,
     /// `signal`.
     pub signal: Field,
-    /// `group_leader`.
-    pub group_leader: Field,
-    /// `real_parent`.
-    pub real_parent: Field,
-    /// `pi_lock`.
-    pub pi_lock: Field,
     /// `nvcsw`: voluntary context switches.
     pub nvcsw: Field,
     /// `nivcsw`: involuntary ones.
@@ -85,20 +61,10 @@ pub struct TaskLayout {
     pub stack_canary: Option<Field>,
     /// `start_time`: when it was made.
     pub start_time: Option<Field>,
-    /// `thread`.
-    pub thread: Field,
     /// `thread.sp`: the saved stack pointer.
     pub sp: Field,
     /// `patch_state`.
     pub patch_state: Option<Field>,
-    /// `curr_ret_stack`, of the function graph tracer.
-    pub curr_ret_stack: Option<Field>,
-    /// `ret_stack`, of the function graph tracer.
-    pub ret_stack: Option<Field>,
-    /// `rethooks`.
-    pub rethooks: Option<Field>,
-    /// `kretprobe_instances`.
-    pub kretprobe_instances: Option<Field>,
 }
 
 /// `struct signal_struct`.
@@ -108,22 +74,9 @@ pub struct SignalLayout {
     pub thread_head: Field,
 }
 
-/// `struct rq`: a CPU's run queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RqLayout {
-    /// `__lock`; `lock` before 5.14.
-    pub lock: Field,
-    /// `curr`: the task that runs.
-    pub curr: Field,
-    /// `idle`: the CPU's idle task.
-    pub idle: Field,
-}
-
 /// `struct module`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModuleLayout {
-    /// Bytes of the whole.
-    pub size: u64,
     /// `state`.
     pub state: Field,
     /// `list`.
@@ -216,8 +169,6 @@ pub struct LockLayout {
     pub mutex: LockWord,
     /// An `rwlock_t`: a writer has it.
     pub rwlock_writer: LockWord,
-    /// A `raw_spinlock_t`: somebody has it.
-    pub raw_spinlock: LockWord,
 }
 
 /// How a sort of lock says that it is held.
@@ -239,67 +190,6 @@ impl LockWord {
     }
 }
 
-/// `struct irq_work`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IrqWorkLayout {
-    /// Bytes of the whole.
-    pub size: u64,
-    /// `node.llist`.
-    pub llist: Field,
-    /// `node.u_flags`.
-    pub flags: Field,
-    /// `func`.
-    pub func: Field,
-}
-
-/// `struct ftrace_page` and `struct dyn_ftrace`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FtraceLayout {
-    /// `ftrace_page.next`.
-    pub page_next: Field,
-    /// `ftrace_page.records`.
-    pub page_records: Field,
-    /// `ftrace_page.index`: how many records are used.
-    pub page_index: Field,
-    /// Bytes of a record.
-    pub record_size: u64,
-    /// `dyn_ftrace.ip`.
-    pub record_ip: Field,
-    /// `dyn_ftrace.flags`.
-    pub record_flags: Field,
-}
-
-/// `struct klp_patch`, `klp_object` and `klp_func`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)] // Each is the kernel's member of that name.
-pub struct KlpLayout {
-    pub patch_size: u64,
-    pub patch_objs: Field,
-    pub patch_replace: Field,
-    pub patch_states: Option<Field>,
-    pub patch_list: Field,
-    pub patch_obj_list: Field,
-    pub object_size: u64,
-    pub object_name: Field,
-    pub object_funcs: Field,
-    pub object_callbacks: Field,
-    pub func_size: u64,
-    pub func_old_name: Field,
-    pub func_new_func: Field,
-    pub func_old_sympos: Field,
-}
-
-/// `struct rethook_node`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RethookLayout {
-    /// `llist`: its link in the task's list.
-    pub llist: Field,
-    /// `ret_addr`: the return address that it took.
-    pub ret_addr: Field,
-    /// `frame`: from where.
-    pub frame: Field,
-}
-
 impl Layout {
     /// Resolves every field.
     ///
@@ -311,23 +201,9 @@ impl Layout {
             signal: SignalLayout {
                 thread_head: btf.field("signal_struct.thread_head")?,
             },
-            rq: RqLayout {
-                lock: btf.first_field(&["rq.__lock", "rq.lock"])?,
-                curr: btf.field("rq.curr")?,
-                idle: btf.field("rq.idle")?,
-            },
             module: module(btf)?,
             list_next: btf.field("list_head.next")?,
             lock: lock(btf)?,
-            irq_work: IrqWorkLayout {
-                size: btf.size_of("irq_work")?,
-                llist: btf.field("irq_work.node.llist")?,
-                flags: btf.field("irq_work.node.u_flags")?,
-                func: btf.field("irq_work.func")?,
-            },
-            ftrace: when(btf.has("dyn_ftrace"), || ftrace(btf))?,
-            klp: when(btf.has("klp_patch"), || klp(btf))?,
-            rethook: when(btf.has("rethook_node"), || rethook(btf))?,
         })
     }
 }
@@ -342,38 +218,26 @@ fn when<T>(
 
 fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
     Ok(TaskLayout {
-        size: btf.size_of("task_struct")?,
         thread_flags: btf.field("task_struct.thread_info.flags")?,
         cpu: btf.first_field(&["task_struct.thread_info.cpu", "task_struct.cpu"])?,
         state: btf.first_field(&["task_struct.__state", "task_struct.state"])?,
         exit_state: btf.field("task_struct.exit_state")?,
         stack: btf.field("task_struct.stack")?,
-        usage: btf.field("task_struct.usage")?,
         stack_refcount: btf.field("task_struct.stack_refcount")?,
         flags: btf.field("task_struct.flags")?,
         on_cpu: btf.field("task_struct.on_cpu")?,
-        on_rq: btf.field("task_struct.on_rq")?,
         tasks: btf.field("task_struct.tasks")?,
         thread_node: btf.field("task_struct.thread_node")?,
-        mm: btf.field("task_struct.mm")?,
         pid: btf.field("task_struct.pid")?,
         tgid: btf.field("task_struct.tgid")?,
         comm: btf.field("task_struct.comm")?,
         signal: btf.field("task_struct.signal")?,
-        group_leader: btf.field("task_struct.group_leader")?,
-        real_parent: btf.field("task_struct.real_parent")?,
-        pi_lock: btf.field("task_struct.pi_lock")?,
         nvcsw: btf.field("task_struct.nvcsw")?,
         nivcsw: btf.field("task_struct.nivcsw")?,
         stack_canary: btf.field("task_struct.stack_canary").ok(),
         start_time: btf.field("task_struct.start_time").ok(),
-        thread: btf.field("task_struct.thread")?,
         sp: btf.field("task_struct.thread.sp")?,
         patch_state: btf.field("task_struct.patch_state").ok(),
-        curr_ret_stack: btf.field("task_struct.curr_ret_stack").ok(),
-        ret_stack: btf.field("task_struct.ret_stack").ok(),
-        rethooks: btf.field("task_struct.rethooks").ok(),
-        kretprobe_instances: btf.field("task_struct.kretprobe_instances").ok(),
     })
 }
 
@@ -393,13 +257,11 @@ fn lock(btf: &Btf) -> Result<LockLayout, BtfError> {
             true => word(WRITER_BIAS, rt_rwlock)?,
             false => word(ANY, &["qrwlock.wlocked"])?,
         },
-        raw_spinlock: word(ANY, &["qspinlock.locked"])?,
     })
 }
 
 fn module(btf: &Btf) -> Result<ModuleLayout, BtfError> {
     Ok(ModuleLayout {
-        size: btf.size_of("module")?,
         state: btf.field("module.state")?,
         list: btf.field("module.list")?,
         name: btf.field("module.name")?,
@@ -462,43 +324,5 @@ fn module_memory(btf: &Btf) -> Result<ModuleMemoryLayout, BtfError> {
     Ok(ModuleMemoryLayout::Memories {
         core: extent("MOD_TEXT")?,
         init: extent("MOD_INIT_TEXT")?,
-    })
-}
-
-fn ftrace(btf: &Btf) -> Result<FtraceLayout, BtfError> {
-    Ok(FtraceLayout {
-        page_next: btf.field("ftrace_page.next")?,
-        page_records: btf.field("ftrace_page.records")?,
-        page_index: btf.field("ftrace_page.index")?,
-        record_size: btf.size_of("dyn_ftrace")?,
-        record_ip: btf.field("dyn_ftrace.ip")?,
-        record_flags: btf.field("dyn_ftrace.flags")?,
-    })
-}
-
-fn klp(btf: &Btf) -> Result<KlpLayout, BtfError> {
-    Ok(KlpLayout {
-        patch_size: btf.size_of("klp_patch")?,
-        patch_objs: btf.field("klp_patch.objs")?,
-        patch_replace: btf.field("klp_patch.replace")?,
-        patch_states: btf.field("klp_patch.states").ok(),
-        patch_list: btf.field("klp_patch.list")?,
-        patch_obj_list: btf.field("klp_patch.obj_list")?,
-        object_size: btf.size_of("klp_object")?,
-        object_name: btf.field("klp_object.name")?,
-        object_funcs: btf.field("klp_object.funcs")?,
-        object_callbacks: btf.field("klp_object.callbacks")?,
-        func_size: btf.size_of("klp_func")?,
-        func_old_name: btf.field("klp_func.old_name")?,
-        func_new_func: btf.field("klp_func.new_func")?,
-        func_old_sympos: btf.field("klp_func.old_sympos")?,
-    })
-}
-
-fn rethook(btf: &Btf) -> Result<RethookLayout, BtfError> {
-    Ok(RethookLayout {
-        llist: btf.field("rethook_node.llist")?,
-        ret_addr: btf.field("rethook_node.ret_addr")?,
-        frame: btf.field("rethook_node.frame")?,
     })
 }

@@ -117,21 +117,15 @@ fn task(w: &mut Writer, basic: &Basic) {
         ("thread_info", info, 0),
         ("__state", word, 24),
         ("stack", long, 32),
-        ("usage", word, 40),
         ("flags", word, 44),
         ("on_cpu", word, 48),
-        ("on_rq", word, 52),
         ("exit_state", word, 56),
         ("pid", word, 60),
         ("tgid", word, 64),
         ("stack_refcount", word, 68),
         ("tasks", list, 72),
         ("thread_node", list, 88),
-        ("mm", long, 104),
         ("signal", long, 112),
-        ("group_leader", long, 120),
-        ("real_parent", long, 128),
-        ("pi_lock", word, 136),
         ("patch_state", word, 140),
         ("nvcsw", long, 144),
         ("nivcsw", long, 152),
@@ -141,8 +135,6 @@ fn task(w: &mut Writer, basic: &Basic) {
     ];
     w.structure("task_struct", 192, &members);
     w.structure("signal_struct", 16, &[("thread_head", list, 0)]);
-    let rq = [("__lock", word, 0), ("curr", long, 8), ("idle", long, 16)];
-    w.structure("rq", 24, &rq);
 }
 
 fn module(w: &mut Writer, basic: &Basic) {
@@ -220,16 +212,7 @@ fn stacks(w: &mut Writer, basic: &Basic) {
 }
 
 fn locks(w: &mut Writer, basic: &Basic) {
-    let &Basic {
-        byte, word, long, ..
-    } = basic;
+    let &Basic { byte, long, .. } = basic;
     w.structure("mutex", 16, &[("owner", long, 0)]);
     w.structure("qrwlock", 8, &[("wlocked", byte, 0)]);
-    w.structure("qspinlock", 4, &[("locked", byte, 0)]);
-    let node = w.structure(
-        "__call_single_node",
-        16,
-        &[("llist", long, 0), ("u_flags", word, 8)],
-    );
-    w.structure("irq_work", 32, &[("node", node, 0), ("func", long, 16)]);
 }
