@@ -13,16 +13,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{
-    cache::{Cache, fingerprint},
-    headers::Headers,
-    initramfs::Initramfs,
-    kernels::Generation,
-    packages::Packages,
-    patches, progress,
-    stock::Stock,
-    tools,
-};
+use crate::cache::{Cache, fingerprint};
+use crate::headers::Headers;
+use crate::initramfs::Initramfs;
+use crate::kernels::Generation;
+use crate::packages::Packages;
+use crate::stock::Stock;
+use crate::{patches, progress, tools};
 
 /// What it has; all else is off.
 const CONFIG: &str = include_str!("../kernels/no-livepatch.config");

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use introspect::{CoreFile, Kernel, Unwinder, Verdict, tasks};
+use introspect::{CoreFile, Kernel, Unwinder, Verdict, task_list};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::args().nth(1).ok_or("which core file?")?;
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     unwinder.refresh(&kernel, &memory)?;
     println!("{}", kernel.banner);
 
-    let tasks = tasks(&kernel, &memory, core.vcpus())?;
+    let tasks = task_list::read(&kernel, &memory, core.vcpus())?;
     let each: Vec<_> = tasks.iter().collect();
     let stacks = unwinder.stacks(&memory, &each, core.vcpus());
     for (task, stack) in tasks.iter().zip(stacks) {

@@ -21,8 +21,8 @@
 //! | --- | --- | --- | --- |
 //! | [`CoreFile::open`], [`CoreFile::raw`] | nothing | nothing: they refuse what is not whole | linear in segments and vCPUs |
 //! | [`Kernel::find`] | nothing: what it keeps is fixed once the guest runs | of a guest that is still booting, nothing: [`NotReady`] | linear in the kernel's image and types: hundreds of ms |
-//! | [`tasks()`] | `tasklist_lock`, else [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, under no lock in the guest either | linear in tasks |
-//! | [`modules::modules`] | RCU only | nothing; a module that is being formed or freed is left out, as the guest leaves it out | linear in modules |
+//! | [`task_list::read`] | `tasklist_lock`, else [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, under no lock in the guest either | linear in tasks |
+//! | [`modules::list`] | RCU only | nothing; a module that is being formed or freed is left out, as the guest leaves it out | linear in modules |
 //! | [`modules::Module::symbols`] | RCU only | nothing for a module of the same pause; for one of an earlier pause, anything | n log n in its symbols |
 //! | [`listing::behind_core`] | RCU only | nothing, but that `ftrace_mod_maps` is left out | n log n in all symbols of modules |
 //! | [`Unwinder::new`] | nothing: the tables are fixed | nothing: it proves them on known functions | linear in them |
@@ -50,71 +50,36 @@
     )
 )]
 
-pub mod addr;
+mod addr;
 pub mod btf;
-mod btf_raw;
-mod core_cache;
-pub mod core_error;
-pub mod core_file;
-pub mod core_notes;
-pub mod find;
-pub mod kallsyms;
-mod kallsyms_image;
+pub mod core_dump;
 pub mod kernel;
-pub mod layout;
-pub mod listing;
-pub mod livepatch;
 pub mod memory;
-pub mod module_symbols;
 pub mod modules;
-pub mod orc;
-pub mod orc_table;
-pub mod paging;
-pub mod percpu;
-mod prefetch;
-mod proof;
-pub mod reader;
-mod record;
-mod spread;
-pub mod stack;
-pub mod stacks;
-mod stacks_changes;
-pub mod stacks_code;
-pub mod stacks_cpu;
-pub mod stacks_modules;
-pub mod stacks_places;
-pub mod stacks_rules;
-pub mod stacks_walk;
-pub mod survey;
-mod survey_known;
-mod survey_seen;
+mod parallel;
 pub mod symbols;
 pub mod task;
-mod task_reader;
-pub mod tasks;
-pub mod tasks_vcpus;
+pub mod task_list;
 #[cfg(test)]
 mod testing;
-pub mod tif;
 pub mod unwind;
-pub mod vcpu;
+mod vcpu;
 
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};
-pub use core_error::CoreError;
-pub use core_file::{CoreFile, RawRange};
+pub use core_dump::{CoreError, CoreFile, RawRange};
+pub use kernel::klp::Livepatch;
+pub use kernel::layout::Layout;
+pub use kernel::percpu::{PerCpu, PerCpuKind};
+pub use kernel::tif::Tif;
 pub use kernel::{FindError, Kernel, NotReady, TextRanges};
-pub use layout::Layout;
-pub use listing::ListedSymbol;
-pub use livepatch::Livepatch;
+pub use memory::kernel::{Field, KernelMemory, ReadCause, ReadError};
+pub use memory::paging::{AddressSpace, Mapping, Unmapped};
 pub use memory::{PhysMemory, Unbacked};
-pub use paging::{AddressSpace, Mapping, Unmapped};
-pub use percpu::{PerCpu, PerCpuKind};
-pub use reader::{Field, KernelMemory, ReadCause, ReadError};
-pub use stack::{Frame, Stack, Unreliable, Verdict};
-pub use stacks::{Unwinder, UnwinderError};
+pub use modules::proc_kallsyms::ListedSymbol;
 pub use symbols::{Symbol, SymbolError, Symbols};
 pub use task::{PatchState, Task, TaskKind};
-pub use tasks::{TasksError, tasks};
-pub use tif::Tif;
+pub use task_list::TasksError;
+pub use unwind::stack::{Frame, Stack, Unreliable, Verdict};
+pub use unwind::{Unwinder, UnwinderError};
 pub use vcpu::VcpuRegs;

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use introspect::kernel::FindError;
-use introspect::modules::modules;
-use introspect::stacks::{Unwinder, UnwinderError};
-use introspect::survey::Survey;
+use introspect::modules;
+use introspect::task_list::cache::Survey;
+use introspect::unwind::{Unwinder, UnwinderError};
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
@@ -139,8 +139,8 @@ impl Guest {
     /// [`PatchError::Guest`].
     pub fn loaded_modules(&self, memory: &dyn PhysMemory) -> Result<HashSet<String>, PatchError> {
         let memory = self.kernel.memory(memory);
-        let loaded =
-            modules(&self.kernel, &memory).map_err(|error| PatchError::Guest(error.to_string()))?;
+        let loaded = modules::list(&self.kernel, &memory)
+            .map_err(|error| PatchError::Guest(error.to_string()))?;
         Ok(loaded.into_iter().map(|module| module.name).collect())
     }
 }

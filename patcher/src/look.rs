@@ -9,9 +9,9 @@ use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 
-use introspect::stacks::Unwinder;
-use introspect::survey::{Seen, Survey};
-use introspect::tasks::TasksError;
+use introspect::task_list::TasksError;
+use introspect::task_list::cache::{Seen, Survey};
+use introspect::unwind::Unwinder;
 use introspect::{
     Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
     Verdict,

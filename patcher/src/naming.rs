@@ -3,8 +3,8 @@
 //! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it. Code of patches, which the
 //! guest cannot name, gets the patch's own symbols.
 
-use introspect::module_symbols::ModuleSymbols;
-use introspect::modules::{Module, modules};
+use introspect::modules::symbols::ModuleSymbols;
+use introspect::modules::{self, Module};
 use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};
 
 use crate::module::Image;
@@ -17,7 +17,9 @@ pub type Loaded = Vec<(Module, ModuleSymbols)>;
 /// The modules that can be read now, for [`Names`]. Only while paused.
 #[must_use]
 pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> Loaded {
-    let modules = modules(kernel, memory).unwrap_or_default().into_iter();
+    let modules = modules::list(kernel, memory)
+        .unwrap_or_default()
+        .into_iter();
     modules
         .map(|module| {
             let symbols = module.symbols(kernel, memory).unwrap_or_default();

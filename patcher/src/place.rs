@@ -4,7 +4,7 @@
 //! kernel has none; data, and the stand-in for the kernel's own `klp_transition_patch`, into a hidden window. Nothing here
 //! touches what the guest sees: that is planned here and carried out by the transition.
 
-use introspect::reader::{KernelMemory, ReadError};
+use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange, Kernel};
 
 use crate::cave;

@@ -7,7 +7,7 @@
 mod standings;
 mod writes;
 
-use introspect::survey::Seen;
+use introspect::task_list::cache::Seen;
 use introspect::{PatchState, Task};
 
 use crate::error::PatchError;

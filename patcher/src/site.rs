@@ -6,7 +6,7 @@
 
 use introspect::Gva;
 use introspect::btf::{Btf, BtfError};
-use introspect::reader::{Field, KernelMemory, ReadError};
+use introspect::memory::kernel::{Field, KernelMemory, ReadError};
 
 use crate::redirect::SITE_LEN;
 

@@ -1,8 +1,8 @@
 //! A machine without a guest, for this crate's unit tests: a byte array with page tables, which records what is done to it and
 //! can make any single operation fail.
 
-use introspect::paging::AddressSpace;
-use introspect::reader::KernelMemory;
+use introspect::memory::kernel::KernelMemory;
+use introspect::memory::paging::AddressSpace;
 use introspect::{Gva, PhysMemory, Task, TaskKind, Unbacked, VcpuRegs};
 use vm_memory::GuestAddress;
 

@@ -1,6 +1,6 @@
 //! A core file of a guest that stands still: ELF64 with physical addresses, as QEMU's `dump-guest-memory` writes it.
 //!
-//! Knows ELF and files. What the notes say is [`introspect::core_notes`]'s, and stopping the guest the caller's. The file comes
+//! Knows ELF and files. What the notes say is [`introspect::core_dump::notes`]'s, and stopping the guest the caller's. The file comes
 //! into being under another name beside its own, so that a core that is there is whole; it is the owner's alone, because a guest's
 //! memory holds secrets.
 
@@ -9,7 +9,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use introspect::{PhysMemory, Unbacked, VcpuRegs, core_notes};
+use introspect::core_dump::notes;
+use introspect::{PhysMemory, Unbacked, VcpuRegs};
 use object::LittleEndian as LE;
 use object::elf;
 use object::endian::{U16, U32, U64};
@@ -110,7 +111,7 @@ impl NewDump {
         vmcoreinfo: Option<&[u8]>,
     ) -> Result<u64, DumpError> {
         let ranges = memory.ranges();
-        let notes = core_notes::write(vcpus, vmcoreinfo);
+        let notes = notes::write(vcpus, vmcoreinfo);
         let layout = Layout::new(&ranges, notes.len())?;
         self.put(&layout.head(), 0)?;
         self.put(&notes, layout.notes.offset)?;

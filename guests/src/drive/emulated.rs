@@ -12,7 +12,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::{initramfs::READY, qemu::Qemu};
+use crate::initramfs::READY;
+use crate::qemu::Qemu;
 
 use super::console::Console;
 

@@ -11,7 +11,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{console::Console, outpatch::Outpatch, rest::Rest, silence};
+use super::console::Console;
+use super::outpatch::Outpatch;
+use super::rest::Rest;
+use super::silence;
 
 /// How long a guest may take to its shell; ten times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);

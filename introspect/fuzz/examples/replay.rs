@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use introspect_fuzz::{TARGETS, allocations, cpu_time, prepare};
+use hostile_guest::{TARGETS, allocations, cpu_time, prepare};
 
 fn main() {
     let mut words = std::env::args().skip(1);

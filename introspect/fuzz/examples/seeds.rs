@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use introspect_fuzz::{btf, cores, image, kallsyms, ram};
+use hostile_guest::{btf, cores, image, kallsyms, ram};
 
 /// A record of `mutate`: a value in a part of memory.
 fn record(part: u8, mode: u8, place: usize, value: u64) -> Vec<u8> {

@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
-    introspect_fuzz::bounded("kallsyms", || introspect_fuzz::kallsyms(data));
+libfuzzer_sys::fuzz_target!(init: hostile_guest::prepare(), |data: &[u8]| {
+    hostile_guest::bounded("kallsyms", || hostile_guest::kallsyms(data));
 });

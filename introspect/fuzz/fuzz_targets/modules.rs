@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
-    introspect_fuzz::bounded("modules", || introspect_fuzz::modules(data));
+libfuzzer_sys::fuzz_target!(init: hostile_guest::prepare(), |data: &[u8]| {
+    hostile_guest::bounded("modules", || hostile_guest::modules(data));
 });

@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
-    introspect_fuzz::bounded("orc", || introspect_fuzz::orc(data));
+libfuzzer_sys::fuzz_target!(init: hostile_guest::prepare(), |data: &[u8]| {
+    hostile_guest::bounded("orc", || hostile_guest::orc(data));
 });

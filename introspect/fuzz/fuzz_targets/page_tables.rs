@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
-    introspect_fuzz::bounded("page_tables", || introspect_fuzz::page_tables(data));
+libfuzzer_sys::fuzz_target!(init: hostile_guest::prepare(), |data: &[u8]| {
+    hostile_guest::bounded("page_tables", || hostile_guest::page_tables(data));
 });

@@ -1,5 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(init: introspect_fuzz::prepare(), |data: &[u8]| {
-    introspect_fuzz::bounded("whole", || introspect_fuzz::whole(data));
+libfuzzer_sys::fuzz_target!(init: hostile_guest::prepare(), |data: &[u8]| {
+    hostile_guest::bounded("whole", || hostile_guest::whole(data));
 });

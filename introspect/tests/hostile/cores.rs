@@ -1,11 +1,11 @@
 //! Core files that lie.
 
-use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory, RawRange, tasks};
+use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory, RawRange, task_list};
 use vm_memory::GuestAddress;
 
-use super::fuzz::cores::{self, PT_LOAD, PT_NOTE, Part};
-use super::fuzz::{self, bounded};
-use super::fuzz::{image, symbols};
+use hostile_guest::cores::{self, PT_LOAD, PT_NOTE, Part};
+use hostile_guest::{self, bounded};
+use hostile_guest::{image, symbols};
 
 fn open(bytes: &[u8]) -> Result<CoreFile, CoreError> {
     let file = cores::file(bytes);
@@ -35,7 +35,7 @@ fn a_core_that_is_whole_can_be_read() {
 /// The same guest in a raw image, half of it behind a hole in the file.
 #[test]
 fn a_raw_image_shows_the_guest_that_is_in_it() {
-    let ram = fuzz::ram();
+    let ram = hostile_guest::ram();
     let (low, high) = ram.split_at(image::IMAGE);
     let gap = vec![0xee; 0x3000];
     let bytes = [high, &gap, low].concat();
@@ -50,10 +50,10 @@ fn a_raw_image_shows_the_guest_that_is_in_it() {
     ];
     let raw = CoreFile::raw(cores::file(&bytes), &ranges, image::vcpus()).unwrap();
     let kernel = Kernel::find(&raw, raw.vcpus()).unwrap();
-    assert_eq!(kernel.base, fuzz::kernel().base);
-    let found = tasks(&kernel, &kernel.memory(&raw), raw.vcpus()).unwrap();
+    assert_eq!(kernel.base, hostile_guest::kernel().base);
+    let found = task_list::read(&kernel, &kernel.memory(&raw), raw.vcpus()).unwrap();
     assert_eq!(found.len(), 5);
-    let reliable = fuzz::stacks(&raw, raw.vcpus());
+    let reliable = hostile_guest::stacks(&raw, raw.vcpus());
     assert!(reliable >= 4, "{reliable}");
 }
 

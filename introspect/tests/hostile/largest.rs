@@ -1,14 +1,14 @@
 //! Tables of any size: those at their caps keep the bounds, those beyond are refused.
 
-use introspect::orc::Encoding;
-use introspect::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
+use introspect::unwind::orc::Encoding;
+use introspect::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
-use introspect::listing::{ListingError, behind_core};
-use introspect::modules::modules;
+use introspect::modules;
+use introspect::modules::proc_kallsyms::{ListingError, behind_core};
 
-use super::fuzz::image::{self, module_at, virt};
-use super::fuzz::{self, bounded};
+use hostile_guest::image::{self, module_at, virt};
+use hostile_guest::{self, bounded};
 
 #[test]
 fn btf_of_as_many_types_as_may_be() {
@@ -65,7 +65,7 @@ fn a_module_of_as_many_symbols_as_may_be() {
     const SYMBOLS: usize = 1 << 18;
     const SYMBOL: usize = 24;
     let (table, strings) = (4 << 20, (4 << 20) + SYMBOLS * SYMBOL);
-    let mut ram = fuzz::ram().to_vec();
+    let mut ram = hostile_guest::ram().to_vec();
     ram.resize(strings + 0x1000, 0);
     for symbol in ram[table..strings].as_chunks_mut::<SYMBOL>().0 {
         symbol[..8].copy_from_slice(&[1, 0, 0, 0, 0x12, 0, 1, 0]);
@@ -83,10 +83,10 @@ fn a_module_of_as_many_symbols_as_may_be() {
     put(at, image::DIRECT + table as u64);
     put(at + 8, SYMBOLS as u64);
     put(at + 16, image::DIRECT + strings as u64);
-    let memory = fuzz::mutate::Mutated::of(&ram[..]);
-    let kernel = fuzz::kernel();
+    let memory = hostile_guest::mutate::Mutated::of(&ram[..]);
+    let kernel = hostile_guest::kernel();
     let reader = kernel.memory(&memory);
-    let module = modules(kernel, &reader).unwrap().remove(0);
+    let module = modules::list(kernel, &reader).unwrap().remove(0);
     let symbols = bounded("symbols", || module.symbols(kernel, &reader)).unwrap();
     assert_eq!(symbols.iter().count(), SYMBOLS);
 }
@@ -96,7 +96,7 @@ fn modules_that_share_one_table_of_symbols() {
     const MODULES: usize = 4096;
     const SYMBOLS: usize = 1 << 12;
     for name in [0u8, 1] {
-        let mut ram = fuzz::ram().to_vec();
+        let mut ram = hostile_guest::ram().to_vec();
         ram.resize(8 << 20, 0);
         let (at, table) = (|n: usize| (4 << 20) + 0x100 * n, 6 << 20);
         for symbol in ram[table..table + SYMBOLS * 24].as_chunks_mut::<24>().0 {
@@ -124,10 +124,10 @@ fn modules_that_share_one_table_of_symbols() {
             put(at(n) + 8, next);
             put(at(n) + 192, direct(0x7_0000));
         }
-        let memory = fuzz::mutate::Mutated::of(&ram[..]);
-        let kernel = fuzz::kernel();
+        let memory = hostile_guest::mutate::Mutated::of(&ram[..]);
+        let kernel = hostile_guest::kernel();
         let reader = kernel.memory(&memory);
-        assert_eq!(modules(kernel, &reader).unwrap().len(), MODULES);
+        assert_eq!(modules::list(kernel, &reader).unwrap().len(), MODULES);
         let found = bounded("a listing", || behind_core(kernel, &reader));
         let too_much = matches!(found, Err(ListingError::TooMuch { .. }));
         assert!(too_much, "{name}: {:?}", found.map(|list| list.len()));

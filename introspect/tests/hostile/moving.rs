@@ -2,16 +2,14 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use introspect::survey::Survey;
+use introspect::task_list::cache::Survey;
 use introspect::{PhysMemory, Stack, Task, Unbacked};
 use vm_memory::GuestAddress;
 
-use crate::fuzz::{
-    self,
-    image::{self, STACK, STACKS, task_at, virt},
-    mutate::Mutated,
-};
 use crate::{memory, with};
+use hostile_guest::image::{self, STACK, STACKS, task_at, virt};
+use hostile_guest::mutate::Mutated;
+use hostile_guest::{self};
 
 /// Inside `struct task_struct`, as the BTF made here has them.
 const FLAGS: usize = 0;
@@ -82,7 +80,7 @@ impl PhysMemory for Moving<'_> {
 
 /// What a look in a pause says of everybody and their stacks.
 fn in_pause(survey: &mut Survey, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> {
-    let (kernel, unwinder) = (fuzz::kernel(), fuzz::unwinder());
+    let (kernel, unwinder) = (hostile_guest::kernel(), hostile_guest::unwinder());
     let (memory, vcpus) = (kernel.memory(memory), image::vcpus());
     survey.look(kernel, unwinder, &memory, &vcpus).unwrap();
     let regs = |n: Option<u32>| n.and_then(|n| vcpus.get(n as usize));
@@ -94,8 +92,8 @@ fn in_pause(survey: &mut Survey, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> 
 }
 
 fn walk_ahead(survey: &mut Survey, memory: &dyn PhysMemory) {
-    let kernel = fuzz::kernel();
-    survey.walk_ahead(kernel, fuzz::unwinder(), &kernel.memory(memory));
+    let kernel = hostile_guest::kernel();
+    survey.walk_ahead(kernel, hostile_guest::unwinder(), &kernel.memory(memory));
 }
 
 /// Looks ahead with one turn of the task's life after so many words of it, and another, then in a pause.

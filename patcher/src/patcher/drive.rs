@@ -3,7 +3,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::survey::Survey;
+use introspect::task_list::cache::Survey;
 
 use crate::apply;
 use crate::error::PatchError;

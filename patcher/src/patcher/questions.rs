@@ -3,8 +3,9 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use introspect::survey::Survey;
-use introspect::{Kernel, ListedSymbol, Stack, Task, VcpuRegs, listing};
+use introspect::modules::proc_kallsyms;
+use introspect::task_list::cache::Survey;
+use introspect::{Kernel, ListedSymbol, Stack, Task, VcpuRegs};
 
 use super::{Patcher, not_found, patiently};
 use crate::check::Trial;
@@ -79,7 +80,7 @@ impl Patcher {
         self.guest(machine)?;
         let paused = Paused::begin(machine, &mut self.pauses)?;
         let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
-        let behind = listing::behind_core(kernel, &kernel.memory(paused.memory()));
+        let behind = proc_kallsyms::behind_core(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
         let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
         let core = kernel.symbols.iter().map(|symbol| ListedSymbol {

@@ -10,10 +10,8 @@ use anyhow::{Result, ensure};
 use guests::{cache::Cache, drgn::Drgn, stock::Stock};
 use serde::Deserialize;
 
-use crate::{
-    cores::{Core, GENERATION},
-    report::{Figures, count},
-};
+use crate::cores::{Core, GENERATION};
+use crate::report::{Figures, count};
 
 /// When it is set, drgn and the kernel's debugging information are fetched into the cache.
 const FETCH: &str = "OUTPATCH_DRGN";

@@ -15,12 +15,10 @@ use std::{env, path::Path, process::ExitCode, time::Duration};
 use anyhow::{Context, Result};
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 
-use crate::{
-    cores::{Core, SIZES},
-    cpu::CpuTime,
-    report::Figures,
-    subject::Subject,
-};
+use crate::cores::{Core, SIZES};
+use crate::cpu::CpuTime;
+use crate::report::Figures;
+use crate::subject::Subject;
 
 /// The size that the goals are for.
 const MAIN: u32 = 5_000;

@@ -4,7 +4,7 @@
 //! command line's `--core` does.
 
 use anyhow::{Context, Result, ensure};
-use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, tasks};
+use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, task_list};
 use tests::core_machine;
 use vm_memory::GuestMemoryMmap;
 
@@ -72,7 +72,7 @@ pub fn unwind_data(kernel: &Kernel, memory: &dyn PhysMemory) -> Result<Unwinder>
 /// # Errors
 /// When the lists are broken.
 pub fn list(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Vec<Task>> {
-    Ok(tasks(kernel, &kernel.memory(memory), vcpus)?)
+    Ok(task_list::read(kernel, &kernel.memory(memory), vcpus)?)
 }
 
 /// All tasks with their stacks, as in one pause.
@@ -86,7 +86,7 @@ pub fn stacks(
     vcpus: &[VcpuRegs],
 ) -> Result<Vec<(Task, Stack)>> {
     let memory = kernel.memory(memory);
-    let tasks = tasks(kernel, &memory, vcpus)?;
+    let tasks = task_list::read(kernel, &memory, vcpus)?;
     let each: Vec<&Task> = tasks.iter().collect();
     let stacks = unwinder.stacks(&memory, &each, vcpus);
     Ok(tasks.into_iter().zip(stacks).collect())

@@ -14,7 +14,7 @@ use guests::{
     kernels::Flavour,
     stock::{Order, Stock},
 };
-use introspect::{CoreFile, Kernel, TaskKind, tasks};
+use introspect::{CoreFile, Kernel, TaskKind, task_list};
 use patcher::{Machine, Mode, Patcher, PauseLength};
 use tests::core_machine::CoreMachine;
 use vm_memory::{Bytes, GuestAddress};
@@ -203,7 +203,7 @@ fn last(patcher: &Patcher) -> Result<PauseLength> {
 fn switch_counters(machine: &CoreMachine, core: &CoreFile) -> Result<Vec<GuestAddress>> {
     let kernel = Kernel::find(machine.memory(), core.vcpus())?;
     let memory = kernel.memory(machine.memory());
-    let sleepers = tasks(&kernel, &memory, core.vcpus())?
+    let sleepers = task_list::read(&kernel, &memory, core.vcpus())?
         .into_iter()
         .filter(|task| task.kind == TaskKind::User && task.vcpu.is_none() && task.exit_state == 0);
     let at = sleepers.step_by(RAN).map(|task| {

@@ -10,7 +10,8 @@ use guests::drive::Guest;
 use rustix::process::{getpriority_process, setpriority_process};
 use serde_json::json;
 
-use crate::{Scenario, bench::Bench};
+use crate::Scenario;
+use crate::bench::Bench;
 
 /// Transitions of each, there and back; `OUTPATCH_BESIDE=ROUNDS` asks for more.
 const ROUNDS: usize = 3;

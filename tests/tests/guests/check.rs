@@ -12,11 +12,9 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch, one_line_refusal};
 use serde_json::Value;
 
-use crate::{
-    bench::{Bench, Scratch},
-    blocked::BLOCKERS,
-    locks,
-};
+use crate::bench::{Bench, Scratch};
+use crate::blocked::BLOCKERS;
+use crate::locks;
 
 /// Good patches, and functions that each replaces.
 const GOOD: [(&str, &[&str]); 3] = [

@@ -15,10 +15,8 @@ use patcher::{ErrorKind, Mode, Patcher};
 use tests::{core_machine::CoreMachine, faulty::Faulty};
 
 use self::story::{Call, Story, Subject, somebody_was_told, tell};
-use crate::{
-    Scenario,
-    bench::{Assets, Bench},
-};
+use crate::Scenario;
+use crate::bench::{Assets, Bench};
 
 /// The dump, in the scenario's scratch folder.
 const CORE: &str = "faults.core";

@@ -8,7 +8,8 @@ use std::env;
 use anyhow::{Result, ensure};
 use guests::kernels::{Flavour, Generation};
 
-use crate::{Scenario, bench::Bench, stacks, symbols};
+use crate::bench::Bench;
+use crate::{Scenario, stacks, symbols};
 
 /// What asks for all of them.
 const VARIABLE: &str = "OUTPATCH_TEST_FLAVOURS";

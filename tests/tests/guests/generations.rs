@@ -3,7 +3,8 @@
 use anyhow::{Result, ensure};
 use guests::drive::Guest;
 
-use crate::{bench::Bench, patching::PATCHES};
+use crate::bench::Bench;
+use crate::patching::PATCHES;
 
 pub fn right_or_refused(bench: &Bench, guest: &mut Guest, generation: &str) -> Result<()> {
     let outpatch = guest.outpatch().clone();

@@ -5,11 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use guests::drive::Guest;
 
-use crate::{
-    Scenario,
-    bench::Bench,
-    patching::{PATCHES, Patch},
-};
+use crate::Scenario;
+use crate::bench::Bench;
+use crate::patching::{PATCHES, Patch};
 
 pub fn scenarios() -> Vec<Scenario> {
     ["6.1", "6.12"]

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Log, Outpatch, STOLEN_TIME};
 use serde_json::Value;
 
-use crate::{Scenario, bench::Bench, symbols};
+use crate::bench::Bench;
+use crate::{Scenario, symbols};
 
 /// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
 const SLEEPERS: u32 = 1000;

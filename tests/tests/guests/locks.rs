@@ -6,8 +6,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use introspect::modules::proc_kallsyms;
 use introspect::{
-    CoreFile, Gva, Kernel, PhysMemory, TasksError, Unbacked, Unwinder, listing, modules, tasks,
+    CoreFile, Gva, Kernel, PhysMemory, TasksError, Unbacked, Unwinder, modules, task_list,
 };
 use patcher::{PatchError, Patcher, Still};
 use vm_memory::GuestAddress;
@@ -63,10 +64,10 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
         // It begins with the word.
         false => (QUEUED, lock),
     };
-    let plain = tasks(&kernel, &kernel.memory(&core), core.vcpus())?.len();
+    let plain = task_list::read(&kernel, &kernel.memory(&core), core.vcpus())?.len();
 
     let pane = Pane::over(&core, &kernel, lock, &writer.to_le_bytes())?;
-    match tasks(&kernel, &kernel.memory(&pane), core.vcpus()) {
+    match task_list::read(&kernel, &kernel.memory(&pane), core.vcpus()) {
         Err(TasksError::Busy("tasklist_lock")) => {}
         other => bail!(
             "with tasklist_lock held for writing: {:?}",
@@ -74,12 +75,12 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
         ),
     }
     let pane = Pane::over(&core, &kernel, lock, &reader.to_le_bytes())?;
-    let shared = tasks(&kernel, &kernel.memory(&pane), core.vcpus())?.len();
+    let shared = task_list::read(&kernel, &kernel.memory(&pane), core.vcpus())?.len();
     ensure!(shared == plain, "with a reader {shared} tasks, not {plain}");
 
     // What depends on no lock reads the same while somebody changes the list: forwards it leads on at any moment.
     let memory = kernel.memory(&core);
-    let listed = listing::behind_core(&kernel, &memory)?;
+    let listed = proc_kallsyms::behind_core(&kernel, &memory)?;
     let mutex = kernel.symbols.address("module_mutex")?;
     let owner = kernel.symbols.address("init_task")?;
     // A mutex begins with its owner, but for an rt_mutex.
@@ -96,7 +97,7 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
         "module_mutex is not seen held"
     );
     ensure!(
-        listing::behind_core(&kernel, &kernel.memory(&pane))? == listed,
+        proc_kallsyms::behind_core(&kernel, &kernel.memory(&pane))? == listed,
         "other symbols while module_mutex is held"
     );
     a_module_taken_apart_is_left_out(&core, &kernel)
@@ -106,12 +107,12 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
 /// nothing of it.
 fn a_module_taken_apart_is_left_out(core: &CoreFile, kernel: &Kernel) -> Result<()> {
     const UNFORMED: u32 = 3;
-    let loaded = modules::modules(kernel, &kernel.memory(core))?;
+    let loaded = modules::list(kernel, &kernel.memory(core))?;
     let module = loaded.first().context("a guest with modules")?;
     let state = kernel.btf.field("module.state")?.of(module.addr);
     let pane = Pane::over(core, kernel, state, &UNFORMED.to_le_bytes())?;
     let memory = kernel.memory(&pane);
-    let left = modules::modules(kernel, &memory)?;
+    let left = modules::list(kernel, &memory)?;
     ensure!(
         left.len() + 1 == loaded.len() && left.iter().all(|m| m.addr != module.addr),
         "{} of {} modules",

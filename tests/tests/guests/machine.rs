@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 
-use crate::{Scenario, bench::Bench};
+use crate::Scenario;
+use crate::bench::Bench;
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<Scenario> = [("6.1", 1), ("6.12", 8)]

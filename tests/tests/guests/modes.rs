@@ -3,12 +3,10 @@
 use anyhow::{Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};
 
-use crate::{
-    bench::Bench,
-    blocked::{
-        BLOCKERS, back_in_the_function, end_of_transition, list, pausing, states, stays_blocked,
-        the_patch,
-    },
+use crate::bench::Bench;
+use crate::blocked::{
+    BLOCKERS, back_in_the_function, end_of_transition, list, pausing, states, stays_blocked,
+    the_patch,
 };
 
 /// How often a guest that was left alone for a second is asked whether it is idle.

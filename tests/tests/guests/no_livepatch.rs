@@ -15,12 +15,10 @@ use guests::{
 };
 use serde_json::Value;
 
-use crate::{
-    Scenario,
-    bench::Bench,
-    blocked::{BLOCKERS, end_of_transition, list, pausing, the_patch},
-    patching::STUCK,
-};
+use crate::Scenario;
+use crate::bench::Bench;
+use crate::blocked::{BLOCKERS, end_of_transition, list, pausing, the_patch};
+use crate::patching::STUCK;
 
 /// What asks for it.
 const VARIABLE: &str = "OUTPATCH_TEST_NO_LIVEPATCH";

@@ -5,9 +5,10 @@ use std::{env, time::Instant};
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 
+use crate::bench::Bench;
 use crate::{
-    ALL, Scenario, bench::Bench, blocked, check, dumps, generations, machine, modes, patch_stack,
-    patching, refusals,
+    ALL, Scenario, blocked, check, dumps, generations, machine, modes, patch_stack, patching,
+    refusals,
 };
 
 /// Picks the checks whose names it is a part of; without it all run.

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
 
-use crate::{bench::Bench, patching::PATCHES};
+use crate::bench::Bench;
+use crate::patching::PATCHES;
 
 /// What `/proc/cmdline` says with each patch of it, by the patch's name, and by itself.
 const SAMPLE: (&str, &str) = ("livepatch_sample", "this has been live patched");

@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Result, ensure};
 use guests::drive::Guest;
 
-use crate::{Scenario, bench::Bench};
+use crate::Scenario;
+use crate::bench::Bench;
 
 /// How often each patch goes on and off in one boot.
 const ROUNDS: u32 = 50;

@@ -10,7 +10,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Reply, one_line_refusal};
 
-use crate::{Scenario, bench::Bench};
+use crate::Scenario;
+use crate::bench::Bench;
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("refusals::command_line", command_line)]

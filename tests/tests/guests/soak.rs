@@ -12,7 +12,9 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Rest};
 use serde_json::{Value, json};
 
-use crate::{Scenario, bench::Bench, patching::STUCK};
+use crate::Scenario;
+use crate::bench::Bench;
+use crate::patching::STUCK;
 
 /// How long a plain run takes.
 const BRIEF: u64 = 15;

@@ -6,11 +6,8 @@ use std::{fs, process::Command, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::Guest;
 
-use crate::{
-    Scenario,
-    bench::{Bench, Scratch},
-    locks, stacks,
-};
+use crate::bench::{Bench, Scratch};
+use crate::{Scenario, locks, stacks};
 
 pub fn scenarios() -> Vec<Scenario> {
     ["5.10", "6.1", "6.12", "7.2", "7.3"]

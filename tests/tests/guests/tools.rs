@@ -6,11 +6,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use guests::drive::{Guest, Outpatch};
 
-use crate::{
-    Scenario,
-    bench::{Bench, KEXEC},
-    blocked::stays_blocked,
-};
+use crate::Scenario;
+use crate::bench::{Bench, KEXEC};
+use crate::blocked::stays_blocked;
 
 /// Where ftrace is told what to do.
 const TRACING: &str = "cd /sys/kernel/tracing";

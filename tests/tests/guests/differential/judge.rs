@@ -16,11 +16,9 @@ use introspect::{Stack, Task, Verdict};
 
 use crate::cores;
 
-use super::{
-    LOCKED, crash,
-    oracle::{Oracle, Told},
-    ours::Ours,
-};
+use super::oracle::{Oracle, Told};
+use super::ours::Ours;
+use super::{LOCKED, crash};
 
 /// A difference is told in full so many times.
 const TOLD_IN_FULL: usize = 5;

@@ -21,7 +21,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::{drive::Guest, kernels::Generation, stock::Stock};
 
-use crate::{Scenario, bench::Bench};
+use crate::Scenario;
+use crate::bench::Bench;
 
 /// Pauses in a plain run.
 const FEW: u64 = 12;

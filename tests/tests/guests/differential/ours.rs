@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::Result;
-use introspect::{CoreFile, Kernel, Stack, Task, TasksError, Unwinder, tasks};
+use introspect::{CoreFile, Kernel, Stack, Task, TasksError, Unwinder, task_list};
 
 /// A core file, read.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ impl Ours {
         let core = CoreFile::open(path)?;
         let kernel = Kernel::find(&core, core.vcpus())?;
         let memory = kernel.memory(&core);
-        let list = match tasks(&kernel, &memory, core.vcpus()) {
+        let list = match task_list::read(&kernel, &memory, core.vcpus()) {
             Err(TasksError::Busy(lock)) => return Ok(Err(lock)),
             list => list?,
         };

@@ -23,7 +23,8 @@ use vmm::{
 };
 
 use super::story::{Call, Story, Subject, somebody_was_told, tell};
-use crate::{Scenario, bench::Bench, soak};
+use crate::bench::Bench;
+use crate::{Scenario, soak};
 
 /// Code is read in pieces of at most this.
 const CHUNK: usize = 64 << 10;

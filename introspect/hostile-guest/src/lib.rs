@@ -1,0 +1,350 @@
+//! What a fuzzer does with its bytes: one function for each parser of guest memory.
+//!
+//! The same functions replay seeds and past findings in `introspect/tests/hostile/`. Each takes any bytes, and none may panic, take long or
+//! allocate much; what they return says how far they came.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "numbers that were made here, for a guest that was made here"
+)]
+
+use std::fs;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use introspect::modules::list;
+use introspect::modules::proc_kallsyms::behind_core;
+use introspect::symbols::kallsyms::Window;
+use introspect::task_list::cache::Survey;
+use introspect::unwind::orc::Encoding;
+use introspect::unwind::orc_table::OrcTable;
+use introspect::{
+    AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Task,
+    Unwinder, VcpuRegs,
+};
+use vm_memory::GuestAddress;
+
+pub mod allocations;
+pub mod btf;
+pub mod cores;
+pub mod dump;
+pub mod image;
+pub mod mutate;
+pub mod symbols;
+
+use mutate::{Mutated, PARTS, Part};
+
+/// No input may make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
+pub const MAX_BYTES: usize = 64 << 20;
+
+/// Nor may it take longer, however it is built.
+pub const MAX_TIME: Duration = Duration::from_secs(2);
+
+/// Runs `work` and counts what it holds and takes.
+///
+/// # Panics
+/// If that was ever more than [`MAX_BYTES`], or longer than [`MAX_TIME`].
+pub fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let start = cpu_time();
+    let (out, peak) = allocations::measured(work);
+    let took = cpu_time() - start;
+    assert!(peak < MAX_BYTES, "{what} held {peak} bytes at once");
+    assert!(took < MAX_TIME, "{what} took {took:?}");
+    out
+}
+
+/// What this thread has run so far (`Documentation/scheduler/sched-stats.rst`): a machine that has other things to do is no
+/// input's fault.
+pub fn cpu_time() -> Duration {
+    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let ran = stat.split(' ').next().and_then(|ran| ran.parse().ok());
+    Duration::from_nanos(ran.expect("a kernel that tells how long a thread has run"))
+}
+
+/// A target: how far it came.
+pub type Target = fn(&[u8]) -> usize;
+
+/// Every target by name.
+pub const TARGETS: [(&str, Target); 8] = [
+    ("kallsyms", kallsyms),
+    ("btf", types),
+    ("orc", orc),
+    ("page_tables", page_tables),
+    ("tasks", tasks),
+    ("modules", modules),
+    ("core_file", core_file),
+    ("whole", whole),
+];
+
+/// The memory of a guest that nobody has damaged.
+pub fn ram() -> &'static [u8] {
+    static RAM: OnceLock<Vec<u8>> = OnceLock::new();
+    RAM.get_or_init(image::build)
+}
+
+/// Its kernel.
+pub fn kernel() -> &'static Kernel {
+    static KERNEL: OnceLock<Kernel> = OnceLock::new();
+    KERNEL.get_or_init(|| {
+        let memory = Mutated::new(ram(), &PARTS, &[]);
+        Kernel::find(&memory, &image::vcpus()).expect("the guest that was made here has a kernel")
+    })
+}
+
+/// What walks its stacks.
+pub fn unwinder() -> &'static Unwinder {
+    static UNWINDER: OnceLock<Unwinder> = OnceLock::new();
+    UNWINDER.get_or_init(|| {
+        let memory = Mutated::new(ram(), &PARTS, &[]);
+        Unwinder::new(kernel(), &kernel().memory(&memory))
+            .expect("the guest that was made here has unwind data")
+    })
+}
+
+/// Makes, or opens, the guests: what that takes is no input's fault.
+pub fn prepare() {
+    unwinder();
+    dump::named();
+}
+
+/// Symbols: after `R` the bytes are the image, otherwise damage to good tables, and where they are cut off.
+pub fn kallsyms(data: &[u8]) -> usize {
+    let start = Gva(image::BASE + image::KALLSYMS as u64);
+    let covers = GvaRange::new(Gva(image::BASE), Gva(image::BASE).add(2 << 20));
+    let mut good = vec![0; 0x4_0000];
+    let bytes = match data {
+        [b'R', raw @ ..] => raw,
+        [a, b, damage @ ..] => {
+            let tables = image::IMAGE + image::KALLSYMS;
+            let parts = [(tables, good.len())];
+            let memory = Mutated::new(ram(), &parts, damage);
+            let _ = memory.read(GuestAddress(tables as u64), &mut good);
+            let cut = 4 * usize::from(u16::from_le_bytes([*a, *b]));
+            &good[..good.len() - cut.min(good.len())]
+        }
+        _ => return 0,
+    };
+    let window = Window { start, bytes };
+    introspect::symbols::kallsyms::parse(window, covers).map_or(0, |symbols| {
+        symbols
+            .iter()
+            .step_by(97)
+            .filter(|symbol| {
+                symbols.at(symbol.gva).is_some() && symbols.unique(symbol.name).is_ok()
+            })
+            .count()
+    })
+}
+
+/// Types: a `.BTF` section.
+pub fn types(data: &[u8]) -> usize {
+    let Ok(btf) = introspect::Btf::parse(data.to_vec()) else {
+        return 0;
+    };
+    let percpu = btf.percpu_vars().take(1000).count();
+    1 + percpu + usize::from(Layout::resolve(&btf).is_ok())
+}
+
+/// Unwind data: where the table is, how many of the bytes are addresses, and the two arrays.
+pub fn orc(data: &[u8]) -> usize {
+    let Some((&[at @ .., low, high], rest)) = data.split_first_chunk::<10>() else {
+        return 0;
+    };
+    let at = Gva(u64::from_le_bytes(at));
+    let len = usize::from(u16::from_le_bytes([low, high])).min(rest.len());
+    let (ips, entries) = rest.split_at(len);
+    let detected = introspect::unwind::orc::detect(entries.as_chunks().0);
+    let mut built = usize::from(detected.is_some());
+    for encoding in Encoding::ALL {
+        if let Ok(table) = OrcTable::from_sections(at, ips, entries, encoding) {
+            let ends = table.iter().flat_map(|(ip, _)| [ip.sub(1), ip, ip.add(1)]);
+            built += ends.filter(|ip| table.lookup(*ip).is_some()).count();
+        }
+    }
+    built
+}
+
+/// Page tables: an address, where the tables begin, and all memory from physical 0 on.
+pub fn page_tables(data: &[u8]) -> usize {
+    let Some((&[levels, page, gva @ ..], rest)) = data.split_first_chunk::<10>() else {
+        return 0;
+    };
+    let memory = Mutated::new(rest, &PARTS, &[]);
+    let space = AddressSpace {
+        root: GuestAddress(u64::from(page) << 12),
+        levels: 4 + (levels & 1),
+    };
+    let gva = Gva(u64::from_le_bytes(gva));
+    let reader = KernelMemory::new(&memory, space);
+    let mut found = 0;
+    for near in [gva, gva.sub(8), gva.add(0x1000), gva.add(2 << 20)] {
+        found += usize::from(space.translate(&memory, near).is_ok());
+        found += usize::from(reader.cstr(near, 0x3000).is_ok());
+        found += usize::from(reader.bytes(near, 0x5000, 1 << 16).is_ok());
+    }
+    found
+}
+
+/// The lists of tasks: damage to them and to what is around them.
+pub fn tasks(data: &[u8]) -> usize {
+    let memory = Mutated::new(ram(), &PARTS[..3], data);
+    let reader = kernel().memory(&memory);
+    let found = introspect::task_list::read(kernel(), &reader, &image::vcpus());
+    let vcpus = image::vcpus();
+    let mut survey = Survey::new();
+    let look = |survey: &mut Survey, memory: &dyn PhysMemory| {
+        survey.look(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
+    };
+    let good = Mutated::new(ram(), &PARTS, &[]);
+    let _ = look(&mut survey, &good);
+    let before: Vec<Task> = survey.seen().iter().map(|seen| seen.task.clone()).collect();
+    let again = look(&mut survey, &memory);
+    // How the lists lead on is not looked at again while the counts of who came and who left are the same: no kernel changes it alone.
+    let lists = |memory| contents(memory, image::list_words());
+    let counts = |memory| contents(memory, image::COUNTS);
+    if let (Ok(found), Ok(())) = (&found, again)
+        && (lists(&memory) == lists(&good) || counts(&memory) != counts(&good))
+    {
+        let seen = survey.seen();
+        assert_eq!(seen.len(), found.len(), "a survey sees other tasks");
+        for (seen, found) in seen.iter().map(|seen| &seen.task).zip(found) {
+            let kept =
+                || before.iter().any(|old| own(old) == own(seen)) && proof(seen) == proof(found);
+            assert!(
+                seen == found || kept(),
+                "a survey sees {seen:?} and not {found:?}"
+            );
+        }
+    }
+    found.map_or(0, |tasks| tasks.len())
+}
+
+/// What memory holds in each of these parts, where there is memory.
+fn contents(
+    memory: &dyn PhysMemory,
+    parts: impl IntoIterator<Item = Part>,
+) -> Vec<Option<Vec<u8>>> {
+    let read = |(at, len)| {
+        let mut bytes = vec![0; len];
+        let done = memory.read(GuestAddress(at as u64), &mut bytes);
+        done.ok().map(|()| bytes)
+    };
+    parts.into_iter().map(read).collect()
+}
+
+/// What a task only changes itself, by running: where it has not run, that is not looked at again.
+fn own(task: &Task) -> impl PartialEq {
+    let Task {
+        addr,
+        pid,
+        tgid,
+        sp,
+        ..
+    } = *task;
+    (addr, pid, tgid, sp, task.exit_state, task.comm.clone())
+}
+
+/// What others change of it, or who runs it: that is looked at.
+fn proof(task: &Task) -> impl PartialEq {
+    let Task {
+        addr,
+        tif,
+        cpu,
+        vcpu,
+        ..
+    } = *task;
+    let Task {
+        state,
+        flags,
+        stack,
+        ..
+    } = *task;
+    (
+        addr,
+        tif,
+        cpu,
+        vcpu,
+        state,
+        flags,
+        stack,
+        task.on_cpu,
+        task.patch_state,
+    )
+}
+
+/// The list of modules, their symbols and their unwind data: damage to them.
+pub fn modules(data: &[u8]) -> usize {
+    let memory = Mutated::new(ram(), &PARTS[3..4], data);
+    let good = Mutated::new(ram(), &PARTS, &[]);
+    let reader = kernel().memory(&memory);
+    let Ok(mut unwinder) = Unwinder::new(kernel(), &reader) else {
+        return 0;
+    };
+    // Modules that come, change and go.
+    let mut seen = usize::from(unwinder.refresh(kernel(), &reader).is_ok());
+    let _ = unwinder.refresh(kernel(), &kernel().memory(&good));
+    seen += usize::from(unwinder.refresh(kernel(), &reader).is_ok());
+    for module in list(kernel(), &reader).unwrap_or_default().iter().take(8) {
+        if let Ok(symbols) = module.symbols(kernel(), &reader) {
+            seen += symbols
+                .iter()
+                .filter(|s| symbols.at(s.gva).is_some())
+                .count();
+        }
+    }
+    seen + behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
+}
+
+/// A core file: all bytes of it.
+pub fn core_file(data: &[u8]) -> usize {
+    let Ok(core) = CoreFile::new(cores::file(data)) else {
+        return 0;
+    };
+    1 + cores::edges(&core) + stacks(&core, core.vcpus())
+}
+
+/// All of it: damage anywhere, then from the registers of a vCPU to every stack. Of a real guest where the environment names one.
+pub fn whole(data: &[u8]) -> usize {
+    if let Some(dump) = dump::named() {
+        return dump.damaged(data);
+    }
+    let memory = Mutated::new(ram(), &PARTS, data);
+    stacks(&memory, &image::vcpus())
+}
+
+/// How many stacks of a guest can be relied on.
+pub fn stacks(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
+    let Ok(kernel) = Kernel::find(memory, vcpus) else {
+        return 0;
+    };
+    stacks_of(&kernel, memory, vcpus)
+}
+
+/// The same, of a guest whose kernel is known.
+pub fn stacks_of(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
+    let unwinder = Unwinder::new(kernel, &kernel.memory(memory));
+    unwinder.map_or(0, |unwinder| walk(kernel, unwinder, memory, vcpus))
+}
+
+/// The same, with the unwind data of the kernel at hand.
+pub fn walk(
+    kernel: &Kernel,
+    mut unwinder: Unwinder,
+    memory: &dyn PhysMemory,
+    vcpus: &[VcpuRegs],
+) -> usize {
+    let reader = kernel.memory(memory);
+    let Ok(tasks) = introspect::task_list::read(kernel, &reader, vcpus) else {
+        return 0;
+    };
+    let _ = unwinder.refresh(kernel, &reader);
+    // What comes of these is no matter here: `modules` counts it.
+    let _ = (behind_core(kernel, &reader), kernel.vmcoreinfo(&reader));
+    tasks
+        .iter()
+        .filter(|task| {
+            let regs = task.vcpu.and_then(|n| vcpus.get(n as usize));
+            unwinder.stack(&reader, task, regs).is_reliable()
+        })
+        .count()
+}

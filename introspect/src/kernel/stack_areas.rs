@@ -1,0 +1,178 @@
+//! Where a kernel's stacks lie: those of tasks, and those that each CPU has of its own.
+//!
+//! Knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; it must not know what is on the stacks. Follows
+//! `arch/x86/kernel/dumpstack_64.c` and `arch/x86/include/asm/{cpu_entry_area,processor}.h`.
+
+use crate::addr::{Gva, GvaRange};
+use crate::btf::{Btf, BtfError};
+use crate::kernel::percpu::PerCpu;
+use crate::memory::kernel::{Field, KernelMemory};
+use crate::symbols::{SymbolError, Symbols};
+use crate::unwind::stack_memory::{MAX_STACK, ReadVirtual, StackKind, StackSpan};
+
+const PAGE: u64 = 4096;
+
+/// The exception stacks of a CPU, by their members in `struct cea_exception_stacks`. Not each kernel has all.
+const EXCEPTION_STACKS: &[&str] = &[
+    "cea_exception_stacks.DF_stack",
+    "cea_exception_stacks.NMI_stack",
+    "cea_exception_stacks.DB_stack",
+    "cea_exception_stacks.MCE_stack",
+    "cea_exception_stacks.VC_stack",
+    "cea_exception_stacks.VC2_stack",
+];
+
+/// Why the stacks of a kernel are not to be found.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlacesError {
+    /// A symbol is missing.
+    #[error("cannot find the kernel's stacks: {0}")]
+    Symbol(#[from] SymbolError),
+    /// A type or a member is missing.
+    #[error("cannot find the kernel's stacks: {0}")]
+    Type(#[from] BtfError),
+    /// A stack of a size that stacks do not have.
+    #[error("the kernel says that {what} is {size:#x} bytes")]
+    Size {
+        /// Which stack.
+        what: &'static str,
+        /// Its size.
+        size: u64,
+    },
+}
+
+/// Where a kernel's stacks lie.
+#[derive(Clone, Debug)]
+pub struct StackPlaces {
+    thread_size: u64,
+    irq_size: u64,
+    exceptions: Vec<Field>,
+    /// `estacks` and the entry stack within `struct cpu_entry_area`.
+    estacks: Field,
+    entry: Field,
+    cpus: Vec<CpuPointers>,
+}
+
+/// Where one CPU keeps the pointers to its stacks.
+#[derive(Clone, Copy, Debug)]
+struct CpuPointers {
+    cpu: u32,
+    /// `hardirq_stack_ptr`: the end of the interrupt stack, or the last word in it.
+    irq: Gva,
+    /// `cea_exception_stacks`.
+    estacks: Gva,
+}
+
+impl StackPlaces {
+    /// Finds them.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub(crate) fn resolve(
+        symbols: &Symbols,
+        btf: &Btf,
+        percpu: &PerCpu,
+    ) -> Result<StackPlaces, PlacesError> {
+        let irq = irq_pointer(symbols, btf)?;
+        let estacks = symbols.address("cea_exception_stacks")?;
+        let cpus = percpu
+            .cpus()
+            .iter()
+            .filter_map(|cpu| {
+                Some(CpuPointers {
+                    cpu: *cpu,
+                    irq: percpu.address(irq, *cpu)?,
+                    estacks: percpu.address(estacks, *cpu)?,
+                })
+            })
+            .collect();
+        Ok(StackPlaces {
+            thread_size: checked("a task's stack", thread_size(symbols)?)?,
+            irq_size: checked("an interrupt stack", btf.size_of("irq_stack")?)?,
+            exceptions: EXCEPTION_STACKS
+                .iter()
+                .filter_map(|path| btf.field(path).ok())
+                .collect(),
+            estacks: btf.field("cpu_entry_area.estacks")?,
+            entry: btf.field("cpu_entry_area.entry_stack_page")?,
+            cpus,
+        })
+    }
+
+    /// The stack of the task whose lowest address is `stack`.
+    #[must_use]
+    pub fn task(&self, stack: Gva) -> StackSpan {
+        StackSpan {
+            kind: StackKind::Task,
+            range: GvaRange::new(stack, stack.add(self.thread_size)),
+        }
+    }
+
+    /// The stacks that code on `cpu` may be on besides a task's: as many as can be found.
+    #[must_use]
+    pub fn of_cpu(&self, memory: &KernelMemory<'_>, cpu: u32) -> Vec<StackSpan> {
+        let Some(pointers) = self.cpus.iter().find(|pointers| pointers.cpu == cpu) else {
+            return Vec::new();
+        };
+        let mut spans = Vec::with_capacity(self.exceptions.len() + 2);
+        if let Ok(pointer) = memory.pointer(pointers.irq)
+            && let Some(top) = pointer.0.checked_next_multiple_of(PAGE)
+        {
+            spans.push(StackSpan {
+                kind: StackKind::Irq,
+                range: GvaRange::new(Gva(top).sub(self.irq_size), Gva(top)),
+            });
+        }
+        if let Ok(estacks) = memory.pointer(pointers.estacks) {
+            spans.extend(self.exceptions.iter().map(|field| StackSpan {
+                kind: StackKind::Exception,
+                range: part(estacks, *field),
+            }));
+            spans.push(StackSpan {
+                kind: StackKind::Entry,
+                range: part(self.estacks.container(estacks), self.entry),
+            });
+        }
+        spans
+    }
+}
+
+fn part(base: Gva, field: Field) -> GvaRange {
+    let start = field.of(base);
+    GvaRange::new(start, start.add(field.size))
+}
+
+fn checked(what: &'static str, size: u64) -> Result<u64, PlacesError> {
+    if (PAGE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
+        Ok(size)
+    } else {
+        Err(PlacesError::Size { what, size })
+    }
+}
+
+/// `THREAD_SIZE` is in no type that BTF has; the boot CPU's idle task has a stack of that size between two symbols
+/// (`include/asm-generic/vmlinux.lds.h: INIT_TASK_DATA`, renamed in 6.10).
+fn thread_size(symbols: &Symbols) -> Result<u64, PlacesError> {
+    let stack = symbols
+        .between("__start_init_stack", "__end_init_stack")
+        .or_else(|_| symbols.between("__start_init_task", "__end_init_task"))?;
+    Ok(stack.len())
+}
+
+/// A per-CPU variable of its own, or a member of `pcpu_hot` (6.2 to 6.14).
+fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, PlacesError> {
+    match symbols.address("hardirq_stack_ptr") {
+        Ok(variable) => Ok(variable),
+        Err(missing) => {
+            let hot = symbols.address("pcpu_hot").map_err(|_| missing)?;
+            Ok(btf.field("pcpu_hot.hardirq_stack_ptr")?.of(hot))
+        }
+    }
+}
+
+impl ReadVirtual for KernelMemory<'_> {
+    fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
+        self.read(at, buf).map_err(|error| error.gva)
+    }
+}

@@ -1,0 +1,450 @@
+//! Reading kernel virtual memory.
+//!
+//! A [`KernelMemory`] remembers translations, so it is good for one pause: make a new one for the next. It knows nothing of what
+//! it reads.
+
+use std::cell::Cell;
+use std::fmt;
+
+use vm_memory::GuestAddress;
+
+use crate::addr::Gva;
+use crate::memory::paging::{self, AddressSpace, Mapping, Unmapped};
+use crate::memory::{self, Part, PhysMemory, Unbacked};
+
+/// Slots of each translation cache; a power of two.
+const SLOTS: usize = 256;
+const SMALL_PAGE: u64 = 1 << 12;
+const LARGE_PAGE: u64 = 1 << 21;
+/// Strings and blocks are read in pieces of at most this.
+const CHUNK: usize = 4096;
+
+/// A field of a structure: where, and how many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Field {
+    /// Bytes from the start of the structure.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Field {
+    /// Where the field of the structure at `base` lies.
+    #[must_use]
+    pub const fn of(self, base: Gva) -> Gva {
+        base.add(self.offset)
+    }
+
+    /// The structure whose field lies at `gva` (`container_of`).
+    #[must_use]
+    pub const fn container(self, gva: Gva) -> Gva {
+        gva.sub(self.offset)
+    }
+}
+
+/// Kernel memory could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot read kernel memory at {gva}: {cause}")]
+pub struct ReadError {
+    /// The first address that could not be read.
+    pub gva: Gva,
+    /// Why.
+    pub cause: ReadCause,
+}
+
+/// Why kernel memory could not be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadCause {
+    /// The address leads nowhere.
+    #[error(transparent)]
+    Unmapped(#[from] Unmapped),
+    /// It leads outside guest memory.
+    #[error(transparent)]
+    Unbacked(#[from] Unbacked),
+    /// The guest asks for more than we are willing to read.
+    #[error("{len} bytes are more than the {cap} that make sense here")]
+    TooLong {
+        /// What the guest's own count says.
+        len: u64,
+        /// Our bound.
+        cap: u64,
+    },
+    /// A field is not 1, 2, 4 or 8 bytes.
+    #[error("no integer has {0} bytes")]
+    NotAnInteger(u64),
+}
+
+/// Kernel virtual memory, for one pause.
+pub struct KernelMemory<'m> {
+    phys: &'m dyn PhysMemory,
+    space: AddressSpace,
+    small: Cache,
+    large: Cache,
+    /// Where the last tables lie, by the 2 MiB that each maps: what a processor's paging-structure caches remember.
+    tables: Cache,
+}
+
+impl fmt::Debug for KernelMemory<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelMemory")
+            .field("space", &self.space)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Translations of pages of one size: (page number, frame address), direct-mapped. Page number `u64::MAX` is an empty slot: no
+/// page has it.
+struct Cache(Box<[Cell<(u64, u64)>; SLOTS]>);
+
+impl Cache {
+    fn new() -> Cache {
+        Cache(Box::new([const { Cell::new((u64::MAX, 0)) }; SLOTS]))
+    }
+
+    fn slot(&self, page: u64) -> Option<&Cell<(u64, u64)>> {
+        self.0.get(usize::try_from(page % SLOTS as u64).ok()?)
+    }
+
+    fn get(&self, page: u64) -> Option<u64> {
+        let (key, frame) = self.slot(page)?.get();
+        (key == page).then_some(frame)
+    }
+
+    fn set(&self, page: u64, frame: u64) {
+        if let Some(slot) = self.slot(page) {
+            slot.set((page, frame));
+        }
+    }
+}
+
+impl<'m> KernelMemory<'m> {
+    /// Kernel memory through the given tables.
+    #[must_use]
+    pub fn new(phys: &'m dyn PhysMemory, space: AddressSpace) -> KernelMemory<'m> {
+        KernelMemory {
+            phys,
+            space,
+            small: Cache::new(),
+            large: Cache::new(),
+            tables: Cache::new(),
+        }
+    }
+
+    /// The guest-physical memory underneath.
+    #[must_use]
+    pub fn phys(&self) -> &'m dyn PhysMemory {
+        self.phys
+    }
+
+    /// The tables.
+    #[must_use]
+    pub fn space(&self) -> AddressSpace {
+        self.space
+    }
+
+    /// The mapping of `gva`, walked afresh.
+    ///
+    /// # Errors
+    /// [`ReadError`] when it leads nowhere.
+    pub fn translate(&self, gva: Gva) -> Result<Mapping, ReadError> {
+        self.space
+            .translate(self.phys, gva)
+            .map_err(|cause| ReadError {
+                gva,
+                cause: cause.into(),
+            })
+    }
+
+    /// Fills `buf` from `gva` on.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `buf` may be partly overwritten.
+    pub fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
+        let mut at = gva;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (gpa, left) = self.locate(at)?;
+            let len = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at_mut(len);
+            self.phys.read(gpa, now).map_err(|cause| ReadError {
+                gva: at,
+                cause: cause.into(),
+            })?;
+            at = at.add(len as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` with the `parts` of the structure at `gva`, one behind the other.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `buf` may be partly overwritten.
+    pub(crate) fn gather(&self, gva: Gva, parts: &[Part], buf: &mut [u8]) -> Result<(), ReadError> {
+        let end = memory::extent(parts).unwrap_or(usize::MAX) as u64;
+        let (gpa, left) = self.locate(gva)?;
+        if end <= left && self.phys.gather(gpa, parts, buf).is_ok() {
+            return Ok(());
+        }
+        memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
+    }
+
+    /// Sets `same` for structures at `gvas` whose `parts` are just the bytes that stand for them ([`PhysMemory::compare`]).
+    pub(crate) fn compare(&self, gvas: &[Gva], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+        let Some(end) = memory::extent(parts) else {
+            return;
+        };
+        // No memory is there.
+        let nowhere = GuestAddress(u64::MAX);
+        let place = |gva: &Gva| match self.locate(*gva) {
+            Ok((gpa, left)) if end as u64 <= left => gpa,
+            _ => nowhere,
+        };
+        let gpas: Vec<GuestAddress> = gvas.iter().map(place).collect();
+        self.phys.compare(&gpas, parts, bytes, same);
+    }
+
+    /// Where `gva` lies, and how many bytes from there on are contiguous. What was looked up once is remembered.
+    ///
+    /// # Errors
+    /// [`ReadError`] when it leads nowhere.
+    pub fn locate(&self, gva: Gva) -> Result<(GuestAddress, u64), ReadError> {
+        let within = |frame: u64, size: u64| {
+            let offset = gva.0 % size;
+            (GuestAddress(frame.wrapping_add(offset)), size - offset)
+        };
+        if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE) {
+            return Ok(within(frame, LARGE_PAGE));
+        }
+        if let Some(frame) = self.small.get(gva.0 / SMALL_PAGE) {
+            return Ok(within(frame, SMALL_PAGE));
+        }
+        if let Some(frame) = self.last_level(gva) {
+            self.small.set(gva.0 / SMALL_PAGE, frame);
+            return Ok(within(frame, SMALL_PAGE));
+        }
+        let mapping = self.translate(gva)?;
+        if mapping.page_size == SMALL_PAGE {
+            let table = mapping.entry_gpa.0 & !(SMALL_PAGE - 1);
+            self.tables.set(gva.0 / LARGE_PAGE, table);
+        }
+        let (cache, size) = if mapping.page_size >= LARGE_PAGE {
+            (&self.large, LARGE_PAGE)
+        } else {
+            (&self.small, SMALL_PAGE)
+        };
+        let frame = mapping.gpa.0 & !(size - 1);
+        cache.set(gva.0 / size, frame);
+        Ok(within(frame, size))
+    }
+
+    /// The frame of a small page whose last table is known; `None` also when its entry does not lead on, so that the walk says why.
+    fn last_level(&self, gva: Gva) -> Option<u64> {
+        let table = self.tables.get(gva.0 / LARGE_PAGE)?;
+        let entry = GuestAddress(paging::last_entry(table, gva));
+        let mut raw = [0; 8];
+        self.phys.read(entry, &mut raw).ok()?;
+        paging::small_frame(u64::from_le_bytes(raw))
+    }
+
+    fn array<const N: usize>(&self, gva: Gva) -> Result<[u8; N], ReadError> {
+        let mut raw = [0; N];
+        self.read(gva, &mut raw)?;
+        Ok(raw)
+    }
+
+    /// One byte.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn u8(&self, gva: Gva) -> Result<u8, ReadError> {
+        self.array(gva).map(u8::from_le_bytes)
+    }
+
+    /// Two bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn u16(&self, gva: Gva) -> Result<u16, ReadError> {
+        self.array(gva).map(u16::from_le_bytes)
+    }
+
+    /// Four bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn u32(&self, gva: Gva) -> Result<u32, ReadError> {
+        self.array(gva).map(u32::from_le_bytes)
+    }
+
+    /// Eight bytes.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn u64(&self, gva: Gva) -> Result<u64, ReadError> {
+        self.array(gva).map(u64::from_le_bytes)
+    }
+
+    /// Four bytes, signed.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn i32(&self, gva: Gva) -> Result<i32, ReadError> {
+        self.array(gva).map(i32::from_le_bytes)
+    }
+
+    /// A pointer.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn pointer(&self, gva: Gva) -> Result<Gva, ReadError> {
+        self.u64(gva).map(Gva)
+    }
+
+    /// An integer field of 1, 2, 4 or 8 bytes of the structure at `base`, zero-extended.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn field(&self, base: Gva, field: Field) -> Result<u64, ReadError> {
+        let gva = field.of(base);
+        match field.size {
+            1 => self.u8(gva).map(u64::from),
+            2 => self.u16(gva).map(u64::from),
+            4 => self.u32(gva).map(u64::from),
+            8 => self.u64(gva),
+            other => Err(ReadError {
+                gva,
+                cause: ReadCause::NotAnInteger(other),
+            }),
+        }
+    }
+
+    /// A C string of at most `cap` bytes, without its end; cut at `cap` when there is no end before it. What is not UTF-8 is
+    /// replaced.
+    ///
+    /// # Errors
+    /// [`ReadError`] when memory ends before the string does.
+    pub fn cstr(&self, gva: Gva, cap: usize) -> Result<String, ReadError> {
+        let mut out = Vec::new();
+        let mut at = gva;
+        while out.len() < cap {
+            let (_, left) = self.locate(at)?;
+            let len = usize::try_from(left)
+                .unwrap_or(CHUNK)
+                .min(cap - out.len())
+                .min(CHUNK);
+            let mut chunk = vec![0; len];
+            self.read(at, &mut chunk)?;
+            let end = chunk.iter().position(|&byte| byte == 0);
+            out.extend_from_slice(chunk.get(..end.unwrap_or(len)).unwrap_or_default());
+            if end.is_some() {
+                break;
+            }
+            at = at.add(len as u64);
+        }
+        Ok(String::from_utf8_lossy(&out).into_owned())
+    }
+
+    /// `len` bytes, where the guest says how many and `cap` is as many as make sense.
+    ///
+    /// # Errors
+    /// [`ReadError`], also when `len` is above `cap`.
+    pub fn bytes(&self, gva: Gva, len: u64, cap: usize) -> Result<Vec<u8>, ReadError> {
+        let too_long = ReadError {
+            gva,
+            cause: ReadCause::TooLong {
+                len,
+                cap: cap as u64,
+            },
+        };
+        let len = usize::try_from(len).map_err(|_| too_long)?;
+        if len > cap {
+            return Err(too_long);
+        }
+        let mut out = vec![0; len];
+        self.read(gva, &mut out)?;
+        Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Ram;
+
+    /// Virtual 0..0x2000 is two frames in reverse order; 0x2000 is not mapped; 2 MiB.. is a large page at 0.
+    fn ram() -> Ram {
+        let mut ram = Ram::new(0x8000);
+        ram.u64(0x1000, 0x2003);
+        ram.u64(0x2000, 0x3003);
+        ram.u64(0x3000, 0x4003);
+        ram.u64(0x3008, 0x0083);
+        ram.u64(0x4000, 0x6003);
+        ram.u64(0x4008, 0x5003);
+        ram.put(0x6ffc, b"abcd");
+        ram.put(0x5000, b"efgh\0");
+        ram
+    }
+
+    fn memory(ram: &Ram) -> KernelMemory<'_> {
+        let space = AddressSpace {
+            root: GuestAddress(0x1000),
+            levels: 4,
+        };
+        KernelMemory::new(ram, space)
+    }
+
+    #[test]
+    fn reads_across_pages() {
+        let ram = ram();
+        let memory = memory(&ram);
+        for _ in 0..2 {
+            assert_eq!(
+                memory.u64(Gva(0xffc)).unwrap(),
+                u64::from_le_bytes(*b"abcdefgh")
+            );
+            assert_eq!(memory.cstr(Gva(0xffc), 100).unwrap(), "abcdefgh");
+        }
+        assert_eq!(memory.cstr(Gva(0xffc), 5).unwrap(), "abcde");
+        assert_eq!(memory.u64(Gva(0x20_0000 + 0x1000)).unwrap(), 0x2003);
+        let field = Field { offset: 2, size: 2 };
+        assert_eq!(memory.field(Gva(0xffc), field).unwrap(), 0x6463);
+        assert_eq!(field.container(field.of(Gva(7))), Gva(7));
+    }
+
+    #[test]
+    fn a_known_table_is_read_anew_for_each_page() {
+        let mut ram = ram();
+        ram.u64(0x4010, 0x7003);
+        ram.u64(0x7000, 7);
+        let memory = memory(&ram);
+        assert_eq!(
+            memory.u64(Gva(0x1000)).unwrap().to_le_bytes()[..4],
+            *b"efgh"
+        );
+        assert_eq!(memory.u64(Gva(0x2000)).unwrap(), 7);
+        let same = memory.space().translate(memory.phys(), Gva(0x3000));
+        assert_eq!(
+            memory.u64(Gva(0x3000)).unwrap_err().cause,
+            ReadCause::Unmapped(same.unwrap_err())
+        );
+    }
+
+    #[test]
+    fn errors_name_the_address() {
+        let ram = ram();
+        let memory = memory(&ram);
+        assert_eq!(memory.u64(Gva(0x1ffc)).unwrap_err().gva, Gva(0x2000));
+        assert_eq!(
+            memory.cstr(Gva(0x20_7fff), 8).unwrap_err().gva,
+            Gva(0x20_7fff)
+        );
+        assert!(matches!(
+            memory.bytes(Gva(0), u64::MAX, 16).unwrap_err().cause,
+            ReadCause::TooLong { cap: 16, .. }
+        ));
+        let odd = Field { offset: 0, size: 3 };
+        assert!(memory.field(Gva(0), odd).is_err());
+    }
+}

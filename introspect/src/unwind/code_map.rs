@@ -1,0 +1,424 @@
+//! What code there is in a guest, and how each piece of it is unwound.
+//!
+//! Knows regions of code, their ORC tables and the places where the kernel's own data is not to be trusted; it must not know
+//! stacks or tasks. Regions are the core kernel, its modules, and whatever the patcher placed: the kernel knows nothing of the
+//! last, so whoever places code adds its region here.
+
+use std::collections::HashSet;
+
+use crate::addr::{Gva, GvaRange};
+use crate::unwind::change_log::Changes;
+use crate::unwind::orc::{Entry, Kind};
+use crate::unwind::orc_table::OrcTable;
+use crate::unwind::stack::Unreliable;
+
+/// What is special about a run of code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Stacks of kernel threads and of idle tasks begin here: ORC's END is true.
+    StackBegins,
+    /// Entry from and exit to user mode: ORC's END is true where this code itself runs.
+    EntryStub,
+    /// While this code runs, the stack or its owner is not what it seems.
+    Busy,
+    /// If this interrupted kernel code, that code's stack is not what it seems.
+    Breakpoint,
+    /// Callers have been replaced by a tracer.
+    Traced,
+}
+
+/// A piece of code with unwind data of its own.
+#[derive(Clone, Debug)]
+pub struct CodeRegion {
+    /// What it is called in messages.
+    pub name: String,
+    /// Where it lies.
+    pub text: GvaRange,
+    /// Its unwind data.
+    pub orc: OrcTable,
+    /// Words of guest memory that hold these values for as long as the region is what it is. Empty: nobody but us can
+    /// change it. A module can leave between two looks, and another can take its place.
+    pub proof: Vec<(Gva, u64)>,
+}
+
+/// Who owns a region, so that it can be replaced or dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RegionId(u64);
+
+/// How the code at an address is unwound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By this entry.
+    On(Entry),
+    /// By this entry, unless it leads to interrupted kernel code.
+    OnToUser(Entry),
+    /// Not at all: the first frame of a kernel thread or of an idle task.
+    StackBegins,
+    /// Not at all: entry from or exit to user mode, with no kernel function active.
+    EntryStub,
+}
+
+/// The core kernel's text.
+#[derive(Clone, Debug)]
+pub struct CoreText {
+    /// `_stext.._etext`.
+    pub text: GvaRange,
+    /// `_sinittext.._einittext`: freed after boot, but the boot CPU's idle task came through it and it stays on its stack.
+    pub init: GvaRange,
+    /// The core kernel's ORC, for both.
+    pub orc: OrcTable,
+    /// Rules by range, sorted and disjoint.
+    pub rules: Vec<(GvaRange, Rule)>,
+}
+
+/// All code of a guest.
+#[derive(Clone, Debug)]
+pub struct CodeMap {
+    core: CoreText,
+    /// By start; disjoint. These go before the core: patches lie in the padding of its text. Boxed, so that little is moved where
+    /// thousands are inserted before others.
+    regions: Vec<(RegionId, Box<CodeRegion>)>,
+    busy: Vec<GvaRange>,
+    /// Around all of `busy`: ordinary frames lie outside and need no look at each.
+    busy_around: GvaRange,
+    next_id: u64,
+    changes: Changes,
+}
+
+/// A region lies over another.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("code region {name} overlaps {other}")]
+pub struct Overlap {
+    /// The region that was to be added.
+    pub name: String,
+    /// The one that is there.
+    pub other: String,
+}
+
+impl CodeMap {
+    /// A map of the core kernel alone.
+    #[must_use]
+    pub fn new(mut core: CoreText) -> CodeMap {
+        core.rules.sort_by_key(|(range, _)| range.start);
+        CodeMap {
+            core,
+            regions: Vec::new(),
+            busy: Vec::new(),
+            busy_around: GvaRange::default(),
+            next_id: 0,
+            changes: Changes::new(),
+        }
+    }
+
+    /// Another number after every change of what is known of the guest's code.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.changes.generation()
+    }
+
+    /// The code of which something else is known than when [`generation`](Self::generation) said so; none: of any.
+    pub(crate) fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
+        self.changes.since(generation)
+    }
+
+    /// What is known may no longer be so.
+    pub(crate) fn touch(&mut self) {
+        self.changes.note_all();
+    }
+
+    /// The core kernel's ORC table.
+    #[must_use]
+    pub fn core_orc(&self) -> &OrcTable {
+        &self.core.orc
+    }
+
+    /// Adds a region.
+    ///
+    /// # Errors
+    /// [`Overlap`] when another region is there already. (The core's text is none: its padding is where patches go.)
+    pub fn add(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+        let at = self
+            .regions
+            .partition_point(|(_, other)| other.text.start < region.text.start);
+        let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
+        let touching = before
+            .filter(|(_, other)| other.text.end > region.text.start)
+            .or_else(|| {
+                self.regions
+                    .get(at)
+                    .filter(|(_, other)| other.text.start < region.text.end)
+            });
+        if let Some((_, other)) = touching {
+            return Err(Overlap {
+                name: region.name,
+                other: other.name.clone(),
+            });
+        }
+        let id = RegionId(self.next_id);
+        self.next_id += 1;
+        self.changes.note(region.text);
+        self.regions.insert(at, (id, Box::new(region)));
+        Ok(id)
+    }
+
+    /// Drops a region; unknown ones are gone already.
+    pub fn remove(&mut self, id: RegionId) {
+        self.remove_where(|other| other == id);
+    }
+
+    /// Drops many regions in one go.
+    pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
+        self.remove_where(|id| ids.contains(&id));
+    }
+
+    fn remove_where(&mut self, goes: impl Fn(RegionId) -> bool) {
+        let changes = &mut self.changes;
+        self.regions.retain(|(id, region)| {
+            let goes = goes(*id);
+            if goes {
+                changes.note(region.text);
+            }
+            !goes
+        });
+    }
+
+    /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
+    pub fn add_busy(&mut self, range: GvaRange) {
+        if !range.is_empty() {
+            self.busy.push(range);
+            self.bound_busy(range);
+        }
+    }
+
+    /// Takes back what one call of [`CodeMap::add_busy`] declared.
+    pub fn remove_busy(&mut self, range: GvaRange) {
+        if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
+            self.busy.swap_remove(at);
+            self.bound_busy(range);
+        }
+    }
+
+    fn bound_busy(&mut self, changed: GvaRange) {
+        self.changes.note(changed);
+        let start = self.busy.iter().map(|range| range.start).min();
+        let end = self.busy.iter().map(|range| range.end).max();
+        self.busy_around = match (start, end) {
+            (Some(start), Some(end)) => GvaRange::new(start, end),
+            _ => GvaRange::default(),
+        };
+    }
+
+    /// The region with an ORC table of its own that `code` lies in.
+    #[must_use]
+    pub fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
+        let behind = self
+            .regions
+            .partition_point(|(_, region)| region.text.start <= code);
+        let (id, region) = self.regions.get(behind.checked_sub(1)?)?;
+        region.text.contains(code).then_some((*id, region))
+    }
+
+    /// How to unwind from a frame at `ip`, which `exact` says is a position and not a return address.
+    ///
+    /// Freed init text counts as code for `through_init` only.
+    ///
+    /// # Errors
+    /// Why the frame cannot be relied on.
+    pub fn way(&self, ip: Gva, exact: bool, through_init: bool) -> Result<Way, Unreliable> {
+        let code = if exact { ip } else { ip.sub(1) };
+        if self.is_busy(code) {
+            return Err(Unreliable::BusyWindow(ip));
+        }
+        if let Some((_, region)) = self.region(code) {
+            return match region.orc.lookup(code) {
+                // No stack begins in a module or in a patch.
+                Some(entry) if entry.kind == Kind::End => Err(Unreliable::FalseEnd(ip)),
+                Some(entry) => going_on(entry, ip).map(Way::On),
+                None => Err(Unreliable::NoOrc(ip)),
+            };
+        }
+        // A tracer's return address is the first byte of its trampoline, which `code` lies before.
+        if self.rule(ip) == Some(Rule::Traced) || self.rule(code) == Some(Rule::Traced) {
+            return Err(Unreliable::Traced(ip));
+        }
+        let in_init = through_init && self.core.init.contains(code);
+        if !self.core.text.contains(code) && !in_init {
+            return Err(Unreliable::NotText(ip));
+        }
+        let rule = self.rule(code);
+        if rule == Some(Rule::Busy) {
+            return Err(Unreliable::BusyWindow(ip));
+        }
+        let entry = self.core.orc.lookup(code).ok_or(Unreliable::NoOrc(ip))?;
+        match (entry.kind, rule) {
+            (Kind::End, Some(Rule::StackBegins)) => Ok(Way::StackBegins),
+            (Kind::End, Some(Rule::EntryStub)) if exact => Ok(Way::EntryStub),
+            (Kind::End, _) => Err(Unreliable::FalseEnd(ip)),
+            (_, Some(Rule::Breakpoint)) => going_on(entry, ip).map(Way::OnToUser),
+            _ => going_on(entry, ip).map(Way::On),
+        }
+    }
+
+    fn is_busy(&self, code: Gva) -> bool {
+        self.busy_around.contains(code) && self.busy.iter().any(|range| range.contains(code))
+    }
+
+    fn rule(&self, code: Gva) -> Option<Rule> {
+        let rules = &self.core.rules;
+        let behind = rules.partition_point(|(range, _)| range.start <= code);
+        let (range, rule) = rules.get(behind.checked_sub(1)?)?;
+        range.contains(code).then_some(*rule)
+    }
+}
+
+fn going_on(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
+    match entry.kind {
+        Kind::Undefined => Err(Unreliable::NoOrc(ip)),
+        _ => Ok(entry),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::unwind::orc::{Encoding, RawEntry};
+
+    pub(crate) const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
+    const INIT: Gva = Gva(0xffff_ffff_8200_0000);
+    const MODULE: Gva = Gva(0xffff_ffff_c000_0000);
+    pub(crate) const CALL8: RawEntry = [8, 0, 0, 0, 5, 2];
+    pub(crate) const END: RawEntry = [0, 0, 0, 0, 0, 1];
+    const HOLE: RawEntry = [0; 6];
+
+    pub(crate) fn range(start: Gva, len: u64) -> GvaRange {
+        GvaRange::new(start, start.add(len))
+    }
+
+    /// Ordinary code at +0, a hole at +0x100, ENDs at +0x200 (kthread), +0x300 (entry), +0x400 (nobody's), init text.
+    pub(crate) fn core() -> CoreText {
+        let orc = OrcTable::from_unsorted(
+            vec![
+                (TEXT, CALL8),
+                (TEXT.add(0x100), HOLE),
+                (TEXT.add(0x200), END),
+                (TEXT.add(0x500), CALL8),
+                (INIT, CALL8),
+            ],
+            Encoding::Typed,
+        )
+        .unwrap();
+        CoreText {
+            text: range(TEXT, 0x1000),
+            init: range(INIT, 0x1000),
+            orc,
+            rules: vec![
+                (range(TEXT.add(0x700), 0x10), Rule::Busy),
+                (range(TEXT.add(0x200), 0x100), Rule::StackBegins),
+                (range(TEXT.add(0x300), 0x100), Rule::EntryStub),
+                (range(TEXT.add(0x600), 0x10), Rule::Traced),
+            ],
+        }
+    }
+
+    #[test]
+    fn ordinary_code_goes_on_and_holes_do_not() {
+        let map = CodeMap::new(core());
+        assert!(matches!(map.way(TEXT, true, false), Ok(Way::On(_))));
+        let hole = TEXT.add(0x100);
+        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
+        // A call that ends its function returns behind it: the call is what counts.
+        assert!(matches!(map.way(hole, false, false), Ok(Way::On(_))));
+        assert_eq!(map.way(TEXT, false, false), Err(Unreliable::NotText(TEXT)));
+        assert_eq!(
+            map.way(Gva(0), true, false),
+            Err(Unreliable::NotText(Gva(0)))
+        );
+    }
+
+    #[test]
+    fn an_end_is_believed_only_where_stacks_end() {
+        let map = CodeMap::new(core());
+        let end = |at, exact| map.way(TEXT.add(at), exact, false);
+        assert_eq!(end(0x210, false), Ok(Way::StackBegins));
+        assert_eq!(end(0x210, true), Ok(Way::StackBegins));
+        assert_eq!(end(0x310, true), Ok(Way::EntryStub));
+        assert_eq!(
+            end(0x310, false),
+            Err(Unreliable::FalseEnd(TEXT.add(0x310)))
+        );
+        assert_eq!(end(0x410, true), Err(Unreliable::FalseEnd(TEXT.add(0x410))));
+    }
+
+    #[test]
+    fn tracers_are_known_by_their_first_byte_too() {
+        let map = CodeMap::new(core());
+        for (at, exact) in [(0x600, false), (0x600, true), (0x608, true), (0x610, false)] {
+            let ip = TEXT.add(at);
+            assert_eq!(map.way(ip, exact, false), Err(Unreliable::Traced(ip)));
+        }
+    }
+
+    #[test]
+    fn init_text_only_for_who_came_through_it() {
+        let map = CodeMap::new(core());
+        let ip = INIT.add(5);
+        assert!(matches!(map.way(ip, false, true), Ok(Way::On(_))));
+        assert_eq!(map.way(ip, false, false), Err(Unreliable::NotText(ip)));
+    }
+
+    #[test]
+    fn regions_go_before_the_core_and_never_overlap() {
+        let mut map = CodeMap::new(core());
+        let patch = |at: Gva, len| CodeRegion {
+            name: format!("patch at {at}"),
+            text: range(at, len),
+            orc: OrcTable::from_unsorted(vec![(at, CALL8), (at.add(len), HOLE)], Encoding::Typed)
+                .unwrap(),
+            proof: Vec::new(),
+        };
+        let hole = TEXT.add(0x140);
+        let id = map.add(patch(hole, 0x20)).unwrap();
+        map.add(patch(MODULE, 0x100)).unwrap();
+        assert!(matches!(map.way(hole, true, false), Ok(Way::On(_))));
+        assert!(map.way(hole.add(0x20), true, false).is_err());
+        assert!(map.add(patch(hole.add(0x10), 0x20)).is_err());
+        assert!(map.add(patch(hole.sub(0x10), 0x11)).is_err());
+        assert!(map.add(patch(hole.sub(0x10), 0x10)).is_ok());
+        map.remove(id);
+        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
+        assert!(matches!(map.way(MODULE, true, false), Ok(Way::On(_))));
+    }
+
+    #[test]
+    fn no_stack_ends_in_a_module() {
+        let mut map = CodeMap::new(core());
+        map.add(CodeRegion {
+            name: "module".into(),
+            text: range(MODULE, 0x100),
+            orc: OrcTable::from_unsorted(vec![(MODULE, END)], Encoding::Typed).unwrap(),
+            proof: Vec::new(),
+        })
+        .unwrap();
+        assert_eq!(
+            map.way(MODULE, true, false),
+            Err(Unreliable::FalseEnd(MODULE))
+        );
+    }
+
+    #[test]
+    fn busy_code_is_busy_whoever_says_so() {
+        let mut map = CodeMap::new(core());
+        let ip = TEXT.add(0x705);
+        assert_eq!(map.way(ip, true, false), Err(Unreliable::BusyWindow(ip)));
+        let stub = range(TEXT.add(0x20), 0x10);
+        map.add_busy(stub);
+        map.add_busy(range(TEXT.add(0x24), 0x4));
+        for at in [0x20, 0x2f] {
+            let ip = TEXT.add(at);
+            assert_eq!(map.way(ip, true, false), Err(Unreliable::BusyWindow(ip)));
+        }
+        assert!(map.way(TEXT.add(0x30), true, false).is_ok());
+        map.remove_busy(stub);
+        assert!(map.way(TEXT.add(0x2f), true, false).is_ok());
+    }
+}

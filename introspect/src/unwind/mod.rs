@@ -1,0 +1,352 @@
+//! The stack of any task of a guest, with a verdict on whether it shows all.
+//!
+//! Puts together what the other `stacks_*` modules know: made once for a guest ([`Unwinder::new`]), told of modules before
+//! each look ([`Unwinder::refresh`]) and of the patcher's own code, and asked for stacks while the guest is paused.
+//!
+//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable`;
+//! where those give up on running tasks, the stopped vCPUs' registers are used.
+
+mod change_log;
+pub mod code_map;
+pub mod module_code;
+pub mod orc;
+pub mod orc_table;
+pub mod special_code;
+pub mod stack;
+pub mod stack_memory;
+pub mod step;
+pub mod walk;
+
+use crate::addr::{Gva, GvaRange};
+use crate::btf::BtfError;
+use crate::kernel::Kernel;
+use crate::kernel::stack_areas::{PlacesError, StackPlaces};
+use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::parallel::spread;
+use crate::symbols::{SymbolError, Symbols};
+use crate::task::{Task, TaskKind};
+use crate::unwind::code_map::{CodeMap, CodeRegion, CoreText, Overlap, RegionId, Rule};
+use crate::unwind::module_code::{ModuleRegions, RefreshError};
+use crate::unwind::orc::{ENTRY_SIZE, Encoding, Kind, RawEntry};
+use crate::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
+use crate::unwind::special_code::{FRESH_TASK, ORDINARY, rules};
+use crate::unwind::stack::{Stack, Unreliable};
+use crate::unwind::stack_memory::WalkStacks;
+use crate::unwind::step::{Cursor, StackMemory};
+use crate::unwind::walk::{Origin, empty, unreliable, walk};
+use crate::vcpu::VcpuRegs;
+
+/// Why no stack of a guest can be walked.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnwinderError {
+    /// A symbol is missing: a kernel without `CONFIG_UNWINDER_ORC` has no tables.
+    #[error("no unwind data in the guest's kernel: {0}")]
+    Symbol(#[from] SymbolError),
+    /// A type or a member is missing.
+    #[error("cannot read stacks: {0}")]
+    Type(#[from] BtfError),
+    /// The tables could not be read.
+    #[error("cannot read the kernel's unwind data: {0}")]
+    Read(#[from] ReadError),
+    /// The tables are broken.
+    #[error("the kernel's unwind data are broken: {0}")]
+    Table(#[from] OrcTableError),
+    /// The stacks could not be found.
+    #[error(transparent)]
+    Places(#[from] PlacesError),
+    /// The tables say something else of a well-known function than is true of it.
+    #[error(
+        "the kernel's unwind data do not fit its function {0}: their encoding is not understood"
+    )]
+    Unproven(&'static str),
+}
+
+/// So many stacks take longer to walk than a thread to start.
+const WORTH_A_THREAD: usize = 512;
+
+/// Walks the stacks of one guest.
+#[derive(Clone, Debug)]
+pub struct Unwinder {
+    code: CodeMap,
+    modules: ModuleRegions,
+    places: StackPlaces,
+    sleeping: SleepingFrame,
+    stack_refcount: Field,
+    /// The boot CPU's idle task, which came through init text.
+    init_task: Gva,
+    /// Where tasks that have never run begin.
+    fresh: Vec<Gva>,
+    sched: [GvaRange; 2],
+}
+
+/// What `__switch_to_asm` leaves on the stack of a task that does not run (`struct inactive_task_frame`).
+#[derive(Clone, Copy, Debug)]
+struct SleepingFrame {
+    bp: Field,
+    ret_addr: Field,
+    size: u64,
+}
+
+impl Unwinder {
+    /// Copies the core kernel's unwind data and proves that they are understood. They are fixed once the guest runs: no lock is needed.
+    /// Linear in their number, some hundred thousand entries.
+    ///
+    /// # Errors
+    /// What is missing or not as it must be.
+    pub fn new(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Unwinder, UnwinderError> {
+        let symbols = &kernel.symbols;
+        let rules = rules(symbols, kernel.text.core);
+        let orc = core_table(symbols, memory)?;
+        prove(&orc, symbols, &rules)?;
+        let btf = &kernel.btf;
+        let sleeping = SleepingFrame {
+            bp: btf.field("inactive_task_frame.bp")?,
+            ret_addr: btf.field("inactive_task_frame.ret_addr")?,
+            size: btf.size_of("inactive_task_frame")?,
+        };
+        Ok(Unwinder {
+            code: CodeMap::new(CoreText {
+                text: kernel.text.core,
+                init: kernel.text.init,
+                orc,
+                rules,
+            }),
+            modules: ModuleRegions::default(),
+            places: kernel.places()?.clone(),
+            sleeping,
+            stack_refcount: kernel.layout.task.stack_refcount,
+            init_task: symbols.address("init_task")?,
+            fresh: fresh_starts(symbols),
+            sched: [
+                symbols
+                    .between("__sched_text_start", "__sched_text_end")
+                    .unwrap_or_default(),
+                symbols
+                    .between("__lock_text_start", "__lock_text_end")
+                    .unwrap_or_default(),
+            ],
+        })
+    }
+
+    /// Learns of modules that came and forgets those that went. Call it in each pause before asking for stacks: a module
+    /// that is not known yet makes the stacks that it is on unreliable, and so does one that has gone. Depends on no lock, as
+    /// [`modules`](crate::modules) says. Linear in the number of modules, and in the unwind data of those that came.
+    ///
+    /// # Errors
+    /// When the list of modules cannot be read now; stacks without modules on them are none the worse for it.
+    pub fn refresh(
+        &mut self,
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+    ) -> Result<(), RefreshError> {
+        let done = self.modules.refresh(&mut self.code, kernel, memory);
+        if done.is_err() {
+            // Modules may have come and gone unseen.
+            self.code.touch();
+        }
+        done
+    }
+
+    /// Another number after every change of what is known of the guest's code: stacks from before it may look different now.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.code.generation()
+    }
+
+    /// The code of which something else is known than at that `generation`: a stack without any of it, if it was reliable, still looks
+    /// as it did. None: any code.
+    #[must_use]
+    pub fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
+        self.code.changed_since(generation)
+    }
+
+    /// Adds code that the kernel does not know of, with its own unwind data.
+    ///
+    /// # Errors
+    /// When other such code is there already.
+    pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+        self.code.add(region)
+    }
+
+    /// Takes back what [`Unwinder::add_region`] added.
+    pub fn remove_region(&mut self, id: RegionId) {
+        self.code.remove(id);
+    }
+
+    /// Declares that a stack with code of `range` on it is busy: trampolines, stubs.
+    pub fn add_busy(&mut self, range: GvaRange) {
+        self.code.add_busy(range);
+    }
+
+    /// Takes back what one call of [`Unwinder::add_busy`] declared.
+    pub fn remove_busy(&mut self, range: GvaRange) {
+        self.code.remove_busy(range);
+    }
+
+    /// How this kernel packs its unwind data; a module built for it does the same.
+    #[must_use]
+    pub fn encoding(&self) -> Encoding {
+        self.code.core_orc().encoding()
+    }
+
+    /// The core kernel's unwind data.
+    #[must_use]
+    pub fn core_orc(&self) -> &OrcTable {
+        self.code.core_orc()
+    }
+
+    /// Whether `/proc/PID/stack` leaves out frames at this address (`kernel/sched/core.c: in_sched_functions`).
+    #[must_use]
+    pub fn is_sched_text(&self, ip: Gva) -> bool {
+        self.sched.iter().any(|range| range.contains(ip))
+    }
+
+    /// The kernel stack of `task`, as read in this pause, with the registers of the vCPU that runs it, if one does.
+    ///
+    /// Empty and reliable: in user mode, or dead with its stack given back.
+    ///
+    /// Depends on no lock: a stack is written only by who runs on it. A task that says it is on a CPU while no vCPU runs it is just being
+    /// switched to or from, and is unreliable. Of a reliable stack every frame is there and right; of any other, the frames are those up to
+    /// where it was given up. Linear in frames, of which there is a limit.
+    #[must_use]
+    pub fn stack(&self, memory: &KernelMemory<'_>, task: &Task, regs: Option<&VcpuRegs>) -> Stack {
+        match (regs, task.vcpu) {
+            (Some(regs), _) if regs.foreign => unreliable(Unreliable::ForeignVcpu),
+            (Some(regs), Some(vcpu)) if regs.index == vcpu => self.running(memory, task, regs),
+            (None, None) if self.is_stackless(memory, task) => empty(),
+            (None, None) if !task.on_cpu => self.sleeping(memory, task),
+            _ => unreliable(Unreliable::Running),
+        }
+    }
+
+    /// The kernel stacks of all of `tasks`, in their order: each as [`stack`](Self::stack) gives it with the registers of that of the
+    /// `vcpus` that runs the task. Many are walked by several threads, for which the guest must be paused just as well.
+    #[must_use]
+    pub fn stacks(
+        &self,
+        memory: &KernelMemory<'_>,
+        tasks: &[&Task],
+        vcpus: &[VcpuRegs],
+    ) -> Vec<Stack> {
+        let (phys, space) = (memory.phys(), memory.space());
+        spread(tasks, WORTH_A_THREAD, |tasks| {
+            // Each thread remembers translations of its own.
+            let memory = KernelMemory::new(phys, space);
+            let of = |task: &&Task| {
+                let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
+                self.stack(&memory, task, vcpus.iter().find(runs))
+            };
+            tasks.iter().map(of).collect()
+        })
+    }
+
+    fn running(&self, memory: &KernelMemory<'_>, task: &Task, regs: &VcpuRegs) -> Stack {
+        if regs.cpl != 0 {
+            return empty();
+        }
+        let mut spans = vec![self.places.task(task.stack)];
+        if let Some(cpu) = task.cpu {
+            spans.extend(self.places.of_cpu(memory, cpu));
+        }
+        let origin = Origin {
+            through_init: task.addr == self.init_task,
+            running: true,
+        };
+        let mut stacks = WalkStacks::new(memory, &spans);
+        walk(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
+    }
+
+    fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
+        let spans = [self.places.task(task.stack)];
+        let mut stacks = WalkStacks::new(memory, &spans);
+        match self.saved_cursor(&mut stacks, task.sp) {
+            Err(reason) => unreliable(reason),
+            Ok(start) => {
+                let origin = Origin {
+                    through_init: task.addr == self.init_task,
+                    running: false,
+                };
+                walk(&self.code, &mut stacks, start, origin)
+            }
+        }
+    }
+
+    /// `unwind_orc.c: __unwind_start` for a task that does not run.
+    fn saved_cursor(
+        &self,
+        stacks: &mut WalkStacks<'_, KernelMemory<'_>>,
+        sp: Gva,
+    ) -> Result<Cursor, Unreliable> {
+        let bp = stacks.word(self.sleeping.bp.of(sp))?;
+        let ip = Gva(stacks.word(self.sleeping.ret_addr.of(sp))?);
+        Ok(Cursor {
+            ip,
+            sp: sp.add(self.sleeping.size),
+            bp,
+            exact: self.fresh.contains(&ip),
+            regs: None,
+        })
+    }
+
+    /// A dead task gives its stack back before its `task_struct` goes (`put_task_stack`).
+    fn is_stackless(&self, memory: &KernelMemory<'_>, task: &Task) -> bool {
+        !task.on_cpu
+            && task.kind != TaskKind::Idle
+            && task.exit_state != 0
+            && (task.stack.is_null() || memory.field(task.addr, self.stack_refcount) == Ok(0))
+    }
+}
+
+fn fresh_starts(symbols: &Symbols) -> Vec<Gva> {
+    // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task begins there.
+    FRESH_TASK
+        .iter()
+        .find_map(|name| symbols.address(name).ok())
+        .into_iter()
+        .collect()
+}
+
+/// The table between `__start_orc_unwind*` and `__stop_orc_unwind*`, sorted at build time (`scripts/sorttable.c`).
+fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, UnwinderError> {
+    let section = |start, end| -> Result<(Gva, Vec<u8>), UnwinderError> {
+        let range = symbols.between(start, end)?;
+        let bytes = memory.bytes(range.start, range.len(), MAX_ENTRIES * ENTRY_SIZE)?;
+        Ok((range.start, bytes))
+    };
+    let (ips_at, ips) = section("__start_orc_unwind_ip", "__stop_orc_unwind_ip")?;
+    let (_, entries) = section("__start_orc_unwind", "__stop_orc_unwind")?;
+    let raw: &[RawEntry] = entries.as_chunks().0;
+    let encoding = orc::detect(raw).ok_or(OrcTableError::UnknownEncoding)?;
+    Ok(OrcTable::from_sections(ips_at, &ips, &entries, encoding)?)
+}
+
+/// Holds the table against what is known of code that every kernel has.
+fn prove(
+    orc: &OrcTable,
+    symbols: &Symbols,
+    rules: &[(GvaRange, Rule)],
+) -> Result<(), UnwinderError> {
+    let mut proofs = 0;
+    for name in ORDINARY {
+        let Ok(at) = symbols.address(name) else {
+            continue;
+        };
+        if !orc
+            .lookup(at)
+            .is_some_and(|entry| entry.is_function_entry())
+        {
+            return Err(UnwinderError::Unproven(name));
+        }
+        proofs += 1;
+    }
+    let is_end = |at: Gva| orc.lookup(at).is_some_and(|entry| entry.kind == Kind::End);
+    let kthreads_end = rules
+        .iter()
+        .any(|(range, rule)| *rule == Rule::StackBegins && is_end(range.start));
+    match (proofs, kthreads_end) {
+        (4.., true) => Ok(()),
+        (4.., false) => Err(UnwinderError::Unproven("ret_from_fork")),
+        _ => Err(UnwinderError::Unproven("schedule")),
+    }
+}
