@@ -3,13 +3,12 @@
 use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use guests::{
-    cache::Cache,
-    drive::{Emulated, Outpatch, emulated::EmulatedSpec},
-    kernels::{Flavour, Generation},
-    qemu::Qemu,
-    stock::{Order, Stock, build_outpatch},
-};
+use guests::drive::emulated::EmulatedSpec;
+use guests::drive::{Emulated, Outpatch};
+use guests::external::qemu::Qemu;
+use guests::host::cache::Cache;
+use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::{Flavour, Generation};
 use tests::listing;
 
 /// Listing all stacks takes an emulated guest some seconds.

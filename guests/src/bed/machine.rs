@@ -17,10 +17,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::parts::Parts;
-use super::{BedError, Size};
-use crate::cache::At;
-use crate::qemu::{MORTAL, mortal, with_libraries};
+use crate::bed::parts::Parts;
+use crate::bed::{BedError, Size};
+use crate::external::qemu::{MORTAL, mortal, with_libraries};
+use crate::host::cache::At;
 
 /// A CPU with AMD's virtualisation. What this emulator lacks is taken out by name, or it complains.
 const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
@@ -161,7 +161,7 @@ fn end(child: &mut Child) {
 }
 
 fn spawn(mut command: Command) -> Result<Child, BedError> {
-    let shown = crate::tools::shown(&command);
+    let shown = crate::host::tools::shown(&command);
     command
         .process_group(0)
         .stdout(Stdio::piped())

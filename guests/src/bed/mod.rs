@@ -20,11 +20,11 @@ use std::process::{Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::cache::{Cache, CacheError};
-use crate::kernels::KernelError;
-use crate::modules::ModuleError;
-use crate::packages::PackageError;
-use crate::programs::ProgramError;
+use crate::debian::error::PackageError;
+use crate::host::cache::{Cache, CacheError};
+use crate::initramfs::programs::ProgramError;
+use crate::kernel::KernelError;
+use crate::kernel::modules::ModuleError;
 
 pub use probe::Probe;
 

@@ -5,13 +5,14 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::BedError;
-use crate::cache::{At, Cache, fingerprint};
-use crate::cpio::Archive;
-use crate::kernels::{Flavour, Generation, Kernel};
-use crate::packages::Packages;
-use crate::qemu::{LIBRARY_SUITE, Qemu};
-use crate::{modules, programs};
+use crate::bed::BedError;
+use crate::debian::packages::Packages;
+use crate::external::qemu::{LIBRARY_SUITE, Qemu};
+use crate::host::cache::{At, Cache, fingerprint};
+use crate::initramfs::cpio::Archive;
+use crate::initramfs::programs;
+use crate::kernel::modules;
+use crate::kernel::{Flavour, Generation, Kernel};
 
 /// QEMU's server for virtiofs left its packages after this suite.
 const SERVER_SUITES: &[&str] = &["bookworm", "bookworm-security"];

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::machine::Machine;
-use super::parts::Parts;
-use super::terminal::{self, Raw};
-use super::wire::{self, FromBed, ToBed};
-use super::{Bed, BedError, INSIDE, LOST, STARTED};
-use crate::cache::Cache;
+use crate::bed::machine::Machine;
+use crate::bed::parts::Parts;
+use crate::bed::terminal::{self, Raw};
+use crate::bed::wire::{self, FromBed, ToBed};
+use crate::bed::{Bed, BedError, INSIDE, LOST, STARTED};
+use crate::host::cache::Cache;
 
 /// How long a bed may take to start on a busy machine.
 const START: Duration = Duration::from_secs(120);

@@ -10,12 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use guests::{
-    bed::Bed,
-    drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch},
-    kernels::{Flavour, Generation},
-    stock::{Order, Stock, build_outpatch},
-};
+use guests::bed::Bed;
+use guests::drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch};
+use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::{Flavour, Generation};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

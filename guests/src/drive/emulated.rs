@@ -12,10 +12,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::external::qemu::Qemu;
 use crate::initramfs::READY;
-use crate::qemu::Qemu;
 
-use super::console::Console;
+use crate::drive::console::Console;
 
 /// How long an emulated guest may take to its shell; several times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);

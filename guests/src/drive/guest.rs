@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::console::Console;
-use super::outpatch::Outpatch;
-use super::rest::Rest;
-use super::silence;
+use crate::drive::console::Console;
+use crate::drive::diagnose;
+use crate::drive::outpatch::Outpatch;
+use crate::drive::rest::Rest;
 
 /// How long a guest may take to its shell; ten times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -199,7 +199,7 @@ impl Guest {
             .console
             .wait_for(&format!("<{tag}:"), limit)
             .with_context(|| {
-                let why = silence::explain(&self.outpatch);
+                let why = diagnose::explain(&self.outpatch);
                 format!("running `{command}`, with {why}")
             })?;
         let status = self.console.wait_for(">", limit)?;

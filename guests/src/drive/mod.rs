@@ -3,11 +3,11 @@
 //! Knows nothing of the product's insides but what its command line prints. The tests and the demo stand on it.
 
 pub mod console;
+mod diagnose;
 pub mod emulated;
 pub mod guest;
 pub mod outpatch;
 pub mod rest;
-mod silence;
 
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};

@@ -11,14 +11,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use guests::{
-    bed::Bed,
-    cache::{Cache, fingerprint},
-    drive::{Guest, GuestSpec},
-    kernels::{Flavour, Generation},
-    programs,
-    stock::{Order, Stock, build_outpatch},
-};
+use guests::bed::Bed;
+use guests::drive::{Guest, GuestSpec};
+use guests::host::cache::{Cache, fingerprint};
+use guests::initramfs::programs;
+use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 /// How many sleepers the guest of each core has. Two of ten have another process or thread that sleeps with them.

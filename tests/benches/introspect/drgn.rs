@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use guests::{cache::Cache, drgn::Drgn, stock::Stock};
+use guests::external::drgn::Drgn;
+use guests::host::cache::Cache;
+use guests::kernel::stock::Stock;
 use serde::Deserialize;
 
 use crate::cores::{Core, GENERATION};

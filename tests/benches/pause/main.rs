@@ -10,10 +10,8 @@ mod cores;
 use std::{env, fs, path::Path, process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use guests::{
-    kernels::Flavour,
-    stock::{Order, Stock},
-};
+use guests::kernel::Flavour;
+use guests::kernel::stock::{Order, Stock};
 use introspect::{CoreFile, Kernel, TaskKind, task_list};
 use patcher::{Machine, Mode, Patcher, PauseLength};
 use tests::core_machine::CoreMachine;

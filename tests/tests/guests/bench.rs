@@ -12,11 +12,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use guests::{
-    drive::{Guest, GuestSpec, MEMORY_MIB},
-    kernels::{Flavour, Generation},
-    stock::{Order, Stock, build_outpatch},
-};
+use guests::drive::{Guest, GuestSpec, MEMORY_MIB};
+use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 use crate::{cores, flavours, no_livepatch};

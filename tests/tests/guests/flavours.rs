@@ -6,7 +6,7 @@
 use std::env;
 
 use anyhow::{Result, ensure};
-use guests::kernels::{Flavour, Generation};
+use guests::kernel::{Flavour, Generation};
 
 use crate::bench::Bench;
 use crate::{Scenario, stacks, symbols};

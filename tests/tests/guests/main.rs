@@ -42,10 +42,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use guests::{
-    bed::{self, Bed, BedError},
-    kernels::Generation,
-};
+use guests::bed::{self, Bed, BedError};
+use guests::kernel::Generation;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::bench::{Assets, Bench, Scratch, Tally};

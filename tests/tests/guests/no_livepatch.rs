@@ -7,12 +7,9 @@
 use std::{collections::BTreeSet, env, fs};
 
 use anyhow::{Context, Result, ensure};
-use guests::{
-    drive::{Guest, Outpatch},
-    kernels::Generation,
-    no_livepatch,
-    stock::Stock,
-};
+use guests::drive::{Guest, Outpatch};
+use guests::kernel::stock::Stock;
+use guests::kernel::{Generation, no_livepatch};
 use serde_json::Value;
 
 use crate::Scenario;

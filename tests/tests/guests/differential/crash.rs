@@ -3,7 +3,9 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
-use guests::{cache::Cache, crash::Crash, kernels::Generation};
+use guests::external::crash::Crash;
+use guests::host::cache::Cache;
+use guests::kernel::Generation;
 
 use super::ours::Ours;
 

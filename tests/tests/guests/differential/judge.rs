@@ -11,7 +11,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use guests::{cache::Cache, drgn::Drgn, kernels::Generation};
+use guests::external::drgn::Drgn;
+use guests::host::cache::Cache;
+use guests::kernel::Generation;
 use introspect::{Stack, Task, Verdict};
 
 use crate::cores;

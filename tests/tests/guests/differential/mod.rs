@@ -19,7 +19,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use guests::{drive::Guest, kernels::Generation, stock::Stock};
+use guests::drive::Guest;
+use guests::kernel::Generation;
+use guests::kernel::stock::Stock;
 
 use crate::Scenario;
 use crate::bench::Bench;

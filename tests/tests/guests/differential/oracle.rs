@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use guests::drgn::Drgn;
+use guests::external::drgn::Drgn;
 use serde::Deserialize;
 
 /// What drgn says of a task.

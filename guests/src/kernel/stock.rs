@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::cache::Cache;
+use crate::host::cache::Cache;
 use crate::initramfs::Initramfs;
-use crate::kernels::{Flavour, Generation, Kernel};
-use crate::{modules, patches};
+use crate::kernel::{Flavour, Generation, Kernel};
+use crate::kernel::{modules, patches};
 
 /// Where a guest finds its kernel's own modules, and below it the file [`ORDER`].
 const MODULES: &str = "/lib/modules";

@@ -7,11 +7,12 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::cache::{At, Cache, CacheError, link_tree};
-use crate::kernels::Kernel;
-use crate::packages::{Package, PackageError, Packages};
-use crate::toolchain::{self, Foreign};
-use crate::tools;
+use crate::debian::error::PackageError;
+use crate::debian::packages::{Package, Packages};
+use crate::debian::toolchain::{self, Foreign};
+use crate::host::cache::{At, Cache, CacheError, link_tree};
+use crate::host::tools;
+use crate::kernel::Kernel;
 
 /// The suite of the machines that have the compiler: where the build tools' libraries come from, if they lack any.
 const HOST_SUITE: &str = "bookworm";

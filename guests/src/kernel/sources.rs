@@ -6,10 +6,11 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
 use std::path::PathBuf;
 
-use crate::cache::{At, Cache, CacheError};
-use crate::kernels::Generation;
-use crate::packages::{PackageError, Packages};
-use crate::progress;
+use crate::debian::error::PackageError;
+use crate::debian::packages::Packages;
+use crate::host::cache::{At, Cache, CacheError};
+use crate::host::progress;
+use crate::kernel::Generation;
 
 /// Why a source file could not be had.
 #[derive(Debug, thiserror::Error)]

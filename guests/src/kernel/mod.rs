@@ -2,12 +2,20 @@
 //!
 //! No point version is named here: the newest match is taken and the cache's index says which that was.
 
+pub mod headers;
+pub mod modules;
+pub mod no_livepatch;
+pub mod patches;
+pub mod sources;
+pub mod stock;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::cache::Cache;
-use crate::packages::{Package, PackageError, Packages};
+use crate::debian::error::PackageError;
+use crate::debian::packages::{Package, Packages};
+use crate::host::cache::Cache;
 
 /// A generation of stock kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

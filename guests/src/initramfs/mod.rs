@@ -2,14 +2,18 @@
 //!
 //! A guest's boot ends with the line [`READY`] and a root shell on the console. `poweroff -f` and `reboot -f` end it.
 
+pub mod cpio;
+pub mod programs;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::cache::{At, Cache, CacheError, fingerprint};
-use crate::cpio::Archive;
-use crate::packages::{PackageError, Packages};
-use crate::programs::{self, IN_GUEST, ProgramError};
+use crate::debian::error::PackageError;
+use crate::debian::packages::Packages;
+use crate::host::cache::{At, Cache, CacheError, fingerprint};
+use crate::initramfs::cpio::Archive;
+use crate::initramfs::programs::{IN_GUEST, ProgramError};
 
 /// The line on the console after which the guest's shell takes input.
 pub const READY: &str = "outpatch guest ready";
@@ -17,7 +21,7 @@ pub const READY: &str = "outpatch guest ready";
 pub const PROMPT: &str = "guest# ";
 /// Where a guest finds the script that [`Initramfs::with_script`] gave it.
 const SCRIPT: &str = "/etc/outpatch-script";
-const INIT: &str = include_str!("../programs/guest-init.sh");
+const INIT: &str = include_str!("../../programs/guest-init.sh");
 
 /// Why there is no initramfs.
 #[derive(Debug, thiserror::Error)]

@@ -7,7 +7,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::cache::{At, CacheError};
+use crate::host::cache::{At, CacheError};
 
 /// A module that cannot be had.
 #[derive(Debug, thiserror::Error)]

@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use crate::cache::Cache;
-use crate::packages::{PackageError, Packages};
-use crate::tools;
+use crate::debian::error::PackageError;
+use crate::debian::packages::Packages;
+use crate::host::cache::Cache;
+use crate::host::tools;
 
 /// The suite whose crash this machine can run.
 const SUITE: &str = "bookworm";

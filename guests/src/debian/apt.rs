@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, SystemTime};
 
-use crate::cache::At;
-use crate::packages::PackageError;
-use crate::{progress, tools};
+use crate::debian::error::PackageError;
+use crate::host::cache::At;
+use crate::host::error::ToolError;
+use crate::host::{progress, tools};
 
 /// Where Debian keeps the keys that sign its archive.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -200,10 +201,11 @@ impl Apt {
             "dpkg"
         };
         if tools::find(name).is_none() {
-            return Err(PackageError::MissingTool {
+            return Err(ToolError {
                 missing: name.to_owned(),
                 packages: package.to_owned(),
-            });
+            }
+            .into());
         }
         let mut command = Command::new(name);
         command
@@ -215,10 +217,11 @@ impl Apt {
 
     fn configure(&self) -> Result<()> {
         if !Path::new(KEYRING).exists() {
-            return Err(PackageError::MissingTool {
+            return Err(ToolError {
                 missing: KEYRING.to_owned(),
                 packages: "debian-archive-keyring".to_owned(),
-            });
+            }
+            .into());
         }
         for sub in ["lists/partial", "cache/archives/partial"] {
             let path = self.folder.join(sub);

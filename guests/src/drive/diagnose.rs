@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt::Write as _, thread, time::Duration};
 
 use serde_json::Value;
 
-use super::outpatch::Outpatch;
+use crate::drive::outpatch::Outpatch;
 
 /// States of tasks that are not waiting for something far away: running or runnable, and uninterruptible.
 const BUSY: [&str; 2] = ["R", "D"];

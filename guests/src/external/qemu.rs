@@ -4,8 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::cache::Cache;
-use crate::packages::{PackageError, Packages};
+use crate::debian::error::PackageError;
+use crate::debian::packages::Packages;
+use crate::host::cache::Cache;
 
 /// Older QEMUs lose a boot in ten under multi-threaded emulation; newer ones need a newer C library.
 const SUITES: &[&str] = &["bookworm-backports"];
@@ -68,7 +69,7 @@ pub(crate) fn mortal(program: &Path, libraries: &OsStr) -> Command {
 }
 
 pub(crate) fn with_libraries(mut command: Command, libraries: &OsStr) -> Command {
-    let path = crate::tools::library_path(libraries);
+    let path = crate::host::tools::library_path(libraries);
     if !path.is_empty() {
         command.env("LD_LIBRARY_PATH", path);
     }

@@ -4,8 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::packages::PackageError;
-use crate::progress;
+use crate::host::error::ToolError;
+use crate::host::progress;
 
 /// Where the host has a program.
 pub fn find(name: &str) -> Option<PathBuf> {
@@ -20,14 +20,14 @@ pub fn find(name: &str) -> Option<PathBuf> {
 
 /// Makes sure of programs, each given with the Debian package that has it; and of files, given by their whole path. Root installs
 /// what is missing; others are told the command.
-pub fn require(wanted: &[(&str, &str)]) -> Result<(), PackageError> {
+pub fn require(wanted: &[(&str, &str)]) -> Result<(), ToolError> {
     let missing: Vec<_> = wanted.iter().filter(|(p, _)| find(p).is_none()).collect();
     if missing.is_empty() {
         return Ok(());
     }
     let mut packages: Vec<&str> = missing.iter().map(|(_, package)| *package).collect();
     packages.dedup();
-    let error = PackageError::MissingTool {
+    let error = ToolError {
         missing: missing
             .iter()
             .map(|(p, _)| *p)

@@ -4,16 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::cache::{At, Cache, CacheError, fingerprint};
-use crate::packages::PackageError;
-use crate::tools;
+use crate::host::cache::{At, Cache, CacheError, fingerprint};
+use crate::host::error::ToolError;
+use crate::host::tools;
 
 /// Why a program could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
     /// No compiler.
     #[error(transparent)]
-    Tool(#[from] PackageError),
+    Tool(#[from] ToolError),
     /// The compiler refused.
     #[error("{name} does not compile: {stderr}")]
     Compile {
@@ -39,38 +39,38 @@ pub struct Source {
 /// The first process of the test bed.
 pub const BED_INIT: Source = Source {
     name: "bed-init",
-    text: include_str!("../programs/bed-init.c"),
+    text: include_str!("../../programs/bed-init.c"),
 };
 
 /// The programs that every initramfs has in its `/bin`.
 pub const IN_GUEST: [Source; 7] = [
     Source {
         name: "churn",
-        text: include_str!("../programs/churn.c"),
+        text: include_str!("../../programs/churn.c"),
     },
     Source {
         name: "bpf",
-        text: include_str!("../programs/bpf.c"),
+        text: include_str!("../../programs/bpf.c"),
     },
     Source {
         name: "spin",
-        text: include_str!("../programs/spin.c"),
+        text: include_str!("../../programs/spin.c"),
     },
     Source {
         name: "kexec",
-        text: include_str!("../programs/kexec.c"),
+        text: include_str!("../../programs/kexec.c"),
     },
     Source {
         name: "kinds",
-        text: include_str!("../programs/kinds.c"),
+        text: include_str!("../../programs/kinds.c"),
     },
     Source {
         name: "sleeper",
-        text: include_str!("../programs/sleeper.c"),
+        text: include_str!("../../programs/sleeper.c"),
     },
     Source {
         name: "hammer",
-        text: include_str!("../programs/hammer.c"),
+        text: include_str!("../../programs/hammer.c"),
     },
 ];
 

@@ -8,13 +8,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::cache::{At, Cache, CacheError, fingerprint};
-use crate::headers::{Headers, HeadersError};
-use crate::kernels::Kernel;
-use crate::packages::PackageError;
-use crate::progress;
-use crate::sources::{SourceError, kernel_source};
-use crate::tools;
+use crate::host::cache::{At, Cache, CacheError, fingerprint};
+use crate::host::error::ToolError;
+use crate::host::progress;
+use crate::host::tools;
+use crate::kernel::Kernel;
+use crate::kernel::headers::{Headers, HeadersError};
+use crate::kernel::sources::{SourceError, kernel_source};
 
 /// The name of the patch made from the kernel's own sample.
 pub const SAMPLE: &str = "livepatch-sample";
@@ -32,7 +32,7 @@ pub enum PatchError {
     Source(#[from] SourceError),
     /// A tool is missing.
     #[error(transparent)]
-    Tool(#[from] PackageError),
+    Tool(#[from] ToolError),
     /// The cache failed.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -64,7 +64,7 @@ pub enum PatchError {
 
 macro_rules! patch_sources {
     ($($name:literal),* $(,)?) => {
-        [$(($name, include_str!(concat!("../patches/", $name, ".c")))),*]
+        [$(($name, include_str!(concat!("../../patches/", $name, ".c")))),*]
     };
 }
 
@@ -90,7 +90,7 @@ const OURS: [(&str, &str); 17] = patch_sources![
 ];
 
 /// What patches for a kernel without `CONFIG_LIVEPATCH` are built with.
-const PUBLIC: &str = include_str!("../patches/klp_public.h");
+const PUBLIC: &str = include_str!("../../patches/klp_public.h");
 
 /// The names of all patches, the kernel's sample among them.
 pub fn names() -> impl Iterator<Item = &'static str> {

@@ -11,57 +11,15 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use crate::apt::{Apt, Candidate, run};
-use crate::cache::{At, Cache, CacheError, Staging, fingerprint};
-use crate::{progress, tools};
-
-/// Why a package could not be had.
-#[derive(Debug, thiserror::Error)]
-pub enum PackageError {
-    /// A program that this machine needs is missing, and we may not install it.
-    #[error(
-        "missing on this machine: {missing}; run `apt-get install -y --no-install-recommends {packages}` as root"
-    )]
-    MissingTool {
-        /// The programs or files.
-        missing: String,
-        /// The Debian packages that have them.
-        packages: String,
-    },
-    /// No suite has the package.
-    #[error("no package {name} in {suites} (apt's lists are in {lists})", lists = .lists.display())]
-    NotFound {
-        /// What was asked for.
-        name: String,
-        /// Where it was looked for.
-        suites: String,
-        /// apt's lists, to look by hand.
-        lists: PathBuf,
-    },
-    /// apt or dpkg failed.
-    #[error("{command} failed: {stderr}")]
-    Tool {
-        /// The command line.
-        command: String,
-        /// Its last words.
-        stderr: String,
-    },
-    /// The cache failed.
-    #[error(transparent)]
-    Cache(#[from] CacheError),
-}
+use crate::debian::apt::{Apt, Candidate, run};
+use crate::debian::error::PackageError;
+use crate::host::cache::{At, Cache, Staging, fingerprint};
+use crate::host::{progress, tools};
 
 type Result<T> = std::result::Result<T, PackageError>;
 
 /// How many versions may be listed and not there.
 const MOST_GONE: usize = 3;
-
-impl PackageError {
-    /// The archive has not what its lists name.
-    fn is_gone(&self) -> bool {
-        matches!(self, PackageError::Tool { stderr, .. } if stderr.contains("404"))
-    }
-}
 
 /// A package in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -306,7 +264,7 @@ impl Packages {
             let sizes = sizes.filter(|(c, _)| missing.contains(c));
             self.download_all(&missing, sizes.map(|(_, r)| r.size).sum())?;
         }
-        let package = |(candidate, record): (&Candidate, crate::apt::Record)| Package {
+        let package = |(candidate, record): (&Candidate, crate::debian::apt::Record)| Package {
             name: candidate.name.clone(),
             version: candidate.version.clone(),
             suite: candidate.suite.clone(),

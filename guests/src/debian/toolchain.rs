@@ -7,8 +7,9 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use crate::cache::{At, Cache, CacheError, fingerprint};
-use crate::packages::{Package, PackageError, Packages};
+use crate::debian::error::PackageError;
+use crate::debian::packages::{Package, Packages};
+use crate::host::cache::{At, Cache, CacheError, fingerprint};
 
 /// Where a package has its libraries.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
@@ -133,7 +134,7 @@ pub fn compiler(
     if !place.is_dir() {
         let staging = cache.stage()?;
         for package in [&driver, &passes, &headers] {
-            crate::cache::link_tree(&package.root, staging.path())?;
+            crate::host::cache::link_tree(&package.root, staging.path())?;
         }
         foreign.wrap(staging.path())?;
         let short = staging.path().join("usr/bin").join(compiler);

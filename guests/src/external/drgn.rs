@@ -5,10 +5,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::apt::run;
-use crate::cache::Cache;
-use crate::packages::PackageError;
-use crate::{progress, tools};
+use crate::debian::apt::run;
+use crate::debian::error::PackageError;
+use crate::host::cache::Cache;
+use crate::host::{progress, tools};
 
 /// The version that the figures in `docs/` were taken with.
 const VERSION: &str = "0.3.0";

@@ -13,16 +13,17 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cache::{Cache, fingerprint};
-use crate::headers::Headers;
+use crate::debian::packages::Packages;
+use crate::host::cache::{Cache, fingerprint};
+use crate::host::{progress, tools};
 use crate::initramfs::Initramfs;
-use crate::kernels::Generation;
-use crate::packages::Packages;
-use crate::stock::Stock;
-use crate::{patches, progress, tools};
+use crate::kernel::Generation;
+use crate::kernel::headers::Headers;
+use crate::kernel::patches;
+use crate::kernel::stock::Stock;
 
 /// What it has; all else is off.
-const CONFIG: &str = include_str!("../kernels/no-livepatch.config");
+const CONFIG: &str = include_str!("../../kernels/no-livepatch.config");
 
 /// What building a kernel needs, each with its Debian package.
 const TOOLS: [(&str, &str); 9] = [
