@@ -2,14 +2,14 @@
 
 use introspect::VcpuRegs;
 
-use crate::acpi::NoRoom;
-use crate::boot::BootError;
+use crate::boot::acpi::NoRoom;
+use crate::boot::bzimage::BootError;
+use crate::boot::vcpu_state::RegisterError;
 use crate::config::MAX_CPUS;
-use crate::cpuid::CpuidError;
-use crate::msrs::RegisterError;
-use crate::regs::Dump;
-use crate::vcpu::{End, Ended};
-use crate::vcpus::PauseError;
+use crate::vm::cpuid::CpuidError;
+use crate::vm::regs::Dump;
+use crate::vm::vcpu::{End, Ended};
+use crate::vm::vcpu_set::PauseError;
 
 /// Why a guest could not be started, or how it ended when not of its own will.
 #[derive(Debug, thiserror::Error)]

@@ -20,7 +20,7 @@ struct Cli {
 enum Command {
     Run(cli::run::Args),
     #[command(flatten)]
-    Verb(cli::verbs::Verb),
+    Verb(cli::commands::Verb),
 }
 
 fn main() -> ExitCode {
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
     };
     let done = match cli.command {
         Command::Run(args) => cli::run::run(args),
-        Command::Verb(verb) => return cli::verbs::run(verb),
+        Command::Verb(verb) => return cli::commands::run(verb),
     };
     done.unwrap_or_else(|error| {
         eprintln!("outpatch: {error:#}");

@@ -13,24 +13,24 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi;
-use crate::boot::Kernel;
+use crate::boot::acpi;
+use crate::boot::bzimage::Kernel;
+use crate::boot::reset_vector;
+use crate::boot::vcpu_state;
 use crate::config::{MAX_CPUS, VmConfig};
+use crate::console::output::Output;
+use crate::console::stdin::Stdin;
+use crate::console::terminal::RawTerminal;
 use crate::devices::Bus;
-use crate::devices::cmos::{self, Cmos};
-use crate::devices::i8042::{self, I8042};
-use crate::devices::power::{self, Power};
-use crate::devices::serial::{self, Com1};
+use crate::devices::legacy::cmos::{self, Cmos};
+use crate::devices::legacy::i8042::{self, I8042};
+use crate::devices::legacy::power::{self, Power};
+use crate::devices::legacy::serial::{self, Com1};
 use crate::error::RunError;
-use crate::firmware;
-use crate::handle::{Shared, VmHandle, VmState};
-use crate::msrs;
-use crate::output::Output;
 use crate::signals;
-use crate::stdin::Stdin;
-use crate::terminal::RawTerminal;
-use crate::vcpu::{Buses, End, EndReporter, Ended};
-use crate::vcpus::Vcpus;
+use crate::vm::handle::{Shared, VmHandle, VmState};
+use crate::vm::vcpu::{Buses, End, EndReporter, Ended};
+use crate::vm::vcpu_set::Vcpus;
 use crate::vm::{Vm, check_serving, open_kvm};
 
 /// How long the last output may take to be written when the user or a signal wants us gone. When the guest ended by itself
@@ -74,14 +74,14 @@ where
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;
     let ram = vm.memory().ram();
     let rsdp = acpi::write_tables(ram, cpus)?;
-    firmware::write(ram)?;
+    reset_vector::write(ram)?;
     let entry = kernel.load(ram, config.initrd.as_deref(), &config.cmdline, rsdp)?;
-    msrs::write_boot_tables(ram)?;
+    vcpu_state::write_boot_tables(ram)?;
     for (vcpu, _) in &vcpus {
-        msrs::set_msrs(vcpu)?;
+        vcpu_state::set_msrs(vcpu)?;
     }
     if let Some((boot_vcpu, _)) = vcpus.first() {
-        msrs::set_boot_state(boot_vcpu, entry)?;
+        vcpu_state::set_boot_state(boot_vcpu, entry)?;
     }
 
     let (output, _writer) =

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use patcher::{CheckReport, Mode, PatchStatus};
 use tokio::sync::{oneshot, watch};
 
-use super::priority::go_before_vcpus;
-use super::problem::{Kind, Problem};
-use super::wire;
+use crate::api::priority::go_before_vcpus;
+use crate::api::problem::{Kind, Problem};
+use crate::api::types;
 
 /// Operations that may wait for their turn.
 const QUEUE: usize = 32;
@@ -25,21 +25,21 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// What can be done with a guest. The VMM's is [`Guest`](super::guest::Guest); tests have their own.
 pub trait Control: Send + 'static {
     /// What the VM is.
-    fn vm(&mut self) -> wire::Vm;
+    fn vm(&mut self) -> types::Vm;
     /// Pauses it or lets it run; nothing happens when it is so already.
-    fn set_state(&mut self, state: wire::VmState) -> Result<(), Problem>;
+    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem>;
     /// Asks the VM to end; it may still be there when this returns.
     fn stop(&mut self) -> Result<(), Problem>;
     /// All tasks.
-    fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem>;
+    fn tasks(&mut self) -> Result<Vec<types::Task>, Problem>;
     /// One task's stack.
-    fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem>;
+    fn stack(&mut self, pid: i32) -> Result<types::TaskStack, Problem>;
     /// Every task's stack.
-    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem>;
+    fn stacks(&mut self) -> Result<Vec<types::TaskStack>, Problem>;
     /// All symbols.
-    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem>;
+    fn symbols(&mut self) -> Result<Vec<types::Symbol>, Problem>;
     /// Writes a core of the guest to a new file at this absolute path.
-    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem>;
+    fn dump(&mut self, path: &Path) -> Result<types::Dump, Problem>;
     /// All patches, in the order they were applied in.
     fn patches(&mut self) -> Vec<PatchStatus>;
     /// What applying a livepatch module would come to.

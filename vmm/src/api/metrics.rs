@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use patcher::{PAUSE_BOUNDS_US, PatchStatus, PauseReport};
 
-use super::wire::{Vm, VmState};
+use crate::api::types::{Vm, VmState};
 
 /// Version 0.0.4 of the format.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";

@@ -3,13 +3,8 @@
 //! Three parts that do not know each other's business: [`socket`] (the file), [`server`] and [`routes`] (HTTP, on the API
 //! thread), [`control`] (the guest, on the control thread).
 
-#[cfg(test)]
-mod abi_tests;
 pub mod control;
-mod follow;
-#[cfg(test)]
-mod follow_tests;
-pub mod guest;
+pub mod controller;
 mod metrics;
 mod priority;
 pub mod problem;
@@ -20,10 +15,11 @@ pub mod socket;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
-pub mod wire;
+pub mod types;
+mod wait;
 
 pub use control::Control;
-pub use guest::Guest;
+pub use controller::Guest;
 pub use problem::{Kind, Problem};
 pub use server::{Limits, Server};
 pub use socket::{ControlSocket, SocketError};

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::wire;
+use crate::api::types;
 
 /// What sort of refusal; each has one HTTP status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -119,7 +119,7 @@ fn one_line(text: &str) -> String {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let body = Json(wire::Problem {
+        let body = Json(types::Problem {
             kind: self.kind.word().to_owned(),
             error: self.error,
             detail: self.detail,

@@ -18,11 +18,11 @@ use patcher::{CheckReport, PatchStatus};
 use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::control::{Mailbox, find};
-use super::follow::Follow;
-use super::metrics;
-use super::problem::{Kind, Problem};
-use super::wire;
+use crate::api::control::{Mailbox, find};
+use crate::api::metrics;
+use crate::api::problem::{Kind, Problem};
+use crate::api::types;
+use crate::api::wait::Follow;
 
 /// The largest livepatch module taken.
 pub const MODULE_LIMIT: usize = 64 << 20;
@@ -33,7 +33,7 @@ const JSON_LIMIT: usize = 64 << 10;
 /// Modules received at the same time; together with [`MODULE_LIMIT`] this bounds what uploads can hold of memory.
 const UPLOADS: usize = 2;
 
-/// What to do about a query that is not [`wire::ApplyQuery`], and one that is not [`wire::AnswerQuery`].
+/// What to do about a query that is not [`types::ApplyQuery`], and one that is not [`types::AnswerQuery`].
 const APPLY: &str =
     "the parameters are mode (per-task, stop-machine or auto), wait_ms and tasks (all or waiting)";
 const ANSWER: &str = "the parameters are wait_ms and tasks (all or waiting)";
@@ -96,19 +96,19 @@ pub(super) fn router(mailbox: Mailbox, body_timeout: Duration) -> Router {
         })
 }
 
-async fn version() -> Json<wire::Version> {
-    Json(wire::Version {
+async fn version() -> Json<types::Version> {
+    Json(types::Version {
         name: "outpatch".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     })
 }
 
-async fn vm(State(app): State<App>) -> Result<Json<wire::Vm>, Problem> {
+async fn vm(State(app): State<App>) -> Result<Json<types::Vm>, Problem> {
     Ok(Json(app.mailbox.look(|c| c.vm()).await?))
 }
 
-async fn change_vm(State(app): State<App>, body: Body) -> Result<Json<wire::Vm>, Problem> {
-    let wire::VmChange { state } = app.json(body).await?;
+async fn change_vm(State(app): State<App>, body: Body) -> Result<Json<types::Vm>, Problem> {
+    let types::VmChange { state } = app.json(body).await?;
     let change = app
         .mailbox
         .change(move |c| c.set_state(state).map(|()| c.vm()));
@@ -124,14 +124,14 @@ async fn stop_vm(State(app): State<App>) -> Result<impl IntoResponse, Problem> {
     Ok((StatusCode::ACCEPTED, Json(vm.await??)))
 }
 
-async fn tasks(State(app): State<App>) -> Result<Json<Vec<wire::Task>>, Problem> {
+async fn tasks(State(app): State<App>) -> Result<Json<Vec<types::Task>>, Problem> {
     Ok(Json(app.mailbox.look(|c| c.tasks()).await??))
 }
 
 async fn stack(
     State(app): State<App>,
     Path(pid): Path<String>,
-) -> Result<Json<wire::TaskStack>, Problem> {
+) -> Result<Json<types::TaskStack>, Problem> {
     let pid: i32 = pid.parse().map_err(|_| {
         Problem::new(
             Kind::BadRequest,
@@ -142,16 +142,16 @@ async fn stack(
     Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
 }
 
-async fn stacks(State(app): State<App>) -> Result<Json<Vec<wire::TaskStack>>, Problem> {
+async fn stacks(State(app): State<App>) -> Result<Json<Vec<types::TaskStack>>, Problem> {
     Ok(Json(app.mailbox.look(|c| c.stacks()).await??))
 }
 
-async fn symbols(State(app): State<App>) -> Result<Json<Vec<wire::Symbol>>, Problem> {
+async fn symbols(State(app): State<App>) -> Result<Json<Vec<types::Symbol>>, Problem> {
     Ok(Json(app.mailbox.look(|c| c.symbols()).await??))
 }
 
 async fn dump(State(app): State<App>, body: Body) -> Result<impl IntoResponse, Problem> {
-    let wire::NewDump { path } = app.json(body).await?;
+    let types::NewDump { path } = app.json(body).await?;
     let dump = app.mailbox.look(move |c| c.dump(path.as_ref()));
     Ok((StatusCode::CREATED, Json(dump.await??)))
 }
@@ -163,7 +163,7 @@ async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Probl
 async fn patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<wire::AnswerQuery>, QueryRejection>,
+    query: Result<Query<types::AnswerQuery>, QueryRejection>,
 ) -> Result<Json<PatchStatus>, Problem> {
     let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
     let patch = app.mailbox.patch(name).await?;
@@ -183,16 +183,16 @@ async fn check(
 
 async fn apply(
     State(app): State<App>,
-    query: Result<Query<wire::ApplyQuery>, QueryRejection>,
+    query: Result<Query<types::ApplyQuery>, QueryRejection>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<impl IntoResponse, Problem> {
-    let wire::ApplyQuery {
+    let types::ApplyQuery {
         mode,
         wait_ms,
         tasks,
     } = asked(query, APPLY)?;
-    let follow = Follow::new(&app.mailbox, wire::AnswerQuery { wait_ms, tasks })?;
+    let follow = Follow::new(&app.mailbox, types::AnswerQuery { wait_ms, tasks })?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
         let name = control.apply(&upload.module, mode)?;
@@ -210,11 +210,11 @@ async fn apply(
 async fn change_patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<wire::AnswerQuery>, QueryRejection>,
+    query: Result<Query<types::AnswerQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
     let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
-    let change: wire::PatchChange = app.json(body).await?;
+    let change: types::PatchChange = app.json(body).await?;
     check_change(&change)?;
     let change = app.mailbox.change(move |control| {
         let before = find(control.patches(), &name)?;
@@ -245,8 +245,8 @@ async fn change_patch(
 }
 
 /// What makes no sense is refused before anything is done.
-fn check_change(change: &wire::PatchChange) -> Result<(), Problem> {
-    let wire::PatchChange {
+fn check_change(change: &types::PatchChange) -> Result<(), Problem> {
+    let types::PatchChange {
         enabled,
         mode,
         cancel,

@@ -16,10 +16,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::control::{Control, ControlThread};
-use super::priority::go_before_vcpus;
-use super::routes;
-use super::socket::{ControlSocket, SocketFile};
+use crate::api::control::{Control, ControlThread};
+use crate::api::priority::go_before_vcpus;
+use crate::api::routes;
+use crate::api::socket::{ControlSocket, SocketFile};
 
 /// What a client may take of the server.
 #[derive(Clone, Copy, Debug)]

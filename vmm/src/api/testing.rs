@@ -13,11 +13,11 @@ use patcher::{
     PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
 };
 
-use super::control::Control;
-use super::problem::{Kind, Problem};
-use super::server::{Limits, Server};
-use super::socket::ControlSocket;
-use super::wire;
+use crate::api::control::Control;
+use crate::api::problem::{Kind, Problem};
+use crate::api::server::{Limits, Server};
+use crate::api::socket::ControlSocket;
+use crate::api::types;
 
 /// What the fake guest takes for a module.
 pub(crate) const ELF: &[u8] = b"\x7fELF and more";
@@ -79,8 +79,8 @@ impl FakeGuest {
     }
 }
 
-pub(crate) fn task(pid: i32) -> wire::Task {
-    wire::Task {
+pub(crate) fn task(pid: i32) -> types::Task {
+    types::Task {
         pid,
         tgid: pid,
         state: 'S',
@@ -108,11 +108,11 @@ fn blocked() -> TaskReport {
 }
 
 impl Control for FakeGuest {
-    fn vm(&mut self) -> wire::Vm {
-        wire::Vm {
+    fn vm(&mut self) -> types::Vm {
+        types::Vm {
             state: match self.paused {
-                true => wire::VmState::Paused,
-                false => wire::VmState::Running,
+                true => types::VmState::Paused,
+                false => types::VmState::Running,
             },
             cpus: 2,
             memory: 512 << 20,
@@ -132,8 +132,8 @@ impl Control for FakeGuest {
         }
     }
 
-    fn set_state(&mut self, state: wire::VmState) -> Result<(), Problem> {
-        self.paused = state == wire::VmState::Paused;
+    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem> {
+        self.paused = state == types::VmState::Paused;
         self.note(format!("{state:?}"));
         Ok(())
     }
@@ -143,22 +143,22 @@ impl Control for FakeGuest {
         Ok(())
     }
 
-    fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem> {
+    fn tasks(&mut self) -> Result<Vec<types::Task>, Problem> {
         std::thread::sleep(self.slowness);
         self.note("tasks");
         Ok(vec![task(1)])
     }
 
-    fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem> {
+    fn stack(&mut self, pid: i32) -> Result<types::TaskStack, Problem> {
         if pid != 1 {
             let error = format!("no task with pid {pid}");
             return Err(Problem::new(Kind::NotFound, error, "look"));
         }
-        Ok(wire::TaskStack {
+        Ok(types::TaskStack {
             task: task(1),
             reliable: true,
             reason: None,
-            frames: vec![wire::StackFrame {
+            frames: vec![types::StackFrame {
                 ip: "0xffffffff81000000".into(),
                 symbol: "do_wait+0x1/0x2".into(),
                 scheduler: false,
@@ -166,12 +166,12 @@ impl Control for FakeGuest {
         })
     }
 
-    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem> {
+    fn stacks(&mut self) -> Result<Vec<types::TaskStack>, Problem> {
         self.stack(1).map(|stack| vec![stack])
     }
 
-    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
-        Ok(vec![wire::Symbol {
+    fn symbols(&mut self) -> Result<Vec<types::Symbol>, Problem> {
+        Ok(vec![types::Symbol {
             address: "0xffffffff81000000".into(),
             letter: 'T',
             name: "_text".into(),
@@ -179,9 +179,9 @@ impl Control for FakeGuest {
         }])
     }
 
-    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
+    fn dump(&mut self, path: &Path) -> Result<types::Dump, Problem> {
         self.note(format!("dump {}", path.display()));
-        Ok(wire::Dump {
+        Ok(types::Dump {
             path: path.display().to_string(),
             bytes: 4096,
             paused_us: 7,
@@ -395,7 +395,7 @@ impl Answer {
     /// Asserts that it is a refusal of this kind, in one line.
     pub fn refused(&self, kind: Kind) {
         assert_eq!(self.status, kind.status().as_u16(), "{self:?}");
-        let problem: wire::Problem = serde_json::from_str(&self.body).unwrap();
+        let problem: types::Problem = serde_json::from_str(&self.body).unwrap();
         assert_eq!(problem.kind, kind.word());
         assert!(!problem.error.is_empty() && !problem.error.contains('\n'));
         assert!(!problem.detail.is_empty() && !problem.detail.contains('\n'));

@@ -1,5 +1,7 @@
 //! The server over a real socket, with a fake guest behind it.
 
+mod abi;
+
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -8,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::problem::Kind;
-use super::routes::{MODULE_LIMIT, ROUTES};
-use super::server::Limits;
-use super::testing::{ELF, FakeGuest, Served};
+use crate::api::problem::Kind;
+use crate::api::routes::{MODULE_LIMIT, ROUTES};
+use crate::api::server::Limits;
+use crate::api::testing::{ELF, FakeGuest, Served};
 
 #[test]
 fn the_vm_is_told_paused_and_resumed() {

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use patcher::{CheckReport, PieceReport};
 
-use super::screen::{Screen, Tone};
-use super::source::Guest;
-use super::transition::{pauses, task_line, ways};
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
+use crate::cli::output::{Screen, Tone};
+use crate::cli::progress::{pauses, task_line, ways};
+use crate::cli::source::Guest;
 
 /// Says what applying `file` would come to.
 pub fn check(

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use vmm::api::wire::{Dump, NewDump};
+use vmm::api::types::{Dump, NewDump};
 
-use super::connection::Connection;
-use super::screen::{Screen, Tone};
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
+use crate::cli::output::{Screen, Tone};
+use vmm::client::Connection;
 
 /// Has the VMM write a core file.
 pub fn dump(

@@ -1,17 +1,15 @@
 //! The verbs of the command line: arguments in, exit status out.
 
-#[cfg(test)]
-mod abi_tests;
 mod check;
-mod connection;
-mod core;
+
+pub mod commands;
+mod core_guest;
 mod dump;
-mod look;
+mod inspect;
+mod lifecycle;
 mod module;
+mod output;
 mod patches;
-mod power;
+mod progress;
 pub mod run;
-mod screen;
 mod source;
-mod transition;
-pub mod verbs;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use vmm::api::routes::MODULE_LIMIT;
 
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
 
 /// The whole file; one that no VMM would take is not read to its end.
 ///

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use patcher::{Mode, PatchPhase, PatchStatus};
 use serde::Serialize;
-use vmm::api::wire::{PatchChange, Vm};
+use vmm::api::types::{PatchChange, Vm};
 
-use super::connection::Connection;
-use super::module::read_module;
-use super::screen::{Screen, Tone};
-use super::transition::{Outcome, Watch, pauses, task_head, task_line, ways, word};
-use super::verbs::{Following, VerbError, Waiting};
+use crate::cli::commands::{Following, VerbError, Waiting};
+use crate::cli::module::read_module;
+use crate::cli::output::{Screen, Tone};
+use crate::cli::progress::{Outcome, Watch, pauses, task_head, task_line, ways, word};
+use vmm::client::Connection;
 
 /// Applies the module in `file`.
 pub fn apply(

@@ -8,12 +8,12 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use patcher::CheckReport;
-use vmm::api::wire::{Symbol, Task, TaskStack};
+use vmm::api::types::{Symbol, Task, TaskStack};
 
-use super::connection::Connection;
-use super::core::CoreGuest;
-use super::module::read_module;
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
+use crate::cli::core_guest::CoreGuest;
+use crate::cli::module::read_module;
+use vmm::client::Connection;
 
 /// Which guest, and how to print.
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use patcher::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
     PauseReport, PieceReport, TaskReport, TaskWay,
 };
-use vmm::api::wire::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
+use vmm::api::types::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, Kind, Problem};
 
 /// A guest of two tasks. `init` switches at once; `stuck` only when a module that is called so has not been applied.

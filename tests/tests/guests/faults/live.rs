@@ -17,10 +17,8 @@ use guests::drive::MEMORY_MIB;
 use introspect::{Gva, Kernel};
 use patcher::{Machine, Mode, Patcher};
 use tests::faulty::Faulty;
-use vmm::{
-    VmConfig, VmHandle, VmMachine, VmState,
-    api::{ControlSocket, Guest, Limits, Server},
-};
+use vmm::api::{ControlSocket, Guest, Limits, Server};
+use vmm::{VmConfig, VmHandle, VmMachine, VmState};
 
 use super::story::{Call, Story, Subject, somebody_was_told, tell};
 use crate::bench::Bench;

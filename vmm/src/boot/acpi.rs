@@ -17,7 +17,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::devices::{power, serial};
+use crate::devices::legacy::{power, serial};
 use crate::layout;
 
 const OEM: [u8; 6] = *b"OUTPTC";

@@ -18,7 +18,7 @@ use object::pod;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use vm_memory::GuestAddress;
 
-use crate::memory::VmMemory;
+use crate::vm::memory::VmMemory;
 
 type Header = elf::FileHeader64<LE>;
 type ProgramHeader = elf::ProgramHeader64<LE>;

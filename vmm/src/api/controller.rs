@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use patcher::{CheckReport, ErrorKind, MachineError, Mode, PatchError, PatchStatus, Patcher};
 
-use super::control::Control;
-use super::problem::{Kind, Problem};
-use super::wire;
-use crate::dump::{DumpError, NewDump};
-use crate::handle::{VmHandle, VmState};
-use crate::machine::VmMachine;
+use crate::api::control::Control;
+use crate::api::problem::{Kind, Problem};
+use crate::api::types;
+use crate::core_dump::{DumpError, NewDump};
+use crate::vm::handle::{VmHandle, VmState};
+use crate::vm::machine::VmMachine;
 
 /// The guest of this process.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Guest {
 }
 
 impl Control for Guest {
-    fn vm(&mut self) -> wire::Vm {
+    fn vm(&mut self) -> types::Vm {
         if self.release.is_none() {
             self.release = self
                 .patcher
@@ -51,10 +51,10 @@ impl Control for Guest {
                 .as_deref()
                 .and_then(release_of);
         }
-        wire::Vm {
+        types::Vm {
             state: match self.vm.state() {
-                VmState::Running => wire::VmState::Running,
-                VmState::Paused => wire::VmState::Paused,
+                VmState::Running => types::VmState::Running,
+                VmState::Paused => types::VmState::Paused,
             },
             cpus: self.vm.cpus(),
             memory: self.vm.memory_size(),
@@ -64,10 +64,10 @@ impl Control for Guest {
         }
     }
 
-    fn set_state(&mut self, state: wire::VmState) -> Result<(), Problem> {
+    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem> {
         let done = match state {
-            wire::VmState::Running => self.vm.resume(),
-            wire::VmState::Paused => self.vm.pause(),
+            types::VmState::Running => self.vm.resume(),
+            types::VmState::Paused => self.vm.pause(),
         };
         done.map_err(|error| machine_problem(&error))
     }
@@ -77,15 +77,15 @@ impl Control for Guest {
         Ok(())
     }
 
-    fn tasks(&mut self) -> Result<Vec<wire::Task>, Problem> {
+    fn tasks(&mut self) -> Result<Vec<types::Task>, Problem> {
         let tasks = self
             .patcher
             .tasks(&mut self.machine)
             .map_err(|error| problem(&error))?;
-        Ok(tasks.iter().map(wire::Task::from).collect())
+        Ok(tasks.iter().map(types::Task::from).collect())
     }
 
-    fn stack(&mut self, pid: i32) -> Result<wire::TaskStack, Problem> {
+    fn stack(&mut self, pid: i32) -> Result<types::TaskStack, Problem> {
         let stack = self
             .patcher
             .stack(&mut self.machine, pid)
@@ -93,23 +93,23 @@ impl Control for Guest {
         Ok(stack.into())
     }
 
-    fn stacks(&mut self) -> Result<Vec<wire::TaskStack>, Problem> {
+    fn stacks(&mut self) -> Result<Vec<types::TaskStack>, Problem> {
         let stacks = self
             .patcher
             .stacks(&mut self.machine)
             .map_err(|error| problem(&error))?;
-        Ok(stacks.into_iter().map(wire::TaskStack::from).collect())
+        Ok(stacks.into_iter().map(types::TaskStack::from).collect())
     }
 
-    fn symbols(&mut self) -> Result<Vec<wire::Symbol>, Problem> {
+    fn symbols(&mut self) -> Result<Vec<types::Symbol>, Problem> {
         let symbols = self
             .patcher
             .symbols(&mut self.machine)
             .map_err(|error| problem(&error))?;
-        Ok(symbols.into_iter().map(wire::Symbol::from).collect())
+        Ok(symbols.into_iter().map(types::Symbol::from).collect())
     }
 
-    fn dump(&mut self, path: &Path) -> Result<wire::Dump, Problem> {
+    fn dump(&mut self, path: &Path) -> Result<types::Dump, Problem> {
         let mut dump = NewDump::create(path).map_err(|error| dump_problem(&error))?;
         let (written, paused) = self
             .patcher
@@ -121,7 +121,7 @@ impl Control for Guest {
             .map_err(|error| problem(&error))?;
         let bytes = written.map_err(|error| dump_problem(&error))?;
         dump.finish().map_err(|error| dump_problem(&error))?;
-        Ok(wire::Dump {
+        Ok(types::Dump {
             path: path.display().to_string(),
             bytes,
             paused_us: u64::try_from(paused.as_micros()).unwrap_or(u64::MAX),

@@ -2,12 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use vmm::api::wire::{Vm, VmChange, VmState};
+use vmm::api::types::{Vm, VmChange, VmState};
 
-use super::connection::Connection;
-use super::screen::{Screen, Tone};
-use super::transition::word;
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
+use crate::cli::output::{Screen, Tone};
+use crate::cli::progress::word;
+use vmm::client::Connection;
 
 /// How long a VMM may take to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);

@@ -1,6 +1,6 @@
 //! The keyboard controller, as far as a PC without keyboard needs it: to be reset by it.
 
-use super::{Device, Effect};
+use crate::devices::{Device, Effect};
 
 /// First of its ports.
 pub const PORT: u64 = 0x60;

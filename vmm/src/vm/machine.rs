@@ -6,9 +6,9 @@ use introspect::VcpuRegs;
 use patcher::{Machine, MachineError};
 use vm_memory::GuestAddress;
 
-use crate::handle::Shared;
-use crate::memory::VmMemory;
-use crate::vcpus::PauseError;
+use crate::vm::handle::Shared;
+use crate::vm::memory::VmMemory;
+use crate::vm::vcpu_set::PauseError;
 
 /// A handle on a running machine, for any thread but a vCPU's.
 ///

@@ -9,9 +9,9 @@ use std::time::Duration;
 use patcher::PatchStatus;
 use tokio::sync::watch;
 
-use super::control::Mailbox;
-use super::problem::{Kind, Problem};
-use super::wire::{AnswerQuery, TasksAsked};
+use crate::api::control::Mailbox;
+use crate::api::problem::{Kind, Problem};
+use crate::api::types::{AnswerQuery, TasksAsked};
 
 /// The longest that an answer may wait for a transition, well within the life of a connection.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -77,3 +77,6 @@ impl Follow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

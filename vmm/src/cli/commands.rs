@@ -9,11 +9,11 @@ use clap::{Args, Subcommand};
 use introspect::CoreError;
 use patcher::{Mode, PatchError};
 
-use super::connection::{AskError, Connection};
-use super::screen::Screen;
-use super::source::Source;
-use super::transition::WatchError;
-use super::{check, dump, look, patches, power};
+use crate::cli::output::Screen;
+use crate::cli::progress::WatchError;
+use crate::cli::source::Source;
+use crate::cli::{check, dump, inspect, lifecycle, patches};
+use vmm::client::{AskError, Connection};
 
 /// Which VMM, and how to print.
 #[derive(Debug, Args)]
@@ -279,7 +279,7 @@ pub fn run(verb: Verb) -> ExitCode {
         // Whoever reads our output has seen enough, as `outpatch ps | head` has.
         Err(VerbError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("outpatch: {}", super::screen::printable(&error.to_string()));
+            eprintln!("outpatch: {}", super::output::printable(&error.to_string()));
             ExitCode::from(error.exit_status())
         }
     }
@@ -289,15 +289,15 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
     let mut screen = Screen::stdout();
     let screen = &mut screen;
     match verb {
-        Verb::Ps { source } => look::ps(&mut source.open()?, source.json(), screen),
+        Verb::Ps { source } => inspect::ps(&mut source.open()?, source.json(), screen),
         Verb::Stack { pid, all, source } => {
             let guest = &mut source.open()?;
             match pid {
-                Some(pid) => look::stack(guest, pid, all, source.json(), screen),
-                None => look::stacks(guest, all, source.json(), screen),
+                Some(pid) => inspect::stack(guest, pid, all, source.json(), screen),
+                None => inspect::stacks(guest, all, source.json(), screen),
             }
         }
-        Verb::Symbols { source } => look::symbols(&mut source.open()?, source.json(), screen),
+        Verb::Symbols { source } => inspect::symbols(&mut source.open()?, source.json(), screen),
         Verb::Check { file, source } => {
             check::check(&mut source.open()?, &file, source.json(), screen)
         }
@@ -349,9 +349,9 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
             let connection = target.connect()?;
             patches::revert(&connection, name.as_deref(), &waiting, target.json, screen)
         }
-        Verb::Pause { target } => power::pause(&target.connect()?, target.json, screen),
-        Verb::Resume { target } => power::resume(&target.connect()?, target.json, screen),
-        Verb::Stop { target } => power::stop(&target.connect()?, target.json, screen),
+        Verb::Pause { target } => lifecycle::pause(&target.connect()?, target.json, screen),
+        Verb::Resume { target } => lifecycle::resume(&target.connect()?, target.json, screen),
+        Verb::Stop { target } => lifecycle::stop(&target.connect()?, target.json, screen),
     }
 }
 
@@ -372,3 +372,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests;

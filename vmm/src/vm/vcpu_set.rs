@@ -12,9 +12,9 @@ use introspect::VcpuRegs;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::kvm_run::ImmediateExit;
-use crate::output::Output;
-use crate::vcpu::{Buses, Command, End, EndReporter, Ended, Stopped, Vcpu};
+use crate::console::output::Output;
+use crate::vm::kvm_run::ImmediateExit;
+use crate::vm::vcpu::{Buses, Command, End, EndReporter, Ended, Stopped, Vcpu};
 
 /// How long a pause waits for its answers before it gives up. A vCPU answers in microseconds; on a host so busy that its
 /// threads do not run, in seconds.

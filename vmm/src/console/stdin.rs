@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::serial::Com1;
-use crate::terminal::Keys;
+use crate::console::terminal::Keys;
+use crate::devices::legacy::serial::Com1;
 
 /// From this many waiting bytes on, no more are read.
 const ENOUGH: usize = 4096;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use patcher::{PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
 
-use super::connection::{AskError, Connection};
-use super::screen::{Screen, Tone};
+use crate::cli::output::{Screen, Tone};
+use vmm::client::{AskError, Connection};
 
 /// The first and the longest wait between two looks; the end of the transition cuts each short.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));

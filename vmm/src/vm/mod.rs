@@ -1,5 +1,15 @@
 //! The machine as KVM sees it: memory slots, interrupt controllers, timers, vCPUs. Knows nothing of what the guest runs.
 
+pub mod cpuid;
+pub mod handle;
+pub mod kvm_run;
+pub mod machine;
+pub mod memory;
+pub mod memslots;
+pub mod regs;
+pub mod vcpu;
+pub mod vcpu_set;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config};
@@ -7,12 +17,11 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::cpuid;
 use crate::error::RunError;
-use crate::kvm_run::ImmediateExit;
 use crate::layout::{self, HIDDEN_UNIT};
-use crate::memory::VmMemory;
-use crate::slots::{Slots, prefer_large_pages};
+use crate::vm::kvm_run::ImmediateExit;
+use crate::vm::memory::VmMemory;
+use crate::vm::memslots::{Slots, prefer_large_pages};
 
 /// The most hidden memory that a guest is given, all together.
 const HIDDEN_LIMIT: u64 = 1 << 30;

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::api::types;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -16,7 +17,6 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
-use vmm::api::wire;
 
 /// Longer than the server's own patience.
 const TIMEOUT: Duration = Duration::from_secs(90);
@@ -51,7 +51,7 @@ pub enum AskError {
     },
     /// It refused, in its own words.
     #[error("{}; {}", .0.error, .0.detail)]
-    Refused(wire::Problem),
+    Refused(types::Problem),
 }
 
 impl AskError {
@@ -129,7 +129,7 @@ impl Connection {
 
     /// Whether somebody still answers.
     pub fn is_there(&self) -> bool {
-        self.get::<wire::Version>("/version").is_ok()
+        self.get::<types::Version>("/version").is_ok()
     }
 
     fn ask<T: DeserializeOwned>(

@@ -7,7 +7,7 @@ use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Device, Effect};
+use crate::devices::{Device, Effect};
 
 /// First of its ports.
 pub const PORT: u16 = 0x3f8;

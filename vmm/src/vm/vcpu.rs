@@ -10,10 +10,10 @@ use introspect::VcpuRegs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::console::output::Output;
 use crate::devices::{Bus, Effect};
-use crate::kvm_run::{ImmediateExit, internal_error};
-use crate::output::Output;
-use crate::regs::capture;
+use crate::vm::kvm_run::{ImmediateExit, internal_error};
+use crate::vm::regs::capture;
 
 /// What a vCPU thread is told.
 #[derive(Debug)]

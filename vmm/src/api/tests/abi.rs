@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::problem::Kind;
-use super::routes::ROUTES;
-use super::testing::Served;
 use crate::abi;
+use crate::api::problem::Kind;
+use crate::api::routes::ROUTES;
+use crate::api::testing::Served;
 
 const METHODS: [&str; 5] = ["GET ", "POST ", "PUT ", "PATCH ", "DELETE "];
 

@@ -6,7 +6,7 @@
 
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
-use crate::devices::power;
+use crate::devices::legacy::power;
 use crate::layout;
 
 /// `mov dx, RESET; mov al, RESET_VALUE; out dx, al; hlt`

@@ -6,9 +6,9 @@ use patcher::MachineError;
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::machine::{VmMachine, vcpu_error};
-use crate::vcpus::{PauseStats, Vcpus};
 use crate::vm::Vm;
+use crate::vm::machine::{VmMachine, vcpu_error};
+use crate::vm::vcpu_set::{PauseStats, Vcpus};
 
 /// Whether the operator lets the guest run. Short pauses for a look into the guest do not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use introspect::CoreFile;
 use patcher::{CheckReport, PatchError, Patcher, Still};
-use vmm::api::wire::{Symbol, Task, TaskStack};
+use vmm::api::types::{Symbol, Task, TaskStack};
 
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
 
 /// A guest in a core file.
 #[derive(Debug)]

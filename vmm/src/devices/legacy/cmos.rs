@@ -5,7 +5,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Device, Effect};
+use crate::devices::{Device, Effect};
 
 /// The index port; data is the next.
 pub const PORT: u16 = 0x70;

@@ -11,12 +11,12 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::devices::i8042::I8042;
-use crate::devices::power::Power;
-use crate::devices::serial::Com1;
+use crate::console::output::OutputWriter;
+use crate::devices::legacy::i8042::I8042;
+use crate::devices::legacy::power::Power;
+use crate::devices::legacy::serial::Com1;
 use crate::devices::{Bus, Device, Effect};
-use crate::handle::{Shared, VmHandle, VmState};
-use crate::output::OutputWriter;
+use crate::vm::handle::{Shared, VmHandle, VmState};
 use crate::vm::{Vm, open_kvm};
 
 const CODE: u64 = 0x1000;
@@ -69,9 +69,9 @@ impl Guest {
         let (vm, vcpus) = Vm::new(&kvm, RAM, 1).unwrap();
         let ram = vm.memory().ram();
         ram.write_slice(code, GuestAddress(CODE)).unwrap();
-        crate::msrs::write_boot_tables(ram).unwrap();
-        crate::msrs::set_msrs(&vcpus[0].0).unwrap();
-        crate::msrs::set_boot_state(&vcpus[0].0, GuestAddress(CODE)).unwrap();
+        crate::boot::vcpu_state::write_boot_tables(ram).unwrap();
+        crate::boot::vcpu_state::set_msrs(&vcpus[0].0).unwrap();
+        crate::boot::vcpu_state::set_boot_state(&vcpus[0].0, GuestAddress(CODE)).unwrap();
         Guest::start(vm, vcpus)
     }
 

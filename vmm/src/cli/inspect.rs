@@ -1,11 +1,11 @@
 //! `outpatch ps`, `outpatch stack` and `outpatch symbols`: of a running guest, or of one in a core file.
 
-use vmm::api::wire::{Task, TaskStack};
+use vmm::api::types::{Task, TaskStack};
 
-use super::screen::{Screen, Tone};
-use super::source::Guest;
-use super::transition::word;
-use super::verbs::VerbError;
+use crate::cli::commands::VerbError;
+use crate::cli::output::{Screen, Tone};
+use crate::cli::progress::word;
+use crate::cli::source::Guest;
 
 /// The tasks, a line each.
 pub fn ps(guest: &mut Guest, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
@@ -119,7 +119,7 @@ fn verdict(stack: &TaskStack) -> (Tone, String) {
 #[cfg(test)]
 mod tests {
     use introspect::TaskKind;
-    use vmm::api::wire::StackFrame;
+    use vmm::api::types::StackFrame;
 
     use super::*;
 

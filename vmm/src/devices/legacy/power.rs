@@ -1,6 +1,6 @@
 //! The ACPI registers of a hardware-reduced machine that switch it off and reset it: sleep control, sleep status, reset.
 
-use super::{Device, Effect};
+use crate::devices::{Device, Effect};
 
 /// First of the three ports; the FADT names them.
 pub const PORT: u16 = 0x600;

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::problem::Kind;
-use super::server::Limits;
-use super::testing::{ELF, FakeGuest, Served};
+use crate::api::problem::Kind;
+use crate::api::server::Limits;
+use crate::api::testing::{ELF, FakeGuest, Served};
 
 #[test]
 fn an_answer_waits_for_the_end_of_the_transition() {
