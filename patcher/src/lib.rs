@@ -10,46 +10,25 @@
     )
 )]
 
-mod apply;
-mod cave;
-mod check;
-pub mod error;
-mod facts;
-mod func_stack;
+mod call;
+mod error;
+mod ftrace;
 mod guest;
-mod journal;
-mod ledger;
-mod look;
-pub mod machine;
-pub mod module;
-mod naming;
-mod patch;
-pub mod patcher;
-mod pause;
-mod place;
-mod quiet;
-mod redirect;
-mod room;
-mod scene;
-mod signal;
-mod site;
-pub mod status;
-mod still;
-#[cfg(test)]
-mod testing;
-mod tracers;
+mod livepatch;
+mod machine;
+mod memory;
+mod module;
+mod patcher;
+mod report;
 mod transition;
-mod unmoved;
-pub mod view;
-mod wake;
-mod window;
+mod x86;
 
 pub use error::{ErrorKind, PatchError};
+pub use machine::read_only::Still;
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
-pub use status::{
+pub use report::patch::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PAUSE_BOUNDS_US, PatchPhase,
     PatchStatus, PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
 };
-pub use still::Still;
-pub use view::{NamedFrame, TaskStack};
+pub use report::stack::{NamedFrame, TaskStack};

@@ -170,7 +170,7 @@ pub fn map(core: &CoreFile) -> Result<GuestMemoryMmap> {
         .map(|(start, len)| Ok((start, usize::try_from(len)?)))
         .collect::<Result<_>>()?;
     let mapped = GuestMemoryMmap::from_ranges(&ranges)?;
-    vmm::vm::memslots::prefer_large_pages(&mapped);
+    vmm::prefer_large_pages(&mapped);
     let mut chunk = vec![0; CHUNK];
     for (start, len) in core.ranges() {
         for done in (0..len).step_by(CHUNK) {

@@ -20,4 +20,5 @@ pub use error::RunError;
 pub use run::{ExitKind, run};
 pub use vm::handle::{VmHandle, VmState};
 pub use vm::machine::VmMachine;
+pub use vm::memslots::prefer_large_pages;
 pub use vm::vcpu_set::PauseStats;

@@ -6,7 +6,11 @@ use std::collections::BTreeMap;
 
 use introspect::Gva;
 
-use super::*;
+use crate::module::file::klp::KlpLayout;
+use crate::module::kernel::{
+    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, Target,
+};
+use crate::module::{Bases, TargetError};
 
 pub const A: u64 = 2;
 pub const WA: u64 = 3;

@@ -2,8 +2,10 @@
 
 use introspect::Gva;
 
-use super::testing::*;
 use super::*;
+use crate::module::kernel::AltInstrLayout;
+use crate::module::link::image::{LinkedFunction, OrcRecord};
+use crate::module::testing::*;
 
 mod refused;
 

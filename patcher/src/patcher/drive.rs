@@ -5,17 +5,17 @@ use std::time::Duration;
 
 use introspect::task_list::cache::Survey;
 
-use crate::apply;
 use crate::error::PatchError;
-use crate::func_stack::{self, Callee};
+use crate::guest::pause::Paused;
+use crate::livepatch::func_stack::{self, Callee};
+use crate::livepatch::prepare;
 use crate::machine::Machine;
-use crate::pause::Paused;
-use crate::quiet::Stop;
-use crate::scene::{Scene, Step};
-use crate::status::{Mode, PatchPhase, PauseReport};
+use crate::report::patch::{Mode, PatchPhase, PauseReport};
+use crate::transition::preconditions::Stop;
+use crate::transition::step::{Scene, Step};
 use crate::transition::{Direction, Transition};
 
-use super::{Patcher, not_found, patiently};
+use crate::patcher::{Patcher, not_found, patiently};
 
 /// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
 /// x86-64 has it; a guest that gets it without need does nothing.
@@ -64,7 +64,7 @@ impl Patcher {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
         func_stack::note_covers(&mut self.patches, at);
         let patch = self.patches.get_mut(at).ok_or_else(not_found)?;
-        apply::renew_stubs(patch, guest.facts()?)
+        prepare::renew_stubs(patch, guest.facts()?)
     }
 
     fn begin_once<M: Machine>(
@@ -252,7 +252,7 @@ impl Patcher {
         }
         let signals = transition.signals();
         let mut paused = Paused::begin(machine, meter)?;
-        let mut mapping = crate::journal::Plan::new();
+        let mut mapping = crate::memory::write_batch::Plan::new();
         let (step, tasks, walked) = {
             let look = guest.look(paused.memory(), &paused.vcpus)?;
             self.places.plan_mapping(&look.memory, &mut mapping)?;

@@ -1,0 +1,438 @@
+//! A function's entry site: the five bytes that the kernel keeps for a tracer, and who uses them.
+//!
+//! Found by the ftrace record, at the function's first byte or behind its ENDBR, and proved by the bytes that stand there. A
+//! site is ours only when nobody else has it. Follows `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; knows
+//! nothing of what the site will be made to say.
+
+use introspect::Gva;
+use introspect::btf::{Btf, BtfError};
+use introspect::memory::kernel::{Field, KernelMemory, ReadError};
+
+use crate::x86::entry_stub::SITE_LEN;
+
+/// The five-byte NOPs that kernels put at unused sites: the current one, and that of older processors
+/// (`arch/x86/include/asm/nops.h`: P6 and K8).
+const NOPS: [[u8; SITE_LEN]; 2] = [
+    [0x0f, 0x1f, 0x44, 0x00, 0x00],
+    [0x66, 0x66, 0x66, 0x66, 0x90],
+];
+/// Where a site can be: at the function's first byte, or behind a four-byte ENDBR64 (or what sealing left of it).
+const OFFSETS: [u64; 2] = [0, 4];
+/// More groups of records than any kernel has: a list that is longer has a cycle.
+const MOST_PAGES: u32 = 1 << 16;
+/// More records in one group than any kernel has.
+const MOST_RECORDS: u64 = 1 << 20;
+
+/// Layout of ftrace's records, and the bits in them.
+#[derive(Clone, Copy, Debug)]
+pub struct FtraceTypes {
+    page_next: Field,
+    page_records: Field,
+    page_index: Field,
+    record_size: u64,
+    record_ip: Field,
+    record_flags: Field,
+    /// `FTRACE_FL_DISABLED`: ftrace leaves the record's site alone.
+    disabled: u64,
+    /// Bits that stay when the last user has gone, or that say nothing of users.
+    harmless: u64,
+    ipmodify: u64,
+}
+
+impl FtraceTypes {
+    /// From the kernel's own types.
+    ///
+    /// # Errors
+    /// [`BtfError`] naming what the kernel lacks.
+    pub fn new(btf: &Btf) -> Result<FtraceTypes, BtfError> {
+        let bit = |name| btf.enum_value(name).map(i64::cast_unsigned);
+        // Only newer kernels remember who was there.
+        let memory = ["FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED"];
+        Ok(FtraceTypes {
+            page_next: btf.field("ftrace_page.next")?,
+            page_records: btf.field("ftrace_page.records")?,
+            page_index: btf.field("ftrace_page.index")?,
+            record_size: btf.size_of("dyn_ftrace")?,
+            record_ip: btf.field("dyn_ftrace.ip")?,
+            record_flags: btf.field("dyn_ftrace.flags")?,
+            disabled: bit("FTRACE_FL_DISABLED")?,
+            harmless: memory.into_iter().filter_map(|name| bit(name).ok()).sum(),
+            ipmodify: bit("FTRACE_FL_IPMODIFY")?,
+        })
+    }
+}
+
+/// A function's entry site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Address of the five bytes.
+    pub at: Gva,
+    /// What stands there when nobody uses the site.
+    pub nop: [u8; SITE_LEN],
+    /// The flags of its ftrace record.
+    flags: Gva,
+    flags_size: u64,
+}
+
+/// Why a site cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SiteError {
+    /// ftrace knows no site in this function.
+    #[error(
+        "it has no ftrace site (notrace or inlined code), and only functions with one can be replaced"
+    )]
+    None,
+    /// Somebody uses the site.
+    #[error("its entry is in use by {0}; remove that first")]
+    Used(String),
+    /// The site holds what no kernel writes.
+    #[error("its entry holds {0}, which is no NOP of this kernel's")]
+    Foreign(String),
+    /// The kernel's records could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The kernel's records make no sense.
+    #[error("the kernel's list of ftrace records does not end")]
+    Endless,
+}
+
+impl Site {
+    /// The free site of the function at `entry`. `name_of` names code for messages.
+    ///
+    /// # Errors
+    /// [`SiteError`] with the name of the user when it is not free.
+    pub fn find(
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+        pages: Gva,
+        entry: Gva,
+        name_of: impl Fn(Gva) -> String,
+    ) -> Result<Site, SiteError> {
+        let (at, record) = record(memory, types, pages, entry)?.ok_or(SiteError::None)?;
+        let mut bytes = [0; SITE_LEN];
+        memory.read(at, &mut bytes)?;
+        let flags = memory.field(record, types.record_flags)?;
+        let nop = classify(types, at, bytes, flags, name_of)?;
+        Ok(Site {
+            at,
+            nop,
+            flags: types.record_flags.of(record),
+            flags_size: types.record_flags.size,
+        })
+    }
+
+    /// The address behind the site: where the old function goes on.
+    #[must_use]
+    pub fn behind(&self) -> Gva {
+        self.at.add(SITE_LEN as u64)
+    }
+
+    /// Whether the site holds `bytes` now.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn holds(
+        &self,
+        memory: &KernelMemory<'_>,
+        bytes: [u8; SITE_LEN],
+    ) -> Result<bool, ReadError> {
+        let mut now = [0; SITE_LEN];
+        memory.read(self.at, &mut now)?;
+        Ok(now == bytes)
+    }
+
+    /// Whether somebody else uses the site by its record now, our own mark aside.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn is_wanted(
+        &self,
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+    ) -> Result<bool, ReadError> {
+        Ok(self.flags(memory)? & !(types.harmless | types.disabled) != 0)
+    }
+
+    /// Whether ftrace leaves the site alone.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn is_fenced(
+        &self,
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+    ) -> Result<bool, ReadError> {
+        Ok(self.flags(memory)? & types.disabled != 0)
+    }
+
+    /// Where to write, and what, so that ftrace leaves the site alone.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn fence(
+        &self,
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+    ) -> Result<(Gva, Vec<u8>), ReadError> {
+        Ok(self.record(self.flags(memory)? | types.disabled))
+    }
+
+    /// Where to write, and what, so that ftrace takes the site up again, with what its record is to say of those who trace it
+    /// ([`crate::ftrace::ops::Tracers::account`]).
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn unfence(
+        &self,
+        memory: &KernelMemory<'_>,
+        types: &FtraceTypes,
+        tracers: u64,
+    ) -> Result<(Gva, Vec<u8>), ReadError> {
+        Ok(self.record(self.flags(memory)? & types.harmless | tracers))
+    }
+
+    fn record(&self, flags: u64) -> (Gva, Vec<u8>) {
+        let mut bytes = flags.to_le_bytes().to_vec();
+        bytes.truncate(usize::try_from(self.flags_size).unwrap_or(bytes.len()));
+        (self.flags, bytes)
+    }
+
+    fn flags(&self, memory: &KernelMemory<'_>) -> Result<u64, ReadError> {
+        let field = Field {
+            offset: 0,
+            size: self.flags_size,
+        };
+        memory.field(self.flags, field)
+    }
+}
+
+/// The NOP of a free site, or who uses it.
+fn classify(
+    types: &FtraceTypes,
+    at: Gva,
+    bytes: [u8; SITE_LEN],
+    flags: u64,
+    name_of: impl Fn(Gva) -> String,
+) -> Result<[u8; SITE_LEN], SiteError> {
+    let [opcode, a, b, c, d] = bytes;
+    let target = || {
+        let rel = i32::from_le_bytes([a, b, c, d]);
+        name_of(at.add(SITE_LEN as u64).offset(i64::from(rel)))
+    };
+    match opcode {
+        0xe8 if flags & types.ipmodify != 0 => {
+            return Err(SiteError::Used(format!(
+                "a livepatch or kprobe of the guest's own (call to {})",
+                target()
+            )));
+        }
+        0xe8 => {
+            return Err(SiteError::Used(format!(
+                "ftrace, kprobes or BPF (call to {})",
+                target()
+            )));
+        }
+        0xcc => return Err(SiteError::Used("a kprobe (int3)".into())),
+        0xe9 => return Err(SiteError::Used(format!("a jump to {}", target()))),
+        _ => {}
+    }
+    if !NOPS.contains(&bytes) {
+        let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        return Err(SiteError::Foreign(hex.join(" ")));
+    }
+    if flags & types.disabled != 0 {
+        return Err(SiteError::Used(
+            "something for which ftrace has switched it off (FTRACE_FL_DISABLED)".into(),
+        ));
+    }
+    if flags & !types.harmless != 0 {
+        return Err(SiteError::Used(format!("ftrace (record flags {flags:#x})")));
+    }
+    Ok(bytes)
+}
+
+/// The site and record of the function at `entry`: the groups of records in the list, each sorted by address.
+fn record(
+    memory: &KernelMemory<'_>,
+    types: &FtraceTypes,
+    pages: Gva,
+    entry: Gva,
+) -> Result<Option<(Gva, Gva)>, SiteError> {
+    let mut page = memory.pointer(pages)?;
+    for _ in 0..MOST_PAGES {
+        if page.is_null() {
+            return Ok(None);
+        }
+        let records = Gva(memory.field(page, types.page_records)?);
+        let count = memory.field(page, types.page_index)?.min(MOST_RECORDS);
+        for offset in OFFSETS {
+            let at = entry.add(offset);
+            if let Some(record) = bisect(memory, types, records, count, at)? {
+                return Ok(Some((at, record)));
+            }
+        }
+        page = Gva(memory.field(page, types.page_next)?);
+    }
+    Err(SiteError::Endless)
+}
+
+/// The record of `at` among `count` sorted ones.
+fn bisect(
+    memory: &KernelMemory<'_>,
+    types: &FtraceTypes,
+    records: Gva,
+    count: u64,
+    at: Gva,
+) -> Result<Option<Gva>, ReadError> {
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let record = records.add(middle.wrapping_mul(types.record_size));
+        let ip = Gva(memory.field(record, types.record_ip)?);
+        match ip.cmp(&at) {
+            std::cmp::Ordering::Equal => return Ok(Some(record)),
+            std::cmp::Ordering::Less => low = middle + 1,
+            std::cmp::Ordering::Greater => high = middle,
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::mock::Mock;
+
+    const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
+    const DATA: Gva = Gva(0xffff_8880_0000_0000);
+    const PAGES: Gva = DATA;
+    const NOP: [u8; 5] = NOPS[0];
+    const DISABLED: u32 = 1 << 25;
+    const TOUCHED: u32 = 1 << 20;
+    const IPMODIFY: u32 = 1 << 26;
+
+    /// Sites at 0x100 (first byte), 0x204 (behind ENDBR) and 0x304, the last in a second group of records.
+    fn machine() -> Mock {
+        let mut machine = Mock::new(0x40000);
+        machine.map(TEXT, Mock::FREE, 0x1);
+        machine.map(DATA, Mock::FREE + 0x1000, 0x3);
+        let pages = [(0x40u64, 0x80u64, 0x100u64, 2u32), (0x80, 0, 0x200, 1)];
+        put(&mut machine, 0, &PAGES.add(0x40).0.to_le_bytes());
+        for (at, next, records, count) in pages {
+            let next = if next == 0 { 0 } else { DATA.add(next).0 };
+            put(&mut machine, at, &next.to_le_bytes());
+            put(&mut machine, at + 8, &DATA.add(records).0.to_le_bytes());
+            put(&mut machine, at + 16, &count.to_le_bytes());
+        }
+        for (record, site) in [(0x100u64, 0x100u64), (0x110, 0x204), (0x200, 0x304)] {
+            put(&mut machine, record, &TEXT.add(site).0.to_le_bytes());
+            machine.put(Mock::FREE + site, &NOP);
+        }
+        machine
+    }
+
+    fn put(machine: &mut Mock, at: u64, bytes: &[u8]) {
+        machine.put(Mock::FREE + 0x1000 + at, bytes);
+    }
+
+    fn types() -> FtraceTypes {
+        let field = |offset, size| Field { offset, size };
+        FtraceTypes {
+            page_next: field(0, 8),
+            page_records: field(8, 8),
+            page_index: field(16, 4),
+            record_size: 16,
+            record_ip: field(0, 8),
+            record_flags: field(8, 8),
+            disabled: DISABLED.into(),
+            harmless: TOUCHED.into(),
+            ipmodify: IPMODIFY.into(),
+        }
+    }
+
+    fn find(machine: &Mock, entry: u64) -> Result<Site, SiteError> {
+        Site::find(
+            &machine.kernel_memory(),
+            &types(),
+            PAGES,
+            TEXT.add(entry),
+            |at| format!("code at {at}"),
+        )
+    }
+
+    #[test]
+    fn finds_sites_at_both_offsets_and_in_later_groups() {
+        let machine = machine();
+        for (entry, site) in [(0x100, 0x100), (0x200, 0x204), (0x300, 0x304)] {
+            let found = find(&machine, entry).unwrap();
+            assert_eq!((found.at, found.nop), (TEXT.add(site), NOP));
+            assert_eq!(found.behind(), TEXT.add(site + 5));
+        }
+        assert_eq!(find(&machine, 0x180), Err(SiteError::None));
+    }
+
+    #[test]
+    fn accepts_the_older_nop() {
+        let mut machine = machine();
+        machine.put(Mock::FREE + 0x100, &NOPS[1]);
+        assert_eq!(find(&machine, 0x100).unwrap().nop, NOPS[1]);
+    }
+
+    #[test]
+    fn names_who_uses_a_site() {
+        let cases: [(&[u8], u32, &str); 7] = [
+            (
+                &[0xe8, 0, 1, 0, 0],
+                0x4000_0001,
+                "ftrace, kprobes or BPF (call to code at 0xffffffff81000205)",
+            ),
+            (&[0xe8, 0, 0, 0, 0], IPMODIFY | 1, "livepatch"),
+            (&[0xcc, 0x1f, 0x44, 0, 0], 0, "kprobe"),
+            (&[0xe9, 0, 0, 0, 0], 0, "jump"),
+            (&NOP, DISABLED, "FTRACE_FL_DISABLED"),
+            (&NOP, 1, "ftrace (record flags 0x1)"),
+            (&[0x55, 0x48, 0x89, 0xe5, 0x90], 0, "55 48 89 e5 90"),
+        ];
+        for (bytes, flags, word) in cases {
+            let mut machine = machine();
+            machine.put(Mock::FREE + 0x100, bytes);
+            put(&mut machine, 0x108, &u64::from(flags).to_le_bytes());
+            let error = find(&machine, 0x100).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        let mut machine = machine();
+        put(&mut machine, 0x108, &u64::from(TOUCHED).to_le_bytes());
+        assert!(find(&machine, 0x100).is_ok());
+    }
+
+    #[test]
+    fn behind_the_fence_the_record_says_who_came_meanwhile() {
+        let mut machine = machine();
+        put(&mut machine, 0x108, &u64::from(TOUCHED).to_le_bytes());
+        let site = find(&machine, 0x100).unwrap();
+        let (at, bytes) = site.fence(&machine.kernel_memory(), &types()).unwrap();
+        assert_eq!(at, DATA.add(0x108));
+        assert_eq!(bytes, u64::from(TOUCHED | DISABLED).to_le_bytes());
+        put(&mut machine, 0x108, &bytes);
+        let memory = machine.kernel_memory();
+        assert!(site.is_fenced(&memory, &types()).unwrap());
+        assert!(!site.is_wanted(&memory, &types()).unwrap());
+        for tracers in [0, 2] {
+            let (at, bytes) = site.unfence(&memory, &types(), tracers).unwrap();
+            assert_eq!(at, DATA.add(0x108));
+            assert_eq!(bytes, (u64::from(TOUCHED) | tracers).to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn a_list_without_end_is_no_hang() {
+        let mut machine = machine();
+        put(&mut machine, 0x80, &DATA.add(0x40).0.to_le_bytes());
+        assert_eq!(find(&machine, 0x180), Err(SiteError::Endless));
+        put(&mut machine, 0x50, &u32::MAX.to_le_bytes());
+        assert!(matches!(
+            find(&machine, 0x180),
+            Err(SiteError::Read(_) | SiteError::Endless)
+        ));
+    }
+}

@@ -1,0 +1,151 @@
+//! What is known of one guest's kernel, found once: symbols, types, unwind data, and what patching needs of them.
+
+pub mod kernel_info;
+pub mod pause;
+pub mod symbolize;
+pub mod view;
+
+use std::collections::HashSet;
+
+use introspect::kernel::FindError;
+use introspect::modules;
+use introspect::task_list::cache::Survey;
+use introspect::unwind::{Unwinder, UnwinderError};
+use introspect::{Kernel, PhysMemory, VcpuRegs};
+
+use crate::error::PatchError;
+use crate::guest::kernel_info::Facts;
+use crate::guest::pause::Paused;
+use crate::guest::view::{Look, Watch};
+use crate::machine::Machine;
+use crate::report::patch::PauseReport;
+use crate::transition::preconditions::Stop;
+
+/// One guest's kernel.
+#[derive(Debug)]
+pub struct Guest {
+    /// Symbols, types, page tables.
+    pub kernel: Kernel,
+    /// Stacks.
+    pub unwinder: Unwinder,
+    /// Tasks and their stacks, as last seen.
+    pub survey: Survey,
+    /// What patching needs, or why this kernel cannot be patched.
+    pub facts: Result<Facts, PatchError>,
+}
+
+impl From<FindError> for PatchError {
+    fn from(error: FindError) -> Self {
+        match error {
+            FindError::NotReady(_) => PatchError::NotReady(error.to_string()),
+            _ => PatchError::Guest(error.to_string()),
+        }
+    }
+}
+
+impl From<UnwinderError> for PatchError {
+    fn from(error: UnwinderError) -> Self {
+        PatchError::Guest(error.to_string())
+    }
+}
+
+impl Guest {
+    /// First contact.
+    ///
+    /// The long part of it, reading symbols, types and unwind data, needs no pause: they do not change once the kernel is up. Only
+    /// when that fails, because the registers' page tables went away meanwhile, is it done again with the guest stopped.
+    ///
+    /// # Errors
+    /// [`PatchError::NotReady`] early in boot.
+    pub fn find<M: Machine>(machine: &mut M, meter: &mut PauseReport) -> Result<Guest, PatchError> {
+        let paused = Paused::begin(machine, meter)?;
+        let vcpus = paused.vcpus.clone();
+        paused.resume()?;
+        match Guest::read(machine.memory(), &vcpus) {
+            Ok(guest) => Ok(guest),
+            Err(error) => {
+                tracing::debug!(%error, "first contact needs a pause");
+                let paused = Paused::begin(machine, meter)?;
+                Guest::read(paused.memory(), &paused.vcpus)
+            }
+        }
+    }
+
+    fn read(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Guest, PatchError> {
+        let kernel = Kernel::find(memory, vcpus)?;
+        let unwinder = Unwinder::new(&kernel, &kernel.memory(memory))?;
+        let facts = Facts::new(&kernel);
+        Ok(Guest {
+            kernel,
+            unwinder,
+            survey: Survey::new(),
+            facts,
+        })
+    }
+
+    /// What patching needs.
+    ///
+    /// # Errors
+    /// Why this kernel cannot be patched.
+    pub fn facts(&self) -> Result<&Facts, PatchError> {
+        self.facts.as_ref().map_err(Clone::clone)
+    }
+
+    /// Looks at the paused guest.
+    ///
+    /// # Errors
+    /// [`Stop`].
+    pub fn look<'a>(
+        &'a mut self,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<Look<'a>, Stop> {
+        self.is_there(memory, vcpus)?;
+        self.refresh(memory);
+        let Guest {
+            kernel,
+            unwinder,
+            survey,
+            ..
+        } = self;
+        Look::take(kernel, unwinder, survey, memory, vcpus)
+    }
+
+    /// The guest still runs this kernel. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::AnotherKernel`].
+    pub fn is_there(&self, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<(), PatchError> {
+        match self.kernel.is_there(&self.kernel.memory(memory), vcpus) {
+            true => Ok(()),
+            false => Err(PatchError::AnotherKernel(self.kernel.release.clone())),
+        }
+    }
+
+    /// Learns which modules there are. Only while paused.
+    pub fn refresh(&mut self, memory: &dyn PhysMemory) {
+        // A module that is being loaded or unloaded makes stacks through it unreliable, and no others.
+        if let Err(error) = (self.unwinder).refresh(&self.kernel, &self.kernel.memory(memory)) {
+            tracing::debug!(%error, "the guest's modules cannot be read now");
+        }
+    }
+
+    /// Walks stacks while the guest runs, and looks for the code of `watch` on them, so that the next look is short.
+    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &Watch) {
+        let memory = self.kernel.memory(memory);
+        self.survey
+            .walk_ahead(&self.kernel, &self.unwinder, &memory);
+        watch.mark_ahead(&mut self.survey);
+    }
+
+    /// Names of the modules that the guest has loaded. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::Guest`].
+    pub fn loaded_modules(&self, memory: &dyn PhysMemory) -> Result<HashSet<String>, PatchError> {
+        let memory = self.kernel.memory(memory);
+        let loaded = modules::list(&self.kernel, &memory)
+            .map_err(|error| PatchError::Guest(error.to_string()))?;
+        Ok(loaded.into_iter().map(|module| module.name).collect())
+    }
+}

@@ -1,0 +1,175 @@
+//! One pause of the guest: begun, used, ended, and counted.
+//!
+//! The vCPUs stop when a [`Paused`] is made and run again when it is dropped, whatever happens in between.
+
+use std::time::{Duration, Instant};
+
+use introspect::VcpuRegs;
+
+use crate::error::PatchError;
+use crate::machine::{Machine, MachineError};
+use crate::memory::write_batch::{Journal, Plan};
+use crate::report::patch::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
+
+/// Of so many pauses a report tells each by itself.
+const RECENT: usize = 32;
+
+impl PauseReport {
+    /// Adds one pause.
+    pub fn add(&mut self, pause: PauseLength) {
+        let mut one = PauseReport {
+            count: 1,
+            total_us: pause.us,
+            longest_us: pause.us,
+            recent: vec![pause],
+            ..PauseReport::default()
+        };
+        let bucket = PAUSE_BOUNDS_US.partition_point(|bound| *bound < pause.us);
+        if let Some(count) = one.histogram.get_mut(bucket) {
+            *count = 1;
+        }
+        self.merge(&one);
+    }
+
+    /// Adds the pauses of `other`, which came later.
+    pub fn merge(&mut self, other: &PauseReport) {
+        self.count = self.count.saturating_add(other.count);
+        self.total_us = self.total_us.saturating_add(other.total_us);
+        self.longest_us = self.longest_us.max(other.longest_us);
+        for (count, more) in self.histogram.iter_mut().zip(other.histogram) {
+            *count = count.saturating_add(more);
+        }
+        self.recent.extend_from_slice(&other.recent);
+        let surplus = self.recent.len().saturating_sub(RECENT);
+        self.recent.drain(..surplus);
+    }
+}
+
+/// A guest with all its vCPUs stopped.
+#[derive(Debug)]
+pub struct Paused<'a, M: Machine> {
+    machine: &'a mut M,
+    meter: &'a mut PauseReport,
+    since: Instant,
+    /// Registers of every vCPU, as they stopped.
+    pub vcpus: Vec<VcpuRegs>,
+    saw: (u64, u64),
+    stopped: bool,
+}
+
+impl<'a, M: Machine> Paused<'a, M> {
+    /// Stops the guest and reads its vCPUs; the length of the pause goes to `meter`.
+    ///
+    /// # Errors
+    /// [`MachineError`], with the guest running.
+    pub fn begin(machine: &'a mut M, meter: &'a mut PauseReport) -> Result<Self, MachineError> {
+        let since = Instant::now();
+        machine.pause()?;
+        let mut paused = Paused {
+            machine,
+            meter,
+            since,
+            vcpus: Vec::new(),
+            saw: (0, 0),
+            stopped: true,
+        };
+        paused.vcpus = paused.machine.vcpus()?;
+        Ok(paused)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &M::Memory {
+        self.machine.memory()
+    }
+
+    /// Carries a plan out.
+    ///
+    /// # Errors
+    /// As [`Plan::commit`].
+    pub fn commit(&mut self, plan: &Plan) -> Result<Journal, PatchError> {
+        plan.commit(self.machine)
+    }
+
+    /// Sends an interrupt that the vCPU takes once the guest runs.
+    ///
+    /// # Errors
+    /// [`MachineError::Interrupt`].
+    pub fn interrupt(&mut self, vcpu: u32, vector: u8) -> Result<(), MachineError> {
+        self.machine.interrupt(vcpu, vector)
+    }
+
+    /// Puts back what [`commit`](Self::commit) did in this pause.
+    pub fn undo(&mut self, journal: &Journal, cause: PatchError) -> PatchError {
+        journal.undo(self.machine, cause)
+    }
+
+    /// For the report: so many tasks were looked at in this pause, and so many stacks walked.
+    pub fn saw(&mut self, tasks: usize, walked: usize) {
+        self.saw = (tasks as u64, walked as u64);
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// [`MachineError`]: the machine could not start its vCPUs.
+    pub fn resume(mut self) -> Result<Duration, MachineError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<Duration, MachineError> {
+        if !std::mem::replace(&mut self.stopped, false) {
+            return Ok(Duration::ZERO);
+        }
+        let done = self.machine.resume();
+        let length = self.since.elapsed();
+        let (tasks, walked) = self.saw;
+        self.meter.add(PauseLength {
+            us: u64::try_from(length.as_micros()).unwrap_or(u64::MAX),
+            tasks,
+            walked,
+        });
+        done.map(|()| length)
+    }
+}
+
+impl<M: Machine> Drop for Paused<'_, M> {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(%error, "the guest could not be resumed");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pause(us: u64) -> PauseLength {
+        PauseLength {
+            us,
+            tasks: 3,
+            walked: 1,
+        }
+    }
+
+    #[test]
+    fn each_pause_is_in_the_bucket_of_the_first_bound_that_holds_it() {
+        let mut report = PauseReport::default();
+        for us in [0, 50, 51, 1000, 250_000, 250_001, u64::MAX / 2] {
+            report.add(pause(us));
+        }
+        assert_eq!(report.histogram, [2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 2]);
+        assert_eq!((report.count, report.longest_us), (7, u64::MAX / 2));
+    }
+
+    #[test]
+    fn only_the_last_pauses_are_told_each_by_itself() {
+        let (mut early, mut late) = (PauseReport::default(), PauseReport::default());
+        (0..20).for_each(|us| early.add(pause(us)));
+        (20..40).for_each(|us| late.add(pause(us)));
+        early.merge(&late);
+        let told: Vec<u64> = early.recent.iter().map(|pause| pause.us).collect();
+        assert_eq!(told, (8..40).collect::<Vec<_>>());
+        assert_eq!((early.count, early.total_us), (40, (0..40).sum()));
+    }
+}

@@ -1,0 +1,112 @@
+//! Names for the frames of a stack, as `/proc/PID/stack` gives them.
+//!
+//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it. Code of patches, which the
+//! guest cannot name, gets the patch's own symbols.
+
+use introspect::modules::symbols::ModuleSymbols;
+use introspect::modules::{self, Module};
+use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};
+
+use crate::livepatch::patch::Patch;
+use crate::module::Image;
+use crate::report::stack::{NamedFrame, TaskStack};
+
+/// The modules of a guest at one moment, with their symbols.
+pub type Loaded = Vec<(Module, ModuleSymbols)>;
+
+/// The modules that can be read now, for [`Names`]. Only while paused.
+#[must_use]
+pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> Loaded {
+    let modules = modules::list(kernel, memory)
+        .unwrap_or_default()
+        .into_iter();
+    modules
+        .map(|module| {
+            let symbols = module.symbols(kernel, memory).unwrap_or_default();
+            (module, symbols)
+        })
+        .collect()
+}
+
+/// Names code of one guest. Reads nothing of it: what it needs was read in a pause, and the guest need not wait for the names.
+pub struct Names<'a> {
+    kernel: &'a Kernel,
+    unwinder: &'a Unwinder,
+    images: Vec<&'a Image>,
+    modules: Loaded,
+}
+
+impl<'a> Names<'a> {
+    /// For stacks of the pause in which `modules` were read.
+    pub fn new(
+        kernel: &'a Kernel,
+        unwinder: &'a Unwinder,
+        modules: Loaded,
+        patches: &'a [Patch],
+    ) -> Names<'a> {
+        Names {
+            kernel,
+            unwinder,
+            images: patches.iter().map(|patch| &patch.image).collect(),
+            modules,
+        }
+    }
+
+    /// `stack` with names.
+    #[must_use]
+    pub fn stack(&self, task: &Task, stack: &Stack) -> TaskStack {
+        TaskStack {
+            task: task.clone(),
+            frames: stack.frames.iter().map(|frame| self.frame(frame)).collect(),
+            verdict: stack.verdict.clone(),
+        }
+    }
+
+    fn frame(&self, frame: &Frame) -> NamedFrame {
+        let back = u64::from(!frame.exact);
+        let code = frame.ip.sub(back);
+        let named = self
+            .in_patch(code)
+            .or_else(|| self.in_module(code))
+            .or_else(|| self.in_kernel(code));
+        NamedFrame {
+            ip: frame.ip,
+            name: match named {
+                Some((name, offset, size, "")) => format!("{name}+{:#x}/{size:#x}", offset + back),
+                Some((name, offset, size, owner)) => {
+                    format!("{name}+{:#x}/{size:#x} [{owner}]", offset + back)
+                }
+                None => format!("{:#x}", frame.ip.0),
+            },
+            sched: self.unwinder.is_sched_text(frame.ip),
+        }
+    }
+
+    fn in_patch(&self, code: Gva) -> Option<(&str, u64, u64, &str)> {
+        self.images.iter().find_map(|image| {
+            let symbol = image.symbol_at(code)?;
+            let offset = code.since(symbol.address);
+            Some((
+                symbol.name.as_str(),
+                offset,
+                symbol.size,
+                image.name.as_str(),
+            ))
+        })
+    }
+
+    fn in_module(&self, code: Gva) -> Option<(&str, u64, u64, &str)> {
+        let (module, symbols) = (self.modules.iter()).find(|(module, _)| module.contains(code))?;
+        let (symbol, offset) = symbols.at(code)?;
+        let text = module.text.iter().find(|text| text.contains(code))?;
+        let next = symbols.iter().map(|next| next.gva);
+        let next = next.filter(|next| *next > symbol.gva).min();
+        let end = next.unwrap_or(text.end).min(text.end);
+        Some((symbol.name, offset, end.since(symbol.gva), &module.name))
+    }
+
+    fn in_kernel(&self, code: Gva) -> Option<(&str, u64, u64, &str)> {
+        let (symbol, offset) = self.kernel.symbolize(code)?;
+        Some((symbol.name, offset, self.kernel.symbols.size(code)?, ""))
+    }
+}

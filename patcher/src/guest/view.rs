@@ -1,0 +1,314 @@
+//! One look at a paused guest: its tasks, and where each stands towards a patch.
+//!
+//! This is the one place that decides whether a task may be moved. It only reads.
+
+use std::borrow::Cow;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::num::NonZeroU64;
+
+use introspect::task_list::TasksError;
+use introspect::task_list::cache::{Seen, Survey};
+use introspect::unwind::Unwinder;
+use introspect::{
+    Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
+    Verdict,
+};
+
+use crate::error::PatchError;
+use crate::guest::symbolize::{self, Loaded};
+use crate::report::patch::TaskWay;
+use crate::transition::preconditions::Stop;
+
+/// Code that a task must not be in, each piece with its name.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    pieces: Vec<(GvaRange, String)>,
+    /// A number that a watch over other code does not have.
+    id: Option<NonZeroU64>,
+}
+
+impl Watch {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Watch {
+        Watch::default()
+    }
+
+    /// Adds a piece of code.
+    pub fn add(&mut self, code: GvaRange, name: impl Into<String>) {
+        let mut hasher = DefaultHasher::new();
+        (self.id, code.start, code.end).hash(&mut hasher);
+        self.id = NonZeroU64::new(hasher.finish());
+        self.pieces.push((code, name.into()));
+    }
+
+    /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
+    pub fn mark_ahead(&self, survey: &mut Survey) {
+        survey.mark(self.mark(), |stack| self.first_hit(stack).is_none());
+    }
+
+    fn mark(&self) -> NonZeroU64 {
+        self.id.unwrap_or(NonZeroU64::MIN)
+    }
+
+    /// The piece that `frame` is in.
+    #[must_use]
+    pub fn hit(&self, frame: &Frame) -> Option<&str> {
+        let (_, name) = self.pieces.iter().find(|(code, _)| frame.is_in(code))?;
+        Some(name)
+    }
+
+    /// The first frame of `stack` in any of the pieces, with the piece's name.
+    #[must_use]
+    pub fn first_hit<'s>(&self, stack: &'s Stack) -> Option<(&'s Frame, &str)> {
+        stack
+            .frames
+            .iter()
+            .find_map(|frame| Some((frame, self.hit(frame)?)))
+    }
+}
+
+/// Where a task stands towards a [`Watch`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is in none of the watched code, and this is how we know.
+    Clean(TaskWay),
+    /// It is in some of it, and this is where.
+    Inside(String),
+    /// It may be: this is why nobody can tell.
+    Unsure(String),
+}
+
+/// A paused guest, as seen once.
+pub struct Look<'a> {
+    /// Its kernel.
+    pub kernel: &'a Kernel,
+    /// Its memory, for this pause.
+    pub memory: KernelMemory<'a>,
+    survey: &'a Survey,
+    unwinder: &'a Unwinder,
+    vcpus: &'a [VcpuRegs],
+    walked: Cell<usize>,
+    /// What was said of an address inside watched code, and of which piece: thousands sleep at the same place.
+    said: RefCell<HashMap<Gva, (String, String)>>,
+}
+
+impl<'a> Look<'a> {
+    /// Looks; `survey` is what earlier looks left.
+    ///
+    /// # Errors
+    /// [`Stop`]; busy when the task lists are being changed.
+    pub fn take(
+        kernel: &'a Kernel,
+        unwinder: &'a Unwinder,
+        survey: &'a mut Survey,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<Look<'a>, Stop> {
+        let memory = kernel.memory(memory);
+        survey.look(kernel, unwinder, &memory, vcpus)?;
+        Ok(Look {
+            kernel,
+            memory,
+            survey,
+            unwinder,
+            vcpus,
+            walked: Cell::new(0),
+            said: RefCell::default(),
+        })
+    }
+
+    /// Every task, with what is known of it.
+    #[must_use]
+    pub fn seen(&self) -> &'a [Seen] {
+        self.survey.seen()
+    }
+
+    /// Every task.
+    pub fn tasks(&self) -> impl Iterator<Item = &'a Task> + use<'a> {
+        self.seen().iter().map(|seen| &seen.task)
+    }
+
+    /// The patch state of number `at` of them; without a look at the task where nothing about it has changed.
+    #[must_use]
+    pub fn patch_state(&self, at: usize) -> Option<PatchState> {
+        self.survey.patch_state(at)
+    }
+
+    /// The modules that the guest has loaded, for names of the code on stacks.
+    #[must_use]
+    pub fn loaded(&self) -> Loaded {
+        symbolize::loaded(self.kernel, &self.memory)
+    }
+
+    /// The registers that are `task`'s, when a vCPU runs it.
+    #[must_use]
+    pub fn vcpu_of(&self, task: &Task) -> Option<&VcpuRegs> {
+        let index = task.vcpu?;
+        self.vcpus.iter().find(|vcpu| vcpu.index == index)
+    }
+
+    /// The stack of a task.
+    #[must_use]
+    pub fn stack(&self, seen: &'a Seen) -> Cow<'a, Stack> {
+        if !seen.is_walked() {
+            self.walked.set(self.walked.get() + 1);
+        }
+        seen.stack(self.unwinder, &self.memory, self.vcpu_of(&seen.task))
+    }
+
+    /// The stacks of all tasks, in their order.
+    #[must_use]
+    pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
+        let seen = self.seen().iter();
+        let known: Vec<_> = seen.map(|seen| (seen, seen.known_stack())).collect();
+        let others = known.iter().filter(|(_, known)| known.is_none());
+        let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
+        let walked = self.unwinder.stacks(&self.memory, &others, self.vcpus);
+        self.walked.set(self.walked.get() + walked.len());
+        let mut walked = walked.into_iter().map(Cow::Owned);
+        let known = known.into_iter();
+        known
+            .filter_map(|(_, known)| known.map(Cow::Borrowed).or_else(|| walked.next()))
+            .collect()
+    }
+
+    /// How many stacks were walked in this look: the others were known.
+    #[must_use]
+    pub fn walked(&self) -> usize {
+        self.walked.get()
+    }
+
+    /// Where task number `at` stands.
+    #[must_use]
+    pub fn standing(&self, at: usize, watch: &Watch) -> Standing {
+        // A running task's stack is never kept, and so never marked.
+        if self.survey.is_marked(at, watch.mark()) {
+            return Standing::Clean(TaskWay::Stack);
+        }
+        match self.seen().get(at) {
+            Some(seen) => self.standing_of(seen, watch),
+            None => Standing::Unsure("it is not there".into()),
+        }
+    }
+
+    fn standing_of(&self, seen: &'a Seen, watch: &Watch) -> Standing {
+        let stack = self.stack(seen);
+        if let Verdict::Unreliable(reason) = &stack.verdict {
+            return Standing::Unsure(self.unreliable(&stack, &reason.to_string()));
+        }
+        if let Some((frame, name)) = watch.first_hit(&stack) {
+            return Standing::Inside(self.inside(frame, name));
+        }
+        match self.vcpu_of(&seen.task) {
+            Some(vcpu) if vcpu.cpl == 3 => Standing::Clean(TaskWay::UserMode),
+            _ => Standing::Clean(TaskWay::Stack),
+        }
+    }
+
+    /// A vCPU that will take an interrupt soon, and the number of its CPU: one in user mode or idle rather than one that has its
+    /// interrupts off.
+    #[must_use]
+    pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
+        const IF: u64 = 1 << 9;
+        let running = self.survey.running().filter_map(|seen| {
+            let vcpu = self.vcpu_of(&seen.task)?;
+            (vcpu.online && !vcpu.foreign).then_some((vcpu, seen.task.cpu?))
+        });
+        running.max_by_key(|(vcpu, _)| (vcpu.rflags & IF != 0, vcpu.cpl))
+    }
+
+    /// No vCPU runs kernel code of a task that is in no list (one that has just left them): such a task would be overlooked.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`].
+    pub fn every_vcpu_has_a_task(&self) -> Result<(), Stop> {
+        for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.online) {
+            if vcpu.foreign {
+                return Err(Stop::Busy(format!(
+                    "vCPU {} is not executing the guest's own kernel",
+                    vcpu.index
+                )));
+            }
+            let runs_here = |seen: &Seen| seen.task.vcpu == Some(vcpu.index);
+            if !self.survey.running().any(runs_here) {
+                return Err(Stop::Busy(format!(
+                    "vCPU {} is between two tasks",
+                    vcpu.index
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// No vCPU is in any of `watch`, for certain.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`].
+    pub fn no_vcpu_in(&self, watch: &Watch) -> Result<(), Stop> {
+        let each = self.survey.running();
+        none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, watch))))
+    }
+
+    /// No task is in any of `watch`, for certain.
+    ///
+    /// # Errors
+    /// [`Stop::Busy`] with the first that is, or may be.
+    pub fn no_task_in(&self, watch: &Watch) -> Result<(), Stop> {
+        let each = self.seen().iter().enumerate();
+        none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
+    }
+
+    fn inside(&self, frame: &Frame, name: &str) -> String {
+        let mut said = self.said.borrow_mut();
+        if let Some((_, text)) = said.get(&frame.ip).filter(|(piece, _)| piece == name) {
+            return text.clone();
+        }
+        let mut text = format!("in {name}");
+        if let Some((symbol, offset)) = self.kernel.symbolize(frame.ip) {
+            if symbol.name != name {
+                let _ = write!(text, " ({}+{offset:#x})", symbol.name);
+            } else {
+                let _ = write!(text, "+{offset:#x}");
+            }
+        }
+        said.insert(frame.ip, (name.to_owned(), text.clone()));
+        text
+    }
+
+    fn unreliable(&self, stack: &Stack, reason: &str) -> String {
+        let last = stack.frames.last().map_or(Gva::NULL, |frame| frame.ip);
+        match self.kernel.symbolize(last) {
+            Some((symbol, offset)) => {
+                format!(
+                    "stack not reliable: {reason}, behind {}+{offset:#x}",
+                    symbol.name
+                )
+            }
+            None => format!("stack not reliable: {reason}"),
+        }
+    }
+}
+
+fn none_blocked<'t>(mut each: impl Iterator<Item = (&'t Task, Standing)>) -> Result<(), Stop> {
+    let found = each.find_map(|(task, standing)| match standing {
+        Standing::Clean(_) => None,
+        Standing::Inside(why) | Standing::Unsure(why) => Some((task, why)),
+    });
+    match found {
+        None => Ok(()),
+        Some((task, why)) => Err(Stop::Busy(format!("{} ({}): {why}", task.comm, task.pid))),
+    }
+}
+
+impl From<TasksError> for Stop {
+    fn from(error: TasksError) -> Self {
+        match error {
+            TasksError::Busy(_) | TasksError::Miscounted { .. } => Stop::Busy(error.to_string()),
+            _ => Stop::Fail(PatchError::Guest(error.to_string())),
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! One patch in one guest: what it replaces, where it lies, and where it is in its life.
+
+use introspect::unwind::Unwinder;
+use introspect::unwind::code_map::RegionId;
+use introspect::{Gva, GvaRange};
+
+use crate::guest::view::Watch;
+use crate::livepatch::func_stack::{Callee, Redirect};
+use crate::memory::Piece;
+use crate::module::Image;
+use crate::report::patch::{FunctionReport, PatchPhase, PatchStatus};
+use crate::transition::{Past, Transition};
+
+/// A patch that another one takes the place of.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// Its name.
+    pub name: String,
+    /// Its code and stubs.
+    pub code: Piece,
+    /// Its code stays: somebody may be in it for ever.
+    pub stays: bool,
+}
+
+/// A patch.
+#[derive(Debug)]
+pub struct Patch {
+    /// The module, linked for its place.
+    pub image: Image,
+    /// Its functions.
+    pub redirects: Vec<Redirect>,
+    /// Its code and stubs.
+    pub code: Piece,
+    /// What stands in `code`.
+    pub code_bytes: Vec<u8>,
+    /// Its data, if it has any.
+    pub data: Option<Piece>,
+    /// The table that its stubs look tasks up in, in a guest that keeps no states of its own.
+    pub table: Option<Piece>,
+    /// The part of `code` that is stubs.
+    pub stubs: GvaRange,
+    /// In the guest they lead to where an older patch was that is gone.
+    pub stubs_changed: bool,
+    /// The patches that it takes the place of, by their code.
+    pub replaces: Vec<Replaced>,
+    /// Its unwind data in the unwinder, if it has any.
+    pub region: Option<RegionId>,
+    /// Where it is in its life.
+    pub phase: PatchPhase,
+    /// A transition of it was forced: nobody knows any more who is in its code, so that stays.
+    pub forced: bool,
+    /// The transition that runs.
+    pub transition: Option<Transition>,
+    /// The last one that ended.
+    pub past: Past,
+}
+
+impl Patch {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.image.name
+    }
+
+    /// The code of its function at `new`, parts of it that lie elsewhere included.
+    #[must_use]
+    pub fn function_code(&self, new: Gva) -> Vec<GvaRange> {
+        let functions = self.image.symbols.iter().filter(|symbol| symbol.function);
+        let Some(named) = functions.clone().find(|symbol| symbol.address == new) else {
+            return vec![self.code.range];
+        };
+        let is_part = |name: &str| {
+            let behind = name.strip_prefix(named.name.as_str());
+            behind.is_some_and(|behind| behind.is_empty() || behind.starts_with('.'))
+        };
+        functions
+            .filter(|symbol| is_part(&symbol.name))
+            .map(|symbol| GvaRange::new(symbol.address, symbol.address.add(symbol.size)))
+            .collect()
+    }
+
+    /// The code that a task must have left before it can be switched to the new functions.
+    #[must_use]
+    pub fn old_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        for redirect in &self.redirects {
+            for part in redirect.old_code() {
+                watch.add(*part, redirect.name.clone());
+            }
+        }
+        watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        watch
+    }
+
+    /// The code that a task must have left before it can be switched back to the old functions.
+    #[must_use]
+    pub fn new_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
+            let range = GvaRange::new(function.address, function.address.add(function.size));
+            watch.add(range, format!("{} of {}", function.name, self.name()));
+        }
+        for redirect in &self.redirects {
+            for part in redirect.original_again() {
+                watch.add(*part, redirect.name.clone());
+            }
+        }
+        // Whatever else there is: its read-only data is no place for a frame either.
+        watch.add(self.code.range, self.name());
+        watch
+    }
+
+    /// Its stubs.
+    #[must_use]
+    pub fn stub_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        watch
+    }
+
+    /// The code of the patches that it takes the place of: nobody must be in it when they go.
+    #[must_use]
+    pub fn replaced_code(&self) -> Watch {
+        let mut watch = Watch::new();
+        for old in self.replaces.iter().filter(|old| !old.stays) {
+            watch.add(old.code.range, old.name.clone());
+        }
+        watch
+    }
+
+    /// Takes what the unwinder knows of it out again.
+    pub fn forget(&self, unwinder: &mut Unwinder) {
+        unwinder.remove_busy(self.stubs);
+        if let Some(region) = self.region {
+            unwinder.remove_region(region);
+        }
+    }
+
+    /// What is to be said of it.
+    #[must_use]
+    pub fn status(&self) -> PatchStatus {
+        let past = match &self.transition {
+            Some(running) => running.so_far(),
+            None => self.past.clone(),
+        };
+        PatchStatus {
+            name: self.name().into(),
+            phase: self.phase,
+            enabled: matches!(self.phase, PatchPhase::Applying | PatchPhase::Applied),
+            transition: self.transition.is_some(),
+            force: self.forced,
+            replace: self.image.replace,
+            signal: self.transition.as_ref().is_some_and(Transition::signals),
+            functions: self
+                .redirects
+                .iter()
+                .filter(|redirect| redirect.new != Callee::Original)
+                .map(|redirect| FunctionReport {
+                    object: "vmlinux".into(),
+                    name: redirect.name.clone(),
+                    sympos: redirect.sympos,
+                    patched: self.phase != PatchPhase::Reverted,
+                })
+                .collect(),
+            tasks: past.tasks,
+            transition_ms: past.ms,
+            pauses: past.pauses,
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! `struct klp_patch`, `klp_object` and `klp_func`, read out of a module's relocations.
+//!
+//! The structures lie in the module's data with their pointers as relocations; their layout is the target kernel's own, by BTF.
+//! Which object is *the* patch is what the init function would hand to `klp_enable_patch`, read from that code and checked against
+//! the symbols of the right size. Follows `kernel/livepatch/core.c: klp_init_patch` in what it accepts.
+
+use std::collections::HashSet;
+
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
+use object::elf;
+
+use crate::module::error::ModuleError;
+use crate::module::file::elf::{ElfFile, Place, Relocation, limit, text};
+use crate::module::file::sections::Fate;
+
+/// `include/linux/kallsyms.h: KSYM_NAME_LEN` since 6.1; it was 128 before.
+const MAX_SYMBOL_NAME: usize = 512;
+/// More than any cumulative patch has.
+const MAX_FUNCTIONS: usize = 4096;
+const MAX_OBJECTS: usize = 256;
+/// There is one, in the init function.
+const MAX_CALLS: usize = 16;
+const MAX_INIT: usize = 1 << 16;
+
+/// Sizes and offsets of the livepatch structures in the target kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the fields of the kernel's structures.
+pub struct KlpLayout {
+    pub patch_size: u64,
+    pub patch_mod: u64,
+    pub patch_objs: u64,
+    pub patch_states: Option<u64>,
+    pub patch_replace: u64,
+    pub object_size: u64,
+    pub object_name: u64,
+    pub object_funcs: u64,
+    /// Offsets of the callbacks from the start of `klp_object`, with their names.
+    pub object_callbacks: [(u64, &'static str); 4],
+    pub func_size: u64,
+    pub func_old_name: u64,
+    pub func_new_func: u64,
+    pub func_old_sympos: u64,
+}
+
+impl KlpLayout {
+    /// What the author of a patch fills in, and nothing else: for a kernel without `CONFIG_LIVEPATCH`, which declares no such
+    /// structures. `guests/patches/klp_public.h` declares these.
+    pub const PUBLIC: KlpLayout = KlpLayout {
+        patch_size: 32,
+        patch_mod: 0,
+        patch_objs: 8,
+        patch_states: Some(16),
+        patch_replace: 24,
+        object_size: 48,
+        object_name: 0,
+        object_funcs: 8,
+        object_callbacks: [
+            (16, "pre_patch"),
+            (24, "post_patch"),
+            (32, "pre_unpatch"),
+            (40, "post_unpatch"),
+        ],
+        func_size: 24,
+        func_old_name: 0,
+        func_new_func: 8,
+        func_old_sympos: 16,
+    };
+}
+
+/// One function that a patch replaces, and where in the module its replacement is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PatchFunction {
+    /// Name of the function in the kernel.
+    pub old_name: String,
+    /// Which of several of that name, in address order, from 1; 0: there must be only one.
+    pub sympos: u64,
+    pub(in crate::module) new: Spot,
+}
+
+/// What the module asks the kernel to patch. All of it is in `vmlinux`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// Atomic replace: this patch takes the place of all earlier ones.
+    pub replace: bool,
+    /// The functions, in the module's order.
+    pub functions: Vec<PatchFunction>,
+    /// The static `klp_patch` itself.
+    pub(in crate::module) at: Spot,
+}
+
+/// A place in the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(in crate::module) struct Spot {
+    pub section: usize,
+    pub offset: u64,
+}
+
+impl Spot {
+    fn plus(self, bytes: u64) -> Spot {
+        Spot {
+            offset: self.offset.wrapping_add(bytes),
+            ..self
+        }
+    }
+}
+
+pub(in crate::module) fn read(
+    file: &ElfFile,
+    fates: &[Fate],
+    layout: &KlpLayout,
+) -> Result<Patch, ModuleError> {
+    let reader = Reader { file, fates };
+    let at = reader.find_patch(layout)?;
+    let states = match layout.patch_states {
+        Some(offset) => reader.pointer(at.plus(offset))?,
+        None => None,
+    };
+    if states.is_some() {
+        return Err(ModuleError::States);
+    }
+    let replace = reader.bytes::<1>(at.plus(layout.patch_replace))? != [0];
+    let objects = reader
+        .pointer(at.plus(layout.patch_objs))?
+        .ok_or_else(|| bad("klp_patch has no objects"))?;
+    let mut functions = None;
+    for index in 0.. {
+        limit("patched objects", index, MAX_OBJECTS)?;
+        let object = objects.plus((index as u64).wrapping_mul(layout.object_size));
+        let name = reader.pointer(object.plus(layout.object_name))?;
+        let funcs = reader.pointer(object.plus(layout.object_funcs))?;
+        // include/linux/livepatch.h: klp_for_each_object_static.
+        if name.is_none() && funcs.is_none() {
+            break;
+        }
+        if let Some(name) = name {
+            return Err(ModuleError::ModuleTarget(reader.string(name)?));
+        }
+        reader.refuse_callbacks(object, layout)?;
+        let funcs = funcs.ok_or_else(|| bad("an object has no functions"))?;
+        if functions
+            .replace(reader.functions(funcs, layout)?)
+            .is_some()
+        {
+            return Err(bad("two objects are both vmlinux"));
+        }
+    }
+    let functions = functions.filter(|list| !list.is_empty());
+    Ok(Patch {
+        replace,
+        functions: functions.ok_or_else(|| bad("the patch has no functions"))?,
+        at,
+    })
+}
+
+struct Reader<'a> {
+    file: &'a ElfFile,
+    fates: &'a [Fate],
+}
+
+impl Reader<'_> {
+    /// The `klp_patch` that the init function registers.
+    fn find_patch(&self, layout: &KlpLayout) -> Result<Spot, ModuleError> {
+        let enabled = self.enabled_patches()?;
+        let shaped: Vec<Spot> = self
+            .file
+            .symbols
+            .iter()
+            .filter(|s| s.object && s.size == layout.patch_size)
+            .filter_map(|s| match s.place {
+                Place::Section(section) => Some(Spot {
+                    section,
+                    offset: s.value,
+                }),
+                _ => None,
+            })
+            .filter(|&spot| self.looks_like_patch(spot, layout))
+            .collect();
+        match (enabled.as_slice(), shaped.as_slice()) {
+            ([one], _) if self.looks_like_patch(*one, layout) => Ok(*one),
+            ([_], _) => Err(bad(
+                "what its init function passes to klp_enable_patch has not this kernel's struct klp_patch",
+            )),
+            ([], [one]) => Ok(*one),
+            ([], []) => Err(bad(
+                "there is no static struct klp_patch of this kernel's size",
+            )),
+            _ => Err(bad("there are several; which one is enabled is not clear")),
+        }
+    }
+
+    fn looks_like_patch(&self, spot: Spot, layout: &KlpLayout) -> bool {
+        let fits = self
+            .file
+            .section(spot.section)
+            .is_some_and(|s| spot.offset.saturating_add(layout.patch_size) <= s.size);
+        let kept = self.fates.get(spot.section) == Some(&Fate::Data);
+        let module = self
+            .relocation(spot.plus(layout.patch_mod))
+            .and_then(|r| self.file.symbol(r.symbol))
+            .is_some_and(|s| s.name == "__this_module");
+        fits && kept && module && matches!(self.pointer(spot.plus(layout.patch_objs)), Ok(Some(_)))
+    }
+
+    /// What code passes to `klp_enable_patch`, wherever that is plain to see.
+    fn enabled_patches(&self) -> Result<Vec<Spot>, ModuleError> {
+        let mut found = HashSet::new();
+        let mut calls = 0;
+        for (index, section) in self.file.sections.iter().enumerate() {
+            if !section.is_exec() {
+                continue;
+            }
+            for call in &section.relocations {
+                let callee = self.file.symbol(call.symbol);
+                if callee.is_none_or(|s| s.name != "klp_enable_patch") {
+                    continue;
+                }
+                calls += 1;
+                limit("calls of klp_enable_patch", calls, MAX_CALLS)?;
+                found.extend(self.first_argument(index, call.offset));
+            }
+        }
+        let mut found: Vec<Spot> = found.into_iter().collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// The last address loaded into RDI before the call whose operand is at `operand`.
+    fn first_argument(&self, index: usize, operand: u64) -> Option<Spot> {
+        let section = self.file.section(index)?;
+        let function = self.file.function_at(index, operand)?;
+        let start = usize::try_from(function.value).ok()?;
+        let end = usize::try_from(operand).ok()?;
+        let code = self.file.data(section).get(start..end)?;
+        let code = code.get(..code.len().min(MAX_INIT))?;
+        let mut decoder = Decoder::with_ip(64, code, function.value, DecoderOptions::NONE);
+        let mut last = None;
+        let mut insn = Instruction::default();
+        while decoder.can_decode() {
+            decoder.decode_out(&mut insn);
+            if insn.op0_register().full_register() == Register::RDI {
+                last = Some(insn);
+            }
+        }
+        let last = last.filter(|insn| {
+            matches!(
+                insn.code(),
+                Code::Mov_r64_imm64 | Code::Mov_rm64_imm32 | Code::Mov_r32_imm32 | Code::Lea_r64_m
+            )
+        })?;
+        let first = section
+            .relocations
+            .partition_point(|r| r.offset < last.ip());
+        let relocation = section.relocations.get(first)?;
+        if relocation.offset >= last.next_ip() {
+            return None;
+        }
+        self.operand(relocation, last.next_ip())
+    }
+
+    /// The place that an instruction's relocated operand names; relative ones count from the end of the instruction.
+    fn operand(&self, relocation: &Relocation, next: u64) -> Option<Spot> {
+        let spot = self.defined(relocation)?;
+        match relocation.kind {
+            k if k == elf::R_X86_64_PC32.0 => Some(spot.plus(next.wrapping_sub(relocation.offset))),
+            k if k == elf::R_X86_64_64.0 || k == elf::R_X86_64_32.0 || k == elf::R_X86_64_32S.0 => {
+                Some(spot)
+            }
+            _ => None,
+        }
+    }
+
+    fn functions(
+        &self,
+        array: Spot,
+        layout: &KlpLayout,
+    ) -> Result<Vec<PatchFunction>, ModuleError> {
+        let mut out: Vec<PatchFunction> = Vec::new();
+        let mut seen = HashSet::new();
+        for index in 0u64.. {
+            limit("patched functions", out.len(), MAX_FUNCTIONS)?;
+            let func = array.plus(index.wrapping_mul(layout.func_size));
+            let old_name = self.pointer(func.plus(layout.func_old_name))?;
+            let new = self.pointer(func.plus(layout.func_new_func))?;
+            let sympos = u64::from_le_bytes(self.bytes::<8>(func.plus(layout.func_old_sympos))?);
+            // include/linux/livepatch.h: klp_for_each_func_static.
+            let (old_name, new) = match (old_name, new) {
+                (None, None) if sympos == 0 => break,
+                (Some(old_name), Some(new)) => (self.string(old_name)?, new),
+                _ => return Err(bad("a klp_func lacks its old_name or its new_func")),
+            };
+            if old_name.is_empty() {
+                return Err(bad("a klp_func has an empty old_name"));
+            }
+            if self.fates.get(new.section) != Some(&Fate::Text) {
+                return Err(bad(format!(
+                    "the new function for {old_name} is not code that stays"
+                )));
+            }
+            if !seen.insert((old_name.clone(), sympos)) {
+                return Err(bad(format!("function {old_name} is patched twice")));
+            }
+            out.push(PatchFunction {
+                old_name,
+                sympos,
+                new,
+            });
+        }
+        Ok(out)
+    }
+
+    fn refuse_callbacks(&self, object: Spot, layout: &KlpLayout) -> Result<(), ModuleError> {
+        let mut names = Vec::new();
+        for (offset, name) in layout.object_callbacks {
+            if let Some(callback) = self.relocation(object.plus(offset)) {
+                let function = self
+                    .defined(callback)
+                    .and_then(|spot| self.file.function_at(spot.section, spot.offset))
+                    .map_or_else(String::new, |f| format!(" = {}", f.name));
+                names.push(format!("{name}{function}"));
+            }
+        }
+        if names.is_empty() {
+            Ok(())
+        } else {
+            Err(ModuleError::Callbacks(names.join(", ")))
+        }
+    }
+
+    fn relocation(&self, spot: Spot) -> Option<&Relocation> {
+        self.file.section(spot.section)?.relocation_at(spot.offset)
+    }
+
+    /// The place in the module that a relocation's symbol and addend name.
+    fn defined(&self, relocation: &Relocation) -> Option<Spot> {
+        let symbol = self.file.symbol(relocation.symbol)?;
+        match symbol.place {
+            Place::Section(section) => Some(Spot {
+                section,
+                offset: symbol.value.wrapping_add_signed(relocation.addend),
+            }),
+            _ => None,
+        }
+    }
+
+    /// The pointer field at `spot`: `None` when it is null.
+    fn pointer(&self, spot: Spot) -> Result<Option<Spot>, ModuleError> {
+        match self.relocation(spot) {
+            Some(r) if r.kind == elf::R_X86_64_64.0 => self
+                .defined(r)
+                .map(Some)
+                .ok_or_else(|| bad("a pointer in it leads out of the module")),
+            Some(r) => Err(bad(format!(
+                "a pointer in it has relocation type {}",
+                r.kind
+            ))),
+            None => match self.bytes::<8>(spot)? {
+                [0, 0, 0, 0, 0, 0, 0, 0] => Ok(None),
+                _ => Err(bad("a pointer in it has a value and no relocation")),
+            },
+        }
+    }
+
+    /// Bytes of a section as they will be loaded; behind the file's bytes of a `.bss` they are zero.
+    fn bytes<const N: usize>(&self, spot: Spot) -> Result<[u8; N], ModuleError> {
+        let section = self
+            .file
+            .section(spot.section)
+            .filter(|s| spot.offset.saturating_add(N as u64) <= s.size)
+            .ok_or_else(|| bad("it reaches behind the end of its section"))?;
+        let mut out = [0; N];
+        let from = usize::try_from(spot.offset).unwrap_or(usize::MAX);
+        if let Some(bytes) = self
+            .file
+            .data(section)
+            .get(from..)
+            .and_then(|rest| rest.get(..N))
+        {
+            out.copy_from_slice(bytes);
+        }
+        Ok(out)
+    }
+
+    fn string(&self, spot: Spot) -> Result<String, ModuleError> {
+        let section = self.file.section(spot.section);
+        section
+            .and_then(|s| {
+                let from = usize::try_from(spot.offset).ok()?;
+                text(self.file.data(s).get(from..)?, MAX_SYMBOL_NAME)
+            })
+            .ok_or_else(|| bad("a name in it is not a string"))
+    }
+}
+
+fn bad(what: impl Into<String>) -> ModuleError {
+    ModuleError::Klp(what.into())
+}

@@ -1,0 +1,145 @@
+//! Where each section of a module lies in the two regions that the patch gets in the guest, before it is known where those are.
+
+use introspect::Gva;
+
+use crate::module::error::{LinkError, ModuleError};
+use crate::module::file::elf::Section;
+use crate::module::file::sections::Fate;
+
+/// The kernel text's own padding, where code goes, is at most some MiB.
+const MAX_CODE: u64 = 16 << 20;
+const MAX_DATA: u64 = 16 << 20;
+/// The regions are given out in pages.
+const MAX_ALIGN: u64 = 4096;
+
+/// How much room a module needs in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Bytes of code, read-only data and tables.
+    pub code: u64,
+    /// Alignment that `code` needs; a power of two, at most 4096.
+    pub code_align: u64,
+    /// Bytes of data, its last part zeroes; 0 when the module has none.
+    pub data: u64,
+    /// Alignment that `data` needs; a power of two, at most 4096.
+    pub data_align: u64,
+}
+
+/// Where the two parts of a module go. Both must lie in the top 2 GiB, within reach of each other and of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bases {
+    /// Executable and read-only.
+    pub code: Gva,
+    /// Writable and not executable. Any suitably aligned address when there is no data.
+    pub data: Gva,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::module) enum Region {
+    Code,
+    Data,
+}
+
+/// One section's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::module) struct Slot {
+    pub region: Region,
+    pub offset: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(in crate::module) struct Plan {
+    /// By section; `None`: not in the guest.
+    pub slots: Vec<Option<Slot>>,
+    pub sizes: Sizes,
+}
+
+impl Plan {
+    pub fn new(sections: &[Section], fates: &[Fate]) -> Result<Plan, ModuleError> {
+        let mut slots = vec![None; sections.len()];
+        let mut code = Cursor::new(MAX_CODE);
+        let mut data = Cursor::new(MAX_DATA);
+        for (pass, region) in [
+            (Fate::Text, Region::Code),
+            (Fate::RoData, Region::Code),
+            (Fate::Data, Region::Data),
+        ] {
+            let cursor = match region {
+                Region::Code => &mut code,
+                Region::Data => &mut data,
+            };
+            for ((section, fate), slot) in sections.iter().zip(fates).zip(&mut slots) {
+                if *fate == pass {
+                    let offset = cursor.take(section)?;
+                    *slot = Some(Slot { region, offset });
+                }
+            }
+        }
+        Ok(Plan {
+            slots,
+            sizes: Sizes {
+                code: code.end,
+                code_align: code.align,
+                data: data.end,
+                data_align: data.align,
+            },
+        })
+    }
+
+    pub fn check(&self, bases: &Bases) -> Result<(), LinkError> {
+        let fits = |base: Gva, size: u64, align: u64| {
+            base.0.is_multiple_of(align) && base.0.checked_add(size).is_some()
+        };
+        let Sizes {
+            code,
+            code_align,
+            data,
+            data_align,
+        } = self.sizes;
+        if !fits(bases.code, code, code_align) || !fits(bases.data, data, data_align) {
+            return Err(LinkError::Place("it is not aligned or wraps"));
+        }
+        let apart = bases.code.0 + code <= bases.data.0 || bases.data.0 + data <= bases.code.0;
+        if !apart && data > 0 {
+            return Err(LinkError::Place("code and data overlap"));
+        }
+        Ok(())
+    }
+}
+
+struct Cursor {
+    end: u64,
+    align: u64,
+    max: u64,
+}
+
+impl Cursor {
+    fn new(max: u64) -> Cursor {
+        Cursor {
+            end: 0,
+            align: 16,
+            max,
+        }
+    }
+
+    fn take(&mut self, section: &Section) -> Result<u64, ModuleError> {
+        let align = section.align;
+        if !align.is_power_of_two() || align > MAX_ALIGN {
+            return Err(ModuleError::Damaged(format!(
+                "section {} wants an alignment of {align}; at most {MAX_ALIGN} is given",
+                section.name
+            )));
+        }
+        let start = self.end.next_multiple_of(align);
+        self.end = start
+            .checked_add(section.size)
+            .filter(|&end| end <= self.max)
+            .ok_or_else(|| ModuleError::TooMany {
+                what: "bytes of code or data",
+                count: usize::try_from(section.size).unwrap_or(usize::MAX),
+                max: usize::try_from(self.max).unwrap_or(usize::MAX),
+            })?;
+        self.align = self.align.max(align);
+        Ok(start)
+    }
+}

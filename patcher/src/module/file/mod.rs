@@ -1,0 +1,68 @@
+//! The `.ko` file: its ELF sections and symbols, and what it says of itself. Knows nothing of a guest.
+
+pub mod elf;
+pub mod klp;
+pub mod layout;
+pub mod modinfo;
+pub mod sections;
+
+use crate::module::error::ModuleError;
+use crate::module::file::klp::{KlpLayout, Patch};
+use crate::module::file::layout::{Plan, Sizes};
+
+/// A livepatch module as read from its file, not yet bound to a guest.
+#[derive(Clone, Debug)]
+pub struct LivepatchModule {
+    pub(in crate::module) file: elf::ElfFile,
+    pub(in crate::module) info: modinfo::Modinfo,
+    pub(in crate::module) fates: Vec<sections::Fate>,
+    pub(in crate::module) plan: Plan,
+}
+
+/// Reads a livepatch module.
+///
+/// # Errors
+/// [`ModuleError`] for a file that is none, or that needs what is not supported.
+pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
+    let file = elf::ElfFile::parse(bytes)?;
+    if file.find(".gnu.linkonce.this_module").is_none() {
+        return Err(ModuleError::WrongElf("it has no struct module"));
+    }
+    let info = modinfo::Modinfo::read(&file)?;
+    let fates = sections::fates(&file)?;
+    let plan = Plan::new(&file.sections, &fates)?;
+    let other = (file.sections.iter())
+        .flat_map(|section| section.late.keys())
+        .find(|object| *object != "vmlinux");
+    if let Some(object) = other {
+        return Err(ModuleError::ModuleTarget(object.clone()));
+    }
+    Ok(LivepatchModule {
+        file,
+        info,
+        fates,
+        plan,
+    })
+}
+
+impl LivepatchModule {
+    /// The module's name, as the guest's `lsmod` would show it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.info.name
+    }
+
+    /// How much room it needs in a guest.
+    #[must_use]
+    pub fn sizes(&self) -> Sizes {
+        self.plan.sizes
+    }
+
+    /// What it patches, read with the layout of the target kernel.
+    ///
+    /// # Errors
+    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it asks for what is not supported.
+    pub fn patch(&self, layout: &KlpLayout) -> Result<Patch, ModuleError> {
+        klp::read(&self.file, &self.fates, layout)
+    }
+}

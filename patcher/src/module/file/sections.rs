@@ -1,0 +1,237 @@
+//! What becomes of each section of a livepatch module: kept as code, read-only data or data, read as a table, left out, refused.
+//!
+//! Follows what `kernel/module/main.c` and `arch/x86/kernel/module.c: module_finalize` do with each. What this loader cannot do is
+//! refused by name: a table silently left out would be a guest that misbehaves later.
+
+use crate::module::error::ModuleError;
+use crate::module::file::elf::{ElfFile, Place, Section};
+
+/// Where a section goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::module) enum Fate {
+    /// Executable, into the code region.
+    Text,
+    /// Read-only, into the code region.
+    RoData,
+    /// Writable, into the data region.
+    Data,
+    /// Not in the guest: init and exit code, information for the loader, tables that need no action.
+    Dropped,
+}
+
+/// Functions may be in these.
+const TEXT: &[&str] = &[
+    ".text",
+    ".altinstr_replacement",
+    ".altinstr_aux",
+    ".fixup",
+    ".noinstr.text",
+    ".spinlock.text",
+    ".sched.text",
+    ".cpuidle.text",
+    ".kprobes.text",
+    ".irqentry.text",
+    ".softirqentry.text",
+    ".ref.text",
+];
+
+/// Read here, or of no consequence to code that is linked from outside.
+const DROPPED: &[&str] = &[
+    // Never run: the patcher does what the init function would ask of the kernel.
+    ".init.text",
+    ".init.data",
+    ".init.rodata",
+    ".exit.text",
+    ".exit.data",
+    // Information.
+    ".modinfo",
+    ".gnu.linkonce.this_module",
+    "__param",
+    "__versions",
+    "__version_ext_crcs",
+    "__version_ext_names",
+    ".orc_header",
+    ".orc_unwind",
+    ".orc_unwind_ip",
+    ".printk_index",
+    "_kprobe_blacklist",
+    // Read when linking.
+    ".altinstructions",
+    ".return_sites",
+    "__jump_table",
+    "__mcount_loc",
+    // Right as they are: the sites go through thunks and trampolines that the kernel keeps right, or only win speed on one CPU.
+    ".retpoline_sites",
+    ".static_call_sites",
+    ".call_sites",
+    ".parainstructions",
+    ".smp_locks",
+    ".ibt_endbr_seal",
+    "__patchable_function_entries",
+];
+
+/// Needs the guest to be told of something; each with the reason given to the user.
+const REFUSED: &[(&str, &str)] = &[
+    (
+        "__ex_table",
+        "code that accesses user memory or MSRs needs exception tables in the guest",
+    ),
+    (
+        "__bug_table",
+        "WARN and BUG need the bug table of the guest",
+    ),
+    (".data..percpu", "per-CPU variables of its own"),
+    (".ctors", "constructors"),
+    (".init_array", "constructors"),
+    ("__tracepoints", "tracepoints of its own"),
+    ("__tracepoints_ptrs", "tracepoints of its own"),
+    ("__tracepoints_strings", "tracepoints of its own"),
+    ("__bpf_raw_tp_map", "tracepoints of its own"),
+    ("_ftrace_events", "trace events of its own"),
+    ("_ftrace_eval_map", "trace events of its own"),
+    ("__tracepoint_str", "trace strings of its own"),
+    ("__trace_printk_fmt", "trace_printk"),
+    ("___srcu_struct_ptrs", "SRCU domains of its own"),
+    (".kunit_test_suites", "KUnit tests"),
+    (".kunit_init_test_suites", "KUnit tests"),
+    ("__dyndbg", "dynamic debug (pr_debug)"),
+    ("__dyndbg_classes", "dynamic debug (pr_debug)"),
+    (".static_call.text", "static calls of its own"),
+    ("__ksymtab", "exported symbols"),
+    ("__ksymtab_gpl", "exported symbols"),
+    ("__ksymtab_strings", "exported symbols"),
+    ("__kcrctab", "exported symbols"),
+    ("__kcrctab_gpl", "exported symbols"),
+    ("__kflagstab", "exported symbols"),
+];
+
+/// Decides for one section.
+pub(in crate::module) fn fate(section: &Section) -> Result<Fate, &'static str> {
+    let name = section.name.as_str();
+    if !section.is_alloc() || section.size == 0 || section.is_relocations {
+        return Ok(Fate::Dropped);
+    }
+    let refused = |(prefix, _): &&(&str, &str)| *prefix == name || within(name, prefix);
+    if let Some((_, why)) = REFUSED.iter().find(refused) {
+        return Err(why);
+    }
+    if DROPPED.contains(&name) || name.starts_with(".note") || name.starts_with(".discard") {
+        return Ok(Fate::Dropped);
+    }
+    let text = TEXT.contains(&name) || name.starts_with(".text.");
+    let data = [".data", ".bss", ".rodata"]
+        .iter()
+        .any(|prefix| within(name, prefix));
+    match (section.is_exec(), section.is_write()) {
+        (true, false) if text => Ok(Fate::Text),
+        (false, true) if data => Ok(Fate::Data),
+        (false, false) if data => Ok(Fate::RoData),
+        _ => Err("this loader does not know what the kernel does with it"),
+    }
+}
+
+/// Whether `name` is `prefix` or a part of it (`.data..ro_after_init` of `.data`).
+fn within(name: &str, prefix: &str) -> bool {
+    name.strip_prefix(prefix)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The fates of all sections, by index.
+pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Fate>, ModuleError> {
+    formats(file)?;
+    file.sections
+        .iter()
+        .map(|section| {
+            fate(section).map_err(|why| ModuleError::Section {
+                section: section.name.clone(),
+                function: first_user(file, section),
+                why,
+            })
+        })
+        .collect()
+}
+
+/// Formats of other tools, known by their sections.
+fn formats(file: &ElfFile) -> Result<(), ModuleError> {
+    for (section, tool) in [
+        (".kpatch.funcs", "kpatch-build"),
+        (".init.klp_objects", "klp-build"),
+        (".init.klp_funcs", "klp-build"),
+    ] {
+        if file.find(section).is_some() {
+            return Err(ModuleError::Format(tool));
+        }
+    }
+    Ok(())
+}
+
+/// The function that the first entry of a table is about, to tell the user where to look.
+fn first_user(file: &ElfFile, table: &Section) -> Option<String> {
+    table.relocations.iter().find_map(|relocation| {
+        let symbol = file.symbol(relocation.symbol)?;
+        let Place::Section(section) = symbol.place else {
+            return None;
+        };
+        let offset = symbol.value.wrapping_add_signed(relocation.addend);
+        Some(file.function_at(section, offset)?.name.clone())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(name: &str, flags: u64, size: u64) -> Section {
+        Section::zeroed(name, flags, size)
+    }
+
+    const A: u64 = 2;
+    const WA: u64 = 3;
+    const AX: u64 = 6;
+
+    #[test]
+    fn known_sections_have_their_place() {
+        for (name, flags, want) in [
+            (".text", AX, Fate::Text),
+            (".text.unlikely", AX, Fate::Text),
+            (".altinstr_aux", AX, Fate::Text),
+            (".rodata.str1.1", A, Fate::RoData),
+            (".data", WA, Fate::Data),
+            (".data..ro_after_init", WA, Fate::Data),
+            (".data.once", WA, Fate::Data),
+            (".bss", WA, Fate::Data),
+            (".init.text", AX, Fate::Dropped),
+            (".note.gnu.property", A, Fate::Dropped),
+            (".debug_info", 0, Fate::Dropped),
+        ] {
+            assert_eq!(fate(&section(name, flags, 8)), Ok(want), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_the_guest_would_have_to_know_is_refused() {
+        for name in ["__ex_table", "__bug_table", ".data..percpu", "__dyndbg"] {
+            assert!(fate(&section(name, WA, 8)).is_err(), "{name}");
+            assert_eq!(
+                fate(&section(name, WA, 0)),
+                Ok(Fate::Dropped),
+                "empty {name}"
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_sections_are_refused() {
+        for (name, flags) in [
+            ("__brand_new_table", A),
+            (".exec_me", AX),
+            (".textual", AX),
+            (".database", WA),
+            // Writable code, and code in a data section.
+            (".text", AX | 1),
+            (".data", AX),
+        ] {
+            assert!(fate(&section(name, flags, 8)).is_err(), "{name} {flags}");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The kernel's own export tables, searched in guest memory.
+//!
+//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name. Up to 6.x there is one array for
+//! everybody and one for GPL-compatible modules; 7.x has one array, and a byte of flags for each entry.
+
+use introspect::{Btf, BtfError, Gva, KernelMemory, Symbols};
+
+use crate::module::error::TargetError;
+use crate::module::kernel::Export;
+
+/// Kernels export some 15,000 symbols.
+const MAX_EXPORTS: u64 = 1 << 18;
+/// `KSYM_NAME_LEN`, and the NUL.
+const MAX_NAME: usize = 513;
+
+/// Offsets in `struct kernel_symbol`, whose fields are distances from themselves.
+#[derive(Debug)]
+struct Entry {
+    size: u64,
+    value: u64,
+    name: u64,
+    namespace: u64,
+}
+
+impl Entry {
+    fn read(btf: &Btf) -> Result<Entry, BtfError> {
+        let at = |path| btf.field(path).map(|field| field.offset);
+        Ok(Entry {
+            size: btf.size_of("kernel_symbol")?.max(1),
+            value: at("kernel_symbol.value_offset")?,
+            name: at("kernel_symbol.name_offset")?,
+            namespace: at("kernel_symbol.namespace_offset")?,
+        })
+    }
+}
+
+/// What tells who may use an entry.
+#[derive(Clone, Copy, Debug)]
+enum Licence {
+    Anybody,
+    Gpl,
+    /// A byte for each entry; any flag restricts it.
+    Flags(Gva),
+}
+
+/// One array, by the symbols that the linker script puts around it.
+#[derive(Debug)]
+struct Table {
+    start: Gva,
+    count: u64,
+    licence: Licence,
+    crcs: Option<Gva>,
+}
+
+/// All that the kernel exports to modules.
+#[derive(Debug)]
+pub(in crate::module) struct Exports<'a> {
+    memory: &'a KernelMemory<'a>,
+    entry: Entry,
+    tables: Vec<Table>,
+}
+
+impl<'a> Exports<'a> {
+    pub fn find(
+        symbols: &Symbols,
+        btf: &Btf,
+        memory: &'a KernelMemory<'a>,
+    ) -> Result<Exports<'a>, TargetError> {
+        let entry = Entry::read(btf).map_err(|e| TargetError::Types(e.to_string()))?;
+        let address = |name| symbols.address(name).ok();
+        let flags = address("__start___kflagstab");
+        let mut tables = Vec::new();
+        for (start, stop, crcs, crcs_stop, licence) in [
+            (
+                "__start___ksymtab",
+                "__stop___ksymtab",
+                "__start___kcrctab",
+                "__stop___kcrctab",
+                flags.map_or(Licence::Anybody, Licence::Flags),
+            ),
+            (
+                "__start___ksymtab_gpl",
+                "__stop___ksymtab_gpl",
+                "__start___kcrctab_gpl",
+                "__stop___kcrctab_gpl",
+                Licence::Gpl,
+            ),
+        ] {
+            let Some((start, stop)) = address(start).zip(address(stop)) else {
+                continue;
+            };
+            let bytes = stop.since(start);
+            let count = bytes / entry.size;
+            if count > MAX_EXPORTS || !bytes.is_multiple_of(entry.size) {
+                return Err(TargetError::Nonsense("table of exported symbols"));
+            }
+            let crcs = match address(crcs).zip(address(crcs_stop)) {
+                // Without CONFIG_MODVERSIONS the labels may be there, with nothing between them.
+                None => None,
+                Some((start, stop)) => match stop.since(start) {
+                    0 => None,
+                    bytes if bytes == count * 4 => Some(start),
+                    _ => return Err(TargetError::Nonsense("table of symbol versions")),
+                },
+            };
+            tables.push(Table {
+                start,
+                count,
+                licence,
+                crcs,
+            });
+        }
+        if tables.is_empty() {
+            return Err(TargetError::NoSymbol("__start___ksymtab"));
+        }
+        Ok(Exports {
+            memory,
+            entry,
+            tables,
+        })
+    }
+
+    pub fn get(&self, name: &str) -> Result<Option<Export>, TargetError> {
+        for table in &self.tables {
+            if let Some(index) = self.search(table, name)? {
+                return self.export(table, index).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    fn search(&self, table: &Table, wanted: &str) -> Result<Option<u64>, TargetError> {
+        let (mut low, mut high) = (0, table.count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let at = table.start.add(middle * self.entry.size);
+            let name = self.string(self.relative(at.add(self.entry.name))?)?;
+            match name.as_str().cmp(wanted) {
+                std::cmp::Ordering::Equal => return Ok(Some(middle)),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        Ok(None)
+    }
+
+    fn export(&self, table: &Table, index: u64) -> Result<Export, TargetError> {
+        let at = table.start.add(index * self.entry.size);
+        let gpl_only = match table.licence {
+            Licence::Anybody => false,
+            Licence::Gpl => true,
+            Licence::Flags(flags) => {
+                let at = flags.add(index);
+                let flags = self.memory.u8(at).map_err(|_| memory("export flags", at))?;
+                flags != 0
+            }
+        };
+        let crc = match table.crcs {
+            None => None,
+            Some(crcs) => {
+                let at = crcs.add(index * 4);
+                let crc = self.memory.u32(at);
+                Some(crc.map_err(|_| memory("symbol version", at))?)
+            }
+        };
+        Ok(Export {
+            address: self.relative(at.add(self.entry.value))?,
+            gpl_only,
+            namespace: self.namespace(at.add(self.entry.namespace))?,
+            crc,
+        })
+    }
+
+    /// No offset, or (newer kernels) an empty string: none.
+    fn namespace(&self, field: Gva) -> Result<Option<String>, TargetError> {
+        let at = self.relative(field)?;
+        if at == field {
+            return Ok(None);
+        }
+        Ok(Some(self.string(at)?).filter(|namespace| !namespace.is_empty()))
+    }
+
+    /// `offset_to_ptr`.
+    fn relative(&self, field: Gva) -> Result<Gva, TargetError> {
+        let distance = self.memory.i32(field);
+        let distance = distance.map_err(|_| memory("exported symbol", field))?;
+        Ok(field.offset(i64::from(distance)))
+    }
+
+    fn string(&self, at: Gva) -> Result<String, TargetError> {
+        self.memory
+            .cstr(at, MAX_NAME)
+            .map_err(|_| memory("name of an exported symbol", at))
+    }
+}
+
+fn memory(what: &'static str, at: Gva) -> TargetError {
+    TargetError::Memory { what, at }
+}

@@ -1,0 +1,126 @@
+//! What linking asks of the guest kernel, as a trait: the real one reads a guest, a test answers from a table.
+
+pub mod exports;
+pub mod guest;
+
+use introspect::Gva;
+
+use crate::module::error::TargetError;
+use crate::module::file::klp::KlpLayout;
+
+/// A symbol that the kernel exports to modules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// Its value.
+    pub address: Gva,
+    /// For GPL-compatible modules only.
+    pub gpl_only: bool,
+    /// The namespace that a module must import to use it.
+    pub namespace: Option<String>,
+    /// Its version, in a kernel with `CONFIG_MODVERSIONS`.
+    pub crc: Option<u32>,
+}
+
+/// Layouts of the tables in a module, which are the target kernel's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layouts {
+    /// The livepatch structures.
+    pub klp: KlpLayout,
+    /// `sizeof(struct module)`.
+    pub module_size: u64,
+    /// `struct modversion_info`, where the kernel has versions.
+    pub modversion: Option<ModversionLayout>,
+    /// `struct alt_instr`.
+    pub alt_instr: AltInstrLayout,
+    /// `struct jump_entry`.
+    pub jump_entry: JumpEntryLayout,
+    /// Offset of `enabled` in `struct static_key`.
+    pub static_key_enabled: u64,
+}
+
+/// `struct modversion_info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the kernel's fields.
+pub struct ModversionLayout {
+    pub size: u64,
+    pub crc: u64,
+    pub name: u64,
+}
+
+/// `struct alt_instr`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the kernel's fields.
+pub struct AltInstrLayout {
+    pub size: u64,
+    pub instr_offset: u64,
+    pub repl_offset: u64,
+    /// 16 bits.
+    pub cpuid: u64,
+    /// 16 bits of their own; where the kernel has none, bit 15 of `cpuid` means *not*.
+    pub flags: Option<u64>,
+    pub instrlen: u64,
+    pub replacementlen: u64,
+}
+
+/// `struct jump_entry`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the kernel's fields.
+pub struct JumpEntryLayout {
+    pub size: u64,
+    pub code: u64,
+    pub target: u64,
+    pub key: u64,
+}
+
+/// A guest kernel, as far as linking a module needs it.
+pub trait Target {
+    /// The layouts of what is in a module.
+    ///
+    /// # Errors
+    /// [`TargetError::Types`] when the kernel's type information lacks one.
+    fn layouts(&self) -> Result<Layouts, TargetError>;
+
+    /// The kernel's own vermagic string.
+    ///
+    /// # Errors
+    /// [`TargetError`] when it is not found in the kernel.
+    fn vermagic(&self) -> Result<String, TargetError>;
+
+    /// Every symbol of the kernel proper (not of modules) with this name, in address order.
+    fn symbols(&self, name: &str) -> Vec<Gva>;
+
+    /// A name for an address, for messages.
+    fn name_of(&self, address: Gva) -> Option<String>;
+
+    /// The symbol that the kernel exports under this name.
+    ///
+    /// # Errors
+    /// [`TargetError`] when the kernel's export tables cannot be read.
+    fn export(&self, name: &str) -> Result<Option<Export>, TargetError>;
+
+    /// `boot_cpu_data.x86_capability`, with the bug bits behind the features.
+    ///
+    /// # Errors
+    /// [`TargetError`] when it cannot be read.
+    fn capabilities(&self) -> Result<Vec<u32>, TargetError>;
+
+    /// Whether the guest is up (`system_state` has reached `SYSTEM_RUNNING`): what is read-only after init is final.
+    ///
+    /// # Errors
+    /// [`TargetError`] when it cannot be read.
+    fn is_up(&self) -> Result<bool, TargetError>;
+
+    /// Reads the kernel's memory.
+    ///
+    /// # Errors
+    /// [`TargetError::Memory`], with `what` in it.
+    fn read(&self, what: &'static str, at: Gva, buf: &mut [u8]) -> Result<(), TargetError>;
+
+    /// The only symbol of this name.
+    fn symbol(&self, name: &str) -> Option<Gva> {
+        match self.symbols(name).as_slice() {
+            [one] => Some(*one),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! `__jump_table`: branches on static keys, set to the key's present state.
+//!
+//! The guest does not know our sites, so a key that it flips later would not reach them. Only keys that can no longer change are
+//! taken: those in the kernel's (or the patch's own) read-only-after-init data, in a guest that is up. All others are refused by
+//! name. Follows `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
+
+use introspect::{Gva, GvaRange};
+
+use crate::module::error::{LinkError, TargetError};
+use crate::module::file::elf::{Section, limit};
+use crate::module::kernel::Target;
+use crate::module::link::linker::{Linker, NOP5};
+
+const TABLE: &str = "__jump_table";
+const MAX_ENTRIES: usize = 200_000;
+const NOP2: [u8; 2] = [0x66, 0x90];
+/// The low bits of `jump_entry.key`: the branch's polarity, and a mark of the kernel's own.
+const KEY_BRANCH: u64 = 1;
+const KEY_FLAGS: u64 = 3;
+
+pub(in crate::module) fn apply<T: Target + ?Sized>(
+    linker: &mut Linker<'_>,
+    target: &T,
+) -> Result<(), LinkError> {
+    let module = linker.module;
+    let Some((_, section)) = module.file.find(TABLE) else {
+        return Ok(());
+    };
+    let layout = linker.layouts.jump_entry;
+    let Some(count) = section
+        .size
+        .checked_div(layout.size)
+        .filter(|_| section.size % layout.size == 0)
+    else {
+        return Err(bad("its size is not that of this kernel's entries"));
+    };
+    if count == 0 {
+        return Ok(());
+    }
+    limit(
+        "static branches",
+        usize::try_from(count).unwrap_or(usize::MAX),
+        MAX_ENTRIES,
+    )?;
+    if !target.is_up()? {
+        return Err(LinkError::Booting);
+    }
+    for index in 0..count {
+        apply_one(linker, target, section, index * layout.size)?;
+    }
+    Ok(())
+}
+
+fn apply_one<T: Target + ?Sized>(
+    linker: &mut Linker<'_>,
+    target: &T,
+    section: &Section,
+    offset: u64,
+) -> Result<(), LinkError> {
+    let layout = linker.layouts.jump_entry;
+    let Some(code) = linker.pointed(TABLE, section, offset + layout.code)? else {
+        return Ok(());
+    };
+    let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry leads to what is not kept"));
+    let to = kept(linker.pointed(TABLE, section, offset + layout.target)?)?;
+    let raw = kept(linker.pointed(TABLE, section, offset + layout.key)?)?;
+    let key = Gva(raw.0 & !KEY_FLAGS);
+    let enabled = enabled(linker, target, key, code)?;
+    let jump = enabled != (raw.0 & KEY_BRANCH != 0);
+    write(linker, code, to, jump)
+}
+
+/// `static_key_enabled`, for a key that can no longer change.
+fn enabled<T: Target + ?Sized>(
+    linker: &Linker<'_>,
+    target: &T,
+    key: Gva,
+    code: Gva,
+) -> Result<bool, LinkError> {
+    let mut count = [0; 4];
+    let at = key.add(linker.layouts.static_key_enabled);
+    if is_own_constant(linker, key) {
+        let own = linker.data.get(at, 4);
+        count.copy_from_slice(own.ok_or_else(|| bad("a key lies outside its section"))?);
+    } else if final_keys(target)?.contains(key) {
+        target.read("a static key", at, &mut count)?;
+    } else {
+        return Err(LinkError::StaticKey {
+            function: linker.function_name(code),
+            key: key_name(linker, target, key),
+        });
+    }
+    Ok(i32::from_le_bytes(count) > 0)
+}
+
+/// Whether the key is the patch's own, where its own code cannot flip it after init, which never runs.
+fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
+    let sections = &linker.module.file.sections;
+    sections.iter().enumerate().any(|(index, section)| {
+        section.name == ".data..ro_after_init"
+            && linker
+                .symbols
+                .section_base(index)
+                .is_some_and(|base| key >= base && key.since(base) < section.size)
+    })
+}
+
+/// Where the guest's own keys can no longer change: `__ro_after_init`.
+fn final_keys<T: Target + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
+    let find = |name| target.symbol(name).ok_or(TargetError::NoSymbol(name));
+    Ok(GvaRange::new(
+        find("__start_ro_after_init")?,
+        find("__end_ro_after_init")?,
+    ))
+}
+
+fn key_name<T: Target + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
+    if linker.data.contains(key) {
+        let symbols = &linker.module.file.symbols;
+        let own = symbols.iter().enumerate().find(|(index, s)| {
+            s.object && linker.symbols.value(*index) == super::symbols::Value::At(key)
+        });
+        return own.map_or_else(|| key.to_string(), |(_, s)| s.name.clone());
+    }
+    target.name_of(key).unwrap_or_else(|| key.to_string())
+}
+
+/// The site is two or five bytes, as the assembler chose: a jump or a NOP.
+fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), LinkError> {
+    let distance = |len: u64| to.since(code.add(len)).cast_signed();
+    let outside = || bad("an entry is for no code of the patch");
+    match linker.code.get(code, 2).ok_or_else(outside)? {
+        [0x66, 0x90] | [0xeb, _] => {
+            let near = i8::try_from(distance(2)).map_err(|_| bad("a short branch is too far"))?;
+            let bytes = if jump {
+                [0xeb, near.cast_unsigned()]
+            } else {
+                NOP2
+            };
+            let room = linker.code.get_mut(code, 2).ok_or_else(outside)?;
+            room.copy_from_slice(&bytes);
+        }
+        _ => {
+            let room = linker.code.get_mut(code, 5).ok_or_else(outside)?;
+            let nop = room == NOP5 || room == [0x66, 0x66, 0x66, 0x66, 0x90];
+            if !nop && room.first() != Some(&0xe9) {
+                return Err(bad("a site is neither a jump nor a NOP"));
+            }
+            let far = i32::try_from(distance(5)).map_err(|_| bad("a branch is out of reach"))?;
+            room.copy_from_slice(&NOP5);
+            if jump {
+                let [a, b, c, d] = far.to_le_bytes();
+                room.copy_from_slice(&[0xe9, a, b, c, d]);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn bad(why: &str) -> LinkError {
+    LinkError::Table {
+        section: TABLE,
+        why: why.to_owned(),
+    }
+}

@@ -1,0 +1,376 @@
+//! A module on its way into a guest: its sections at their places, and the relocations in them
+//! (`arch/x86/kernel/module.c: __apply_relocate_add`).
+
+use introspect::{Gva, GvaRange};
+use object::elf;
+
+use crate::module::error::LinkError;
+use crate::module::file::LivepatchModule;
+use crate::module::file::elf::{Place, Relocation, Section};
+use crate::module::file::klp::{Patch, Spot};
+use crate::module::file::layout::Region;
+use crate::module::file::sections::Fate;
+use crate::module::kernel::Layouts;
+use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
+use crate::module::link::symbols::{Symbols, Value};
+
+/// `include/asm/nops.h: BYTES_NOP5`, which every 64-bit CPU has.
+pub(in crate::module) const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+pub(in crate::module) const INT3: u8 = 0xcc;
+
+/// A module on its way into a guest.
+pub(in crate::module) struct Linker<'a> {
+    pub module: &'a LivepatchModule,
+    pub layouts: &'a Layouts,
+    pub patch: &'a Patch,
+    pub symbols: Symbols,
+    pub code: Buffer,
+    pub data: Buffer,
+}
+
+impl Linker<'_> {
+    /// Copies every kept section to its place.
+    pub fn load(&mut self) {
+        let module = self.module;
+        for (section, slot) in module.file.sections.iter().zip(&module.plan.slots) {
+            let Some(slot) = slot else { continue };
+            let buffer = match slot.region {
+                Region::Code => &mut self.code,
+                Region::Data => &mut self.data,
+            };
+            let start = buffer.base.add(slot.offset);
+            if let Some(room) = buffer.get_mut(start, size(section.size)) {
+                room.fill(0);
+                let bytes = module.file.data(section);
+                for (to, from) in room.iter_mut().zip(bytes) {
+                    *to = *from;
+                }
+            }
+        }
+    }
+
+    pub fn relocate(&mut self) -> Result<(), LinkError> {
+        let module = self.module;
+        for (index, section) in module.file.sections.iter().enumerate() {
+            let Some(base) = self.symbols.section_base(index) else {
+                continue;
+            };
+            for relocation in &section.relocations {
+                self.relocate_one(index, section, base, relocation)?;
+            }
+            for relocation in section.late.values().flatten() {
+                self.relocate_one(index, section, base, relocation)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn relocate_one(
+        &mut self,
+        index: usize,
+        section: &Section,
+        base: Gva,
+        relocation: &Relocation,
+    ) -> Result<(), LinkError> {
+        let spot = Spot {
+            section: index,
+            offset: relocation.offset,
+        };
+        // klp_patch.mod: nobody reads our copy of the structure, and there is no struct module.
+        if relocation.kind == elf::R_X86_64_NONE.0 || self.is_patch_mod(spot) {
+            return Ok(());
+        }
+        let at = base.add(relocation.offset);
+        if self.is_fentry(relocation) {
+            return self.silence_fentry(section, relocation, at);
+        }
+        let value = self.value(section, relocation)?;
+        let wrong = |why: String| LinkError::Relocation {
+            section: section.name.clone(),
+            offset: relocation.offset,
+            why,
+        };
+        let name = || {
+            self.module
+                .file
+                .symbol(relocation.symbol)
+                .map_or_else(String::new, |s| s.name.clone())
+        };
+        let bytes = encode(relocation.kind, value, at).map_err(|e| match e {
+            Encode::Unknown => wrong(format!("type {} is not known", relocation.kind)),
+            Encode::Overflow => wrong(format!("{} is out of reach", name())),
+        })?;
+        let buffer = if self.code.contains(at) {
+            &mut self.code
+        } else {
+            &mut self.data
+        };
+        let room = buffer
+            .get_mut(at, bytes.len())
+            .ok_or_else(|| wrong("it reaches behind its section".into()))?;
+        if room.iter().any(|&b| b != 0) {
+            return Err(wrong("the place is not empty (relocated twice?)".into()));
+        }
+        room.copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn is_patch_mod(&self, spot: Spot) -> bool {
+        spot.section == self.patch.at.section
+            && spot.offset
+                == self
+                    .patch
+                    .at
+                    .offset
+                    .wrapping_add(self.layouts.klp.patch_mod)
+    }
+
+    fn is_fentry(&self, relocation: &Relocation) -> bool {
+        let symbol = self.module.file.symbol(relocation.symbol);
+        symbol.is_some_and(|s| s.name == "__fentry__" && s.place == Place::Undefined)
+    }
+
+    /// `call __fentry__` becomes the NOP that ftrace would make of it; nothing of the guest knows of this site.
+    fn silence_fentry(
+        &mut self,
+        section: &Section,
+        relocation: &Relocation,
+        at: Gva,
+    ) -> Result<(), LinkError> {
+        let room = self.code.get_mut(at.sub(1), NOP5.len());
+        match room {
+            Some(room) if room == [0xe8, 0, 0, 0, 0] => {
+                room.copy_from_slice(&NOP5);
+                Ok(())
+            }
+            _ => Err(LinkError::Relocation {
+                section: section.name.clone(),
+                offset: relocation.offset,
+                why: "a use of __fentry__ that is not a call".into(),
+            }),
+        }
+    }
+
+    /// What a relocation's symbol and addend come to.
+    fn value(&self, section: &Section, relocation: &Relocation) -> Result<Gva, LinkError> {
+        match self.symbols.value(relocation.symbol) {
+            Value::At(address) => Ok(address.offset(relocation.addend)),
+            Value::Dropped => Err(LinkError::Dropped {
+                section: section.name.clone(),
+                offset: relocation.offset,
+                to: self.module.describe(relocation.symbol),
+            }),
+        }
+    }
+
+    /// The address that a field of a table names: the field holds it, or the distance from itself to it.
+    /// `None`: it names a part of the module that is not kept.
+    pub fn pointed(
+        &self,
+        table: &'static str,
+        section: &Section,
+        offset: u64,
+    ) -> Result<Option<Gva>, LinkError> {
+        let bad = || LinkError::Table {
+            section: table,
+            why: format!("no address at offset {offset:#x}"),
+        };
+        let relocation = section.relocation_at(offset).ok_or_else(bad)?;
+        let relative = [elf::R_X86_64_PC32, elf::R_X86_64_PC64, elf::R_X86_64_64];
+        if !relative.iter().any(|kind| kind.0 == relocation.kind) {
+            return Err(bad());
+        }
+        Ok(match self.symbols.value(relocation.symbol) {
+            Value::At(address) => Some(address.offset(relocation.addend)),
+            Value::Dropped => None,
+        })
+    }
+
+    /// The patch's function that covers a place in its code, for messages.
+    pub fn function_name(&self, at: Gva) -> String {
+        let file = &self.module.file;
+        let found = (0..file.sections.len()).find_map(|index| {
+            let base = self.symbols.section_base(index)?;
+            file.function_at(index, at.since(base))
+        });
+        found.map_or_else(|| at.to_string(), |s| s.name.clone())
+    }
+
+    pub fn finish(self) -> Result<Image, LinkError> {
+        let symbols = self.image_symbols();
+        let functions = self
+            .patch
+            .functions
+            .iter()
+            .map(|f| {
+                let base = self.symbols.section_base(f.new.section);
+                let new = base.unwrap_or_default().add(f.new.offset);
+                LinkedFunction {
+                    old_name: f.old_name.clone(),
+                    sympos: f.sympos,
+                    new,
+                    new_size: self.function_size(f.new, new, &symbols),
+                }
+            })
+            .collect();
+        Ok(Image {
+            name: self.module.info.name.clone(),
+            replace: self.patch.replace,
+            text: self.text_range(),
+            functions,
+            symbols,
+            imports: self.imports(),
+            orc: self.orc()?,
+            code_base: self.code.base,
+            code: self.code.bytes,
+            data_base: self.data.base,
+            data: self.data.bytes,
+        })
+    }
+
+    /// From the symbol, or where there is none, to the end of the section.
+    fn function_size(&self, spot: Spot, new: Gva, symbols: &[ImageSymbol]) -> u64 {
+        let first = symbols.partition_point(|s| s.address < new);
+        let named = symbols
+            .get(first..)
+            .unwrap_or_default()
+            .iter()
+            .take_while(|s| s.address == new)
+            .filter(|s| s.function)
+            .map(|s| s.size)
+            .max();
+        let rest = self
+            .module
+            .file
+            .section(spot.section)
+            .map_or(1, |s| s.size.saturating_sub(spot.offset));
+        named
+            .filter(|&size| size > 0 && size <= rest)
+            .unwrap_or(rest)
+    }
+
+    fn text_range(&self) -> GvaRange {
+        let module = self.module;
+        let len = (module.plan.slots.iter())
+            .zip(&module.fates)
+            .zip(&module.file.sections)
+            .filter(|((_, fate), _)| **fate == Fate::Text)
+            .filter_map(|((slot, _), section)| Some(slot.as_ref()?.offset + section.size))
+            .max();
+        GvaRange::new(self.code.base, self.code.base.add(len.unwrap_or(0)))
+    }
+
+    fn image_symbols(&self) -> Vec<ImageSymbol> {
+        let mut out: Vec<ImageSymbol> = self
+            .module
+            .file
+            .symbols
+            .iter()
+            .enumerate()
+            .filter(|(_, s)| (s.function || s.object) && !s.name.is_empty())
+            .filter_map(|(index, s)| match (s.place, self.symbols.value(index)) {
+                (Place::Section(_), Value::At(address)) => Some(ImageSymbol {
+                    name: s.name.clone(),
+                    address,
+                    size: s.size,
+                    function: s.function,
+                }),
+                _ => None,
+            })
+            .collect();
+        out.sort_by(|a, b| (a.address, &a.name).cmp(&(b.address, &b.name)));
+        out
+    }
+
+    fn imports(&self) -> Vec<Import> {
+        let symbols = self.module.file.symbols.iter().enumerate();
+        let mut out: Vec<Import> = symbols
+            .filter(|(_, s)| !s.name.is_empty())
+            .filter_map(|(index, s)| match (s.place, self.symbols.value(index)) {
+                (Place::Undefined | Place::Livepatch, Value::At(address)) => Some(Import {
+                    name: s.name.clone(),
+                    address,
+                }),
+                _ => None,
+            })
+            .collect();
+        out.sort_by(|a, b| a.name.cmp(&b.name));
+        out
+    }
+
+    /// The ORC table, sorted as `arch/x86/kernel/unwind_orc.c: unwind_module_init` does.
+    fn orc(&self) -> Result<Vec<OrcRecord>, LinkError> {
+        const TABLE: &str = ".orc_unwind";
+        let file = &self.module.file;
+        let (Some((_, ips)), Some((_, entries))) =
+            (file.find(".orc_unwind_ip"), file.find(".orc_unwind"))
+        else {
+            return Ok(Vec::new());
+        };
+        let (entries, rest) = file.data(entries).as_chunks::<6>();
+        if !rest.is_empty() || (entries.len() as u64).checked_mul(4) != Some(ips.size) {
+            return Err(LinkError::Table {
+                section: TABLE,
+                why: "its two halves do not match".into(),
+            });
+        }
+        let mut out = Vec::with_capacity(entries.len());
+        for (entry, offset) in entries.iter().zip((0..).step_by(4)) {
+            let ip = self.pointed(TABLE, ips, offset)?;
+            if let Some(ip) = ip.filter(|&ip| {
+                ip >= self.code.base && ip.since(self.code.base) <= self.code.bytes.len() as u64
+            }) {
+                out.push(OrcRecord { ip, entry: *entry });
+            }
+        }
+        out.sort_by_key(|record| record.ip);
+        Ok(out)
+    }
+}
+
+enum Encode {
+    Unknown,
+    Overflow,
+}
+
+/// The bytes of one relocation, as `arch/x86/kernel/module.c: __write_relocate_add` has it.
+fn encode(kind: u32, value: Gva, at: Gva) -> Result<Vec<u8>, Encode> {
+    let absolute = value.0;
+    let relative = absolute.wrapping_sub(at.0);
+    let narrow = |v: u64| {
+        i32::try_from(v.cast_signed())
+            .map(|v| v.to_le_bytes().to_vec())
+            .map_err(|_| Encode::Overflow)
+    };
+    match elf::RelocationType(kind) {
+        elf::R_X86_64_64 => Ok(absolute.to_le_bytes().to_vec()),
+        elf::R_X86_64_32 => u32::try_from(absolute)
+            .map(|v| v.to_le_bytes().to_vec())
+            .map_err(|_| Encode::Overflow),
+        elf::R_X86_64_32S => narrow(absolute),
+        elf::R_X86_64_PC32 | elf::R_X86_64_PLT32 => narrow(relative),
+        elf::R_X86_64_PC64 => Ok(relative.to_le_bytes().to_vec()),
+        _ => Err(Encode::Unknown),
+    }
+}
+
+/// A size that `Plan` has already limited.
+pub(in crate::module) fn size(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(0)
+}
+
+impl LivepatchModule {
+    /// What a symbol is, for messages.
+    fn describe(&self, symbol: usize) -> String {
+        let Some(symbol) = self.file.symbol(symbol) else {
+            return String::new();
+        };
+        match symbol.place {
+            Place::Section(index) if symbol.name.is_empty() => self
+                .file
+                .section(index)
+                .map_or_else(String::new, |s| s.name.clone()),
+            _ => symbol.name.clone(),
+        }
+    }
+}

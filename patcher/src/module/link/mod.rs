@@ -1,0 +1,62 @@
+//! Links a module for one guest: what `kernel/module/main.c: load_module` does up to running the init function, from outside.
+//!
+//! Knows the order of the steps; the [`Linker`] applies relocations, and the tables that change code afterwards have a file each.
+
+pub mod alternatives;
+pub mod image;
+pub mod jump_labels;
+pub mod linker;
+pub mod modversions;
+pub mod resolve;
+pub mod return_thunks;
+pub mod symbols;
+pub mod verify;
+
+use crate::module::error::LinkError;
+use crate::module::file::LivepatchModule;
+use crate::module::file::layout::Bases;
+use crate::module::kernel::Target;
+use crate::module::link::image::{Buffer, Image};
+use crate::module::link::linker::{INT3, Linker, size};
+use crate::module::link::modversions::Versions;
+use crate::module::link::symbols::Symbols;
+
+/// Links `module` for the guest kernel `target` to lie at `bases`.
+///
+/// The guest may run meanwhile: only what is constant in a kernel that is up gets read.
+///
+/// # Errors
+/// [`LinkError`]; nothing was changed anywhere.
+pub fn link<T: Target + ?Sized>(
+    module: &LivepatchModule,
+    target: &T,
+    bases: Bases,
+) -> Result<Image, LinkError> {
+    let layouts = target.layouts()?;
+    let versions = Versions::check(module, target, &layouts)?;
+    module.plan.check(&bases)?;
+    let patch = module.patch(&layouts.klp)?;
+    let symbols = Symbols::resolve(module, target, &versions, &bases)?;
+    let mut linker = Linker {
+        module,
+        layouts: &layouts,
+        patch: &patch,
+        symbols,
+        code: Buffer {
+            base: bases.code,
+            bytes: vec![INT3; size(module.plan.sizes.code)],
+        },
+        data: Buffer {
+            base: bases.data,
+            bytes: vec![0; size(module.plan.sizes.data)],
+        },
+    };
+    linker.load();
+    linker.relocate()?;
+    return_thunks::apply(&mut linker, target)?;
+    alternatives::apply(&mut linker, target)?;
+    jump_labels::apply(&mut linker, target)?;
+    let image = linker.finish()?;
+    verify::check(&image)?;
+    Ok(image)
+}

@@ -1,0 +1,89 @@
+//! `.return_sites`: each `jmp __x86_return_thunk` becomes what this CPU's mitigations want of a return.
+//!
+//! Since 6.9 a return that is left alone runs into `warn_thunk_thunk`, a WARN. Follows `arch/x86/kernel/alternative.c: apply_returns`:
+//! the kernel's variable `x86_return_thunk` says where returns go; when it still has its first value, a plain `ret` is meant.
+
+use introspect::Gva;
+
+use crate::module::error::{LinkError, TargetError};
+use crate::module::file::elf::limit;
+use crate::module::kernel::Target;
+use crate::module::link::linker::Linker;
+
+const TABLE: &str = ".return_sites";
+const MAX_SITES: usize = 1_000_000;
+/// `ret`, and `int3` against straight-line speculation.
+const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+
+pub(in crate::module) fn apply<T: Target + ?Sized>(
+    linker: &mut Linker<'_>,
+    target: &T,
+) -> Result<(), LinkError> {
+    let module = linker.module;
+    let Some((_, section)) = module.file.find(TABLE) else {
+        return Ok(());
+    };
+    // A kernel without return thunks exports none, and its modules have no such table.
+    let variable = target
+        .symbol("x86_return_thunk")
+        .ok_or(TargetError::NoSymbol("x86_return_thunk"))?;
+    let default = target
+        .symbol("__x86_return_thunk")
+        .ok_or(TargetError::NoSymbol("__x86_return_thunk"))?;
+    let mut thunk = [0; 8];
+    target.read("the return thunk in use", variable, &mut thunk)?;
+    let thunk = Gva(u64::from_le_bytes(thunk));
+    let count = section.size / 4;
+    limit(
+        "return sites",
+        usize::try_from(count).unwrap_or(usize::MAX),
+        MAX_SITES,
+    )?;
+    for offset in (0..count).map(|index| index * 4) {
+        if let Some(site) = linker.pointed(TABLE, section, offset)? {
+            apply_one(linker, site, default, thunk)?;
+        }
+    }
+    Ok(())
+}
+
+fn apply_one(
+    linker: &mut Linker<'_>,
+    site: Gva,
+    default: Gva,
+    thunk: Gva,
+) -> Result<(), LinkError> {
+    let room = linker
+        .code
+        .get_mut(site, 5)
+        .ok_or_else(|| bad(format!("{site} is no code of the patch")))?;
+    let goes_to = match room {
+        &mut [0xe9, a, b, c, d] => site
+            .add(5)
+            .offset(i64::from(i32::from_le_bytes([a, b, c, d]))),
+        _ => return Err(bad(format!("no jump at {site}"))),
+    };
+    if goes_to != default {
+        return Err(bad(format!(
+            "the jump at {site} does not go to the return thunk"
+        )));
+    }
+    if thunk == default {
+        room.copy_from_slice(&RET);
+        return Ok(());
+    }
+    let distance = thunk.since(site.add(5)).cast_signed();
+    let distance =
+        i32::try_from(distance).map_err(|_| bad("the return thunk is out of reach".into()))?;
+    if let Some(field) = room.get_mut(1..) {
+        field.copy_from_slice(&distance.to_le_bytes());
+    }
+    Ok(())
+}
+
+fn bad(why: String) -> LinkError {
+    LinkError::Table {
+        section: TABLE,
+        why,
+    }
+}

@@ -1,0 +1,184 @@
+//! The value of every symbol of a module: its own by their place, the undefined ones by the kernel's exports, livepatch's own kind
+//! by the kernel's full symbol table.
+//!
+//! Follows `kernel/module/main.c: simplify_symbols`, `resolve_symbol` and `kernel/livepatch/core.c: klp_resolve_symbols`.
+
+use introspect::Gva;
+
+use crate::module::error::{LinkError, ModuleError};
+use crate::module::file::LivepatchModule;
+use crate::module::file::elf::{Place, Symbol, limit};
+use crate::module::file::layout::{Bases, Region};
+use crate::module::kernel::Target;
+use crate::module::link::modversions::Versions;
+
+/// Each costs a search in guest memory.
+const MAX_UNDEFINED: usize = 8192;
+
+/// What a symbol comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::module) enum Value {
+    At(Gva),
+    /// In a part of the module that is not kept.
+    Dropped,
+}
+
+pub(in crate::module) struct Symbols {
+    sections: Vec<Option<Gva>>,
+    values: Vec<Value>,
+}
+
+impl Symbols {
+    pub fn resolve<T: Target + ?Sized>(
+        module: &LivepatchModule,
+        target: &T,
+        versions: &Versions<'_>,
+        bases: &Bases,
+    ) -> Result<Symbols, LinkError> {
+        let sections: Vec<Option<Gva>> = module
+            .plan
+            .slots
+            .iter()
+            .map(|slot| {
+                slot.map(|slot| match slot.region {
+                    Region::Code => bases.code.add(slot.offset),
+                    Region::Data => bases.data.add(slot.offset),
+                })
+            })
+            .collect();
+        let undefined = |s: &&Symbol| matches!(s.place, Place::Undefined | Place::Livepatch);
+        let count = module.file.symbols.iter().filter(undefined).count();
+        limit("undefined symbols", count, MAX_UNDEFINED)?;
+        let mut values = Vec::with_capacity(module.file.symbols.len());
+        for (index, symbol) in module.file.symbols.iter().enumerate() {
+            values.push(match symbol.place {
+                // The null symbol.
+                Place::Undefined if index == 0 => Value::At(Gva(0)),
+                Place::Undefined => Value::At(undefined_value(module, target, versions, symbol)?),
+                Place::Absolute => Value::At(Gva(symbol.value)),
+                Place::Livepatch => match symbol.name.strip_prefix(".klp.sym.") {
+                    Some(name) => Value::At(livepatch_value(target, name)?),
+                    // klp-build's tombstones: named, never used.
+                    None => Value::Dropped,
+                },
+                Place::Common => {
+                    return Err(ModuleError::Damaged(format!(
+                        "{} is a common symbol: compile with -fno-common",
+                        symbol.name
+                    ))
+                    .into());
+                }
+                Place::Section(section) => match sections.get(section) {
+                    Some(Some(base)) => Value::At(base.add(symbol.value)),
+                    _ => Value::Dropped,
+                },
+            });
+        }
+        Ok(Symbols { sections, values })
+    }
+
+    pub fn value(&self, symbol: usize) -> Value {
+        self.values.get(symbol).copied().unwrap_or(Value::Dropped)
+    }
+
+    /// Where a section begins; `None`: it is not kept.
+    pub fn section_base(&self, section: usize) -> Option<Gva> {
+        self.sections.get(section).copied().flatten()
+    }
+}
+
+fn undefined_value<T: Target + ?Sized>(
+    module: &LivepatchModule,
+    target: &T,
+    versions: &Versions<'_>,
+    symbol: &Symbol,
+) -> Result<Gva, LinkError> {
+    let name = &symbol.name;
+    let Some(export) = target.export(name)? else {
+        return if symbol.weak {
+            Ok(Gva(0))
+        } else {
+            Err(LinkError::UnknownSymbol(name.clone()))
+        };
+    };
+    if export.gpl_only && !module.info.is_gpl_compatible() {
+        return Err(LinkError::GplOnly {
+            symbol: name.clone(),
+            license: module.info.license.clone(),
+        });
+    }
+    if let Some(namespace) = &export.namespace
+        && !module.info.namespaces.contains(namespace)
+    {
+        return Err(LinkError::Namespace {
+            symbol: name.clone(),
+            namespace: namespace.clone(),
+        });
+    }
+    versions.check_symbol(name, &export)?;
+    Ok(export.address)
+}
+
+/// `name` is `OBJECT.NAME,POSITION`.
+fn livepatch_value<T: Target + ?Sized>(target: &T, full: &str) -> Result<Gva, LinkError> {
+    let parts = full.split_once('.').and_then(|(object, rest)| {
+        let (name, position) = rest.split_once(',')?;
+        Some((object, name, position.parse::<u64>().ok()?))
+    });
+    match parts {
+        Some(("vmlinux", name, sympos)) => pick(&target.symbols(name), name, sympos),
+        Some((object, ..)) => Err(ModuleError::ModuleTarget(object.to_owned()).into()),
+        None => {
+            Err(ModuleError::Damaged(format!("livepatch symbol {full} has no position")).into())
+        }
+    }
+}
+
+/// One of the symbols of a name, as `kernel/livepatch/core.c: klp_find_object_symbol`.
+pub(in crate::module) fn pick(found: &[Gva], name: &str, sympos: u64) -> Result<Gva, LinkError> {
+    let missing = || LinkError::NotFound {
+        name: name.to_owned(),
+        sympos,
+    };
+    match (found, sympos) {
+        ([], _) => Err(missing()),
+        ([one], 0) => Ok(*one),
+        (several, 0) => Err(LinkError::Ambiguous {
+            name: name.to_owned(),
+            count: several.len(),
+        }),
+        (_, n) => usize::try_from(n - 1)
+            .ok()
+            .and_then(|index| found.get(index))
+            .copied()
+            .ok_or_else(missing),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_count_from_one_and_zero_means_the_only_one() {
+        let two = [Gva(0x10), Gva(0x20)];
+        assert_eq!(pick(&two, "f", 2), Ok(Gva(0x20)));
+        assert_eq!(pick(&two[..1], "f", 0), Ok(Gva(0x10)));
+        assert_eq!(
+            pick(&two, "f", 0),
+            Err(LinkError::Ambiguous {
+                name: "f".into(),
+                count: 2
+            })
+        );
+        for (list, sympos) in [(&two[..], 3), (&two[..], u64::MAX), (&[][..], 0)] {
+            assert_eq!(
+                pick(list, "f", sympos),
+                Err(LinkError::NotFound {
+                    name: "f".into(),
+                    sympos
+                })
+            );
+        }
+    }
+}

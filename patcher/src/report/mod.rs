@@ -1,0 +1,4 @@
+//! What is told of a guest, its patches and their transitions, by subject.
+
+pub mod patch;
+pub mod stack;

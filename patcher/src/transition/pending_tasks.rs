@@ -1,0 +1,216 @@
+//! Who has not moved yet, in a guest whose kernel keeps no patch states (no `CONFIG_LIVEPATCH`): a table in hidden memory, in which the
+//! stubs look the running task up.
+//!
+//! In it are the addresses of tasks, by open addressing with linear probing. At least every other slot is free, so that every
+//! search ends; who is taken out leaves a mark, so that those behind are still found. It is changed in pauses only: a single task is
+//! taken out at any time, as one that is just being looked up is in a stub and does not move; all of it is written anew only when
+//! nobody is in a stub. A task that is born meanwhile is not in it: it has never been in the old code.
+//!
+//! Knows addresses and the hash; what it is for, the [`stub`](crate::x86::entry_stub::stub) and the scene know.
+
+use introspect::Gva;
+
+use crate::error::PatchError;
+use crate::memory::{Need, Piece};
+use crate::transition::Direction;
+
+/// Slots of the smallest table.
+const LEAST: u64 = 1 << 10;
+/// Of the largest: they fit into a window with what stands before them.
+const MOST: u64 = 1 << 17;
+/// Before the slots: which way those in the table are to go.
+const HEADER: u64 = 64;
+const SLOT: u64 = 8;
+/// In the place of a task that was taken out.
+const GONE: u64 = 1;
+/// Knuth's multiplicative hash: 2^32 over the golden ratio.
+pub const FACTOR: u32 = 0x9e37_79b1;
+
+/// Where a table lies, as its stubs need to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// The slots.
+    pub slots: Gva,
+    /// How many there are: a power of two.
+    pub count: u64,
+    /// A word that is 0 while those in the table get the old code, and 1 while they get the new.
+    pub back: Gva,
+}
+
+impl Table {
+    /// The room that a guest of so many tasks needs.
+    #[must_use]
+    pub fn need(tasks: u64) -> Need {
+        let count = tasks.saturating_mul(4).clamp(LEAST, MOST);
+        Need {
+            len: HEADER + SLOT * count.next_power_of_two(),
+            align: HEADER,
+        }
+    }
+
+    /// The table that fits into `piece`, which was taken for such a need.
+    #[must_use]
+    pub fn in_piece(piece: Piece) -> Table {
+        let slots = piece.range.len().saturating_sub(HEADER) / SLOT;
+        Table {
+            slots: piece.range.start.add(HEADER),
+            count: 1 << slots.max(1).ilog2(),
+            back: piece.range.start,
+        }
+    }
+
+    /// The slot at which the search for a task begins.
+    fn first(self, task: Gva) -> u64 {
+        // What identifies a task_struct is in its lower half.
+        let [a, b, c, d, ..] = task.0.to_le_bytes();
+        let low = u32::from_le_bytes([a, b, c, d]);
+        u64::from(low.wrapping_mul(FACTOR) >> self.shift())
+    }
+
+    /// By how much the stub shifts a 32-bit hash.
+    #[must_use]
+    pub fn shift(self) -> u32 {
+        32 - self.count.max(2).ilog2()
+    }
+}
+
+/// The tasks that have not moved in a transition.
+#[derive(Clone, Debug)]
+pub struct Unmoved {
+    piece: Piece,
+    table: Table,
+    direction: Direction,
+    slots: Vec<u64>,
+}
+
+impl Unmoved {
+    /// Those of a transition in `direction` that begins, or turns round, with `tasks` still to move.
+    ///
+    /// # Errors
+    /// [`PatchError::NoRoom`]: they are more than the table has room for.
+    pub fn new(
+        piece: Piece,
+        direction: Direction,
+        tasks: impl IntoIterator<Item = Gva>,
+    ) -> Result<Unmoved, PatchError> {
+        let table = Table::in_piece(piece);
+        let mut unmoved = Unmoved {
+            piece,
+            table,
+            direction,
+            slots: vec![0; usize::try_from(table.count).unwrap_or_default()],
+        };
+        for (used, task) in (0..).zip(tasks) {
+            let free = unmoved.search(task, 0).filter(|_| used < table.count / 2);
+            match free.and_then(|at| unmoved.slots.get_mut(at)) {
+                Some(slot) => *slot = task.0,
+                None => {
+                    return Err(PatchError::NoRoom(format!(
+                        "more than {} tasks are in the way, and the guest had fewer when the patch was placed: try again",
+                        table.count / 2
+                    )));
+                }
+            }
+        }
+        Ok(unmoved)
+    }
+
+    /// Which way they go.
+    #[must_use]
+    pub fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// Whether `task` has yet to move.
+    #[must_use]
+    pub fn contains(&self, task: Gva) -> bool {
+        self.search(task, task.0).is_some()
+    }
+
+    /// The whole table, as it is to stand in its piece.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        let back = u64::from(self.direction == Direction::Revert);
+        let mut bytes = back.to_le_bytes().to_vec();
+        bytes.resize(usize::try_from(HEADER).unwrap_or_default(), 0);
+        bytes.extend(self.slots.iter().flat_map(|slot| slot.to_le_bytes()));
+        bytes
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn piece(&self) -> Piece {
+        self.piece
+    }
+
+    /// Takes `task` out; what is to be written for that, and where.
+    pub fn take_out(&mut self, task: Gva) -> Option<(Gva, [u8; 8])> {
+        let at = self.search(task, task.0)?;
+        *self.slots.get_mut(at)? = GONE;
+        Some((self.table.slots.add(SLOT * at as u64), GONE.to_le_bytes()))
+    }
+
+    /// From where the search for `task` begins, the first slot that holds `wanted`; none behind a free one.
+    fn search(&self, task: Gva, wanted: u64) -> Option<usize> {
+        let first = self.table.first(task);
+        for step in 0..self.table.count {
+            let at = usize::try_from((first + step) % self.table.count).ok()?;
+            match *self.slots.get(at)? {
+                found if found == wanted => return Some(at),
+                0 => return None,
+                _ => {}
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(tasks: u64) -> Piece {
+        Piece::made_up(Gva(0xffff_ffff_ff00_0000), Table::need(tasks).len)
+    }
+
+    fn task(number: u64) -> Gva {
+        Gva(0xffff_8880_0400_0000 + number * 9_792)
+    }
+
+    #[test]
+    fn tables_grow_with_the_guest_and_not_without_bound() {
+        let count = |tasks| Table::in_piece(piece(tasks)).count;
+        assert_eq!(count(0), LEAST);
+        assert_eq!(count(1_000), 4_096);
+        assert_eq!(count(u64::MAX), MOST);
+        assert!(Table::need(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
+    }
+
+    #[test]
+    fn whoever_is_put_in_is_found_until_taken_out() {
+        let all: Vec<Gva> = (0..512).map(task).collect();
+        let mut unmoved = Unmoved::new(piece(0), Direction::Apply, all.clone()).unwrap();
+        let found = |unmoved: &Unmoved| all.iter().filter(|task| unmoved.contains(**task)).count();
+        assert_eq!(found(&unmoved), 512);
+        assert!(!unmoved.contains(task(512)) && !unmoved.contains(Gva(GONE)));
+        // Every other goes; those that were put in behind it stay within reach.
+        for gone in all.iter().step_by(2) {
+            let before = unmoved.bytes();
+            let (at, now) = unmoved.take_out(*gone).unwrap();
+            let at = usize::try_from(at.since(unmoved.piece().range.start)).unwrap();
+            assert_eq!(before[at..at + 8], gone.0.to_le_bytes());
+            assert_eq!(unmoved.bytes()[at..at + 8], now);
+            assert_eq!(unmoved.take_out(*gone), None);
+        }
+        assert_eq!(found(&unmoved), 256);
+        let stay = |task: &&Gva| unmoved.contains(**task);
+        assert_eq!(all.iter().skip(1).step_by(2).filter(stay).count(), 256);
+    }
+
+    #[test]
+    fn half_of_it_stays_free() {
+        let too_many = (0..513).map(task);
+        let error = Unmoved::new(piece(0), Direction::Revert, too_many).unwrap_err();
+        assert!(matches!(error, PatchError::NoRoom(_)), "{error}");
+    }
+}

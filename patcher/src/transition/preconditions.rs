@@ -1,0 +1,129 @@
+//! Whether the guest is in the middle of something that a change from outside would tear.
+//!
+//! All of these are asked in a pause, before anything is written. *Busy* is no failure: the guest runs on and is asked again.
+
+use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::{Gva, Kernel};
+
+use crate::error::PatchError;
+use crate::guest::kernel_info::{Facts, KlpFacts, PokeFacts};
+use crate::machine::MachineError;
+
+/// Why a look at the guest ended without a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest is in the middle of this; look again.
+    Busy(String),
+    /// Looking again will not help.
+    Fail(PatchError),
+}
+
+impl From<PatchError> for Stop {
+    fn from(error: PatchError) -> Self {
+        Stop::Fail(error)
+    }
+}
+
+impl From<ReadError> for Stop {
+    fn from(error: ReadError) -> Self {
+        Stop::Fail(error.into())
+    }
+}
+
+impl From<MachineError> for Stop {
+    fn from(error: MachineError) -> Self {
+        Stop::Fail(error.into())
+    }
+}
+
+impl From<ReadError> for PatchError {
+    fn from(error: ReadError) -> Self {
+        PatchError::Guest(error.to_string())
+    }
+}
+
+/// No state, as the kernel writes it (`KLP_UNDEFINED`, `KLP_TRANSITION_IDLE`).
+pub const NO_STATE: i32 = -1;
+
+fn busy(what: impl Into<String>) -> Stop {
+    Stop::Busy(what.into())
+}
+
+/// No transition of the guest's own is under way; `ours` is what we left in `klp_transition_patch`.
+///
+/// # Errors
+/// [`Stop`].
+pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpFacts, ours: Gva) -> Result<(), Stop> {
+    if memory.i32(klp.target_state)? != NO_STATE || memory.pointer(klp.transition_patch)? != ours {
+        return Err(busy("the guest has a livepatch transition of its own"));
+    }
+    no_sched_hook(memory, klp)
+}
+
+/// The transition that we began is still what the guest sees.
+///
+/// # Errors
+/// [`Stop`].
+pub fn our_transition(
+    memory: &KernelMemory<'_>,
+    klp: &KlpFacts,
+    target: i32,
+    dummy: Gva,
+) -> Result<(), Stop> {
+    let state = memory.i32(klp.target_state)?;
+    let patch = memory.pointer(klp.transition_patch)?;
+    if state != target || patch != dummy {
+        return Err(Stop::Fail(PatchError::Guest(format!(
+            "something in the guest changed klp_target_state to {state} and klp_transition_patch to {patch} during our transition"
+        ))));
+    }
+    no_sched_hook(memory, klp)
+}
+
+/// The scheduler's own switching is off: with our empty patch it would switch sleepers unchecked.
+fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpFacts) -> Result<(), Stop> {
+    match klp.sched_key {
+        // The count is the first member of every static key.
+        Some(key) if memory.i32(key)? != 0 => Err(busy(
+            "the guest's scheduler is switching tasks itself (klp_sched_try_switch_key)",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Nobody holds the locks of what we change: livepatching, text, ftrace's records.
+///
+/// # Errors
+/// [`Stop`].
+pub fn no_locks(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
+    for (name, mutex) in &facts.mutexes {
+        if facts.mutex.is_held(memory, *mutex)? {
+            return Err(busy(format!("{name} is held")));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel is not changing its own text.
+///
+/// # Errors
+/// [`Stop`].
+pub fn no_poke(kernel: &Kernel, memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
+    let poking = match &facts.poke {
+        PokeFacts::Batch { refs } => memory.u32(*refs)? != 0,
+        PokeFacts::Array { entries, refs } => {
+            let mut any = memory.u32(*entries)? != 0;
+            for cpu in kernel.percpu.cpus() {
+                let Some(count) = kernel.percpu.address(*refs, *cpu) else {
+                    continue;
+                };
+                any |= memory.u32(count)? != 0;
+            }
+            any
+        }
+    };
+    if poking {
+        return Err(busy("the kernel is changing its own text"));
+    }
+    Ok(())
+}

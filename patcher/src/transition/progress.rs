@@ -1,0 +1,295 @@
+//! Who has moved, how and when, and who has not and why: the book of one transition.
+//!
+//! Fed after each look that was carried out; changes nothing in the guest.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use introspect::{Gva, Task};
+
+use crate::report::patch::{TaskReport, TaskWay};
+
+/// Tasks that have exited are forgotten, oldest first, beyond this many: a guest that forks without end must not fill our memory.
+const MOST_EXITED: usize = 1024;
+
+/// What one look found of one task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// It is where it is to go; the way, when it was we who moved it.
+    There(Option<TaskWay>),
+    /// It is not. Boxed: of thousands of findings few are this one.
+    Blocked(Box<Blocked>),
+}
+
+/// Why a task is not there, and what was done about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Blocked {
+    /// Why not.
+    pub why: String,
+    /// It was sent the fake signal, or woken, in this look.
+    pub signalled: bool,
+}
+
+/// A task is known by its `task_struct` and its pid: the first is used again when a task is gone.
+type Key = (Gva, i32);
+
+#[derive(Clone, Debug)]
+struct Row {
+    report: TaskReport,
+    seen: u64,
+}
+
+/// The book.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    rows: Vec<Row>,
+    index: HashMap<Key, usize>,
+    looks: u64,
+}
+
+impl Ledger {
+    /// Enters the findings of one look, made `after` the start of the transition, for each of its tasks.
+    pub fn enter<'t>(
+        &mut self,
+        after: Duration,
+        findings: impl IntoIterator<Item = (&'t Task, Finding)>,
+    ) {
+        self.looks += 1;
+        let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        for (task, finding) in findings {
+            self.enter_one(after_ms, task, finding);
+        }
+        self.close(after_ms);
+    }
+
+    fn enter_one(&mut self, after_ms: u64, task: &Task, finding: Finding) {
+        let looks = self.looks;
+        let key = (task.addr, task.pid);
+        let known = self.index.get(&key).copied();
+        let at = known.unwrap_or(self.rows.len());
+        if known.is_none() {
+            self.index.insert(key, at);
+            self.rows.push(Row {
+                report: TaskReport {
+                    pid: task.pid,
+                    comm: String::new(),
+                    kind: task.kind,
+                    state: task.state_letter(),
+                    way: None,
+                    blocker: None,
+                    since_ms: None,
+                    signals: 0,
+                    after_ms: None,
+                },
+                seen: 0,
+            });
+        }
+        let Some(row) = self.rows.get_mut(at) else {
+            return;
+        };
+        row.seen = looks;
+        row.report.comm.clone_from(&task.comm);
+        row.report.kind = task.kind;
+        row.report.state = task.state_letter();
+        match finding {
+            Finding::Blocked(blocked) => {
+                let Blocked { why, signalled } = *blocked;
+                if row.report.blocker.as_ref() != Some(&why) {
+                    row.report.since_ms = Some(after_ms);
+                    row.report.blocker = Some(why);
+                }
+                row.report.signals = row.report.signals.saturating_add(signalled.into());
+                row.report.way = None;
+                row.report.after_ms = None;
+            }
+            Finding::There(way) => {
+                row.report.blocker = None;
+                row.report.since_ms = None;
+                if row.report.way.is_none() {
+                    let by_itself = match task.kind {
+                        _ if known.is_none() => TaskWay::Born,
+                        introspect::TaskKind::Idle => TaskWay::Idle,
+                        _ => TaskWay::Boundary,
+                    };
+                    row.report.way = Some(way.unwrap_or(by_itself));
+                    row.report.after_ms = Some(after_ms);
+                }
+            }
+        }
+    }
+
+    /// Marks those that this look no longer saw.
+    fn close(&mut self, after_ms: u64) {
+        for row in &mut self.rows {
+            if row.seen != self.looks && row.report.way.is_none() {
+                row.report.way = Some(TaskWay::Exited);
+                row.report.after_ms = Some(after_ms);
+                row.report.blocker = None;
+                row.report.since_ms = None;
+            }
+        }
+        let gone = |row: &Row| row.seen != self.looks;
+        let mut surplus = self
+            .rows
+            .iter()
+            .filter(|row| gone(row))
+            .count()
+            .saturating_sub(MOST_EXITED);
+        if surplus == 0 {
+            return;
+        }
+        // Rows move: build the index anew.
+        let keys: HashMap<usize, Key> = self.index.drain().map(|(key, at)| (at, key)).collect();
+        let looks = self.looks;
+        let rows = std::mem::take(&mut self.rows);
+        for (at, row) in rows.into_iter().enumerate() {
+            if row.seen != looks && surplus > 0 {
+                surplus -= 1;
+                continue;
+            }
+            if let Some(key) = keys.get(&at) {
+                self.index.insert(*key, self.rows.len());
+            }
+            self.rows.push(row);
+        }
+    }
+
+    /// Everybody has yet to move: the transition turns round.
+    pub fn restart(&mut self) {
+        *self = Ledger::default();
+    }
+
+    /// What is to be said, those not there yet first.
+    #[must_use]
+    pub fn reports(&self) -> Vec<TaskReport> {
+        in_order(self.rows.iter().map(|row| row.report.clone()))
+    }
+
+    /// The same, for the last time.
+    #[must_use]
+    pub fn into_reports(self) -> Vec<TaskReport> {
+        in_order(self.rows.into_iter().map(|row| row.report))
+    }
+}
+
+fn in_order(reports: impl Iterator<Item = TaskReport>) -> Vec<TaskReport> {
+    let (mut waiting, mut done): (Vec<_>, Vec<_>) =
+        reports.partition(|report| report.way.is_none());
+    waiting.append(&mut done);
+    waiting
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use introspect::TaskKind;
+
+    fn task(addr: u64, pid: i32, kind: TaskKind) -> Task {
+        Task {
+            addr: Gva(addr),
+            ..crate::machine::mock::task(pid, kind)
+        }
+    }
+
+    fn blocked(why: &str) -> Finding {
+        Finding::Blocked(Box::new(Blocked {
+            why: why.into(),
+            signalled: false,
+        }))
+    }
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn tells_each_way() {
+        let [a, b, idle] = [
+            task(1, 10, TaskKind::User),
+            task(2, 11, TaskKind::User),
+            task(3, 0, TaskKind::Idle),
+        ];
+        let mut ledger = Ledger::default();
+        ledger.enter(
+            ms(0),
+            [
+                (&a, blocked("in f")),
+                (&b, blocked("in f")),
+                (&idle, blocked("in f")),
+            ],
+        );
+        assert!(ledger.reports().iter().all(|r| r.blocker.is_some()));
+
+        // The pid of b lives on in another task.
+        let born = task(2, 12, TaskKind::User);
+        let there = || Finding::There(None);
+        ledger.enter(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
+        let by_pid = |pid| {
+            let reports = ledger.reports();
+            let report = reports.into_iter().find(|r| r.pid == pid).unwrap();
+            (report.way, report.after_ms)
+        };
+        assert_eq!(by_pid(10), (Some(TaskWay::Boundary), Some(5)));
+        assert_eq!(by_pid(11), (Some(TaskWay::Exited), Some(5)));
+        assert_eq!(by_pid(0), (Some(TaskWay::Idle), Some(5)));
+        assert_eq!(by_pid(12), (Some(TaskWay::Born), Some(5)));
+    }
+
+    #[test]
+    fn waiting_come_first_and_first_way_stays() {
+        let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
+        let mut ledger = Ledger::default();
+        let stack = Finding::There(Some(TaskWay::Stack));
+        ledger.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
+        ledger.enter(ms(9), [(&a, Finding::There(None)), (&b, blocked("y"))]);
+        let reports = ledger.reports();
+        assert_eq!(reports[0].blocker.as_deref(), Some("y"));
+        assert_eq!(
+            (reports[1].way, reports[1].after_ms),
+            (Some(TaskWay::Stack), Some(0))
+        );
+    }
+
+    #[test]
+    fn says_since_when_and_how_often_it_was_signalled() {
+        let a = task(1, 1, TaskKind::User);
+        let in_frame = |why: &str, signalled| {
+            Finding::Blocked(Box::new(Blocked {
+                why: why.into(),
+                signalled,
+            }))
+        };
+        let mut ledger = Ledger::default();
+        for (at, why, signalled) in [
+            (0, "f", false),
+            (3, "f", true),
+            (7, "g", true),
+            (9, "g", true),
+        ] {
+            ledger.enter(ms(at), [(&a, in_frame(why, signalled))]);
+        }
+        let report = &ledger.reports()[0];
+        assert_eq!(report.blocker.as_deref(), Some("g"));
+        assert_eq!((report.since_ms, report.signals), (Some(7), 3));
+        ledger.enter(ms(10), [(&a, Finding::There(None))]);
+        let report = &ledger.reports()[0];
+        assert_eq!((report.since_ms, report.signals), (None, 3));
+    }
+
+    #[test]
+    fn forgets_exited_beyond_bound() {
+        let mut ledger = Ledger::default();
+        let stays = task(1, 1, TaskKind::User);
+        for pid in 2..5000 {
+            let child = task(2, pid, TaskKind::User);
+            ledger.enter(
+                ms(0),
+                [(&stays, blocked("x")), (&child, Finding::There(None))],
+            );
+        }
+        let reports = ledger.reports();
+        assert!(reports.len() <= MOST_EXITED + 2);
+        assert_eq!(reports[0].pid, 1);
+        assert_eq!(ledger.index.len(), ledger.rows.len());
+    }
+}

@@ -1,0 +1,104 @@
+//! Where all tasks of a look stand.
+//!
+//! Made in the pause for every task of the guest, of whom nearly all are clean by their stack: only the others are kept.
+
+use crate::guest::view::Standing;
+use crate::report::patch::TaskWay;
+use crate::transition::progress::{Blocked, Finding};
+
+/// Where each of many tasks stands, by its number.
+#[derive(Clone, Debug)]
+pub(super) struct Standings {
+    len: usize,
+    /// Those that are not as [`MOST`], with rising numbers.
+    others: Vec<(usize, Standing)>,
+}
+
+const MOST: Standing = Standing::Clean(TaskWay::Stack);
+
+impl Standings {
+    /// Asks where each of `len` tasks stands.
+    pub(super) fn ask(len: usize, stand: impl Fn(usize) -> Standing) -> Standings {
+        let each = (0..len).map(|at| (at, stand(at)));
+        let others = each.filter(|(_, standing)| *standing != MOST).collect();
+        Standings { len, others }
+    }
+
+    /// Whether everybody is clean.
+    pub(super) fn are_clean(&self) -> bool {
+        self.others.iter().all(|(_, standing)| is_clean(standing))
+    }
+
+    /// Whether task number `at` is.
+    pub(super) fn is_clean(&self, at: usize) -> bool {
+        let other = self.others.binary_search_by_key(&at, |(other, _)| *other);
+        let other = other.ok().and_then(|found| self.others.get(found));
+        other.is_none_or(|(_, standing)| is_clean(standing))
+    }
+
+    /// Those who may not be, with their numbers.
+    pub(super) fn unclean(&self) -> impl Iterator<Item = (usize, &Standing)> {
+        let others = self.others.iter().map(|(at, standing)| (*at, standing));
+        others.filter(|(_, standing)| !is_clean(standing))
+    }
+
+    /// What to enter for each.
+    pub(super) fn into_findings(self) -> Vec<Finding> {
+        let most = || Finding::from(MOST);
+        let mut findings: Vec<Finding> = std::iter::repeat_with(most).take(self.len).collect();
+        for (at, standing) in self.others {
+            if let Some(finding) = findings.get_mut(at) {
+                *finding = standing.into();
+            }
+        }
+        findings
+    }
+}
+
+fn is_clean(standing: &Standing) -> bool {
+    matches!(standing, Standing::Clean(_))
+}
+
+impl From<Standing> for Finding {
+    fn from(standing: Standing) -> Finding {
+        match standing {
+            Standing::Clean(way) => Finding::There(Some(way)),
+            Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Box::new(Blocked {
+                why,
+                signalled: false,
+            })),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_is_told_as_it_was_asked() {
+        let all = [
+            Standing::Clean(TaskWay::Stack),
+            Standing::Inside("in f".into()),
+            Standing::Clean(TaskWay::Boundary),
+            Standing::Clean(TaskWay::Stack),
+            Standing::Unsure("torn".into()),
+        ];
+        for len in 0..=all.len() {
+            let asked = Standings::ask(len, |at| all[at].clone());
+            let all = &all[..len];
+            assert_eq!(asked.are_clean(), all.iter().all(is_clean));
+            for (at, standing) in all.iter().enumerate() {
+                assert_eq!(asked.is_clean(at), is_clean(standing), "{at} of {len}");
+            }
+            let unclean: Vec<_> = all
+                .iter()
+                .enumerate()
+                .filter(|(_, s)| !is_clean(s))
+                .collect();
+            assert!(asked.unclean().eq(unclean), "{len}");
+            let findings: Vec<Finding> = all.iter().cloned().map(Finding::from).collect();
+            assert_eq!(asked.into_findings(), findings);
+        }
+    }
+}

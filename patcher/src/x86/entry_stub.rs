@@ -1,0 +1,293 @@
+//! The code that stands at a patched function's entry, and the stub that it goes through in a transition.
+//!
+//! Outside a transition a patched function's entry is one direct jump to the new function. In a transition it jumps to a stub
+//! of our own, which asks the running task's patch state, as `kernel/livepatch/patch.c: klp_ftrace_handler` does, and goes on
+//! either to the new function or to the old one behind its entry site. Knows x86 code only: no guest memory, no tasks.
+
+use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r11d};
+use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
+use introspect::Gva;
+
+use crate::transition::pending_tasks::{FACTOR, Table};
+
+/// Length of a site: a five-byte NOP, or the jump in its place.
+pub const SITE_LEN: usize = 5;
+
+/// How a stub learns whether the running task has moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// By `task_struct.patch_state`, at this offset: 0 gets the old code, any other the new, as the kernel's own handler chooses.
+    PatchState(u32),
+    /// By the table of those who have not, as [`unmoved`](crate::transition::pending_tasks) has it.
+    Unmoved(Table),
+}
+
+impl Ask {
+    /// Room for one stub; [`stub`] never yields more.
+    #[must_use]
+    pub fn stub_room(self) -> u64 {
+        match self {
+            Ask::PatchState(_) => 48,
+            Ask::Unmoved(_) => 112,
+        }
+    }
+}
+
+/// How the kernel's own code finds `current`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CurrentVar {
+    /// `%gs:OFFSET`, where per-CPU symbols start at zero.
+    Absolute(u32),
+    /// `%gs:symbol(%rip)`, where per-CPU symbols are image addresses.
+    RipRelative(Gva),
+}
+
+/// Code that cannot be written for these addresses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// Further than a 32-bit displacement.
+    #[error("{to} is out of reach of a jump at {from}")]
+    OutOfReach {
+        /// The jump.
+        from: Gva,
+        /// Its target.
+        to: Gva,
+    },
+    /// The assembler said no.
+    #[error("assembling the stub at {at}: {why}")]
+    Assembler {
+        /// Where the stub was to stand.
+        at: Gva,
+        /// The assembler's words.
+        why: String,
+    },
+}
+
+/// The five bytes of a jump at `from` to `to`.
+///
+/// # Errors
+/// [`EncodeError::OutOfReach`].
+pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
+    let distance = to.since(from.add(5)).cast_signed();
+    let rel = i32::try_from(distance).map_err(|_| EncodeError::OutOfReach { from, to })?;
+    let [a, b, c, d] = rel.to_le_bytes();
+    Ok([0xe9, a, b, c, d])
+}
+
+/// The stub at `at`: on to `old` for a task in the old state, to `new` for one in the new.
+///
+/// At a function's entry `r10`, `r11` and the flags carry nothing; every other register may carry an argument.
+///
+/// # Errors
+/// [`EncodeError`].
+pub fn stub(
+    at: Gva,
+    current: CurrentVar,
+    ask: Ask,
+    old: Gva,
+    new: Gva,
+) -> Result<Vec<u8>, EncodeError> {
+    fitted(at, ask.stub_room(), [old, new], || {
+        assemble(at, current, ask, old, new)
+    })
+}
+
+/// What `assemble` makes for `at`, if it fits in `room` and reaches its `targets` from there.
+///
+/// # Errors
+/// [`EncodeError`].
+pub fn fitted(
+    at: Gva,
+    room: u64,
+    targets: [Gva; 2],
+    assemble: impl FnOnce() -> Result<Vec<u8>, IcedError>,
+) -> Result<Vec<u8>, EncodeError> {
+    for target in targets {
+        // The assembler would quietly make an indirect jump or call of one that does not reach.
+        jump(at, target)?;
+        jump(at.add(room), target)?;
+    }
+    let fail = |why: String| EncodeError::Assembler { at, why };
+    let code = assemble().map_err(|e| fail(e.to_string()))?;
+    if u64::try_from(code.len()).is_ok_and(|len| len <= room) {
+        Ok(code)
+    } else {
+        Err(fail(format!("{} bytes do not fit in {room}", code.len())))
+    }
+}
+
+fn assemble(
+    at: Gva,
+    current: CurrentVar,
+    ask: Ask,
+    old: Gva,
+    new: Gva,
+) -> Result<Vec<u8>, IcedError> {
+    let (base, displacement) = match current {
+        CurrentVar::Absolute(offset) => (Register::None, i64::from(offset)),
+        CurrentVar::RipRelative(symbol) => (Register::RIP, symbol.0.cast_signed()),
+    };
+    let load_current = MemoryOperand::new(
+        base,
+        Register::None,
+        1,
+        displacement,
+        8,
+        false,
+        Register::GS,
+    );
+    let mut a = CodeAssembler::new(64)?;
+    a.add_instruction(Instruction::with2(
+        Code::Mov_r64_rm64,
+        Register::R11,
+        load_current,
+    )?)?;
+    match ask {
+        Ask::PatchState(offset) => {
+            let mut to_old = a.create_label();
+            a.cmp(dword_ptr(r11 + offset), 0)?;
+            a.je(to_old)?;
+            a.jmp(new.0)?;
+            a.set_label(&mut to_old)?;
+            a.jmp(old.0)?;
+        }
+        Ask::Unmoved(table) => look_up(&mut a, table, old, new)?,
+    }
+    a.assemble(at.0)
+}
+
+/// The search of [`unmoved`](crate::transition::pending_tasks), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
+/// kernel's image is.
+fn look_up(a: &mut CodeAssembler, table: Table, old: Gva, new: Gva) -> Result<(), IcedError> {
+    let (mut next, mut found, mut to_old) = (a.create_label(), a.create_label(), a.create_label());
+    let mut absent = a.create_label();
+    let slots = table.slots.0.cast_signed();
+    // A table is no larger than that.
+    let mask = u32::try_from(table.count - 1).unwrap_or(u32::MAX);
+    a.mov(r10d, r11d)?;
+    a.imul_3(r10d, r10d, FACTOR.cast_signed())?;
+    a.shr(r10d, table.shift())?;
+    a.set_label(&mut next)?;
+    a.cmp(qword_ptr(r10 * 8 + slots), r11)?;
+    a.je(found)?;
+    a.cmp(qword_ptr(r10 * 8 + slots), 0)?;
+    a.je(absent)?;
+    a.inc(r10d)?;
+    a.and(r10d, mask)?;
+    a.jmp(next)?;
+    a.set_label(&mut absent)?;
+    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
+    a.jne(to_old)?;
+    a.jmp(new.0)?;
+    a.set_label(&mut found)?;
+    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
+    a.je(to_old)?;
+    a.jmp(new.0)?;
+    a.set_label(&mut to_old)?;
+    a.jmp(old.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+
+    fn listing(at: Gva, code: &[u8]) -> Vec<String> {
+        let mut formatter = IntelFormatter::new();
+        formatter.options_mut().set_rip_relative_addresses(false);
+        Decoder::with_ip(64, code, at.0, DecoderOptions::NONE)
+            .iter()
+            .map(|i| {
+                let mut text = String::new();
+                formatter.format(&i, &mut text);
+                text
+            })
+            .collect()
+    }
+
+    const AT: Gva = Gva(0xffff_ffff_8100_1000);
+    const OLD: Gva = Gva(0xffff_ffff_8123_4009);
+    const NEW: Gva = Gva(0xffff_ffff_81a0_0000);
+
+    #[test]
+    fn stub_asks_absolute_current() {
+        let ask = Ask::PatchState(5212);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
+        assert_eq!(
+            listing(AT, &code),
+            [
+                "mov r11,gs:[1FB80h]",
+                "cmp dword ptr [r11+145Ch],0",
+                "je short 0FFFFFFFF81001018h",
+                "jmp 0FFFFFFFF81A00000h",
+                "jmp 0FFFFFFFF81234009h",
+            ]
+        );
+    }
+
+    #[test]
+    fn stub_looks_the_task_up() {
+        let table = Table {
+            slots: Gva(0xffff_ffff_ff20_0040),
+            count: 1024,
+            back: Gva(0xffff_ffff_ff20_0000),
+        };
+        let ask = Ask::Unmoved(table);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
+        assert!(code.len() as u64 <= ask.stub_room(), "{}", code.len());
+        assert_eq!(
+            listing(AT, &code),
+            [
+                "mov r11,gs:[1FB80h]",
+                "mov r10d,r11d",
+                "imul r10d,9E3779B1h",
+                "shr r10d,16h",
+                "cmp [r10*8-0DFFFC0h],r11",
+                "je short 0FFFFFFFF81001047h",
+                "cmp qword ptr [r10*8-0DFFFC0h],0",
+                "je short 0FFFFFFFF81001038h",
+                "inc r10d",
+                "and r10d,3FFh",
+                "jmp short 0FFFFFFFF81001017h",
+                "cmp dword ptr [0FFFFFFFFFF200000h],0",
+                "jne short 0FFFFFFFF81001056h",
+                "jmp 0FFFFFFFF81A00000h",
+                "cmp dword ptr [0FFFFFFFFFF200000h],0",
+                "je short 0FFFFFFFF81001056h",
+                "jmp 0FFFFFFFF81A00000h",
+                "jmp 0FFFFFFFF81234009h",
+            ]
+        );
+    }
+
+    #[test]
+    fn stub_asks_rip_relative_current() {
+        let symbol = Gva(0xffff_ffff_8300_0040);
+        let ask = Ask::PatchState(5772);
+        let code = stub(AT, CurrentVar::RipRelative(symbol), ask, OLD, NEW).unwrap();
+        let first = Decoder::with_ip(64, &code, AT.0, DecoderOptions::NONE).decode();
+        assert!(first.is_ip_rel_memory_operand());
+        assert_eq!(first.ip_rel_memory_address(), symbol.0);
+        assert_eq!(first.segment_prefix(), Register::GS);
+    }
+
+    #[test]
+    fn jump_reaches_both_ways_and_says_when_not() {
+        assert_eq!(jump(Gva(0x1000), Gva(0x1005)).unwrap(), [0xe9, 0, 0, 0, 0]);
+        assert_eq!(
+            jump(Gva(0x1000), Gva(0x1000)).unwrap(),
+            [0xe9, 0xfb, 0xff, 0xff, 0xff]
+        );
+        assert!(jump(Gva(0x1000), Gva(0x1_8000_0000)).is_err());
+        assert!(
+            stub(
+                AT,
+                CurrentVar::Absolute(0),
+                Ask::PatchState(0),
+                Gva(0xffff_8880_0000_0000),
+                NEW
+            )
+            .is_err()
+        );
+    }
+}

@@ -1,0 +1,3 @@
+//! Instructions that are written into a guest.
+
+pub mod entry_stub;
