@@ -24,7 +24,7 @@
 //! | [`task_list::read`] | `tasklist_lock`, else [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, under no lock in the guest either | linear in tasks |
 //! | [`modules::list`] | RCU only | nothing; a module that is being formed or freed is left out, as the guest leaves it out | linear in modules |
 //! | [`modules::Module::symbols`] | RCU only | nothing for a module of the same pause; for one of an earlier pause, anything | n log n in its symbols |
-//! | [`listing::behind_core`] | RCU only | nothing, but that `ftrace_mod_maps` is left out | n log n in all symbols of modules |
+//! | [`listing::modules_and_runtime`] | RCU only | nothing, but that `ftrace_mod_maps` is left out | n log n in all symbols of modules |
 //! | [`Unwinder::new`] | nothing: the tables are fixed | nothing: it proves them on known functions | linear in them |
 //! | [`Unwinder::refresh`] | RCU only | nothing; what it cannot read makes stacks unreliable | linear in modules, and in the tables of new ones |
 //! | [`Unwinder::stack`] | nothing: a task that no vCPU runs and that is on no CPU does not touch its stack | frames of an [`Unreliable`](Verdict::Unreliable) stack; of a reliable one, nothing | linear in frames, each a binary search |
@@ -68,15 +68,15 @@ mod vcpu;
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};
 pub use core_dump::{CoreError, CoreFile, RawRange};
-pub use kernel::klp::Livepatch;
+pub use kernel::klp::KlpState;
 pub use kernel::layout::Layout;
 pub use kernel::percpu::{PerCpu, PerCpuKind};
-pub use kernel::tif::Tif;
+pub use kernel::tif::ThreadFlags;
 pub use kernel::{FindError, Kernel, NotReady, TextRanges};
 pub use memory::kernel::{Field, KernelMemory, ReadCause, ReadError};
 pub use memory::paging::{AddressSpace, Mapping, Unmapped};
-pub use memory::{PhysMemory, Unbacked};
-pub use modules::proc_kallsyms::ListedSymbol;
+pub use memory::{OutOfBounds, PhysMemory};
+pub use modules::proc_kallsyms::KallsymsEntry;
 pub use symbols::{Symbol, SymbolError, Symbols};
 pub use task::{PatchState, Task, TaskKind};
 pub use task_list::TasksError;

@@ -2,7 +2,7 @@
 
 use vm_memory::GuestAddress;
 
-use crate::memory::{PhysMemory, Unbacked};
+use crate::memory::{OutOfBounds, PhysMemory};
 
 /// RAM from physical 0 on.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ impl Ram {
 }
 
 impl PhysMemory for Ram {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
-        let unbacked = Unbacked {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
+        let unbacked = OutOfBounds {
             gpa,
             len: buf.len(),
         };

@@ -24,11 +24,11 @@ mod transition;
 mod x86;
 
 pub use error::{ErrorKind, PatchError};
-pub use machine::read_only::Still;
+pub use machine::read_only::ReadOnlyMachine;
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
 pub use report::patch::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PAUSE_BOUNDS_US, PatchPhase,
-    PatchStatus, PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
+    PatchStatus, PauseLength, PauseReport, PieceReport, SwitchedBy, TaskReport,
 };
 pub use report::stack::{NamedFrame, TaskStack};

@@ -7,7 +7,7 @@ use guests::drive::emulated::EmulatedSpec;
 use guests::drive::{Emulated, Outpatch};
 use guests::external::qemu::Qemu;
 use guests::host::cache::Cache;
-use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use tests::listing;
 
@@ -34,7 +34,7 @@ fn reads_what_qemu_dumps(generation: Generation) -> Result<()> {
         modules: &[],
         boot: None,
     };
-    let stock = Stock::prepare(order)?;
+    let stock = PreparedKernel::prepare(order)?;
     let scratch = env::temp_dir().join(format!(
         "outpatch-tests-qemu-{}-{generation}",
         std::process::id()
@@ -47,7 +47,7 @@ fn reads_what_qemu_dumps(generation: Generation) -> Result<()> {
 }
 
 /// How many stacks of sleepers were compared.
-fn compare(stock: &Stock, scratch: &Path) -> Result<usize> {
+fn compare(stock: &PreparedKernel, scratch: &Path) -> Result<usize> {
     let spec = EmulatedSpec {
         kernel: &stock.bzimage,
         initrd: &stock.initrd,

@@ -70,22 +70,22 @@ enum Content {
 
 /// A VMM that can be asked.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Client {
     path: PathBuf,
     runtime: tokio::runtime::Runtime,
 }
 
-impl Connection {
+impl Client {
     /// Asks the VMM at `path`; nothing happens before the first request.
     ///
     /// # Errors
     /// When the operating system gives no event queue.
-    pub fn new(path: &Path) -> io::Result<Connection> {
+    pub fn new(path: &Path) -> io::Result<Client> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let path = path.to_owned();
-        Ok(Connection { path, runtime })
+        Ok(Client { path, runtime })
     }
 
     /// `GET`.

@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use introspect::core_dump::notes;
-use introspect::{PhysMemory, Unbacked, VcpuRegs};
+use introspect::{OutOfBounds, PhysMemory, VcpuRegs};
 use object::LittleEndian as LE;
 use object::elf;
 use object::endian::{U16, U32, U64};
@@ -55,7 +55,7 @@ pub enum DumpError {
     },
     /// Memory went away meanwhile.
     #[error(transparent)]
-    Memory(#[from] Unbacked),
+    Memory(#[from] OutOfBounds),
     /// More pieces of memory than an ELF header counts.
     #[error("the guest's memory is in {0} pieces, which is too many for a core")]
     Pieces(usize),
@@ -63,19 +63,19 @@ pub enum DumpError {
 
 /// A core that is being written. Dropped before it is finished, it leaves nothing behind.
 #[derive(Debug)]
-pub struct NewDump {
+pub struct CoreDumpWriter {
     file: File,
     /// What it is called until it is whole.
     part: PathBuf,
     path: PathBuf,
 }
 
-impl NewDump {
+impl CoreDumpWriter {
     /// Begins the core that shall be at `path`.
     ///
     /// # Errors
     /// [`DumpError`]: `path` is not absolute, something is there, or its folder does not take a new file.
-    pub fn create(path: &Path) -> Result<NewDump, DumpError> {
+    pub fn create(path: &Path) -> Result<CoreDumpWriter, DumpError> {
         let path = path.to_owned();
         if !path.is_absolute() {
             return Err(DumpError::Relative(path));
@@ -95,7 +95,7 @@ impl NewDump {
             .mode(0o600)
             .open(&part);
         match created {
-            Ok(file) => Ok(NewDump { file, part, path }),
+            Ok(file) => Ok(CoreDumpWriter { file, part, path }),
             Err(source) => Err(DumpError::Create { path: part, source }),
         }
     }
@@ -186,7 +186,7 @@ impl NewDump {
     }
 }
 
-impl Drop for NewDump {
+impl Drop for CoreDumpWriter {
     fn drop(&mut self) {
         // Once it is finished nothing has this name any more.
         let _ = std::fs::remove_file(&self.part);
@@ -337,7 +337,7 @@ mod tests {
             lstar: 7,
             ..VcpuRegs::default()
         });
-        let mut dump = NewDump::create(&path).unwrap();
+        let mut dump = CoreDumpWriter::create(&path).unwrap();
         let bytes = dump.write(&memory, &vcpus, Some(b"OSRELEASE=6\n")).unwrap();
         assert!(!path.exists(), "it is not whole yet");
         dump.finish().unwrap();
@@ -363,12 +363,12 @@ mod tests {
     fn nothing_is_overwritten_and_nothing_is_left() {
         let folder = TempDir::new();
         let path = folder.path().join("core");
-        let refused = |path: &Path| NewDump::create(path).unwrap_err();
+        let refused = |path: &Path| CoreDumpWriter::create(path).unwrap_err();
         assert!(matches!(refused(Path::new("core")), DumpError::Relative(_)));
         let nowhere = folder.path().join("no/core");
         assert!(matches!(refused(&nowhere), DumpError::Create { .. }));
-        drop(NewDump::create(&path).unwrap());
-        let mut dump = NewDump::create(&path).unwrap();
+        drop(CoreDumpWriter::create(&path).unwrap());
+        let mut dump = CoreDumpWriter::create(&path).unwrap();
         assert!(matches!(refused(&path), DumpError::Exists(_)));
         dump.write(&memory(), &[], None).unwrap();
         std::fs::write(&path, "precious").unwrap();

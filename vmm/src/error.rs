@@ -2,13 +2,13 @@
 
 use introspect::VcpuRegs;
 
-use crate::boot::acpi::NoRoom;
+use crate::boot::acpi::TablesTooLarge;
 use crate::boot::bzimage::BootError;
 use crate::boot::vcpu_state::RegisterError;
 use crate::config::MAX_CPUS;
 use crate::vm::cpuid::CpuidError;
 use crate::vm::regs::Dump;
-use crate::vm::vcpu::{End, Ended};
+use crate::vm::vcpu::{ExitReason, ExitedVcpu};
 use crate::vm::vcpu_set::PauseError;
 
 /// Why a guest could not be started, or how it ended when not of its own will.
@@ -62,7 +62,7 @@ pub enum RunError {
     Registers(#[from] RegisterError),
     /// The ACPI tables.
     #[error(transparent)]
-    Acpi(#[from] NoRoom),
+    Acpi(#[from] TablesTooLarge),
     /// The reset vector.
     #[error("the reset vector: {0}")]
     Firmware(#[from] vm_memory::GuestMemoryError),
@@ -80,7 +80,7 @@ pub enum RunError {
     Vcpus(#[from] PauseError),
     /// The guest ended because a vCPU cannot go on.
     #[error("{}", died(.0))]
-    Died(Box<Ended>),
+    Died(Box<ExitedVcpu>),
 }
 
 fn served_by(modules: &[String]) -> String {
@@ -91,11 +91,11 @@ fn served_by(modules: &[String]) -> String {
     }
 }
 
-fn died(ended: &Ended) -> String {
+fn died(ended: &ExitedVcpu) -> String {
     let index = ended.index;
     let why = match &ended.end {
-        End::TripleFault => format!("triple fault on vCPU {index}"),
-        End::InternalError(Some((suberror, data))) => {
+        ExitReason::TripleFault => format!("triple fault on vCPU {index}"),
+        ExitReason::InternalError(Some((suberror, data))) => {
             let words: Vec<_> = data.iter().map(|word| format!("{word:#x}")).collect();
             let meaning = match suberror {
                 1 => "it cannot emulate an instruction",
@@ -109,16 +109,18 @@ fn died(ended: &Ended) -> String {
                 words.join(", ")
             )
         }
-        End::InternalError(None) => format!("KVM internal error on vCPU {index}"),
-        End::FailEntry(reason) => {
+        ExitReason::InternalError(None) => format!("KVM internal error on vCPU {index}"),
+        ExitReason::FailEntry(reason) => {
             format!("the processor refused to run vCPU {index}: hardware reason {reason:#x}")
         }
-        End::RunFailed(error) => format!("KVM_RUN of vCPU {index}: {error}"),
-        End::Unexpected(exit) => {
+        ExitReason::RunFailed(error) => format!("KVM_RUN of vCPU {index}: {error}"),
+        ExitReason::Unexpected(exit) => {
             format!("vCPU {index} stopped for a reason that this machine has no use for: {exit}")
         }
-        End::Panicked => format!("the thread of vCPU {index} panicked: this is a bug in outpatch"),
-        End::PowerOff | End::Reset => format!("vCPU {index} ended"),
+        ExitReason::Panicked => {
+            format!("the thread of vCPU {index} panicked: this is a bug in outpatch")
+        }
+        ExitReason::PowerOff | ExitReason::Reset => format!("vCPU {index} ended"),
     };
     match &ended.regs {
         Ok(regs) => format!("{why}\n{}{}", Dump(regs), after_reset(&ended.end, regs)),
@@ -128,8 +130,8 @@ fn died(ended: &Ended) -> String {
 
 /// On AMD, KVM resets the vCPU when the guest shuts down (`arch/x86/kvm/svm/svm.c: shutdown_interception`): say so, or the
 /// reader takes the reset vector for where the guest was.
-fn after_reset(end: &End, regs: &VcpuRegs) -> &'static str {
-    if *end == End::TripleFault && regs.rip == 0xfff0 && regs.cr3 == 0 {
+fn after_reset(end: &ExitReason, regs: &VcpuRegs) -> &'static str {
+    if *end == ExitReason::TripleFault && regs.rip == 0xfff0 && regs.cr3 == 0 {
         "(the host's KVM has reset the vCPU: these are not the registers of the fault)\n"
     } else {
         ""

@@ -29,7 +29,7 @@ use crate::devices::legacy::serial::{self, Com1};
 use crate::error::RunError;
 use crate::signals;
 use crate::vm::handle::{Shared, VmHandle, VmState};
-use crate::vm::vcpu::{Buses, End, EndReporter, Ended};
+use crate::vm::vcpu::{Buses, EndReporter, ExitReason, ExitedVcpu};
 use crate::vm::vcpu_set::Vcpus;
 use crate::vm::{Vm, check_serving, open_kvm};
 
@@ -111,7 +111,7 @@ where
     let signal = signals::catch().map_err(|e| RunError::Host("signals", e))?;
     let stdin = Stdin::new(duplicate(io::stdin())?, com1, taken, clone(&stop)?);
     let verdict = Rc::new(RefCell::new(None));
-    let ends = Ends {
+    let ends = ExitEvents {
         reports: ended,
         wake,
         stop,
@@ -125,7 +125,7 @@ where
     drop(beside);
     let asked_to_go = matches!(
         verdict,
-        Ok(Verdict::Exit(ExitKind::Stopped | ExitKind::Signal(_)))
+        Ok(RunOutcome::Exit(ExitKind::Stopped | ExitKind::Signal(_)))
     );
     let written = output.drain(asked_to_go.then(|| Instant::now() + LAST_WORDS));
     drop(terminal);
@@ -133,8 +133,8 @@ where
         tracing::warn!("standard output is not read: the guest's last output is lost");
     }
     match verdict? {
-        Verdict::Exit(kind) => Ok(kind),
-        Verdict::Died(ended) => Err(RunError::Died(ended)),
+        RunOutcome::Exit(kind) => Ok(kind),
+        RunOutcome::Died(ended) => Err(RunError::Died(ended)),
     }
 }
 
@@ -175,17 +175,17 @@ fn duplicate(stream: impl AsFd) -> Result<std::os::fd::OwnedFd, RunError> {
 
 /// How it ended.
 #[derive(Debug)]
-enum Verdict {
+enum RunOutcome {
     Exit(ExitKind),
-    Died(Box<Ended>),
+    Died(Box<ExitedVcpu>),
 }
 
 /// The event loop, until there is a verdict.
 fn serve(
     stdin: Stdin<Output>,
-    ends: Ends,
-    verdict: &RefCell<Option<Verdict>>,
-) -> Result<Verdict, RunError> {
+    ends: ExitEvents,
+    verdict: &RefCell<Option<RunOutcome>>,
+) -> Result<RunOutcome, RunError> {
     let failed = |e: event_manager::Error| RunError::EventLoop(format!("{e:?}"));
     let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
     events.add_subscriber(Box::new(ends));
@@ -200,15 +200,15 @@ fn serve(
 
 /// All that ends a guest, on the event loop. The first to come decides.
 #[derive(Debug)]
-struct Ends {
-    reports: Receiver<Ended>,
+struct ExitEvents {
+    reports: Receiver<ExitedVcpu>,
     wake: EventFd,
     stop: EventFd,
     signal: EventFd,
-    verdict: Rc<RefCell<Option<Verdict>>>,
+    verdict: Rc<RefCell<Option<RunOutcome>>>,
 }
 
-impl MutEventSubscriber for Ends {
+impl MutEventSubscriber for ExitEvents {
     fn init(&mut self, ops: &mut EventOps) {
         for event in [&self.wake, &self.stop, &self.signal] {
             if let Err(e) = ops.add(Events::new(event, EventSet::IN)) {
@@ -221,16 +221,16 @@ impl MutEventSubscriber for Ends {
         let verdict = if events.fd() == self.wake.as_raw_fd() {
             let _ = self.wake.read();
             self.reports.try_recv().ok().map(|ended| match ended.end {
-                End::PowerOff => Verdict::Exit(ExitKind::PowerOff),
-                End::Reset => Verdict::Exit(ExitKind::Reset),
-                _ => Verdict::Died(Box::new(ended)),
+                ExitReason::PowerOff => RunOutcome::Exit(ExitKind::PowerOff),
+                ExitReason::Reset => RunOutcome::Exit(ExitKind::Reset),
+                _ => RunOutcome::Died(Box::new(ended)),
             })
         } else if events.fd() == self.stop.as_raw_fd() {
             let _ = self.stop.read();
-            Some(Verdict::Exit(ExitKind::Stopped))
+            Some(RunOutcome::Exit(ExitKind::Stopped))
         } else {
             let _ = self.signal.read();
-            Some(Verdict::Exit(ExitKind::Signal(signals::last())))
+            Some(RunOutcome::Exit(ExitKind::Signal(signals::last())))
         };
         let mut first = self.verdict.borrow_mut();
         if first.is_none() {

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use guests::bed::Bed;
 use guests::drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch};
-use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ use serde_json::Value;
 #[derive(Serialize, Deserialize)]
 struct Parts {
     binary: std::path::PathBuf,
-    stock: Stock,
+    stock: PreparedKernel,
 }
 
 const PATCH: &str = "livepatch-sample";
@@ -50,7 +50,7 @@ fn outside() -> Result<ExitCode> {
     let binary = build_outpatch()?;
     spinner.finish_and_clear();
     bed.prepare()?;
-    let stock = Stock::prepare(Order {
+    let stock = PreparedKernel::prepare(Order {
         generation: Generation::V6_12,
         flavour: Flavour::Cloud,
         patches: &[PATCH],

@@ -20,7 +20,7 @@ use crate::initramfs::Initramfs;
 use crate::kernel::Generation;
 use crate::kernel::headers::Headers;
 use crate::kernel::patches;
-use crate::kernel::stock::Stock;
+use crate::kernel::stock::PreparedKernel;
 
 /// What it has; all else is off.
 const CONFIG: &str = include_str!("../../kernels/no-livepatch.config");
@@ -42,7 +42,7 @@ const TOOLS: [(&str, &str); 9] = [
 ///
 /// # Errors
 /// When the source cannot be had, or does not build.
-pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
+pub fn prepare(generation: Generation, patches: &[&str]) -> Result<PreparedKernel> {
     let cache = Cache::open()?;
     let name = format!("linux-source-{generation}");
     let source = Packages::new(&cache).fetch(&name, generation.suites())?;
@@ -68,7 +68,7 @@ pub fn prepare(generation: Generation, patches: &[&str]) -> Result<Stock> {
         initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
         built.insert((*name).to_owned(), module);
     }
-    Ok(Stock {
+    Ok(PreparedKernel {
         release: release.to_owned(),
         bzimage: tree.join("arch/x86/boot/bzImage"),
         initrd: initramfs.build(&cache)?,

@@ -37,7 +37,7 @@ pub struct Order<'a> {
 
 /// One stock kernel, ready to boot.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Stock {
+pub struct PreparedKernel {
     /// `uname -r`.
     pub release: String,
     /// The bzImage.
@@ -48,22 +48,22 @@ pub struct Stock {
     pub patches: BTreeMap<String, PathBuf>,
 }
 
-impl Stock {
+impl PreparedKernel {
     /// Fetches the newest kernel as ordered and builds what goes with it, or finds it all in the cache.
     ///
     /// # Errors
     /// When a package cannot be had or a patch cannot be built.
-    pub fn prepare(order: Order<'_>) -> Result<Stock> {
+    pub fn prepare(order: Order<'_>) -> Result<PreparedKernel> {
         let cache = Cache::open()?;
         let kernel = Kernel::fetch(&cache, order.generation, order.flavour)?;
-        Stock::of(&cache, kernel, order)
+        PreparedKernel::of(&cache, kernel, order)
     }
 
     /// The newest kernel of a generation of which there is debugging information, bare, and its `vmlinux`.
     ///
     /// # Errors
     /// When a package cannot be had.
-    pub fn prepare_debug(generation: Generation) -> Result<(Stock, PathBuf)> {
+    pub fn prepare_debug(generation: Generation) -> Result<(PreparedKernel, PathBuf)> {
         let cache = Cache::open()?;
         let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
         let bare = Order {
@@ -73,10 +73,10 @@ impl Stock {
             modules: &[],
             boot: None,
         };
-        Ok((Stock::of(&cache, kernel, bare)?, vmlinux))
+        Ok((PreparedKernel::of(&cache, kernel, bare)?, vmlinux))
     }
 
-    fn of(cache: &Cache, kernel: Kernel, order: Order<'_>) -> Result<Stock> {
+    fn of(cache: &Cache, kernel: Kernel, order: Order<'_>) -> Result<PreparedKernel> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
         for name in order.patches {
@@ -98,7 +98,7 @@ impl Stock {
         let initrd = initramfs
             .with_content(&format!("{MODULES}/{ORDER}"), files)
             .build(cache)?;
-        Ok(Stock {
+        Ok(PreparedKernel {
             release: kernel.release,
             bzimage: kernel.bzimage,
             initrd,

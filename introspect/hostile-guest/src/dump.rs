@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use introspect::{CoreFile, Kernel, PhysMemory, Unbacked, Unwinder};
+use introspect::{CoreFile, Kernel, OutOfBounds, PhysMemory, Unwinder};
 use vm_memory::GuestAddress;
 
 use super::mutate::{MAX_CHANGES, Mutated};
@@ -47,7 +47,7 @@ struct Traced<'c> {
 }
 
 impl PhysMemory for Traced<'_> {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         self.core.read(gpa, buf)?;
         let mut reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
         let len = reads.entry(gpa.0 as usize).or_default();

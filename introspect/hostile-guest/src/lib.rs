@@ -13,9 +13,9 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use introspect::modules::list;
-use introspect::modules::proc_kallsyms::behind_core;
+use introspect::modules::proc_kallsyms::modules_and_runtime;
 use introspect::symbols::kallsyms::Window;
-use introspect::task_list::cache::Survey;
+use introspect::task_list::cache::TaskCache;
 use introspect::unwind::orc::Encoding;
 use introspect::unwind::orc_table::OrcTable;
 use introspect::{
@@ -191,8 +191,8 @@ pub fn tasks(data: &[u8]) -> usize {
     let reader = kernel().memory(&memory);
     let found = introspect::task_list::read(kernel(), &reader, &image::vcpus());
     let vcpus = image::vcpus();
-    let mut survey = Survey::new();
-    let look = |survey: &mut Survey, memory: &dyn PhysMemory| {
+    let mut survey = TaskCache::new();
+    let look = |survey: &mut TaskCache, memory: &dyn PhysMemory| {
         survey.look(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
     };
     let good = Mutated::new(ram(), &PARTS, &[]);
@@ -292,7 +292,7 @@ pub fn modules(data: &[u8]) -> usize {
                 .count();
         }
     }
-    seen + behind_core(kernel(), &reader).map_or(0, |listed| listed.len())
+    seen + modules_and_runtime(kernel(), &reader).map_or(0, |listed| listed.len())
 }
 
 /// A core file: all bytes of it.
@@ -339,7 +339,10 @@ pub fn walk(
     };
     let _ = unwinder.refresh(kernel, &reader);
     // What comes of these is no matter here: `modules` counts it.
-    let _ = (behind_core(kernel, &reader), kernel.vmcoreinfo(&reader));
+    let _ = (
+        modules_and_runtime(kernel, &reader),
+        kernel.vmcoreinfo(&reader),
+    );
     tasks
         .iter()
         .filter(|task| {

@@ -2,7 +2,7 @@
 //!
 //! A record has twelve bytes: which part of memory, how the value is meant, where in the part, and the value.
 
-use introspect::{CoreFile, PhysMemory, Unbacked};
+use introspect::{CoreFile, OutOfBounds, PhysMemory};
 use vm_memory::GuestAddress;
 
 use super::image;
@@ -37,13 +37,13 @@ pub struct Mutated<'b, B: Base + ?Sized = [u8]> {
 /// Memory that nobody has damaged.
 pub trait Base: Sync {
     /// As [`PhysMemory::read`].
-    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked>;
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds>;
 }
 
 impl Base for [u8] {
-    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = buf.len();
-        let unbacked = Unbacked { gpa, len };
+        let unbacked = OutOfBounds { gpa, len };
         let start = usize::try_from(gpa.0).map_err(|_| unbacked)?;
         let end = start.checked_add(len).ok_or(unbacked)?;
         buf.copy_from_slice(self.get(start..end).ok_or(unbacked)?);
@@ -52,7 +52,7 @@ impl Base for [u8] {
 }
 
 impl Base for CoreFile {
-    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         self.read(gpa, buf)
     }
 }
@@ -104,7 +104,7 @@ impl<'b, B: Base + ?Sized> Mutated<'b, B> {
 }
 
 impl<B: Base + ?Sized> PhysMemory for Mutated<'_, B> {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         self.base.fill(gpa, buf)?;
         let start = usize::try_from(gpa.0).unwrap_or(usize::MAX);
         for (at, bytes) in &self.changes {

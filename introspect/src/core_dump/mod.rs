@@ -22,7 +22,7 @@ use vm_memory::GuestAddress;
 use crate::core_dump::block_cache::CachedFile;
 pub use crate::core_dump::error::CoreError;
 use crate::core_dump::notes::NoteError;
-use crate::memory::{Part, PhysMemory, Unbacked, each_part};
+use crate::memory::{FieldRange, OutOfBounds, PhysMemory, each_part};
 use crate::vcpu::VcpuRegs;
 
 type Header = elf::FileHeader64<LE>;
@@ -151,7 +151,7 @@ impl CoreFile {
 
     /// All from the first of `parts` of the structure at `gpa` to the last, and the offset at which that begins: one system call, and not one
     /// for each page of it. `None` where they lie in one page, or too far apart, or not in one piece of the file.
-    fn around(&self, gpa: GuestAddress, parts: &[Part]) -> Option<(u64, Vec<u8>)> {
+    fn around(&self, gpa: GuestAddress, parts: &[FieldRange]) -> Option<(u64, Vec<u8>)> {
         let start = parts.iter().map(|part| part.offset).min()?;
         let ends = parts
             .iter()
@@ -185,9 +185,9 @@ impl CoreFile {
 }
 
 impl PhysMemory for CoreFile {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = buf.len();
-        let unbacked = Unbacked { gpa, len };
+        let unbacked = OutOfBounds { gpa, len };
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
             let at = gpa.0.checked_add(done as u64).ok_or(unbacked)?;
@@ -196,7 +196,12 @@ impl PhysMemory for CoreFile {
         Ok(())
     }
 
-    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn gather(
+        &self,
+        gpa: GuestAddress,
+        parts: &[FieldRange],
+        buf: &mut [u8],
+    ) -> Result<(), OutOfBounds> {
         let whole = self.around(gpa, parts);
         each_part(parts, buf, |offset, now| {
             let held = whole.as_ref().and_then(|(start, bytes)| {

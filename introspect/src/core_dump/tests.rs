@@ -117,7 +117,7 @@ fn memory_and_vcpus_come_back() {
     ] {
         let error = read(gpa, len).unwrap_err();
         let gpa = GuestAddress(gpa);
-        assert_eq!(error, Unbacked { gpa, len });
+        assert_eq!(error, OutOfBounds { gpa, len });
     }
     let ranges: Vec<_> = core.ranges().map(|(start, len)| (start.0, len)).collect();
     assert_eq!(
@@ -152,7 +152,7 @@ fn gathered_is_as_read() {
             [0x1000, 0, 0x2ff0],
             [0, 0x5000, u64::MAX],
         ] {
-            let parts = offsets.map(|offset| Part { offset, len: 16 });
+            let parts = offsets.map(|offset| FieldRange { offset, len: 16 });
             let (mut gathered, mut read) = ([0; 48], [0; 48]);
             let mut each = parts.iter().zip(read.chunks_mut(16));
             let expected = each.try_for_each(|(part, buf)| {

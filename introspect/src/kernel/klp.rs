@@ -17,7 +17,7 @@ const MAX_CODE: u64 = 512;
 
 /// What a kernel with `CONFIG_LIVEPATCH` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Livepatch {
+pub struct KlpState {
     /// `TIF_PATCH_PENDING`, as a bit number.
     pub pending_bit: u32,
     /// `task_struct.patch_state`.
@@ -56,13 +56,13 @@ pub enum LivepatchError {
     },
 }
 
-impl Livepatch {
+impl KlpState {
     /// `None` for a kernel without `CONFIG_LIVEPATCH`.
     pub(crate) fn find(
         symbols: &Symbols,
         layout: &Layout,
         memory: &KernelMemory<'_>,
-    ) -> Result<Option<Livepatch>, LivepatchError> {
+    ) -> Result<Option<KlpState>, LivepatchError> {
         let Some(patch_state) = layout.task.patch_state.filter(|_| symbols.contains(UPDATE)) else {
             return Ok(None);
         };
@@ -70,7 +70,7 @@ impl Livepatch {
         let target_state = symbols.address(TARGET)?;
         let code = memory.bytes(range.start, range.len().min(MAX_CODE), 512)?;
         let pending_bit = read(&code, range.start, target_state, patch_state)?;
-        Ok(Some(Livepatch {
+        Ok(Some(KlpState {
             pending_bit,
             patch_state,
             target_state,

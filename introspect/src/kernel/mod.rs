@@ -15,12 +15,12 @@ use vm_memory::GuestAddress;
 use crate::addr::{Gva, GvaRange};
 use crate::btf::{Btf, BtfError};
 use crate::kernel::kallsyms_search::Search;
-use crate::kernel::klp::{Livepatch, LivepatchError};
+use crate::kernel::klp::{KlpState, LivepatchError};
 use crate::kernel::layout::Layout;
 use crate::kernel::locate::{Candidate, IMAGE_WINDOW};
 use crate::kernel::percpu::{PerCpu, PerCpuError};
-use crate::kernel::stack_areas::{PlacesError, StackPlaces};
-use crate::kernel::tif::Tif;
+use crate::kernel::stack_areas::{StackAreaError, StackAreas};
+use crate::kernel::tif::ThreadFlags;
 use crate::memory::PhysMemory;
 use crate::memory::kernel::{KernelMemory, ReadError};
 use crate::memory::paging::AddressSpace;
@@ -58,17 +58,17 @@ pub struct Kernel {
     /// Per-CPU areas.
     pub percpu: PerCpu,
     /// What livepatching needs; `None` for a kernel without it.
-    pub livepatch: Option<Livepatch>,
+    pub livepatch: Option<KlpState>,
     /// TIF bits.
-    pub tif: Tif,
+    pub tif: ThreadFlags,
     /// Where the core kernel's code is.
     pub text: TextRanges,
     /// Where stacks are.
-    places: Result<StackPlaces, PlacesError>,
+    places: Result<StackAreas, StackAreaError>,
     /// How to find the current task of a CPU: the per-CPU variable that points to it.
     current: Gva,
     /// Random since this boot, where the kernel has it: the stack canary of the boot CPU's idle task.
-    boot_mark: Option<(Gva, u64)>,
+    boot_canary: Option<(Gva, u64)>,
 }
 
 /// Where the core kernel's code is.
@@ -113,7 +113,7 @@ pub enum FindError {
     PerCpu(#[from] PerCpuError),
     /// Livepatching cannot be understood.
     #[error(transparent)]
-    Livepatch(#[from] LivepatchError),
+    KlpState(#[from] LivepatchError),
     /// Two ways to the same thing lead to different places.
     #[error(
         "the guest contradicts itself: {what} is {found:#x} by its own word, {expected:#x} by its page tables"
@@ -184,11 +184,11 @@ impl Kernel {
             Ok(hot) => btf.field("pcpu_hot.current_task")?.of(hot),
             Err(_) => symbols.address("current_task")?,
         };
-        let boot_mark = boot_mark(&symbols, &layout, &memory);
+        let boot_canary = boot_canary(&symbols, &layout, &memory);
         let percpu = PerCpu::find(&symbols, &memory)?;
         Ok(Kernel {
-            boot_mark,
-            places: StackPlaces::resolve(&symbols, &btf, &percpu),
+            boot_canary,
+            places: StackAreas::resolve(&symbols, &btf, &percpu),
             base: candidate.base,
             phys: candidate.phys,
             phys_base,
@@ -196,8 +196,8 @@ impl Kernel {
             release: release(&banner),
             banner: banner.trim_end().to_owned(),
             percpu,
-            livepatch: Livepatch::find(&symbols, &layout, &memory)?,
-            tif: Tif::find(&symbols, &memory),
+            livepatch: KlpState::find(&symbols, &layout, &memory)?,
+            tif: ThreadFlags::find(&symbols, &memory),
             text: TextRanges::find(&symbols)?,
             symbols,
             btf,
@@ -211,7 +211,7 @@ impl Kernel {
     #[must_use]
     pub fn is_there(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
         let same_boot = self
-            .boot_mark
+            .boot_canary
             .is_none_or(|(at, mark)| memory.u64(at) == Ok(mark));
         let banner = self.symbols.address("linux_banner").ok();
         let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
@@ -278,7 +278,7 @@ impl Kernel {
     }
 
     /// Where this kernel's stacks are.
-    pub(crate) fn places(&self) -> Result<&StackPlaces, PlacesError> {
+    pub(crate) fn places(&self) -> Result<&StackAreas, StackAreaError> {
         self.places.as_ref().map_err(Clone::clone)
     }
 
@@ -371,7 +371,11 @@ fn ready(symbols: &Symbols, btf: &Btf, memory: &KernelMemory<'_>) -> Result<(), 
 }
 
 /// `Linux version RELEASE (…`.
-fn boot_mark(symbols: &Symbols, layout: &Layout, memory: &KernelMemory<'_>) -> Option<(Gva, u64)> {
+fn boot_canary(
+    symbols: &Symbols,
+    layout: &Layout,
+    memory: &KernelMemory<'_>,
+) -> Option<(Gva, u64)> {
     let at = layout
         .task
         .stack_canary?

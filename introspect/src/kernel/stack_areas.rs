@@ -8,7 +8,7 @@ use crate::btf::{Btf, BtfError};
 use crate::kernel::percpu::PerCpu;
 use crate::memory::kernel::{Field, KernelMemory};
 use crate::symbols::{SymbolError, Symbols};
-use crate::unwind::stack_memory::{MAX_STACK, ReadVirtual, StackKind, StackSpan};
+use crate::unwind::stack_memory::{MAX_STACK, ReadMemory, StackArea, StackType};
 
 const PAGE: u64 = 4096;
 
@@ -25,7 +25,7 @@ const EXCEPTION_STACKS: &[&str] = &[
 /// Why the stacks of a kernel are not to be found.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum PlacesError {
+pub enum StackAreaError {
     /// A symbol is missing.
     #[error("cannot find the kernel's stacks: {0}")]
     Symbol(#[from] SymbolError),
@@ -44,7 +44,7 @@ pub enum PlacesError {
 
 /// Where a kernel's stacks lie.
 #[derive(Clone, Debug)]
-pub struct StackPlaces {
+pub struct StackAreas {
     thread_size: u64,
     irq_size: u64,
     exceptions: Vec<Field>,
@@ -64,7 +64,7 @@ struct CpuPointers {
     estacks: Gva,
 }
 
-impl StackPlaces {
+impl StackAreas {
     /// Finds them.
     ///
     /// # Errors
@@ -73,7 +73,7 @@ impl StackPlaces {
         symbols: &Symbols,
         btf: &Btf,
         percpu: &PerCpu,
-    ) -> Result<StackPlaces, PlacesError> {
+    ) -> Result<StackAreas, StackAreaError> {
         let irq = irq_pointer(symbols, btf)?;
         let estacks = symbols.address("cea_exception_stacks")?;
         let cpus = percpu
@@ -87,7 +87,7 @@ impl StackPlaces {
                 })
             })
             .collect();
-        Ok(StackPlaces {
+        Ok(StackAreas {
             thread_size: checked("a task's stack", thread_size(symbols)?)?,
             irq_size: checked("an interrupt stack", btf.size_of("irq_stack")?)?,
             exceptions: EXCEPTION_STACKS
@@ -102,16 +102,16 @@ impl StackPlaces {
 
     /// The stack of the task whose lowest address is `stack`.
     #[must_use]
-    pub fn task(&self, stack: Gva) -> StackSpan {
-        StackSpan {
-            kind: StackKind::Task,
+    pub fn task(&self, stack: Gva) -> StackArea {
+        StackArea {
+            kind: StackType::Task,
             range: GvaRange::new(stack, stack.add(self.thread_size)),
         }
     }
 
     /// The stacks that code on `cpu` may be on besides a task's: as many as can be found.
     #[must_use]
-    pub fn of_cpu(&self, memory: &KernelMemory<'_>, cpu: u32) -> Vec<StackSpan> {
+    pub fn of_cpu(&self, memory: &KernelMemory<'_>, cpu: u32) -> Vec<StackArea> {
         let Some(pointers) = self.cpus.iter().find(|pointers| pointers.cpu == cpu) else {
             return Vec::new();
         };
@@ -119,18 +119,18 @@ impl StackPlaces {
         if let Ok(pointer) = memory.pointer(pointers.irq)
             && let Some(top) = pointer.0.checked_next_multiple_of(PAGE)
         {
-            spans.push(StackSpan {
-                kind: StackKind::Irq,
+            spans.push(StackArea {
+                kind: StackType::Irq,
                 range: GvaRange::new(Gva(top).sub(self.irq_size), Gva(top)),
             });
         }
         if let Ok(estacks) = memory.pointer(pointers.estacks) {
-            spans.extend(self.exceptions.iter().map(|field| StackSpan {
-                kind: StackKind::Exception,
+            spans.extend(self.exceptions.iter().map(|field| StackArea {
+                kind: StackType::Exception,
                 range: part(estacks, *field),
             }));
-            spans.push(StackSpan {
-                kind: StackKind::Entry,
+            spans.push(StackArea {
+                kind: StackType::Entry,
                 range: part(self.estacks.container(estacks), self.entry),
             });
         }
@@ -143,17 +143,17 @@ fn part(base: Gva, field: Field) -> GvaRange {
     GvaRange::new(start, start.add(field.size))
 }
 
-fn checked(what: &'static str, size: u64) -> Result<u64, PlacesError> {
+fn checked(what: &'static str, size: u64) -> Result<u64, StackAreaError> {
     if (PAGE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
         Ok(size)
     } else {
-        Err(PlacesError::Size { what, size })
+        Err(StackAreaError::Size { what, size })
     }
 }
 
 /// `THREAD_SIZE` is in no type that BTF has; the boot CPU's idle task has a stack of that size between two symbols
 /// (`include/asm-generic/vmlinux.lds.h: INIT_TASK_DATA`, renamed in 6.10).
-fn thread_size(symbols: &Symbols) -> Result<u64, PlacesError> {
+fn thread_size(symbols: &Symbols) -> Result<u64, StackAreaError> {
     let stack = symbols
         .between("__start_init_stack", "__end_init_stack")
         .or_else(|_| symbols.between("__start_init_task", "__end_init_task"))?;
@@ -161,7 +161,7 @@ fn thread_size(symbols: &Symbols) -> Result<u64, PlacesError> {
 }
 
 /// A per-CPU variable of its own, or a member of `pcpu_hot` (6.2 to 6.14).
-fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, PlacesError> {
+fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, StackAreaError> {
     match symbols.address("hardirq_stack_ptr") {
         Ok(variable) => Ok(variable),
         Err(missing) => {
@@ -171,7 +171,7 @@ fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, PlacesError> {
     }
 }
 
-impl ReadVirtual for KernelMemory<'_> {
+impl ReadMemory for KernelMemory<'_> {
     fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
         self.read(at, buf).map_err(|error| error.gva)
     }

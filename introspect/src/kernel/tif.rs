@@ -12,15 +12,15 @@ const MAX_CODE: u64 = 4096;
 
 /// TIF bits, as bit numbers. `None` where the code does not show one beyond doubt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tif {
+pub struct ThreadFlags {
     /// `TIF_NEED_RESCHED`.
     pub need_resched: Option<u32>,
     /// `TIF_NOTIFY_SIGNAL`.
     pub notify_signal: Option<u32>,
 }
 
-impl Tif {
-    pub(crate) fn find(symbols: &Symbols, memory: &KernelMemory<'_>) -> Tif {
+impl ThreadFlags {
+    pub(crate) fn find(symbols: &Symbols, memory: &KernelMemory<'_>) -> ThreadFlags {
         let code = |name| {
             let range = symbols.range(name).ok()?;
             let len = range.len().min(MAX_CODE);
@@ -35,7 +35,7 @@ impl Tif {
                 let klp = code("klp_try_complete_transition").unwrap_or_default();
                 notify_signal(&add, &throttle, &klp)
             });
-        Tif {
+        ThreadFlags {
             need_resched,
             notify_signal,
         }

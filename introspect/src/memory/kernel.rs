@@ -10,7 +10,7 @@ use vm_memory::GuestAddress;
 
 use crate::addr::Gva;
 use crate::memory::paging::{self, AddressSpace, Mapping, Unmapped};
-use crate::memory::{self, Part, PhysMemory, Unbacked};
+use crate::memory::{self, FieldRange, OutOfBounds, PhysMemory};
 
 /// Slots of each translation cache; a power of two.
 const SLOTS: usize = 256;
@@ -61,7 +61,7 @@ pub enum ReadCause {
     Unmapped(#[from] Unmapped),
     /// It leads outside guest memory.
     #[error(transparent)]
-    Unbacked(#[from] Unbacked),
+    OutOfBounds(#[from] OutOfBounds),
     /// The guest asks for more than we are willing to read.
     #[error("{len} bytes are more than the {cap} that make sense here")]
     TooLong {
@@ -181,7 +181,12 @@ impl<'m> KernelMemory<'m> {
     ///
     /// # Errors
     /// [`ReadError`]; `buf` may be partly overwritten.
-    pub(crate) fn gather(&self, gva: Gva, parts: &[Part], buf: &mut [u8]) -> Result<(), ReadError> {
+    pub(crate) fn gather(
+        &self,
+        gva: Gva,
+        parts: &[FieldRange],
+        buf: &mut [u8],
+    ) -> Result<(), ReadError> {
         let end = memory::extent(parts).unwrap_or(usize::MAX) as u64;
         let (gpa, left) = self.locate(gva)?;
         if end <= left && self.phys.gather(gpa, parts, buf).is_ok() {
@@ -191,7 +196,13 @@ impl<'m> KernelMemory<'m> {
     }
 
     /// Sets `same` for structures at `gvas` whose `parts` are just the bytes that stand for them ([`PhysMemory::compare`]).
-    pub(crate) fn compare(&self, gvas: &[Gva], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+    pub(crate) fn compare(
+        &self,
+        gvas: &[Gva],
+        parts: &[FieldRange],
+        bytes: &[u8],
+        same: &mut [bool],
+    ) {
         let Some(end) = memory::extent(parts) else {
             return;
         };

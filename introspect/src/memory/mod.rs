@@ -24,7 +24,7 @@ const AHEAD: usize = 16;
 /// No memory backs (all of) the range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]
-pub struct Unbacked {
+pub struct OutOfBounds {
     /// Where the read began.
     pub gpa: GuestAddress,
     /// How many bytes were asked for.
@@ -36,14 +36,19 @@ pub trait PhysMemory: Sync {
     /// Fills `buf` from `gpa` on, or fails without saying how much of `buf` was overwritten.
     ///
     /// # Errors
-    /// [`Unbacked`] when any byte of the range is not guest RAM.
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked>;
+    /// [`OutOfBounds`] when any byte of the range is not guest RAM.
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds>;
 
     /// Fills `buf` with the `parts` of the structure at `gpa`, one behind the other: the same as a read for each, in one go.
     ///
     /// # Errors
     /// As [`read`](Self::read). `buf` is as long as the parts together, or only what fits is filled.
-    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn gather(
+        &self,
+        gpa: GuestAddress,
+        parts: &[FieldRange],
+        buf: &mut [u8],
+    ) -> Result<(), OutOfBounds> {
         each_part(parts, buf, |offset, now| {
             self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)
         })
@@ -52,11 +57,18 @@ pub trait PhysMemory: Sync {
     /// Sets `same` for each structure at `gpas` whose `parts` are just the bytes that stand for it in `bytes`, one structure's behind the
     /// other's. Memory that a processor reads has many of them fetched together and compares them where they are. Of a structure
     /// that is left unset nothing is known: [`gather`](Self::gather) tells.
-    fn compare(&self, _gpas: &[GuestAddress], _parts: &[Part], _bytes: &[u8], _same: &mut [bool]) {}
+    fn compare(
+        &self,
+        _gpas: &[GuestAddress],
+        _parts: &[FieldRange],
+        _bytes: &[u8],
+        _same: &mut [bool],
+    ) {
+    }
 }
 
 /// Bytes from the start of a structure to the end of its last part; none if there are more than a machine has.
-pub(crate) fn extent(parts: &[Part]) -> Option<usize> {
+pub(crate) fn extent(parts: &[FieldRange]) -> Option<usize> {
     let ends = parts
         .iter()
         .map(|part| part.offset.saturating_add(part.len as u64));
@@ -64,7 +76,11 @@ pub(crate) fn extent(parts: &[Part]) -> Option<usize> {
 }
 
 /// Whether the parts of the structure that `memory` begins with are just these bytes, one part behind the other.
-fn is_there<B: BitmapSlice>(memory: &VolatileSlice<'_, B>, parts: &[Part], bytes: &[u8]) -> bool {
+fn is_there<B: BitmapSlice>(
+    memory: &VolatileSlice<'_, B>,
+    parts: &[FieldRange],
+    bytes: &[u8],
+) -> bool {
     let mut rest = bytes;
     parts.iter().all(|part| {
         let (now, later) = rest.split_at(part.len.min(rest.len()));
@@ -105,7 +121,7 @@ fn all_are<T: ByteValued + PartialEq, B: BitmapSlice>(
 
 /// Has every part of a structure read to its place in `buf`.
 pub(crate) fn each_part<E>(
-    parts: &[Part],
+    parts: &[FieldRange],
     buf: &mut [u8],
     mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -121,7 +137,7 @@ pub(crate) fn each_part<E>(
 
 /// Some bytes of a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
+pub struct FieldRange {
     /// From the structure's start.
     pub offset: u64,
     /// How many.
@@ -129,7 +145,7 @@ pub struct Part {
 }
 
 impl<M: GuestMemory + Sync> PhysMemory for M {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         // Almost all reads are small and lie in one region: an iterator over regions costs more than they do.
         let slice = self
             .physical_memory()
@@ -137,13 +153,18 @@ impl<M: GuestMemory + Sync> PhysMemory for M {
         if slice.is_some_and(|slice| slice.copy_to(buf) == buf.len()) {
             return Ok(());
         }
-        self.read_slice(buf, gpa).map_err(|_| Unbacked {
+        self.read_slice(buf, gpa).map_err(|_| OutOfBounds {
             gpa,
             len: buf.len(),
         })
     }
 
-    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn gather(
+        &self,
+        gpa: GuestAddress,
+        parts: &[FieldRange],
+        buf: &mut [u8],
+    ) -> Result<(), OutOfBounds> {
         let whole = extent(parts);
         // The structure's region is looked for once.
         let slice = whole.and_then(|whole| self.physical_memory()?.get_slice(gpa, whole).ok());
@@ -157,7 +178,13 @@ impl<M: GuestMemory + Sync> PhysMemory for M {
         })
     }
 
-    fn compare(&self, gpas: &[GuestAddress], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+    fn compare(
+        &self,
+        gpas: &[GuestAddress],
+        parts: &[FieldRange],
+        bytes: &[u8],
+        same: &mut [bool],
+    ) {
         let (Some(memory), Some(whole)) = (self.physical_memory(), extent(parts)) else {
             return;
         };
@@ -192,8 +219,8 @@ mod tests {
 
     use super::*;
 
-    const fn part(offset: u64, len: usize) -> Part {
-        Part { offset, len }
+    const fn part(offset: u64, len: usize) -> FieldRange {
+        FieldRange { offset, len }
     }
 
     /// Two regions, each byte what its address says, more or less.
@@ -226,7 +253,7 @@ mod tests {
             1 << 60,
         ]
         .map(GuestAddress);
-        let all_parts: [&[Part]; 6] = [
+        let all_parts: [&[FieldRange]; 6] = [
             &[part(0, 56), part(0x60, 8), part(0x70, 4)],
             &[part(3, 1), part(4, 7), part(11, 13)],
             &[part(0, 0)],

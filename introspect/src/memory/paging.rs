@@ -5,7 +5,7 @@
 use vm_memory::GuestAddress;
 
 use crate::addr::Gva;
-use crate::memory::{PhysMemory, Unbacked};
+use crate::memory::{OutOfBounds, PhysMemory};
 use crate::vcpu::VcpuRegs;
 
 /// Bits 51:12 of an entry or of CR3: the frame it points to.
@@ -76,7 +76,7 @@ pub enum Unmapped {
     },
     /// A table lies outside guest memory.
     #[error("page table: {0}")]
-    Table(#[from] Unbacked),
+    Table(#[from] OutOfBounds),
 }
 
 impl AddressSpace {

@@ -7,7 +7,7 @@
 use std::cell::{Cell, Ref, RefCell};
 
 use crate::addr::Gva;
-use crate::memory::Part;
+use crate::memory::FieldRange;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
 
 /// Fields that lie no further apart are copied together: to begin another read costs more than so many bytes.
@@ -28,23 +28,23 @@ struct Span {
 }
 
 /// Reads structures of one type, one at a time.
-pub(crate) struct Records<'a, 'm> {
+pub(crate) struct StructReader<'a, 'm> {
     memory: &'a KernelMemory<'m>,
     spans: Vec<Span>,
     /// The same, for who reads them.
-    parts: Vec<Part>,
+    parts: Vec<FieldRange>,
     /// The structure that is held.
     base: Cell<Option<Gva>>,
     held: RefCell<Vec<u8>>,
 }
 
-impl<'a, 'm> Records<'a, 'm> {
+impl<'a, 'm> StructReader<'a, 'm> {
     /// A reader that reads `fields` ahead, and what lies between near ones with them.
     pub(crate) fn new(
         memory: &'a KernelMemory<'m>,
         fields: impl IntoIterator<Item = Field>,
     ) -> Self {
-        Records::of_spans(memory, spans(fields, GAP))
+        StructReader::of_spans(memory, spans(fields, GAP))
     }
 
     /// A reader that reads `fields` ahead and little else.
@@ -52,16 +52,16 @@ impl<'a, 'm> Records<'a, 'm> {
         memory: &'a KernelMemory<'m>,
         fields: impl IntoIterator<Item = Field>,
     ) -> Self {
-        Records::of_spans(memory, spans(fields, NEAR))
+        StructReader::of_spans(memory, spans(fields, NEAR))
     }
 
     fn of_spans(memory: &'a KernelMemory<'m>, spans: Vec<Span>) -> Self {
         let len = spans.last().map_or(0, |last| last.held_at + last.len);
-        let part = |span: &Span| Part {
+        let part = |span: &Span| FieldRange {
             offset: span.offset,
             len: span.len,
         };
-        Records {
+        StructReader {
             memory,
             parts: spans.iter().map(part).collect(),
             spans,
@@ -246,7 +246,7 @@ mod tests {
     fn held_or_not_the_answers_are_the_same() {
         let ram = ram();
         let memory = memory(&ram);
-        let records = Records::new(&memory, FIELDS);
+        let records = StructReader::new(&memory, FIELDS);
         // The last bases have some or all fields where nothing is.
         for base in [0, 0x123, 0x1001, 0x18fc, 0x1ff0, 0x9000].map(Gva) {
             records.hold(base);

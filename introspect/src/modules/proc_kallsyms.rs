@@ -30,7 +30,7 @@ const MAX_NAME: usize = 511;
 
 /// One line of `/proc/kallsyms`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ListedSymbol {
+pub struct KallsymsEntry {
     /// Its address; for a per-CPU variable of a zero-based area, its offset.
     pub gva: Gva,
     /// The type's letter; for a module's symbol a capital where the module exports it.
@@ -77,15 +77,15 @@ pub enum ListingError {
 ///
 /// # Errors
 /// [`ListingError`].
-pub fn behind_core(
+pub fn modules_and_runtime(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-) -> Result<Vec<ListedSymbol>, ListingError> {
+) -> Result<Vec<KallsymsEntry>, ListingError> {
     let mut listed = Vec::new();
     let (mut room, mut unread) = (MAX_LISTED, MAX_READ);
     for module in modules::list(kernel, memory)? {
         let symbols = module.symbols(kernel, memory)?;
-        let size = |symbol: Symbol<'_>| size_of::<ListedSymbol>() + symbol.name.len();
+        let size = |symbol: Symbol<'_>| size_of::<KallsymsEntry>() + symbol.name.len();
         let size = symbols.listed().map(size).sum();
         (room, unread) = room
             .checked_sub(size)
@@ -93,14 +93,14 @@ pub fn behind_core(
             .ok_or_else(|| ListingError::TooMuch {
                 module: module.name.clone(),
             })?;
-        listed.extend(symbols.listed().map(|symbol| ListedSymbol {
+        listed.extend(symbols.listed().map(|symbol| KallsymsEntry {
             gva: symbol.gva,
             letter: symbol.letter,
             name: symbol.name.to_owned(),
             module: Some(module.name.clone()),
         }));
     }
-    let made = MadeCode { kernel, memory };
+    let made = RuntimeCode { kernel, memory };
     made.ftrace(&mut listed)?;
     made.bpf(&mut listed)?;
     for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
@@ -110,12 +110,12 @@ pub fn behind_core(
 }
 
 /// Code that the kernel makes at run time.
-struct MadeCode<'k, 'm> {
+struct RuntimeCode<'k, 'm> {
     kernel: &'k Kernel,
     memory: &'k KernelMemory<'m>,
 }
 
-impl MadeCode<'_, '_> {
+impl RuntimeCode<'_, '_> {
     /// The variable, where the kernel has what it belongs to.
     fn variable(&self, name: &str) -> Result<Option<Gva>, SymbolError> {
         match self.kernel.symbols.address(name) {
@@ -146,7 +146,7 @@ impl MadeCode<'_, '_> {
     }
 
     /// `kernel/trace/ftrace.c: ftrace_get_trampoline_kallsym`.
-    fn ftrace(&self, listed: &mut Vec<ListedSymbol>) -> Result<(), ListingError> {
+    fn ftrace(&self, listed: &mut Vec<KallsymsEntry>) -> Result<(), ListingError> {
         const LIST: &str = "ftrace_ops_trampoline_list";
         let Some(head) = self.variable(LIST)? else {
             return Ok(());
@@ -162,7 +162,7 @@ impl MadeCode<'_, '_> {
         Ok(())
     }
 
-    fn bpf(&self, listed: &mut Vec<ListedSymbol>) -> Result<(), ListingError> {
+    fn bpf(&self, listed: &mut Vec<KallsymsEntry>) -> Result<(), ListingError> {
         const LIST: &str = "bpf_kallsyms";
         let Some(head) = self.variable(LIST)? else {
             return Ok(());
@@ -186,7 +186,7 @@ impl MadeCode<'_, '_> {
     fn kprobes(
         &self,
         cache: &'static str,
-        listed: &mut Vec<ListedSymbol>,
+        listed: &mut Vec<KallsymsEntry>,
     ) -> Result<(), ListingError> {
         let Some(slots) = self.variable(cache)? else {
             return Ok(());
@@ -207,8 +207,8 @@ impl MadeCode<'_, '_> {
 }
 
 /// The kernel calls all of these local text.
-fn made(gva: Gva, name: String, owner: &str) -> ListedSymbol {
-    ListedSymbol {
+fn made(gva: Gva, name: String, owner: &str) -> KallsymsEntry {
+    KallsymsEntry {
         gva,
         letter: 't',
         name,

@@ -5,7 +5,7 @@
 use crate::addr::Gva;
 use crate::kernel::Kernel;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
-use crate::memory::struct_reader::Records;
+use crate::memory::struct_reader::StructReader;
 use crate::task::{PatchState, Task, TaskKind};
 
 const PF_IDLE: u32 = 0x2;
@@ -17,7 +17,7 @@ const PF_KTHREAD: u32 = 0x20_0000;
 pub(crate) struct TaskReader<'a, 'm> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) memory: &'a KernelMemory<'m>,
-    pub(crate) fields: Records<'a, 'm>,
+    pub(crate) fields: StructReader<'a, 'm>,
     /// `PF_USER_WORKER` where the kernel has it: the bit meant something else before.
     worker: u32,
 }
@@ -32,7 +32,7 @@ impl<'a, 'm> TaskReader<'a, 'm> {
         TaskReader {
             kernel,
             memory,
-            fields: Records::new(memory, fields(kernel)),
+            fields: StructReader::new(memory, fields(kernel)),
             worker: if has_user_workers {
                 PF_IO_WORKER | PF_USER_WORKER
             } else {

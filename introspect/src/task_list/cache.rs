@@ -1,6 +1,6 @@
 //! All tasks and their stacks, kept from one look to the next: only what may have changed in between is read again.
 //!
-//! A pause is paid for by the guest, so what can be learned before it is: [`Survey::walk_ahead`] lists and walks while the guest
+//! A pause is paid for by the guest, so what can be learned before it is: [`TaskCache::walk_ahead`] lists and walks while the guest
 //! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
 //! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, and what others may change
 //! of it ([`proof`](crate::task_list::fingerprint)); the other fields and the frames of its stack only it changes itself, by running. (Its name can be
@@ -15,16 +15,16 @@ use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::task::reader::TaskReader;
 use crate::task::{PatchState, Task, TaskKind};
-use crate::task_list::entry::{Brief, Links};
-use crate::task_list::fingerprint::Proof;
-use crate::task_list::on_cpu::OnCpu;
-use crate::task_list::revalidate::Known;
-use crate::task_list::{Census, MAX_TASKS, TasksError, check_count, on_cpu};
+use crate::task_list::entry::{ListLinks, TaskSummary};
+use crate::task_list::fingerprint::Fingerprint;
+use crate::task_list::on_cpu::RunningTask;
+use crate::task_list::revalidate::CachedTasks;
+use crate::task_list::{MAX_TASKS, TaskCounts, TasksError, check_count, on_cpu};
 use crate::unwind::Unwinder;
 use crate::unwind::stack::{Frame, Stack};
 use crate::vcpu::VcpuRegs;
 
-pub use crate::task_list::entry::Seen;
+pub use crate::task_list::entry::CachedTask;
 
 /// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
 const MOST_KEPT: usize = 1 << 15;
@@ -32,10 +32,10 @@ const MOST_RAW: usize = 32 << 20;
 
 /// All tasks of a guest, as seen in the last look.
 #[derive(Clone, Debug)]
-pub struct Survey {
-    seen: Vec<Seen>,
+pub struct TaskCache {
+    seen: Vec<CachedTask>,
     /// For each of them.
-    briefs: Vec<Brief>,
+    briefs: Vec<TaskSummary>,
     /// Where in `seen` each is.
     at: HashMap<Gva, usize>,
     /// Those that a vCPU runs.
@@ -46,22 +46,22 @@ pub struct Survey {
     raw: Vec<u8>,
     keep: bool,
     /// Since before the lists were gone through.
-    census: Option<Census>,
+    census: Option<TaskCounts>,
     /// Of the code that the stacks were walked by.
     generation: u64,
 }
 
-impl Default for Survey {
-    fn default() -> Survey {
-        Survey::new()
+impl Default for TaskCache {
+    fn default() -> TaskCache {
+        TaskCache::new()
     }
 }
 
-impl Survey {
+impl TaskCache {
     /// One that has seen nothing yet.
     #[must_use]
-    pub fn new() -> Survey {
-        Survey {
+    pub fn new() -> TaskCache {
+        TaskCache {
             seen: Vec::new(),
             briefs: Vec::new(),
             at: HashMap::new(),
@@ -75,10 +75,10 @@ impl Survey {
     }
 
     /// One that keeps nothing from look to look.
-    pub(crate) fn once() -> Survey {
-        Survey {
+    pub(crate) fn once() -> TaskCache {
+        TaskCache {
             keep: false,
-            ..Survey::new()
+            ..TaskCache::new()
         }
     }
 
@@ -141,10 +141,10 @@ impl Survey {
     ) -> Result<(), TasksError> {
         let done = self.try_list(kernel, memory, vcpus);
         if done.is_err() {
-            *self = Survey {
+            *self = TaskCache {
                 keep: self.keep,
                 generation: self.generation,
-                ..Survey::new()
+                ..TaskCache::new()
             };
         }
         done
@@ -152,12 +152,12 @@ impl Survey {
 
     /// Everybody, in the order of [`task_list::read`](crate::task_list::read).
     #[must_use]
-    pub fn seen(&self) -> &[Seen] {
+    pub fn seen(&self) -> &[CachedTask] {
         &self.seen
     }
 
     /// Those of them that a vCPU runs, in the order of vCPUs.
-    pub fn running(&self) -> impl Iterator<Item = &Seen> {
+    pub fn running(&self) -> impl Iterator<Item = &CachedTask> {
         self.running.iter().filter_map(|at| self.seen.get(*at))
     }
 
@@ -196,11 +196,11 @@ impl Survey {
         memory: &KernelMemory<'_>,
         vcpus: &[VcpuRegs],
     ) -> Result<(), TasksError> {
-        let census = Census::take(kernel, memory)?;
+        let census = TaskCounts::take(kernel, memory)?;
         // Where a task's birth does not show, another in its place, with its number, could be taken for it.
         self.keep &= kernel.layout.task.start_time.is_some() && census.is_some();
         let reader = TaskReader::new(kernel, memory);
-        let proof = Proof::new(kernel, memory);
+        let proof = Fingerprint::new(kernel, memory);
         if self.census != census || !self.renew(&reader, &proof)? {
             self.list_anew(&reader, &proof)?;
             self.census = census;
@@ -221,7 +221,7 @@ impl Survey {
     fn renew(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Proof<'_, '_>,
+        proof: &Fingerprint<'_, '_>,
     ) -> Result<bool, TasksError> {
         let len = proof.len();
         if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
@@ -231,7 +231,7 @@ impl Survey {
             self.at.remove(&tail.addr);
         }
         self.seen.truncate(self.listed);
-        let known = Known {
+        let known = CachedTasks {
             briefs: &mut self.briefs,
             raw: &mut self.raw,
             seen: &mut self.seen,
@@ -246,14 +246,14 @@ impl Survey {
     fn list_anew(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Proof<'_, '_>,
+        proof: &Fingerprint<'_, '_>,
     ) -> Result<(), TasksError> {
         let old = std::mem::replace(
             self,
-            Survey {
+            TaskCache {
                 keep: self.keep,
                 generation: self.generation,
-                ..Survey::new()
+                ..TaskCache::new()
             },
         );
         let mut old = Old {
@@ -282,8 +282,8 @@ impl Survey {
     fn list_threads(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Proof<'_, '_>,
-        (leader, links): (Gva, Links),
+        proof: &Fingerprint<'_, '_>,
+        (leader, links): (Gva, ListLinks),
         old: &mut Old,
     ) -> Result<(), TasksError> {
         let layout = &reader.kernel.layout;
@@ -312,22 +312,22 @@ impl Survey {
     fn list(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Proof<'_, '_>,
+        proof: &Fingerprint<'_, '_>,
         addr: Gva,
         old: &mut Old,
-    ) -> Result<Links, TasksError> {
+    ) -> Result<ListLinks, TasksError> {
         // Before the rest: whatever changes in between then shows.
         let now = self.keep.then(|| proof.gather(addr)).flatten();
         let known = now.as_ref().and_then(|now| old.take(addr, now));
         let (mark, still, seen) = match known {
             // Others have come and gone around it.
             Some((known, mark)) => {
-                let links = Links::read(reader, addr)?;
-                (mark, true, Seen { links, ..known })
+                let links = ListLinks::read(reader, addr)?;
+                (mark, true, CachedTask { links, ..known })
             }
             None => {
                 let still = now.is_some() && proof.holds(addr);
-                let mut seen = Seen::read(reader, addr)?;
+                let mut seen = CachedTask::read(reader, addr)?;
                 seen.kept = self.keep;
                 (None, still, seen)
             }
@@ -347,7 +347,7 @@ impl Survey {
         Ok(links)
     }
 
-    fn add(&mut self, seen: Seen, still: bool) -> Result<(), TasksError> {
+    fn add(&mut self, seen: CachedTask, still: bool) -> Result<(), TasksError> {
         if self.seen.len() >= MAX_TASKS {
             return Err(TasksError::TooMany);
         }
@@ -359,7 +359,7 @@ impl Survey {
         Ok(())
     }
 
-    fn push(&mut self, seen: Seen, still: bool) {
+    fn push(&mut self, seen: CachedTask, still: bool) {
         self.briefs.push(seen.brief(still));
         self.seen.push(seen);
     }
@@ -377,7 +377,7 @@ impl Survey {
                 continue;
             }
             if !self.at.contains_key(&idle) {
-                self.add(Seen::read(reader, idle)?, false)?;
+                self.add(CachedTask::read(reader, idle)?, false)?;
             }
             let known = self.at.get(&idle);
             if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
@@ -389,11 +389,11 @@ impl Survey {
     }
 
     /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
-    fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[OnCpu]) {
+    fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[RunningTask]) {
         self.running.clear();
         for on in running {
             if !self.at.contains_key(&on.task)
-                && let Ok(seen) = Seen::read(reader, on.task)
+                && let Ok(seen) = CachedTask::read(reader, on.task)
             {
                 self.at.insert(on.task, self.seen.len());
                 self.push(seen, false);
@@ -431,12 +431,12 @@ impl Survey {
 struct Old {
     /// Bytes that prove each task.
     len: usize,
-    survey: Survey,
+    survey: TaskCache,
 }
 
 impl Old {
     /// The task at `addr` with its mark, if it proves to be as it was.
-    fn take(&mut self, addr: Gva, now: &[u8]) -> Option<(Seen, Option<NonZeroU64>)> {
+    fn take(&mut self, addr: Gva, now: &[u8]) -> Option<(CachedTask, Option<NonZeroU64>)> {
         let at = *self.survey.at.get(&addr)?;
         let start = at.checked_mul(self.len)?;
         let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;

@@ -17,17 +17,17 @@ const MOST_FRAMES: usize = 32;
 
 /// A task, and its stack once somebody asked for it.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct CachedTask {
     /// The task.
     pub task: Task,
     pub(crate) stack: OnceCell<Stack>,
     pub(crate) kept: bool,
-    pub(crate) links: Links,
+    pub(crate) links: ListLinks,
 }
 
 /// Of a task, what a look needs where nothing has changed: a pause is too short to fetch the rest.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Brief {
+pub(crate) struct TaskSummary {
     pub(crate) addr: Gva,
     pub(crate) patch_state: Option<PatchState>,
     /// What the caller found out about its stack: while this is here, that is the same.
@@ -38,18 +38,18 @@ pub(crate) struct Brief {
 
 /// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Links {
+pub(crate) struct ListLinks {
     pub(crate) thread: Gva,
     pub(crate) process: Gva,
     pub(crate) signal: Gva,
 }
 
-impl Links {
+impl ListLinks {
     /// Of the task at `addr`, which is read together where the reader has taken it.
-    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Links, ReadError> {
+    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<ListLinks, ReadError> {
         let layout = &reader.kernel.layout;
         let next = |list| reader.fields.pointer(layout.list_next.of(list));
-        Ok(Links {
+        Ok(ListLinks {
             thread: next(layout.task.thread_node.of(addr))?,
             process: next(layout.task.tasks.of(addr))?,
             signal: reader.fields.pointer(layout.task.signal.of(addr))?,
@@ -57,11 +57,11 @@ impl Links {
     }
 }
 
-impl Seen {
-    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<Seen, ReadError> {
+impl CachedTask {
+    pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<CachedTask, ReadError> {
         let task = reader.read(addr)?;
-        Ok(Seen {
-            links: Links::read(reader, addr)?,
+        Ok(CachedTask {
+            links: ListLinks::read(reader, addr)?,
             task,
             stack: OnceCell::new(),
             kept: false,
@@ -69,8 +69,8 @@ impl Seen {
     }
 
     /// All of it; what stays behind is of no use.
-    pub(crate) fn take(&mut self) -> Seen {
-        Seen {
+    pub(crate) fn take(&mut self) -> CachedTask {
+        CachedTask {
             task: Task {
                 comm: std::mem::take(&mut self.task.comm),
                 ..self.task
@@ -80,9 +80,9 @@ impl Seen {
         }
     }
 
-    /// `still`: it was the same just before it was read ([`Proof::holds`](crate::task_list::fingerprint::Proof::holds)).
-    pub(crate) fn brief(&self, still: bool) -> Brief {
-        Brief {
+    /// `still`: it was the same just before it was read ([`Fingerprint::holds`](crate::task_list::fingerprint::Proof::holds)).
+    pub(crate) fn brief(&self, still: bool) -> TaskSummary {
+        TaskSummary {
             addr: self.task.addr,
             patch_state: self.task.patch_state,
             mark: None,

@@ -15,20 +15,20 @@ use std::cell::Ref;
 use crate::addr::Gva;
 use crate::kernel::Kernel;
 use crate::memory::kernel::{Field, KernelMemory};
-use crate::memory::struct_reader::Records;
+use crate::memory::struct_reader::StructReader;
 
 /// Gathers what proves a task, one task at a time.
-pub(crate) struct Proof<'a, 'm> {
-    first: Records<'a, 'm>,
-    second: Records<'a, 'm>,
+pub(crate) struct Fingerprint<'a, 'm> {
+    first: StructReader<'a, 'm>,
+    second: StructReader<'a, 'm>,
 }
 
-impl<'a, 'm> Proof<'a, 'm> {
+impl<'a, 'm> Fingerprint<'a, 'm> {
     pub(crate) fn new(kernel: &Kernel, memory: &'a KernelMemory<'m>) -> Self {
         let fields = fields(kernel);
-        Proof {
-            first: Records::exact(memory, fields.iter().copied()),
-            second: Records::exact(memory, fields),
+        Fingerprint {
+            first: StructReader::exact(memory, fields.iter().copied()),
+            second: StructReader::exact(memory, fields),
         }
     }
 

@@ -13,11 +13,11 @@ mod revalidate;
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;
-use crate::kernel::stack_areas::PlacesError;
+use crate::kernel::stack_areas::StackAreaError;
 use crate::memory::kernel::{KernelMemory, ReadError};
 use crate::symbols::SymbolError;
 use crate::task::Task;
-use crate::task_list::cache::Survey;
+use crate::task_list::cache::TaskCache;
 use crate::vcpu::VcpuRegs;
 
 /// More tasks than any guest has: a kernel with 128 GiB allows itself about so many (`kernel/fork.c: set_max_threads`). They take
@@ -39,7 +39,7 @@ pub enum TasksError {
     Symbol(#[from] SymbolError),
     /// The stacks of CPUs could not be found, and so not which task is on which.
     #[error(transparent)]
-    Places(#[from] PlacesError),
+    Places(#[from] StackAreaError),
     /// A task is on the lists twice: a cycle.
     #[error("the list of tasks leads back to {0}")]
     Cycle(Gva),
@@ -75,7 +75,7 @@ pub fn read(
     memory: &KernelMemory<'_>,
     vcpus: &[VcpuRegs],
 ) -> Result<Vec<Task>, TasksError> {
-    let mut survey = Survey::once();
+    let mut survey = TaskCache::once();
     survey.list_tasks(kernel, memory, vcpus)?;
     Ok(survey.into_tasks())
 }
@@ -96,12 +96,12 @@ fn check_lock(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<(), TasksErr
 /// take the place of its process's first one without being counted (`fs/exec.c: de_thread`), which is on the lists as well then and is
 /// taken off, and counted, next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Census {
+pub(crate) struct TaskCounts {
     born: u64,
     living: u32,
 }
 
-impl Census {
+impl TaskCounts {
     /// As it stands between two changes of the lists; none where the kernel does not count.
     ///
     /// # Errors
@@ -109,14 +109,14 @@ impl Census {
     pub(crate) fn take(
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
-    ) -> Result<Option<Census>, TasksError> {
-        let count = || -> Result<Option<Census>, TasksError> {
+    ) -> Result<Option<TaskCounts>, TasksError> {
+        let count = || -> Result<Option<TaskCounts>, TasksError> {
             let [born, living] =
                 ["total_forks", "nr_threads"].map(|name| kernel.symbols.address(name).ok());
             let (Some(born), Some(living)) = (born, living) else {
                 return Ok(None);
             };
-            Ok(Some(Census {
+            Ok(Some(TaskCounts {
                 born: memory.pointer(born)?.0,
                 living: memory.u32(living)?,
             }))

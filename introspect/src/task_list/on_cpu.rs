@@ -8,13 +8,13 @@ use std::collections::HashMap;
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;
-use crate::kernel::stack_areas::StackPlaces;
+use crate::kernel::stack_areas::StackAreas;
 use crate::memory::kernel::KernelMemory;
 use crate::vcpu::VcpuRegs;
 
 /// One vCPU and what it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OnCpu {
+pub struct RunningTask {
     /// Index of the vCPU.
     pub vcpu: u32,
     /// The CPU that it is to the guest.
@@ -27,10 +27,10 @@ pub struct OnCpu {
 pub(crate) fn attribute(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    places: &StackPlaces,
+    places: &StackAreas,
     vcpus: &[VcpuRegs],
-) -> Vec<OnCpu> {
-    let found: Vec<OnCpu> = vcpus
+) -> Vec<RunningTask> {
+    let found: Vec<RunningTask> = vcpus
         .iter()
         .filter(|vcpu| vcpu.online && !vcpu.foreign)
         .filter_map(|vcpu| one(kernel, memory, places, vcpu))
@@ -41,13 +41,13 @@ pub(crate) fn attribute(
 fn one(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    places: &StackPlaces,
+    places: &StackAreas,
     vcpu: &VcpuRegs,
-) -> Option<OnCpu> {
+) -> Option<RunningTask> {
     let mut fitting = candidates(kernel, vcpu).into_iter().filter_map(|cpu| {
         let task = kernel.current_task(memory, cpu).ok()?;
         let stack = memory.pointer(kernel.layout.task.stack.of(task)).ok()?;
-        fits(memory, places, vcpu, cpu, stack).then_some(OnCpu {
+        fits(memory, places, vcpu, cpu, stack).then_some(RunningTask {
             vcpu: vcpu.index,
             cpu,
             task,
@@ -72,7 +72,7 @@ fn candidates(kernel: &Kernel, vcpu: &VcpuRegs) -> Vec<u32> {
 
 fn fits(
     memory: &KernelMemory<'_>,
-    places: &StackPlaces,
+    places: &StackAreas,
     vcpu: &VcpuRegs,
     cpu: u32,
     stack: Gva,
@@ -88,7 +88,7 @@ fn fits(
 }
 
 /// No two vCPUs are the same CPU or run the same task: where it seems so, neither is believed.
-fn only_unique(found: Vec<OnCpu>) -> Vec<OnCpu> {
+fn only_unique(found: Vec<RunningTask>) -> Vec<RunningTask> {
     let mut cpus: HashMap<u32, usize> = HashMap::new();
     let mut tasks: HashMap<Gva, usize> = HashMap::new();
     for on in &found {
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn two_claims_on_one_cpu_or_task_are_both_dropped() {
-        let on = |vcpu, cpu, task| OnCpu {
+        let on = |vcpu, cpu, task| RunningTask {
             vcpu,
             cpu,
             task: Gva(task),

@@ -9,8 +9,8 @@ use crate::memory::kernel::KernelMemory;
 use crate::parallel;
 use crate::task::reader::TaskReader;
 use crate::task_list::TasksError;
-use crate::task_list::entry::{Brief, Seen};
-use crate::task_list::fingerprint::Proof;
+use crate::task_list::entry::{CachedTask, TaskSummary};
+use crate::task_list::fingerprint::Fingerprint;
 
 /// So many tasks are compared in one go, and are what a thread takes next.
 const PART: usize = 256;
@@ -18,13 +18,13 @@ const PART: usize = 256;
 const WORTH_A_THREAD: usize = 2048;
 
 /// Some tasks as they were seen: of each its brief, the bytes that prove it, and the rest.
-pub(crate) struct Known<'s> {
-    pub(crate) briefs: &'s mut [Brief],
+pub(crate) struct CachedTasks<'s> {
+    pub(crate) briefs: &'s mut [TaskSummary],
     pub(crate) raw: &'s mut [u8],
-    pub(crate) seen: &'s mut [Seen],
+    pub(crate) seen: &'s mut [CachedTask],
 }
 
-impl Known<'_> {
+impl CachedTasks<'_> {
     /// Makes sure of all, each proved by `len` bytes. False: one of them is no longer where it was in the lists, or cannot be read.
     pub(crate) fn renew(
         mut self,
@@ -39,7 +39,7 @@ impl Known<'_> {
             // Each thread remembers translations of its own.
             let memory = KernelMemory::new(phys, space);
             let reader = TaskReader::new(kernel, &memory);
-            let proof = Proof::new(kernel, &memory);
+            let proof = Fingerprint::new(kernel, &memory);
             for part in parts {
                 if !part.renew_here(&reader, &proof)? {
                     return Ok(false);
@@ -57,17 +57,17 @@ impl Known<'_> {
     }
 
     /// The same in parts of so many tasks.
-    fn parts<'p>(&'p mut self, tasks: usize, len: usize) -> impl Iterator<Item = Known<'p>> {
+    fn parts<'p>(&'p mut self, tasks: usize, len: usize) -> impl Iterator<Item = CachedTasks<'p>> {
         let each = self.briefs.chunks_mut(tasks);
         let each = each.zip(self.raw.chunks_mut(tasks.saturating_mul(len)));
         let each = each.zip(self.seen.chunks_mut(tasks));
-        each.map(|((briefs, raw), seen)| Known { briefs, raw, seen })
+        each.map(|((briefs, raw), seen)| CachedTasks { briefs, raw, seen })
     }
 
     fn renew_here(
         self,
         reader: &TaskReader<'_, '_>,
-        proof: &Proof<'_, '_>,
+        proof: &Fingerprint<'_, '_>,
     ) -> Result<bool, TasksError> {
         let addrs: Vec<Gva> = self.briefs.iter().map(|brief| brief.addr).collect();
         let mut same = vec![false; addrs.len()];
@@ -85,7 +85,7 @@ impl Known<'_> {
 }
 
 /// One that proved to be as it was.
-fn settle(brief: &Brief, seen: &mut Seen) {
+fn settle(brief: &TaskSummary, seen: &mut CachedTask) {
     if brief.mark.is_none() {
         seen.settle();
     }
@@ -94,10 +94,10 @@ fn settle(brief: &Brief, seen: &mut Seen) {
 /// Makes sure of one that is known, or reads it again. False: it is no longer where it was in the lists.
 fn renew_one(
     reader: &TaskReader<'_, '_>,
-    proof: &Proof<'_, '_>,
-    brief: &mut Brief,
+    proof: &Fingerprint<'_, '_>,
+    brief: &mut TaskSummary,
     before: &mut [u8],
-    seen: &mut Seen,
+    seen: &mut CachedTask,
 ) -> Result<bool, TasksError> {
     let Some(now) = proof.gather(brief.addr) else {
         return Ok(false);
@@ -107,7 +107,7 @@ fn renew_one(
         return Ok(true);
     }
     let still = proof.holds(brief.addr);
-    let mut fresh = Seen::read(reader, brief.addr)?;
+    let mut fresh = CachedTask::read(reader, brief.addr)?;
     if fresh.links != seen.links {
         return Ok(false);
     }

@@ -14,18 +14,18 @@ const MOST: usize = 64;
 
 /// The last changes of one guest's code.
 #[derive(Clone, Debug)]
-pub(crate) struct Changes {
+pub(crate) struct ChangeLog {
     /// Another number after every change, and in every guest.
     generation: u64,
     /// Where each of the last changes was, the newest at the end; none: anywhere.
     last: VecDeque<Option<GvaRange>>,
 }
 
-impl Changes {
+impl ChangeLog {
     /// None yet.
-    pub(crate) fn new() -> Changes {
+    pub(crate) fn new() -> ChangeLog {
         static GUESTS: AtomicU64 = AtomicU64::new(1);
-        Changes {
+        ChangeLog {
             // No guest sees so many changes that it comes to the numbers of the next.
             generation: GUESTS.fetch_add(1, Ordering::Relaxed) << 40,
             last: VecDeque::new(),
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn what_was_missed_is_told_and_no_more() {
-        let mut changes = Changes::new();
+        let mut changes = ChangeLog::new();
         let start = changes.generation();
         assert_eq!(changes.since(start), Some(vec![]));
         changes.note(range(1));
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn who_has_missed_too_many_or_knows_another_guest_takes_all_for_changed() {
-        let mut changes = Changes::new();
+        let mut changes = ChangeLog::new();
         let start = changes.generation();
         for n in 0..MOST as u64 {
             changes.note(range(n));
@@ -97,7 +97,7 @@ mod tests {
         changes.note(range(0));
         assert_eq!(changes.since(start), None);
         assert_eq!(changes.since(changes.generation() + 1), None);
-        for other in [0, Changes::new().generation()] {
+        for other in [0, ChangeLog::new().generation()] {
             assert_eq!(changes.since(other), None);
         }
     }

@@ -7,18 +7,18 @@
 use std::collections::HashSet;
 
 use crate::addr::{Gva, GvaRange};
-use crate::unwind::change_log::Changes;
+use crate::unwind::change_log::ChangeLog;
 use crate::unwind::orc::{Entry, Kind};
 use crate::unwind::orc_table::OrcTable;
 use crate::unwind::stack::Unreliable;
 
 /// What is special about a run of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rule {
+pub enum CodeClass {
     /// Stacks of kernel threads and of idle tasks begin here: ORC's END is true.
-    StackBegins,
+    TaskEntry,
     /// Entry from and exit to user mode: ORC's END is true where this code itself runs.
-    EntryStub,
+    UserEntry,
     /// While this code runs, the stack or its owner is not what it seems.
     Busy,
     /// If this interrupted kernel code, that code's stack is not what it seems.
@@ -47,15 +47,15 @@ pub struct RegionId(u64);
 
 /// How the code at an address is unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum UnwindAction {
     /// By this entry.
     On(Entry),
     /// By this entry, unless it leads to interrupted kernel code.
-    OnToUser(Entry),
+    OrcToUser(Entry),
     /// Not at all: the first frame of a kernel thread or of an idle task.
-    StackBegins,
+    TaskEntry,
     /// Not at all: entry from or exit to user mode, with no kernel function active.
-    EntryStub,
+    UserEntry,
 }
 
 /// The core kernel's text.
@@ -68,7 +68,7 @@ pub struct CoreText {
     /// The core kernel's ORC, for both.
     pub orc: OrcTable,
     /// Rules by range, sorted and disjoint.
-    pub rules: Vec<(GvaRange, Rule)>,
+    pub rules: Vec<(GvaRange, CodeClass)>,
 }
 
 /// All code of a guest.
@@ -82,7 +82,7 @@ pub struct CodeMap {
     /// Around all of `busy`: ordinary frames lie outside and need no look at each.
     busy_around: GvaRange,
     next_id: u64,
-    changes: Changes,
+    changes: ChangeLog,
 }
 
 /// A region lies over another.
@@ -106,7 +106,7 @@ impl CodeMap {
             busy: Vec::new(),
             busy_around: GvaRange::default(),
             next_id: 0,
-            changes: Changes::new(),
+            changes: ChangeLog::new(),
         }
     }
 
@@ -183,14 +183,14 @@ impl CodeMap {
     }
 
     /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
-    pub fn add_busy(&mut self, range: GvaRange) {
+    pub fn add_transient(&mut self, range: GvaRange) {
         if !range.is_empty() {
             self.busy.push(range);
             self.bound_busy(range);
         }
     }
 
-    /// Takes back what one call of [`CodeMap::add_busy`] declared.
+    /// Takes back what one call of [`CodeMap::add_transient`] declared.
     pub fn remove_busy(&mut self, range: GvaRange) {
         if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
             self.busy.swap_remove(at);
@@ -224,21 +224,26 @@ impl CodeMap {
     ///
     /// # Errors
     /// Why the frame cannot be relied on.
-    pub fn way(&self, ip: Gva, exact: bool, through_init: bool) -> Result<Way, Unreliable> {
+    pub fn way(
+        &self,
+        ip: Gva,
+        exact: bool,
+        through_init: bool,
+    ) -> Result<UnwindAction, Unreliable> {
         let code = if exact { ip } else { ip.sub(1) };
         if self.is_busy(code) {
-            return Err(Unreliable::BusyWindow(ip));
+            return Err(Unreliable::TransientCode(ip));
         }
         if let Some((_, region)) = self.region(code) {
             return match region.orc.lookup(code) {
                 // No stack begins in a module or in a patch.
-                Some(entry) if entry.kind == Kind::End => Err(Unreliable::FalseEnd(ip)),
-                Some(entry) => going_on(entry, ip).map(Way::On),
+                Some(entry) if entry.kind == Kind::End => Err(Unreliable::UnexpectedEnd(ip)),
+                Some(entry) => going_on(entry, ip).map(UnwindAction::On),
                 None => Err(Unreliable::NoOrc(ip)),
             };
         }
         // A tracer's return address is the first byte of its trampoline, which `code` lies before.
-        if self.rule(ip) == Some(Rule::Traced) || self.rule(code) == Some(Rule::Traced) {
+        if self.rule(ip) == Some(CodeClass::Traced) || self.rule(code) == Some(CodeClass::Traced) {
             return Err(Unreliable::Traced(ip));
         }
         let in_init = through_init && self.core.init.contains(code);
@@ -246,16 +251,16 @@ impl CodeMap {
             return Err(Unreliable::NotText(ip));
         }
         let rule = self.rule(code);
-        if rule == Some(Rule::Busy) {
-            return Err(Unreliable::BusyWindow(ip));
+        if rule == Some(CodeClass::Busy) {
+            return Err(Unreliable::TransientCode(ip));
         }
         let entry = self.core.orc.lookup(code).ok_or(Unreliable::NoOrc(ip))?;
         match (entry.kind, rule) {
-            (Kind::End, Some(Rule::StackBegins)) => Ok(Way::StackBegins),
-            (Kind::End, Some(Rule::EntryStub)) if exact => Ok(Way::EntryStub),
-            (Kind::End, _) => Err(Unreliable::FalseEnd(ip)),
-            (_, Some(Rule::Breakpoint)) => going_on(entry, ip).map(Way::OnToUser),
-            _ => going_on(entry, ip).map(Way::On),
+            (Kind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
+            (Kind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
+            (Kind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
+            (_, Some(CodeClass::Breakpoint)) => going_on(entry, ip).map(UnwindAction::OrcToUser),
+            _ => going_on(entry, ip).map(UnwindAction::On),
         }
     }
 
@@ -263,7 +268,7 @@ impl CodeMap {
         self.busy_around.contains(code) && self.busy.iter().any(|range| range.contains(code))
     }
 
-    fn rule(&self, code: Gva) -> Option<Rule> {
+    fn rule(&self, code: Gva) -> Option<CodeClass> {
         let rules = &self.core.rules;
         let behind = rules.partition_point(|(range, _)| range.start <= code);
         let (range, rule) = rules.get(behind.checked_sub(1)?)?;
@@ -312,10 +317,10 @@ pub(crate) mod tests {
             init: range(INIT, 0x1000),
             orc,
             rules: vec![
-                (range(TEXT.add(0x700), 0x10), Rule::Busy),
-                (range(TEXT.add(0x200), 0x100), Rule::StackBegins),
-                (range(TEXT.add(0x300), 0x100), Rule::EntryStub),
-                (range(TEXT.add(0x600), 0x10), Rule::Traced),
+                (range(TEXT.add(0x700), 0x10), CodeClass::Busy),
+                (range(TEXT.add(0x200), 0x100), CodeClass::TaskEntry),
+                (range(TEXT.add(0x300), 0x100), CodeClass::UserEntry),
+                (range(TEXT.add(0x600), 0x10), CodeClass::Traced),
             ],
         }
     }
@@ -323,11 +328,17 @@ pub(crate) mod tests {
     #[test]
     fn ordinary_code_goes_on_and_holes_do_not() {
         let map = CodeMap::new(core());
-        assert!(matches!(map.way(TEXT, true, false), Ok(Way::On(_))));
+        assert!(matches!(
+            map.way(TEXT, true, false),
+            Ok(UnwindAction::On(_))
+        ));
         let hole = TEXT.add(0x100);
         assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
         // A call that ends its function returns behind it: the call is what counts.
-        assert!(matches!(map.way(hole, false, false), Ok(Way::On(_))));
+        assert!(matches!(
+            map.way(hole, false, false),
+            Ok(UnwindAction::On(_))
+        ));
         assert_eq!(map.way(TEXT, false, false), Err(Unreliable::NotText(TEXT)));
         assert_eq!(
             map.way(Gva(0), true, false),
@@ -339,14 +350,17 @@ pub(crate) mod tests {
     fn an_end_is_believed_only_where_stacks_end() {
         let map = CodeMap::new(core());
         let end = |at, exact| map.way(TEXT.add(at), exact, false);
-        assert_eq!(end(0x210, false), Ok(Way::StackBegins));
-        assert_eq!(end(0x210, true), Ok(Way::StackBegins));
-        assert_eq!(end(0x310, true), Ok(Way::EntryStub));
+        assert_eq!(end(0x210, false), Ok(UnwindAction::TaskEntry));
+        assert_eq!(end(0x210, true), Ok(UnwindAction::TaskEntry));
+        assert_eq!(end(0x310, true), Ok(UnwindAction::UserEntry));
         assert_eq!(
             end(0x310, false),
-            Err(Unreliable::FalseEnd(TEXT.add(0x310)))
+            Err(Unreliable::UnexpectedEnd(TEXT.add(0x310)))
         );
-        assert_eq!(end(0x410, true), Err(Unreliable::FalseEnd(TEXT.add(0x410))));
+        assert_eq!(
+            end(0x410, true),
+            Err(Unreliable::UnexpectedEnd(TEXT.add(0x410)))
+        );
     }
 
     #[test]
@@ -362,7 +376,7 @@ pub(crate) mod tests {
     fn init_text_only_for_who_came_through_it() {
         let map = CodeMap::new(core());
         let ip = INIT.add(5);
-        assert!(matches!(map.way(ip, false, true), Ok(Way::On(_))));
+        assert!(matches!(map.way(ip, false, true), Ok(UnwindAction::On(_))));
         assert_eq!(map.way(ip, false, false), Err(Unreliable::NotText(ip)));
     }
 
@@ -379,14 +393,20 @@ pub(crate) mod tests {
         let hole = TEXT.add(0x140);
         let id = map.add(patch(hole, 0x20)).unwrap();
         map.add(patch(MODULE, 0x100)).unwrap();
-        assert!(matches!(map.way(hole, true, false), Ok(Way::On(_))));
+        assert!(matches!(
+            map.way(hole, true, false),
+            Ok(UnwindAction::On(_))
+        ));
         assert!(map.way(hole.add(0x20), true, false).is_err());
         assert!(map.add(patch(hole.add(0x10), 0x20)).is_err());
         assert!(map.add(patch(hole.sub(0x10), 0x11)).is_err());
         assert!(map.add(patch(hole.sub(0x10), 0x10)).is_ok());
         map.remove(id);
         assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
-        assert!(matches!(map.way(MODULE, true, false), Ok(Way::On(_))));
+        assert!(matches!(
+            map.way(MODULE, true, false),
+            Ok(UnwindAction::On(_))
+        ));
     }
 
     #[test]
@@ -401,7 +421,7 @@ pub(crate) mod tests {
         .unwrap();
         assert_eq!(
             map.way(MODULE, true, false),
-            Err(Unreliable::FalseEnd(MODULE))
+            Err(Unreliable::UnexpectedEnd(MODULE))
         );
     }
 
@@ -409,13 +429,13 @@ pub(crate) mod tests {
     fn busy_code_is_busy_whoever_says_so() {
         let mut map = CodeMap::new(core());
         let ip = TEXT.add(0x705);
-        assert_eq!(map.way(ip, true, false), Err(Unreliable::BusyWindow(ip)));
+        assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
         let stub = range(TEXT.add(0x20), 0x10);
-        map.add_busy(stub);
-        map.add_busy(range(TEXT.add(0x24), 0x4));
+        map.add_transient(stub);
+        map.add_transient(range(TEXT.add(0x24), 0x4));
         for at in [0x20, 0x2f] {
             let ip = TEXT.add(at);
-            assert_eq!(map.way(ip, true, false), Err(Unreliable::BusyWindow(ip)));
+            assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
         }
         assert!(map.way(TEXT.add(0x30), true, false).is_ok());
         map.remove_busy(stub);

@@ -20,18 +20,18 @@ pub mod walk;
 use crate::addr::{Gva, GvaRange};
 use crate::btf::BtfError;
 use crate::kernel::Kernel;
-use crate::kernel::stack_areas::{PlacesError, StackPlaces};
+use crate::kernel::stack_areas::{StackAreaError, StackAreas};
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
 use crate::parallel::spread;
 use crate::symbols::{SymbolError, Symbols};
 use crate::task::{Task, TaskKind};
-use crate::unwind::code_map::{CodeMap, CodeRegion, CoreText, Overlap, RegionId, Rule};
+use crate::unwind::code_map::{CodeClass, CodeMap, CodeRegion, CoreText, Overlap, RegionId};
 use crate::unwind::module_code::{ModuleRegions, RefreshError};
 use crate::unwind::orc::{ENTRY_SIZE, Encoding, Kind, RawEntry};
 use crate::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
 use crate::unwind::special_code::{FRESH_TASK, ORDINARY, rules};
 use crate::unwind::stack::{Stack, Unreliable};
-use crate::unwind::stack_memory::WalkStacks;
+use crate::unwind::stack_memory::WalkMemory;
 use crate::unwind::step::{Cursor, StackMemory};
 use crate::unwind::walk::{Origin, empty, unreliable, walk};
 use crate::vcpu::VcpuRegs;
@@ -54,7 +54,7 @@ pub enum UnwinderError {
     Table(#[from] OrcTableError),
     /// The stacks could not be found.
     #[error(transparent)]
-    Places(#[from] PlacesError),
+    Places(#[from] StackAreaError),
     /// The tables say something else of a well-known function than is true of it.
     #[error(
         "the kernel's unwind data do not fit its function {0}: their encoding is not understood"
@@ -70,7 +70,7 @@ const WORTH_A_THREAD: usize = 512;
 pub struct Unwinder {
     code: CodeMap,
     modules: ModuleRegions,
-    places: StackPlaces,
+    places: StackAreas,
     sleeping: SleepingFrame,
     stack_refcount: Field,
     /// The boot CPU's idle task, which came through init text.
@@ -175,11 +175,11 @@ impl Unwinder {
     }
 
     /// Declares that a stack with code of `range` on it is busy: trampolines, stubs.
-    pub fn add_busy(&mut self, range: GvaRange) {
-        self.code.add_busy(range);
+    pub fn add_transient(&mut self, range: GvaRange) {
+        self.code.add_transient(range);
     }
 
-    /// Takes back what one call of [`Unwinder::add_busy`] declared.
+    /// Takes back what one call of [`Unwinder::add_transient`] declared.
     pub fn remove_busy(&mut self, range: GvaRange) {
         self.code.remove_busy(range);
     }
@@ -253,13 +253,13 @@ impl Unwinder {
             through_init: task.addr == self.init_task,
             running: true,
         };
-        let mut stacks = WalkStacks::new(memory, &spans);
+        let mut stacks = WalkMemory::new(memory, &spans);
         walk(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
     }
 
     fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
         let spans = [self.places.task(task.stack)];
-        let mut stacks = WalkStacks::new(memory, &spans);
+        let mut stacks = WalkMemory::new(memory, &spans);
         match self.saved_cursor(&mut stacks, task.sp) {
             Err(reason) => unreliable(reason),
             Ok(start) => {
@@ -275,7 +275,7 @@ impl Unwinder {
     /// `unwind_orc.c: __unwind_start` for a task that does not run.
     fn saved_cursor(
         &self,
-        stacks: &mut WalkStacks<'_, KernelMemory<'_>>,
+        stacks: &mut WalkMemory<'_, KernelMemory<'_>>,
         sp: Gva,
     ) -> Result<Cursor, Unreliable> {
         let bp = stacks.word(self.sleeping.bp.of(sp))?;
@@ -325,7 +325,7 @@ fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, 
 fn prove(
     orc: &OrcTable,
     symbols: &Symbols,
-    rules: &[(GvaRange, Rule)],
+    rules: &[(GvaRange, CodeClass)],
 ) -> Result<(), UnwinderError> {
     let mut proofs = 0;
     for name in ORDINARY {
@@ -343,7 +343,7 @@ fn prove(
     let is_end = |at: Gva| orc.lookup(at).is_some_and(|entry| entry.kind == Kind::End);
     let kthreads_end = rules
         .iter()
-        .any(|(range, rule)| *rule == Rule::StackBegins && is_end(range.start));
+        .any(|(range, rule)| *rule == CodeClass::TaskEntry && is_end(range.start));
     match (proofs, kthreads_end) {
         (4.., true) => Ok(()),
         (4.., false) => Err(UnwinderError::Unproven("ret_from_fork")),

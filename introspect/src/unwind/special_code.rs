@@ -5,7 +5,7 @@
 
 use crate::addr::GvaRange;
 use crate::symbols::Symbols;
-use crate::unwind::code_map::Rule;
+use crate::unwind::code_map::CodeClass;
 
 /// Assembly that kernel threads, new tasks and idle tasks begin in (`arch/x86/entry/entry_64.S`, `arch/x86/kernel/head_64.S`).
 const STACK_BEGINS: &[&str] = &[
@@ -82,22 +82,22 @@ const BUSY_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
 
 /// The rules that hold for the kernel of these symbols, within its `text`.
 #[must_use]
-pub fn rules(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, Rule)> {
+pub fn rules(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
     let named = [
-        (STACK_BEGINS, Rule::StackBegins),
-        (ENTRY_STUBS, Rule::EntryStub),
-        (TRACERS, Rule::Traced),
-        (BUSY, Rule::Busy),
-        (BREAKPOINTS, Rule::Breakpoint),
+        (STACK_BEGINS, CodeClass::TaskEntry),
+        (ENTRY_STUBS, CodeClass::UserEntry),
+        (TRACERS, CodeClass::Traced),
+        (BUSY, CodeClass::Busy),
+        (BREAKPOINTS, CodeClass::Breakpoint),
     ];
-    let mut rules: Vec<(GvaRange, Rule)> = named
+    let mut rules: Vec<(GvaRange, CodeClass)> = named
         .into_iter()
         .flat_map(|(names, rule)| names.iter().map(move |name| (*name, rule)))
         .flat_map(|(name, rule)| symbols.all(name).map(move |symbol| (symbol.gva, rule)))
         .chain(BUSY_PREFIXES.iter().flat_map(|prefix| {
             symbols
                 .prefixed(prefix)
-                .map(|symbol| (symbol.gva, Rule::Busy))
+                .map(|symbol| (symbol.gva, CodeClass::Busy))
         }))
         .filter_map(|(gva, rule)| Some((symbols.extent(gva)?, rule)))
         .filter(|(range, _)| text.contains(range.start) && !range.is_empty())

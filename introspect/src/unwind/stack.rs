@@ -47,13 +47,13 @@ pub enum Unreliable {
     NoOrc(Gva),
     /// ORC says the stack ends here, but stacks do not end at this address.
     #[error("unwind data ends at {0}, where no stack ends")]
-    FalseEnd(Gva),
+    UnexpectedEnd(Gva),
     /// An address on the stack is not in kernel text.
     #[error("{0} is not kernel text")]
     NotText(Gva),
     /// The code at this address changes what the stack means while it runs (context switch, thunk, trampoline, entry window).
     #[error("inside a busy window at {0}")]
-    BusyWindow(Gva),
+    TransientCode(Gva),
     /// The stack pointer left the stacks this task may be on, or did not rise.
     #[error("stack pointer {0} is not where the next frame can be")]
     BadStackPointer(Gva),

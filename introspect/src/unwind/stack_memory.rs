@@ -8,7 +8,7 @@ use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;
 
 /// Reading guest-virtual memory: all that a walk needs of the guest.
-pub trait ReadVirtual {
+pub trait ReadMemory {
     /// Fills `buf` from `at` on, or says at which address that failed.
     ///
     /// # Errors
@@ -18,7 +18,7 @@ pub trait ReadVirtual {
 
 /// What a stack is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum StackKind {
+pub enum StackType {
     /// A task's own.
     Task,
     /// A CPU's interrupt stack.
@@ -29,19 +29,19 @@ pub enum StackKind {
     Entry,
 }
 
-impl StackKind {
+impl StackType {
     /// Whether something else may have been interrupted to get here. Task and entry stacks are where entries from user mode
     /// arrive, so nothing lies behind them.
     fn interrupts(self) -> bool {
-        matches!(self, StackKind::Irq | StackKind::Exception)
+        matches!(self, StackType::Irq | StackType::Exception)
     }
 }
 
 /// One stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StackSpan {
+pub struct StackArea {
     /// What it is for.
-    pub kind: StackKind,
+    pub kind: StackType,
     /// Where it lies.
     pub range: GvaRange,
 }
@@ -60,21 +60,21 @@ const TOP_PADDING: u64 = 16;
 ///
 /// Each stack is entered at most once and read at once, from where it is entered to its top.
 #[derive(Debug)]
-pub struct WalkStacks<'a, R: ?Sized> {
+pub struct WalkMemory<'a, R: ?Sized> {
     guest: &'a R,
-    spans: &'a [StackSpan],
+    spans: &'a [StackArea],
     /// Stacks not yet entered, by index.
     fresh: u64,
-    current: Option<StackSpan>,
+    current: Option<StackArea>,
     window_at: Gva,
     window: Vec<u8>,
 }
 
-impl<'a, R: ReadVirtual + ?Sized> WalkStacks<'a, R> {
+impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     /// A walk over `spans` (at most 64 of them are seen).
     #[must_use]
-    pub fn new(guest: &'a R, spans: &'a [StackSpan]) -> Self {
-        WalkStacks {
+    pub fn new(guest: &'a R, spans: &'a [StackArea]) -> Self {
+        WalkMemory {
             guest,
             spans,
             fresh: u64::MAX,
@@ -85,8 +85,8 @@ impl<'a, R: ReadVirtual + ?Sized> WalkStacks<'a, R> {
     }
 
     /// Makes the stack that holds `at..at + len` the current one.
-    fn enter(&mut self, at: Gva, len: u64) -> Result<StackSpan, Unreliable> {
-        let holds = |span: &StackSpan| {
+    fn enter(&mut self, at: Gva, len: u64) -> Result<StackArea, Unreliable> {
+        let holds = |span: &StackArea| {
             span.range.start <= at
                 && at
                     .0
@@ -146,7 +146,7 @@ impl<'a, R: ReadVirtual + ?Sized> WalkStacks<'a, R> {
     #[must_use]
     pub fn is_stack_begin(&self, sp: Gva) -> bool {
         self.spans.iter().any(|span| {
-            span.kind == StackKind::Task
+            span.kind == StackType::Task
                 && sp <= span.range.end
                 && span.range.end.since(sp) <= NEAR_TOP
         })
@@ -161,7 +161,7 @@ impl<'a, R: ReadVirtual + ?Sized> WalkStacks<'a, R> {
         })
     }
 
-    fn fill(&mut self, at: Gva, span: StackSpan) -> Result<(), Unreliable> {
+    fn fill(&mut self, at: Gva, span: StackArea) -> Result<(), Unreliable> {
         // Registers below the stack pointer are not asked for in order, so a second, longer read may be needed.
         let len = span.range.end.since(at).min(MAX_STACK);
         let len = usize::try_from(len).map_err(|_| Unreliable::BadStackPointer(at))?;
@@ -177,7 +177,7 @@ impl<'a, R: ReadVirtual + ?Sized> WalkStacks<'a, R> {
     }
 }
 
-impl<R: ReadVirtual + ?Sized> StackMemory for WalkStacks<'_, R> {
+impl<R: ReadMemory + ?Sized> StackMemory for WalkMemory<'_, R> {
     fn word(&mut self, at: Gva) -> Result<u64, Unreliable> {
         if !at.0.is_multiple_of(8) {
             return Err(Unreliable::BadStackPointer(at));
@@ -206,8 +206,8 @@ pub(crate) mod tests {
     pub(crate) const IRQ: Gva = Gva(0xffff_c900_0020_0000);
     pub(crate) const SIZE: u64 = 0x4000;
 
-    pub(crate) fn span(kind: StackKind, start: Gva) -> StackSpan {
-        StackSpan {
+    pub(crate) fn span(kind: StackType, start: Gva) -> StackArea {
+        StackArea {
             kind,
             range: GvaRange::new(start, start.add(SIZE)),
         }
@@ -220,7 +220,7 @@ pub(crate) mod tests {
         pub(crate) hole: Option<Gva>,
     }
 
-    impl ReadVirtual for Identity {
+    impl ReadMemory for Identity {
         fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
             self.reads.set(self.reads.get() + 1);
             let end = at.add(buf.len() as u64);
@@ -238,8 +238,8 @@ pub(crate) mod tests {
     #[test]
     fn a_stack_is_read_once() {
         let guest = Identity::default();
-        let spans = [span(StackKind::Task, TASK)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         for offset in (0x100..SIZE).step_by(8) {
             assert_eq!(stacks.word(TASK.add(offset)), Ok(TASK.add(offset).0));
         }
@@ -251,8 +251,8 @@ pub(crate) mod tests {
     #[test]
     fn only_whole_aligned_words_of_known_stacks() {
         let guest = Identity::default();
-        let spans = [span(StackKind::Task, TASK)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         for at in [
             TASK.sub(8),
             TASK.add(SIZE),
@@ -267,8 +267,8 @@ pub(crate) mod tests {
     #[test]
     fn from_an_interrupt_stack_to_the_tasks_and_not_back() {
         let guest = Identity::default();
-        let spans = [span(StackKind::Task, TASK), span(StackKind::Irq, IRQ)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         assert!(stacks.word(IRQ.add(0x3ff8)).is_ok());
         assert!(stacks.word(TASK.add(0x100)).is_ok());
         let back = IRQ.add(0x3ff8);
@@ -279,8 +279,8 @@ pub(crate) mod tests {
     #[test]
     fn nothing_lies_behind_a_task_stack() {
         let guest = Identity::default();
-        let spans = [span(StackKind::Task, TASK), span(StackKind::Irq, IRQ)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         assert!(stacks.word(TASK).is_ok());
         assert!(stacks.word(IRQ).is_err());
     }
@@ -291,8 +291,8 @@ pub(crate) mod tests {
             hole: Some(TASK.add(0x2000)),
             ..Identity::default()
         };
-        let spans = [span(StackKind::Task, TASK)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         assert_eq!(
             stacks.word(TASK.add(0x1000)),
             Err(Unreliable::Unreadable(TASK.add(0x2000)))
@@ -303,8 +303,8 @@ pub(crate) mod tests {
     #[test]
     fn where_entries_from_user_mode_and_first_frames_lie() {
         let guest = Identity::default();
-        let spans = [span(StackKind::Task, TASK)];
-        let mut stacks = WalkStacks::new(&guest, &spans);
+        let spans = [span(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &spans);
         let top = TASK.add(SIZE);
         assert!(!stacks.is_entry_from_user(top), "not on a stack yet");
         stacks.word(top.sub(8)).unwrap();

@@ -4,9 +4,9 @@
 //! `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and stricter: a stack must end where
 //! stacks end, at the top of a task's stack, and no frame may be in code that makes the stack say something else than it seems.
 
-use crate::unwind::code_map::{CodeMap, RegionId, Way};
+use crate::unwind::code_map::{CodeMap, RegionId, UnwindAction};
 use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
-use crate::unwind::stack_memory::{ReadVirtual, WalkStacks};
+use crate::unwind::stack_memory::{ReadMemory, WalkMemory};
 use crate::unwind::step::{Cursor, Step};
 
 /// As many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`: a full array is refused).
@@ -22,9 +22,9 @@ pub struct Origin {
 }
 
 /// Walks from `start` to the end of the stack, or to the first thing that makes it unreliable.
-pub fn walk<R: ReadVirtual + ?Sized>(
+pub fn walk<R: ReadMemory + ?Sized>(
     code: &CodeMap,
-    stacks: &mut WalkStacks<'_, R>,
+    stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
     origin: Origin,
 ) -> Stack {
@@ -36,9 +36,9 @@ pub fn walk<R: ReadVirtual + ?Sized>(
     Stack { frames, verdict }
 }
 
-fn to_the_end<R: ReadVirtual + ?Sized>(
+fn to_the_end<R: ReadMemory + ?Sized>(
     code: &CodeMap,
-    stacks: &mut WalkStacks<'_, R>,
+    stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
     origin: Origin,
     frames: &mut Vec<Frame>,
@@ -60,15 +60,15 @@ fn to_the_end<R: ReadVirtual + ?Sized>(
             return Err(Unreliable::TooDeep(MAX_FRAMES));
         }
         let entry = match way? {
-            Way::On(entry) => entry,
-            Way::OnToUser(entry) => {
+            UnwindAction::On(entry) => entry,
+            UnwindAction::OrcToUser(entry) => {
                 breakpoint = Some(at.ip);
                 entry
             }
-            Way::StackBegins if stacks.is_stack_begin(at.sp) => return Ok(()),
-            Way::StackBegins => return Err(Unreliable::BadStackPointer(at.sp)),
-            Way::EntryStub if origin.running => return Ok(()),
-            Way::EntryStub => return Err(Unreliable::FalseEnd(at.ip)),
+            UnwindAction::TaskEntry if stacks.is_stack_begin(at.sp) => return Ok(()),
+            UnwindAction::TaskEntry => return Err(Unreliable::BadStackPointer(at.sp)),
+            UnwindAction::UserEntry if origin.running => return Ok(()),
+            UnwindAction::UserEntry => return Err(Unreliable::UnexpectedEnd(at.ip)),
         };
         prove_region(code, stacks, &at, &mut proven)?;
         stacks.check_sp(at.sp)?;
@@ -78,7 +78,7 @@ fn to_the_end<R: ReadVirtual + ?Sized>(
             Step::Frame(next) => next,
         };
         if let Some(ip) = breakpoint.filter(|_| next.exact) {
-            return Err(Unreliable::BusyWindow(ip));
+            return Err(Unreliable::TransientCode(ip));
         }
         if !stacks.rises(at.sp, next.sp) {
             return Err(Unreliable::BadStackPointer(next.sp));
@@ -88,9 +88,9 @@ fn to_the_end<R: ReadVirtual + ?Sized>(
 }
 
 /// A module may have gone since its unwind data were copied.
-fn prove_region<R: ReadVirtual + ?Sized>(
+fn prove_region<R: ReadMemory + ?Sized>(
     code: &CodeMap,
-    stacks: &WalkStacks<'_, R>,
+    stacks: &WalkMemory<'_, R>,
     at: &Cursor,
     proven: &mut Option<RegionId>,
 ) -> Result<(), Unreliable> {
@@ -131,11 +131,11 @@ mod tests {
     use super::*;
     use crate::addr::Gva;
     use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
-    use crate::unwind::code_map::{CodeRegion, CoreText, Rule};
+    use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
     use crate::unwind::orc::Encoding;
     use crate::unwind::orc_table::OrcTable;
     use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, span};
-    use crate::unwind::stack_memory::{StackKind, StackSpan};
+    use crate::unwind::stack_memory::{StackArea, StackType};
 
     const TOP: Gva = TASK.add(SIZE);
     const KTHREAD_BEGIN: Gva = TEXT.add(0x200);
@@ -166,9 +166,9 @@ mod tests {
             init: range(Gva(0), 0),
             orc,
             rules: vec![
-                (range(KTHREAD_BEGIN, 0x100), Rule::StackBegins),
-                (range(ENTRY, 0x20), Rule::EntryStub),
-                (range(BREAKPOINT, 0x20), Rule::Breakpoint),
+                (range(KTHREAD_BEGIN, 0x100), CodeClass::TaskEntry),
+                (range(ENTRY, 0x20), CodeClass::UserEntry),
+                (range(BREAKPOINT, 0x20), CodeClass::Breakpoint),
             ],
         })
     }
@@ -191,7 +191,7 @@ mod tests {
         }
     }
 
-    impl ReadVirtual for Guest {
+    impl ReadMemory for Guest {
         fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
             for (bytes, i) in buf.chunks_mut(8).zip(0u64..) {
                 let word = self.0.get(&at.add(8 * i).0).copied().unwrap_or(0);
@@ -201,13 +201,13 @@ mod tests {
         }
     }
 
-    const SPANS: [StackSpan; 2] = [
-        StackSpan {
-            kind: StackKind::Task,
+    const SPANS: [StackArea; 2] = [
+        StackArea {
+            kind: StackType::Task,
             range: crate::GvaRange::new(TASK, TOP),
         },
-        StackSpan {
-            kind: StackKind::Irq,
+        StackArea {
+            kind: StackType::Irq,
             range: crate::GvaRange::new(IRQ, IRQ.add(SIZE)),
         },
     ];
@@ -224,7 +224,7 @@ mod tests {
             running: exact,
             ..Origin::default()
         };
-        walk(&map(), &mut WalkStacks::new(guest, &SPANS), start, origin)
+        walk(&map(), &mut WalkMemory::new(guest, &SPANS), start, origin)
     }
 
     fn ips(stack: &Stack) -> Vec<Gva> {
@@ -279,7 +279,7 @@ mod tests {
         assert_eq!(hit(0x33, Gva(0x40_0000)), Verdict::Reliable);
         assert_eq!(
             hit(0x10, TEXT.add(0x20)),
-            Verdict::Unreliable(Unreliable::BusyWindow(BREAKPOINT.add(8)))
+            Verdict::Unreliable(Unreliable::TransientCode(BREAKPOINT.add(8)))
         );
     }
 
@@ -341,13 +341,13 @@ mod tests {
         };
         let sleeping = walk(
             &map(),
-            &mut WalkStacks::new(&guest, &SPANS),
+            &mut WalkMemory::new(&guest, &SPANS),
             start,
             Origin::default(),
         );
         assert_eq!(
             sleeping.verdict,
-            Verdict::Unreliable(Unreliable::FalseEnd(ENTRY.add(3)))
+            Verdict::Unreliable(Unreliable::UnexpectedEnd(ENTRY.add(3)))
         );
     }
 
@@ -426,7 +426,7 @@ mod tests {
                 exact: true,
                 regs: None,
             };
-            let mut stacks = WalkStacks::new(&guest, &SPANS);
+            let mut stacks = WalkMemory::new(&guest, &SPANS);
             walk(&code, &mut stacks, start, Origin::default()).verdict
         };
         let there = || Guest::default().put(sp, KTHREAD_BEGIN.add(1));
@@ -458,10 +458,10 @@ mod tests {
                 guest = guest.put(TASK.add(8 * at), value);
             }
             let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, regs: None };
-            let spans = [span(StackKind::Task, TASK), span(StackKind::Irq, IRQ)];
+            let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
             let stack = walk(
                 &map(),
-                &mut WalkStacks::new(&guest, &spans),
+                &mut WalkMemory::new(&guest, &spans),
                 start,
                 Origin { running: exact, through_init: true },
             );

@@ -5,7 +5,7 @@ use introspect::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
 use introspect::modules;
-use introspect::modules::proc_kallsyms::{ListingError, behind_core};
+use introspect::modules::proc_kallsyms::{ListingError, modules_and_runtime};
 
 use hostile_guest::image::{self, module_at, virt};
 use hostile_guest::{self, bounded};
@@ -128,7 +128,7 @@ fn modules_that_share_one_table_of_symbols() {
         let kernel = hostile_guest::kernel();
         let reader = kernel.memory(&memory);
         assert_eq!(modules::list(kernel, &reader).unwrap().len(), MODULES);
-        let found = bounded("a listing", || behind_core(kernel, &reader));
+        let found = bounded("a listing", || modules_and_runtime(kernel, &reader));
         let too_much = matches!(found, Err(ListingError::TooMuch { .. }));
         assert!(too_much, "{name}: {:?}", found.map(|list| list.len()));
     }

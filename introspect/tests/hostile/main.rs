@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use introspect::modules::proc_kallsyms::{ListingError, behind_core};
+use introspect::modules::proc_kallsyms::{ListingError, modules_and_runtime};
 use introspect::modules::{self, ModulesError};
 use introspect::symbols::kallsyms::{KallsymsError, Window};
 use introspect::unwind::orc::Encoding;
@@ -287,13 +287,17 @@ fn lists_of_code_that_was_made_that_loop() {
     // The links of ftrace's, of BPF's and of a kprobe's entry.
     for link in [image::MADE, image::MADE + 0x408, image::MADE + 0x800] {
         let memory = with(&[(link, virt(link))]);
-        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        let found = bounded("a listing", || {
+            modules_and_runtime(kernel, &kernel.memory(&memory))
+        });
         assert!(
             matches!(found, Err(ListingError::Endless { .. })),
             "{found:?}"
         );
         let memory = with(&[(link, 0)]);
-        let found = bounded("a listing", || behind_core(kernel, &kernel.memory(&memory)));
+        let found = bounded("a listing", || {
+            modules_and_runtime(kernel, &kernel.memory(&memory))
+        });
         assert!(matches!(found, Err(ListingError::Read(_))), "{found:?}");
     }
 }

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use introspect::task_list::cache::Survey;
-use introspect::{PhysMemory, Stack, Task, Unbacked};
+use introspect::task_list::cache::TaskCache;
+use introspect::{OutOfBounds, PhysMemory, Stack, Task};
 use vm_memory::GuestAddress;
 
 use crate::{memory, with};
@@ -62,7 +62,7 @@ struct Moving<'l> {
 }
 
 impl PhysMemory for Moving<'_> {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let is_task = gpa.0.wrapping_sub(self.task.0) < TASK_SIZE as u64;
         // A longer copy is not made at one moment.
         for (gpa, word) in (gpa.0..).step_by(8).zip(buf.chunks_mut(8)) {
@@ -79,7 +79,7 @@ impl PhysMemory for Moving<'_> {
 }
 
 /// What a look in a pause says of everybody and their stacks.
-fn in_pause(survey: &mut Survey, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> {
+fn in_pause(survey: &mut TaskCache, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> {
     let (kernel, unwinder) = (hostile_guest::kernel(), hostile_guest::unwinder());
     let (memory, vcpus) = (kernel.memory(memory), image::vcpus());
     survey.look(kernel, unwinder, &memory, &vcpus).unwrap();
@@ -91,14 +91,14 @@ fn in_pause(survey: &mut Survey, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> 
     each.collect()
 }
 
-fn walk_ahead(survey: &mut Survey, memory: &dyn PhysMemory) {
+fn walk_ahead(survey: &mut TaskCache, memory: &dyn PhysMemory) {
     let kernel = hostile_guest::kernel();
     survey.walk_ahead(kernel, hostile_guest::unwinder(), &kernel.memory(memory));
 }
 
 /// Looks ahead with one turn of the task's life after so many words of it, and another, then in a pause.
 fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'static>]) -> usize {
-    let mut survey = Survey::new();
+    let mut survey = TaskCache::new();
     if known {
         // The look ahead then has only to go through what it knows.
         in_pause(&mut survey, &memory());
@@ -113,7 +113,7 @@ fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'
     let last = &life[turns[1].1];
     assert_eq!(
         in_pause(&mut survey, last),
-        in_pause(&mut Survey::new(), last),
+        in_pause(&mut TaskCache::new(), last),
         "task {task}, known before: {known}, turns {turns:?}"
     );
     moving.words.into_inner()

@@ -1,6 +1,6 @@
 //! What is kept of tasks and stacks from look to look is what a fresh look would find.
 
-use introspect::task_list::cache::Survey;
+use introspect::task_list::cache::TaskCache;
 use introspect::{Gva, GvaRange, PhysMemory, Stack, TasksError, Unwinder};
 
 use crate::{memory, with};
@@ -23,13 +23,17 @@ fn variable(name: &str) -> usize {
     usize::try_from(at - image::BASE).unwrap() + image::IMAGE
 }
 
-fn look(survey: &mut Survey, unwinder: &Unwinder, memory: &Mutated<'_>) -> Result<(), TasksError> {
+fn look(
+    survey: &mut TaskCache,
+    unwinder: &Unwinder,
+    memory: &Mutated<'_>,
+) -> Result<(), TasksError> {
     let kernel = hostile_guest::kernel();
     survey.look(kernel, unwinder, &kernel.memory(memory), &image::vcpus())
 }
 
 /// The stack of each task.
-fn stacks(survey: &Survey, unwinder: &Unwinder, memory: &dyn PhysMemory) -> Vec<Stack> {
+fn stacks(survey: &TaskCache, unwinder: &Unwinder, memory: &dyn PhysMemory) -> Vec<Stack> {
     let vcpus = image::vcpus();
     let memory = hostile_guest::kernel().memory(memory);
     let regs = |n: Option<u32>| n.and_then(|n| vcpus.get(n as usize));
@@ -42,7 +46,7 @@ fn stacks(survey: &Survey, unwinder: &Unwinder, memory: &dyn PhysMemory) -> Vec<
 }
 
 fn fresh(unwinder: &Unwinder, memory: &Mutated<'_>) -> Vec<Stack> {
-    let mut survey = Survey::new();
+    let mut survey = TaskCache::new();
     look(&mut survey, unwinder, memory).unwrap();
     stacks(&survey, unwinder, memory)
 }
@@ -55,7 +59,7 @@ fn any_change_of_a_task_is_seen() {
     for task in 0..5 {
         for word in (0..TASK_SIZE).step_by(8) {
             for value in [0, 1, 7, u64::MAX, image::DIRECT + 0x100] {
-                let mut survey = Survey::new();
+                let mut survey = TaskCache::new();
                 look(&mut survey, unwinder, &good).unwrap();
                 stacks(&survey, unwinder, &good);
                 let mut changes = vec![(task_at(task) + word, value)];
@@ -94,7 +98,7 @@ fn any_change_of_a_task_is_seen() {
 fn the_stack_of_a_task_that_has_not_run_is_not_walked_again() {
     let unwinder = hostile_guest::unwinder();
     let good = memory();
-    let mut survey = Survey::new();
+    let mut survey = TaskCache::new();
     look(&mut survey, unwinder, &good).unwrap();
     let before = stacks(&survey, unwinder, &good);
     assert!(before[2].is_reliable() && !before[2].frames.is_empty());
@@ -121,7 +125,7 @@ fn the_stack_of_a_task_that_has_not_run_is_not_walked_again() {
 fn a_task_that_comes_or_goes_is_seen_and_the_others_stacks_are_kept() {
     let unwinder = hostile_guest::unwinder();
     let good = memory();
-    let mut survey = Survey::new();
+    let mut survey = TaskCache::new();
     look(&mut survey, unwinder, &good).unwrap();
     let before = stacks(&survey, unwinder, &good);
 
@@ -145,10 +149,10 @@ fn a_task_that_comes_or_goes_is_seen_and_the_others_stacks_are_kept() {
 fn new_knowledge_of_code_makes_the_stacks_with_it_new_and_no_others() {
     let mut unwinder = hostile_guest::unwinder().clone();
     let good = memory();
-    let mut survey = Survey::new();
+    let mut survey = TaskCache::new();
     look(&mut survey, &unwinder, &good).unwrap();
     let before = stacks(&survey, &unwinder, &good);
-    let is_known = |survey: &Survey| -> Vec<bool> {
+    let is_known = |survey: &TaskCache| -> Vec<bool> {
         let all = survey.seen().iter();
         all.map(|seen| seen.is_walked()).collect()
     };
@@ -158,7 +162,7 @@ fn new_knowledge_of_code_makes_the_stacks_with_it_new_and_no_others() {
     assert!(known[2] && known.iter().filter(|known| **known).count() > 1);
 
     let nobodys = GvaRange::new(Gva(image::virt(0)), Gva(image::virt(16)));
-    unwinder.add_busy(nobodys);
+    unwinder.add_transient(nobodys);
     unwinder.remove_busy(nobodys);
     look(&mut survey, &unwinder, &good).unwrap();
     assert_eq!(is_known(&survey), known);
@@ -166,7 +170,7 @@ fn new_knowledge_of_code_makes_the_stacks_with_it_new_and_no_others() {
     for frame in &before[2].frames {
         // Its last byte is the call that the frame is in.
         let code = GvaRange::new(frame.ip.sub(8), frame.ip);
-        unwinder.add_busy(code);
+        unwinder.add_transient(code);
         look(&mut survey, &unwinder, &good).unwrap();
         assert!(!is_known(&survey)[2]);
         let now = stacks(&survey, &unwinder, &good);
@@ -189,7 +193,7 @@ fn a_walk_ahead_is_made_sure_of() {
         (task_at(2) + NVCSW, 9),
     ]);
     for ahead in [&good, &pids] {
-        let mut survey = Survey::new();
+        let mut survey = TaskCache::new();
         survey.walk_ahead(kernel, unwinder, &kernel.memory(ahead));
         look(&mut survey, unwinder, &good).unwrap();
         assert_eq!(stacks(&survey, unwinder, &good), expected);

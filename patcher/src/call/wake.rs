@@ -15,11 +15,11 @@ use introspect::{Field, Gva, Kernel, Task, VcpuRegs};
 
 use crate::error::PatchError;
 use crate::guest::Guest;
-use crate::guest::kernel_info::Facts;
-use crate::guest::view::Look;
+use crate::guest::kernel_info::KernelInfo;
+use crate::guest::view::GuestView;
 use crate::machine::Machine;
-use crate::memory::write_batch::Plan;
-use crate::memory::{Need, Piece, Places};
+use crate::memory::write_batch::WriteBatch;
+use crate::memory::{Allocation, PatchMemory, Request};
 use crate::transition::signal::INTERRUPTIBLE;
 use crate::x86::entry_stub::{self, EncodeError};
 
@@ -38,7 +38,7 @@ const USAGE_LIMIT: u32 = 0x4000_0000;
 
 /// What the machinery looks like in this kernel.
 #[derive(Clone, Debug)]
-pub struct WakeFacts {
+pub struct IrqWorkInfo {
     wake_up_state: Gva,
     /// Frees a task whose last reference went.
     put: Gva,
@@ -56,17 +56,17 @@ pub struct WakeFacts {
     entry: Gva,
 }
 
-impl WakeFacts {
+impl IrqWorkInfo {
     /// From a kernel's symbols and types.
     ///
     /// # Errors
     /// [`PatchError::Guest`] naming what the kernel lacks.
-    pub fn new(kernel: &Kernel) -> Result<WakeFacts, PatchError> {
+    pub fn new(kernel: &Kernel) -> Result<IrqWorkInfo, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
         let value = |name| kernel.btf.enum_value(name);
         let bits = |value: i64| u32::try_from(value).unwrap_or_default();
         let done = bits(value("CSD_TYPE_IRQ_WORK")?);
-        Ok(WakeFacts {
+        Ok(IrqWorkInfo {
             wake_up_state: symbol("wake_up_state")?,
             put: symbol("__put_task_struct")?,
             usage: kernel.btf.field("task_struct.usage")?,
@@ -83,25 +83,25 @@ impl WakeFacts {
 
 /// The routine and its list, placed in the guest.
 #[derive(Debug)]
-pub struct Waker {
-    facts: WakeFacts,
-    code: Piece,
+pub struct TaskWaker {
+    facts: IrqWorkInfo,
+    code: Allocation,
     code_bytes: Vec<u8>,
-    data: Piece,
+    data: Allocation,
     /// The guest has seen them: the list may be out.
     pub used: bool,
 }
 
 /// An interrupt that starts a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Start {
+pub struct Kick {
     /// To which vCPU.
     pub vcpu: u32,
     /// Which.
     pub vector: u8,
 }
 
-impl Waker {
+impl TaskWaker {
     /// Places the routine; the guest sees nothing of it yet.
     ///
     /// # Errors
@@ -109,16 +109,16 @@ impl Waker {
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
-        places: &mut Places,
-        facts: &Facts,
-    ) -> Result<Waker, PatchError> {
-        let wake = WakeFacts::new(&guest.kernel)?;
-        let code_need = Need {
+        places: &mut PatchMemory,
+        facts: &KernelInfo,
+    ) -> Result<TaskWaker, PatchError> {
+        let wake = IrqWorkInfo::new(&guest.kernel)?;
+        let code_need = Request {
             len: CODE_ROOM,
             align: 64,
         };
         let code = places.take_code(machine, &guest.kernel, facts, code_need)?;
-        let data_need = Need {
+        let data_need = Request {
             len: (LIST + ENTRY * (MOST + 1)) as u64,
             align: 64,
         };
@@ -131,8 +131,8 @@ impl Waker {
             });
         match prepared {
             Ok((code_bytes, data)) => {
-                guest.unwinder.add_busy(code.range);
-                Ok(Waker {
+                guest.unwinder.add_transient(code.range);
+                Ok(TaskWaker {
                     facts: wake,
                     code,
                     code_bytes,
@@ -162,11 +162,11 @@ impl Waker {
     /// [`ReadError`].
     pub fn plan(
         &self,
-        look: &Look<'_>,
-        places: &Places,
+        look: &GuestView<'_>,
+        places: &PatchMemory,
         tasks: &[&Task],
-        plan: &mut Plan,
-    ) -> Result<Option<Start>, ReadError> {
+        plan: &mut WriteBatch,
+    ) -> Result<Option<Kick>, ReadError> {
         let memory = &look.memory;
         let Some((vcpu, cpu)) = look.interruptible_vcpu() else {
             return Ok(None);
@@ -197,7 +197,7 @@ impl Waker {
         }
         places.plan_fill(memory, self.data, &bytes, plan)?;
         plan.write_kernel(memory, head, &work.0.to_le_bytes())?;
-        Ok(Some(Start {
+        Ok(Some(Kick {
             vcpu: vcpu.index,
             vector: IRQ_WORK_VECTOR,
         }))
@@ -234,13 +234,13 @@ impl Waker {
 }
 
 /// The routine, `void (*func)(struct irq_work *)`, at `at`: called on the interrupt stack with interrupts off.
-fn routine(at: Gva, facts: &WakeFacts) -> Result<Vec<u8>, EncodeError> {
+fn routine(at: Gva, facts: &IrqWorkInfo) -> Result<Vec<u8>, EncodeError> {
     let targets = [facts.wake_up_state, facts.put];
     entry_stub::fitted(at, CODE_ROOM, targets, || assemble(at, facts))
 }
 
 /// `ret` is a plain one: what runs once for a rare event gains nothing from the kernel's return thunk.
-fn assemble(at: Gva, facts: &WakeFacts) -> Result<Vec<u8>, IcedError> {
+fn assemble(at: Gva, facts: &IrqWorkInfo) -> Result<Vec<u8>, IcedError> {
     let usage = u32::try_from(facts.usage.offset).unwrap_or(u32::MAX);
     let mut a = CodeAssembler::new(64)?;
     let [mut again, mut kept, mut end] = [a.create_label(), a.create_label(), a.create_label()];
@@ -278,9 +278,9 @@ mod tests {
     use super::*;
     use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
-    fn facts() -> WakeFacts {
+    fn facts() -> IrqWorkInfo {
         let field = |offset, size| Field { offset, size };
-        WakeFacts {
+        IrqWorkInfo {
             wake_up_state: Gva(0xffff_ffff_8110_0000),
             put: Gva(0xffff_ffff_8120_0000),
             usage: field(40, 4),

@@ -20,7 +20,7 @@ const GOLDEN_RATIO: u64 = 0x61c8_8646_80b5_83eb;
 
 /// ftrace's list of those who trace, and how to read it.
 #[derive(Clone, Copy, Debug)]
-pub struct Tracers {
+pub struct FtraceOps {
     /// `ftrace_ops_list`.
     head: Gva,
     /// `ftrace_list_end`.
@@ -74,14 +74,14 @@ impl From<TracersError> for PatchError {
     }
 }
 
-impl Tracers {
+impl FtraceOps {
     /// From a kernel's symbols and types.
     ///
     /// # Errors
     /// [`PatchError::Guest`] naming what the kernel lacks.
-    pub fn new(kernel: &Kernel) -> Result<Tracers, PatchError> {
+    pub fn new(kernel: &Kernel) -> Result<FtraceOps, PatchError> {
         let btf = &kernel.btf;
-        Ok(Tracers {
+        Ok(FtraceOps {
             head: kernel.symbols.address("ftrace_ops_list")?,
             end: kernel.symbols.address("ftrace_list_end")?,
             next: btf.field("ftrace_ops.next")?,
@@ -218,9 +218,9 @@ mod tests {
     const DIRECT: u64 = 1 << 27;
     const TRAMP: u64 = 1 << 28;
 
-    fn tracers() -> Tracers {
+    fn tracers() -> FtraceOps {
         let field = |offset| Field { offset, size: 8 };
-        Tracers {
+        FtraceOps {
             head: DATA,
             end: END,
             next: field(0),

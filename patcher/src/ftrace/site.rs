@@ -25,7 +25,7 @@ const MOST_RECORDS: u64 = 1 << 20;
 
 /// Layout of ftrace's records, and the bits in them.
 #[derive(Clone, Copy, Debug)]
-pub struct FtraceTypes {
+pub struct FtraceLayout {
     page_next: Field,
     page_records: Field,
     page_index: Field,
@@ -39,16 +39,16 @@ pub struct FtraceTypes {
     ipmodify: u64,
 }
 
-impl FtraceTypes {
+impl FtraceLayout {
     /// From the kernel's own types.
     ///
     /// # Errors
     /// [`BtfError`] naming what the kernel lacks.
-    pub fn new(btf: &Btf) -> Result<FtraceTypes, BtfError> {
+    pub fn new(btf: &Btf) -> Result<FtraceLayout, BtfError> {
         let bit = |name| btf.enum_value(name).map(i64::cast_unsigned);
         // Only newer kernels remember who was there.
         let memory = ["FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED"];
-        Ok(FtraceTypes {
+        Ok(FtraceLayout {
             page_next: btf.field("ftrace_page.next")?,
             page_records: btf.field("ftrace_page.records")?,
             page_index: btf.field("ftrace_page.index")?,
@@ -103,7 +103,7 @@ impl Site {
     /// [`SiteError`] with the name of the user when it is not free.
     pub fn find(
         memory: &KernelMemory<'_>,
-        types: &FtraceTypes,
+        types: &FtraceLayout,
         pages: Gva,
         entry: Gva,
         name_of: impl Fn(Gva) -> String,
@@ -148,7 +148,7 @@ impl Site {
     pub fn is_wanted(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceTypes,
+        types: &FtraceLayout,
     ) -> Result<bool, ReadError> {
         Ok(self.flags(memory)? & !(types.harmless | types.disabled) != 0)
     }
@@ -160,7 +160,7 @@ impl Site {
     pub fn is_fenced(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceTypes,
+        types: &FtraceLayout,
     ) -> Result<bool, ReadError> {
         Ok(self.flags(memory)? & types.disabled != 0)
     }
@@ -172,20 +172,20 @@ impl Site {
     pub fn fence(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceTypes,
+        types: &FtraceLayout,
     ) -> Result<(Gva, Vec<u8>), ReadError> {
         Ok(self.record(self.flags(memory)? | types.disabled))
     }
 
     /// Where to write, and what, so that ftrace takes the site up again, with what its record is to say of those who trace it
-    /// ([`crate::ftrace::ops::Tracers::account`]).
+    /// ([`crate::ftrace::ops::FtraceOps::account`]).
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn unfence(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceTypes,
+        types: &FtraceLayout,
         tracers: u64,
     ) -> Result<(Gva, Vec<u8>), ReadError> {
         Ok(self.record(self.flags(memory)? & types.harmless | tracers))
@@ -208,7 +208,7 @@ impl Site {
 
 /// The NOP of a free site, or who uses it.
 fn classify(
-    types: &FtraceTypes,
+    types: &FtraceLayout,
     at: Gva,
     bytes: [u8; SITE_LEN],
     flags: u64,
@@ -254,7 +254,7 @@ fn classify(
 /// The site and record of the function at `entry`: the groups of records in the list, each sorted by address.
 fn record(
     memory: &KernelMemory<'_>,
-    types: &FtraceTypes,
+    types: &FtraceLayout,
     pages: Gva,
     entry: Gva,
 ) -> Result<Option<(Gva, Gva)>, SiteError> {
@@ -279,7 +279,7 @@ fn record(
 /// The record of `at` among `count` sorted ones.
 fn bisect(
     memory: &KernelMemory<'_>,
-    types: &FtraceTypes,
+    types: &FtraceLayout,
     records: Gva,
     count: u64,
     at: Gva,
@@ -335,9 +335,9 @@ mod tests {
         machine.put(Mock::FREE + 0x1000 + at, bytes);
     }
 
-    fn types() -> FtraceTypes {
+    fn types() -> FtraceLayout {
         let field = |offset, size| Field { offset, size };
-        FtraceTypes {
+        FtraceLayout {
             page_next: field(0, 8),
             page_records: field(8, 8),
             page_index: field(16, 4),

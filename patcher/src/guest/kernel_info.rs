@@ -7,14 +7,14 @@ use introspect::kernel::layout::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
 use crate::error::PatchError;
-use crate::ftrace::ops::Tracers;
-use crate::ftrace::site::FtraceTypes;
+use crate::ftrace::ops::FtraceOps;
+use crate::ftrace::site::FtraceLayout;
 use crate::memory::cave::TextMap;
 use crate::x86::entry_stub::CurrentVar;
 
 /// Where the guest's own livepatching keeps its state.
 #[derive(Clone, Debug)]
-pub struct KlpFacts {
+pub struct KlpInfo {
     /// `klp_target_state`.
     pub target_state: Gva,
     /// `klp_transition_patch`.
@@ -35,7 +35,7 @@ pub struct KlpFacts {
 
 /// How a task is told that something is to be done.
 #[derive(Clone, Copy, Debug)]
-pub struct TifFacts {
+pub struct ThreadFlagInfo {
     /// `thread_info.flags`, within `task_struct`.
     pub flags: Field,
     /// `TIF_NEED_RESCHED`, as a mask, where it is known.
@@ -46,7 +46,7 @@ pub struct TifFacts {
 
 /// How a kernel says that it is changing its own text.
 #[derive(Clone, Debug)]
-pub enum PokeFacts {
+pub enum TextPokeInfo {
     /// One batch, counted by `bp_desc.refs`.
     Batch {
         /// The count.
@@ -63,21 +63,21 @@ pub enum PokeFacts {
 
 /// All of it.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub struct KernelInfo {
     /// The guest's own livepatching; a kernel without `CONFIG_LIVEPATCH` has none.
-    pub klp: Option<KlpFacts>,
+    pub klp: Option<KlpInfo>,
     /// Flags of a task.
-    pub tif: TifFacts,
+    pub tif: ThreadFlagInfo,
     /// Text poking.
-    pub poke: PokeFacts,
+    pub poke: TextPokeInfo,
     /// Mutexes that must be free while we change what they protect, with their names.
     pub mutexes: Vec<(&'static str, Gva)>,
     /// How a mutex says that it is held.
     pub mutex: LockWord,
     /// ftrace's types.
-    pub ftrace: FtraceTypes,
+    pub ftrace: FtraceLayout,
     /// Who traces.
-    pub tracers: Tracers,
+    pub tracers: FtraceOps,
     /// `ftrace_pages_start`.
     pub ftrace_pages: Gva,
     /// `level2_fixmap_pgt`.
@@ -100,19 +100,19 @@ impl From<SymbolError> for PatchError {
     }
 }
 
-impl Facts {
+impl KernelInfo {
     /// From a kernel's symbols and types.
     ///
     /// # Errors
     /// [`PatchError::Guest`] naming what the kernel lacks.
-    pub fn new(kernel: &Kernel) -> Result<Facts, PatchError> {
+    pub fn new(kernel: &Kernel) -> Result<KernelInfo, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
         let klp = klp(kernel)?;
         let mutexes = ["klp_mutex", "text_mutex", "ftrace_lock"];
         let there = |name: &&str| *name != "klp_mutex" || klp.is_some();
         let srso = ["srso_alias_untrain_ret", "srso_alias_safe_ret"];
-        Ok(Facts {
-            tif: TifFacts {
+        Ok(KernelInfo {
+            tif: ThreadFlagInfo {
                 flags: kernel.layout.task.thread_flags,
                 need_resched: kernel.tif.need_resched.and_then(mask),
                 notify_signal: kernel.tif.notify_signal.and_then(mask),
@@ -124,8 +124,8 @@ impl Facts {
                 .map(|name| Ok((name, symbol(name)?)))
                 .collect::<Result<_, SymbolError>>()?,
             mutex: kernel.layout.lock.mutex,
-            ftrace: FtraceTypes::new(&kernel.btf)?,
-            tracers: Tracers::new(kernel)?,
+            ftrace: FtraceLayout::new(&kernel.btf)?,
+            tracers: FtraceOps::new(kernel)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
             fixmap_table: symbol("level2_fixmap_pgt")?,
             klp,
@@ -146,12 +146,12 @@ fn mask(bit: u32) -> Option<u64> {
     1u64.checked_shl(bit)
 }
 
-fn klp(kernel: &Kernel) -> Result<Option<KlpFacts>, PatchError> {
+fn klp(kernel: &Kernel) -> Result<Option<KlpInfo>, PatchError> {
     let Some(derived) = &kernel.livepatch else {
         return Ok(None);
     };
     let switching = ["klp_update_patch_state", "klp_copy_process"];
-    Ok(Some(KlpFacts {
+    Ok(Some(KlpInfo {
         target_state: derived.target_state,
         transition_patch: kernel.symbols.address("klp_transition_patch")?,
         patch_state: derived.patch_state,
@@ -170,9 +170,9 @@ fn klp(kernel: &Kernel) -> Result<Option<KlpFacts>, PatchError> {
     }))
 }
 
-fn poke(kernel: &Kernel) -> Result<PokeFacts, PatchError> {
+fn poke(kernel: &Kernel) -> Result<TextPokeInfo, PatchError> {
     if let Ok(array) = kernel.symbols.address("text_poke_array") {
-        return Ok(PokeFacts::Array {
+        return Ok(TextPokeInfo::Array {
             entries: kernel
                 .btf
                 .field("smp_text_poke_array.nr_entries")?
@@ -181,7 +181,7 @@ fn poke(kernel: &Kernel) -> Result<PokeFacts, PatchError> {
         });
     }
     let batch = kernel.symbols.address("bp_desc")?;
-    Ok(PokeFacts::Batch {
+    Ok(TextPokeInfo::Batch {
         refs: kernel.btf.field("bp_patching_desc.refs")?.of(batch),
     })
 }

@@ -9,17 +9,17 @@ use std::collections::HashSet;
 
 use introspect::kernel::FindError;
 use introspect::modules;
-use introspect::task_list::cache::Survey;
+use introspect::task_list::cache::TaskCache;
 use introspect::unwind::{Unwinder, UnwinderError};
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
-use crate::guest::kernel_info::Facts;
-use crate::guest::pause::Paused;
-use crate::guest::view::{Look, Watch};
+use crate::guest::kernel_info::KernelInfo;
+use crate::guest::pause::PauseGuard;
+use crate::guest::view::{CodeSet, GuestView};
 use crate::machine::Machine;
 use crate::report::patch::PauseReport;
-use crate::transition::preconditions::Stop;
+use crate::transition::preconditions::StepError;
 
 /// One guest's kernel.
 #[derive(Debug)]
@@ -29,9 +29,9 @@ pub struct Guest {
     /// Stacks.
     pub unwinder: Unwinder,
     /// Tasks and their stacks, as last seen.
-    pub survey: Survey,
+    pub survey: TaskCache,
     /// What patching needs, or why this kernel cannot be patched.
-    pub facts: Result<Facts, PatchError>,
+    pub facts: Result<KernelInfo, PatchError>,
 }
 
 impl From<FindError> for PatchError {
@@ -58,14 +58,14 @@ impl Guest {
     /// # Errors
     /// [`PatchError::NotReady`] early in boot.
     pub fn find<M: Machine>(machine: &mut M, meter: &mut PauseReport) -> Result<Guest, PatchError> {
-        let paused = Paused::begin(machine, meter)?;
+        let paused = PauseGuard::begin(machine, meter)?;
         let vcpus = paused.vcpus.clone();
         paused.resume()?;
         match Guest::read(machine.memory(), &vcpus) {
             Ok(guest) => Ok(guest),
             Err(error) => {
                 tracing::debug!(%error, "first contact needs a pause");
-                let paused = Paused::begin(machine, meter)?;
+                let paused = PauseGuard::begin(machine, meter)?;
                 Guest::read(paused.memory(), &paused.vcpus)
             }
         }
@@ -74,11 +74,11 @@ impl Guest {
     fn read(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Guest, PatchError> {
         let kernel = Kernel::find(memory, vcpus)?;
         let unwinder = Unwinder::new(&kernel, &kernel.memory(memory))?;
-        let facts = Facts::new(&kernel);
+        let facts = KernelInfo::new(&kernel);
         Ok(Guest {
             kernel,
             unwinder,
-            survey: Survey::new(),
+            survey: TaskCache::new(),
             facts,
         })
     }
@@ -87,19 +87,19 @@ impl Guest {
     ///
     /// # Errors
     /// Why this kernel cannot be patched.
-    pub fn facts(&self) -> Result<&Facts, PatchError> {
+    pub fn facts(&self) -> Result<&KernelInfo, PatchError> {
         self.facts.as_ref().map_err(Clone::clone)
     }
 
     /// Looks at the paused guest.
     ///
     /// # Errors
-    /// [`Stop`].
+    /// [`StepError`].
     pub fn look<'a>(
         &'a mut self,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
-    ) -> Result<Look<'a>, Stop> {
+    ) -> Result<GuestView<'a>, StepError> {
         self.is_there(memory, vcpus)?;
         self.refresh(memory);
         let Guest {
@@ -108,7 +108,7 @@ impl Guest {
             survey,
             ..
         } = self;
-        Look::take(kernel, unwinder, survey, memory, vcpus)
+        GuestView::take(kernel, unwinder, survey, memory, vcpus)
     }
 
     /// The guest still runs this kernel. Only while paused.
@@ -131,7 +131,7 @@ impl Guest {
     }
 
     /// Walks stacks while the guest runs, and looks for the code of `watch` on them, so that the next look is short.
-    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &Watch) {
+    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &CodeSet) {
         let memory = self.kernel.memory(memory);
         self.survey
             .walk_ahead(&self.kernel, &self.unwinder, &memory);

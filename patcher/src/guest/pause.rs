@@ -1,6 +1,6 @@
 //! One pause of the guest: begun, used, ended, and counted.
 //!
-//! The vCPUs stop when a [`Paused`] is made and run again when it is dropped, whatever happens in between.
+//! The vCPUs stop when a [`PauseGuard`] is made and run again when it is dropped, whatever happens in between.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use introspect::VcpuRegs;
 
 use crate::error::PatchError;
 use crate::machine::{Machine, MachineError};
-use crate::memory::write_batch::{Journal, Plan};
+use crate::memory::write_batch::{UndoLog, WriteBatch};
 use crate::report::patch::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
 
 /// Of so many pauses a report tells each by itself.
@@ -47,7 +47,7 @@ impl PauseReport {
 
 /// A guest with all its vCPUs stopped.
 #[derive(Debug)]
-pub struct Paused<'a, M: Machine> {
+pub struct PauseGuard<'a, M: Machine> {
     machine: &'a mut M,
     meter: &'a mut PauseReport,
     since: Instant,
@@ -57,7 +57,7 @@ pub struct Paused<'a, M: Machine> {
     stopped: bool,
 }
 
-impl<'a, M: Machine> Paused<'a, M> {
+impl<'a, M: Machine> PauseGuard<'a, M> {
     /// Stops the guest and reads its vCPUs; the length of the pause goes to `meter`.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ impl<'a, M: Machine> Paused<'a, M> {
     pub fn begin(machine: &'a mut M, meter: &'a mut PauseReport) -> Result<Self, MachineError> {
         let since = Instant::now();
         machine.pause()?;
-        let mut paused = Paused {
+        let mut paused = PauseGuard {
             machine,
             meter,
             since,
@@ -85,8 +85,8 @@ impl<'a, M: Machine> Paused<'a, M> {
     /// Carries a plan out.
     ///
     /// # Errors
-    /// As [`Plan::commit`].
-    pub fn commit(&mut self, plan: &Plan) -> Result<Journal, PatchError> {
+    /// As [`WriteBatch::commit`].
+    pub fn commit(&mut self, plan: &WriteBatch) -> Result<UndoLog, PatchError> {
         plan.commit(self.machine)
     }
 
@@ -99,7 +99,7 @@ impl<'a, M: Machine> Paused<'a, M> {
     }
 
     /// Puts back what [`commit`](Self::commit) did in this pause.
-    pub fn undo(&mut self, journal: &Journal, cause: PatchError) -> PatchError {
+    pub fn undo(&mut self, journal: &UndoLog, cause: PatchError) -> PatchError {
         journal.undo(self.machine, cause)
     }
 
@@ -132,7 +132,7 @@ impl<'a, M: Machine> Paused<'a, M> {
     }
 }
 
-impl<M: Machine> Drop for Paused<'_, M> {
+impl<M: Machine> Drop for PauseGuard<'_, M> {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
             tracing::error!(%error, "the guest could not be resumed");

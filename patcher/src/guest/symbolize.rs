@@ -12,11 +12,11 @@ use crate::module::Image;
 use crate::report::stack::{NamedFrame, TaskStack};
 
 /// The modules of a guest at one moment, with their symbols.
-pub type Loaded = Vec<(Module, ModuleSymbols)>;
+pub type LoadedModules = Vec<(Module, ModuleSymbols)>;
 
-/// The modules that can be read now, for [`Names`]. Only while paused.
+/// The modules that can be read now, for [`Symbolizer`]. Only while paused.
 #[must_use]
-pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> Loaded {
+pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> LoadedModules {
     let modules = modules::list(kernel, memory)
         .unwrap_or_default()
         .into_iter();
@@ -29,22 +29,22 @@ pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> Loaded {
 }
 
 /// Names code of one guest. Reads nothing of it: what it needs was read in a pause, and the guest need not wait for the names.
-pub struct Names<'a> {
+pub struct Symbolizer<'a> {
     kernel: &'a Kernel,
     unwinder: &'a Unwinder,
     images: Vec<&'a Image>,
-    modules: Loaded,
+    modules: LoadedModules,
 }
 
-impl<'a> Names<'a> {
+impl<'a> Symbolizer<'a> {
     /// For stacks of the pause in which `modules` were read.
     pub fn new(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
-        modules: Loaded,
+        modules: LoadedModules,
         patches: &'a [Patch],
-    ) -> Names<'a> {
-        Names {
+    ) -> Symbolizer<'a> {
+        Symbolizer {
             kernel,
             unwinder,
             images: patches.iter().map(|patch| &patch.image).collect(),

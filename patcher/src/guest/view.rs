@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 
 use introspect::task_list::TasksError;
-use introspect::task_list::cache::{Seen, Survey};
+use introspect::task_list::cache::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
 use introspect::{
     Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
@@ -18,23 +18,23 @@ use introspect::{
 };
 
 use crate::error::PatchError;
-use crate::guest::symbolize::{self, Loaded};
-use crate::report::patch::TaskWay;
-use crate::transition::preconditions::Stop;
+use crate::guest::symbolize::{self, LoadedModules};
+use crate::report::patch::SwitchedBy;
+use crate::transition::preconditions::StepError;
 
 /// Code that a task must not be in, each piece with its name.
 #[derive(Clone, Debug, Default)]
-pub struct Watch {
+pub struct CodeSet {
     pieces: Vec<(GvaRange, String)>,
     /// A number that a watch over other code does not have.
     id: Option<NonZeroU64>,
 }
 
-impl Watch {
+impl CodeSet {
     /// Nothing yet.
     #[must_use]
-    pub fn new() -> Watch {
-        Watch::default()
+    pub fn new() -> CodeSet {
+        CodeSet::default()
     }
 
     /// Adds a piece of code.
@@ -46,7 +46,7 @@ impl Watch {
     }
 
     /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
-    pub fn mark_ahead(&self, survey: &mut Survey) {
+    pub fn mark_ahead(&self, survey: &mut TaskCache) {
         survey.mark(self.mark(), |stack| self.first_hit(stack).is_none());
     }
 
@@ -71,24 +71,24 @@ impl Watch {
     }
 }
 
-/// Where a task stands towards a [`Watch`].
+/// Where a task stands towards a [`CodeSet`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum StackCheck {
     /// It is in none of the watched code, and this is how we know.
-    Clean(TaskWay),
+    Clear(SwitchedBy),
     /// It is in some of it, and this is where.
-    Inside(String),
+    Blocked(String),
     /// It may be: this is why nobody can tell.
-    Unsure(String),
+    Unknown(String),
 }
 
 /// A paused guest, as seen once.
-pub struct Look<'a> {
+pub struct GuestView<'a> {
     /// Its kernel.
     pub kernel: &'a Kernel,
     /// Its memory, for this pause.
     pub memory: KernelMemory<'a>,
-    survey: &'a Survey,
+    survey: &'a TaskCache,
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
     walked: Cell<usize>,
@@ -96,21 +96,21 @@ pub struct Look<'a> {
     said: RefCell<HashMap<Gva, (String, String)>>,
 }
 
-impl<'a> Look<'a> {
+impl<'a> GuestView<'a> {
     /// Looks; `survey` is what earlier looks left.
     ///
     /// # Errors
-    /// [`Stop`]; busy when the task lists are being changed.
+    /// [`StepError`]; busy when the task lists are being changed.
     pub fn take(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
-        survey: &'a mut Survey,
+        survey: &'a mut TaskCache,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
-    ) -> Result<Look<'a>, Stop> {
+    ) -> Result<GuestView<'a>, StepError> {
         let memory = kernel.memory(memory);
         survey.look(kernel, unwinder, &memory, vcpus)?;
-        Ok(Look {
+        Ok(GuestView {
             kernel,
             memory,
             survey,
@@ -123,7 +123,7 @@ impl<'a> Look<'a> {
 
     /// Every task, with what is known of it.
     #[must_use]
-    pub fn seen(&self) -> &'a [Seen] {
+    pub fn seen(&self) -> &'a [CachedTask] {
         self.survey.seen()
     }
 
@@ -140,7 +140,7 @@ impl<'a> Look<'a> {
 
     /// The modules that the guest has loaded, for names of the code on stacks.
     #[must_use]
-    pub fn loaded(&self) -> Loaded {
+    pub fn loaded(&self) -> LoadedModules {
         symbolize::loaded(self.kernel, &self.memory)
     }
 
@@ -153,7 +153,7 @@ impl<'a> Look<'a> {
 
     /// The stack of a task.
     #[must_use]
-    pub fn stack(&self, seen: &'a Seen) -> Cow<'a, Stack> {
+    pub fn stack(&self, seen: &'a CachedTask) -> Cow<'a, Stack> {
         if !seen.is_walked() {
             self.walked.set(self.walked.get() + 1);
         }
@@ -184,28 +184,28 @@ impl<'a> Look<'a> {
 
     /// Where task number `at` stands.
     #[must_use]
-    pub fn standing(&self, at: usize, watch: &Watch) -> Standing {
+    pub fn standing(&self, at: usize, watch: &CodeSet) -> StackCheck {
         // A running task's stack is never kept, and so never marked.
         if self.survey.is_marked(at, watch.mark()) {
-            return Standing::Clean(TaskWay::Stack);
+            return StackCheck::Clear(SwitchedBy::Stack);
         }
         match self.seen().get(at) {
             Some(seen) => self.standing_of(seen, watch),
-            None => Standing::Unsure("it is not there".into()),
+            None => StackCheck::Unknown("it is not there".into()),
         }
     }
 
-    fn standing_of(&self, seen: &'a Seen, watch: &Watch) -> Standing {
+    fn standing_of(&self, seen: &'a CachedTask, watch: &CodeSet) -> StackCheck {
         let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
-            return Standing::Unsure(self.unreliable(&stack, &reason.to_string()));
+            return StackCheck::Unknown(self.unreliable(&stack, &reason.to_string()));
         }
         if let Some((frame, name)) = watch.first_hit(&stack) {
-            return Standing::Inside(self.inside(frame, name));
+            return StackCheck::Blocked(self.inside(frame, name));
         }
         match self.vcpu_of(&seen.task) {
-            Some(vcpu) if vcpu.cpl == 3 => Standing::Clean(TaskWay::UserMode),
-            _ => Standing::Clean(TaskWay::Stack),
+            Some(vcpu) if vcpu.cpl == 3 => StackCheck::Clear(SwitchedBy::UserMode),
+            _ => StackCheck::Clear(SwitchedBy::Stack),
         }
     }
 
@@ -224,18 +224,18 @@ impl<'a> Look<'a> {
     /// No vCPU runs kernel code of a task that is in no list (one that has just left them): such a task would be overlooked.
     ///
     /// # Errors
-    /// [`Stop::Busy`].
-    pub fn every_vcpu_has_a_task(&self) -> Result<(), Stop> {
+    /// [`StepError::Busy`].
+    pub fn every_vcpu_has_a_task(&self) -> Result<(), StepError> {
         for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.online) {
             if vcpu.foreign {
-                return Err(Stop::Busy(format!(
+                return Err(StepError::Busy(format!(
                     "vCPU {} is not executing the guest's own kernel",
                     vcpu.index
                 )));
             }
-            let runs_here = |seen: &Seen| seen.task.vcpu == Some(vcpu.index);
+            let runs_here = |seen: &CachedTask| seen.task.vcpu == Some(vcpu.index);
             if !self.survey.running().any(runs_here) {
-                return Err(Stop::Busy(format!(
+                return Err(StepError::Busy(format!(
                     "vCPU {} is between two tasks",
                     vcpu.index
                 )));
@@ -247,8 +247,8 @@ impl<'a> Look<'a> {
     /// No vCPU is in any of `watch`, for certain.
     ///
     /// # Errors
-    /// [`Stop::Busy`].
-    pub fn no_vcpu_in(&self, watch: &Watch) -> Result<(), Stop> {
+    /// [`StepError::Busy`].
+    pub fn no_vcpu_in(&self, watch: &CodeSet) -> Result<(), StepError> {
         let each = self.survey.running();
         none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, watch))))
     }
@@ -256,8 +256,8 @@ impl<'a> Look<'a> {
     /// No task is in any of `watch`, for certain.
     ///
     /// # Errors
-    /// [`Stop::Busy`] with the first that is, or may be.
-    pub fn no_task_in(&self, watch: &Watch) -> Result<(), Stop> {
+    /// [`StepError::Busy`] with the first that is, or may be.
+    pub fn no_task_in(&self, watch: &CodeSet) -> Result<(), StepError> {
         let each = self.seen().iter().enumerate();
         none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
     }
@@ -293,22 +293,29 @@ impl<'a> Look<'a> {
     }
 }
 
-fn none_blocked<'t>(mut each: impl Iterator<Item = (&'t Task, Standing)>) -> Result<(), Stop> {
+fn none_blocked<'t>(
+    mut each: impl Iterator<Item = (&'t Task, StackCheck)>,
+) -> Result<(), StepError> {
     let found = each.find_map(|(task, standing)| match standing {
-        Standing::Clean(_) => None,
-        Standing::Inside(why) | Standing::Unsure(why) => Some((task, why)),
+        StackCheck::Clear(_) => None,
+        StackCheck::Blocked(why) | StackCheck::Unknown(why) => Some((task, why)),
     });
     match found {
         None => Ok(()),
-        Some((task, why)) => Err(Stop::Busy(format!("{} ({}): {why}", task.comm, task.pid))),
+        Some((task, why)) => Err(StepError::Busy(format!(
+            "{} ({}): {why}",
+            task.comm, task.pid
+        ))),
     }
 }
 
-impl From<TasksError> for Stop {
+impl From<TasksError> for StepError {
     fn from(error: TasksError) -> Self {
         match error {
-            TasksError::Busy(_) | TasksError::Miscounted { .. } => Stop::Busy(error.to_string()),
-            _ => Stop::Fail(PatchError::Guest(error.to_string())),
+            TasksError::Busy(_) | TasksError::Miscounted { .. } => {
+                StepError::Busy(error.to_string())
+            }
+            _ => StepError::Fail(PatchError::Guest(error.to_string())),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::x86::entry_stub::{self, EncodeError, SITE_LEN};
 
 /// Where calls of a function go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Callee {
+pub enum Target {
     /// To the kernel's own.
     Original,
     /// To a patch's.
@@ -22,7 +22,7 @@ pub enum Callee {
 
 /// One function that is replaced.
 #[derive(Clone, Debug)]
-pub struct Redirect {
+pub struct PatchedFunction {
     /// Its name in the guest.
     pub name: String,
     /// Which of several of that name.
@@ -30,9 +30,9 @@ pub struct Redirect {
     /// The original's body, and parts of it that lie elsewhere (`.cold`).
     pub body: Vec<GvaRange>,
     /// Who serves it with this patch.
-    pub new: Callee,
+    pub new: Target,
     /// Who serves it without.
-    pub below: Callee,
+    pub below: Target,
     /// The code of that one, where it is a patch's.
     pub below_code: Vec<GvaRange>,
     /// A newer patch serves it: to this one nothing comes, and its entry is the other's.
@@ -43,7 +43,7 @@ pub struct Redirect {
     pub stub: Gva,
 }
 
-impl Redirect {
+impl PatchedFunction {
     /// What the entry holds in a transition of this patch.
     ///
     /// # Errors
@@ -68,19 +68,19 @@ impl Redirect {
         self.to(self.below)
     }
 
-    fn to(&self, callee: Callee) -> Result<[u8; SITE_LEN], EncodeError> {
+    fn to(&self, callee: Target) -> Result<[u8; SITE_LEN], EncodeError> {
         match callee {
-            Callee::Original => Ok(self.site.nop),
-            Callee::Patched(code) => entry_stub::jump(self.site.at, code),
+            Target::Original => Ok(self.site.nop),
+            Target::Patched(code) => entry_stub::jump(self.site.at, code),
         }
     }
 
     /// Where the stub goes on for a callee.
     #[must_use]
-    pub fn code_of(&self, callee: Callee) -> Gva {
+    pub fn code_of(&self, callee: Target) -> Gva {
         match callee {
-            Callee::Original => self.site.behind(),
-            Callee::Patched(code) => code,
+            Target::Original => self.site.behind(),
+            Target::Patched(code) => code,
         }
     }
 
@@ -88,7 +88,7 @@ impl Redirect {
     /// now; and the original too where it is not what is moved to, as a forced task may still be there.
     pub fn old_code(&self) -> impl Iterator<Item = &GvaRange> {
         let body = match (self.new, self.below) {
-            (Callee::Original, Callee::Patched(_)) => &[],
+            (Target::Original, Target::Patched(_)) => &[],
             _ => self.body.as_slice(),
         };
         body.iter().chain(&self.below_code)
@@ -98,14 +98,14 @@ impl Redirect {
     #[must_use]
     pub fn original_again(&self) -> &[GvaRange] {
         match self.new {
-            Callee::Original => &self.body,
-            Callee::Patched(_) => &[],
+            Target::Original => &self.body,
+            Target::Patched(_) => &[],
         }
     }
 }
 
 /// The newest of `patches` that has a function of this body, and its part of it.
-pub fn top<'p>(patches: &'p [Patch], body: &GvaRange) -> Option<(&'p Patch, &'p Redirect)> {
+pub fn top<'p>(patches: &'p [Patch], body: &GvaRange) -> Option<(&'p Patch, &'p PatchedFunction)> {
     patches.iter().rev().find_map(|patch| {
         let mut redirects = patch.redirects.iter();
         let redirect = redirects.find(|redirect| redirect.body.contains(body))?;
@@ -114,19 +114,19 @@ pub fn top<'p>(patches: &'p [Patch], body: &GvaRange) -> Option<(&'p Patch, &'p 
 }
 
 /// What a new patch needs to know of a function that other patches have: who serves it now, and where that lies.
-pub fn below(patches: &[Patch], body: &GvaRange) -> (Callee, Vec<GvaRange>) {
+pub fn below(patches: &[Patch], body: &GvaRange) -> (Target, Vec<GvaRange>) {
     match top(patches, body) {
-        None => (Callee::Original, Vec::new()),
+        None => (Target::Original, Vec::new()),
         Some((patch, redirect)) => match redirect.new {
-            Callee::Original => (Callee::Original, Vec::new()),
-            Callee::Patched(code) => (redirect.new, patch.function_code(code)),
+            Target::Original => (Target::Original, Vec::new()),
+            Target::Patched(code) => (redirect.new, patch.function_code(code)),
         },
     }
 }
 
 /// Every function that `patches` have, by the newest of each.
-pub fn all(patches: &[Patch]) -> Vec<&Redirect> {
-    let mut all: Vec<&Redirect> = Vec::new();
+pub fn all(patches: &[Patch]) -> Vec<&PatchedFunction> {
+    let mut all: Vec<&PatchedFunction> = Vec::new();
     let newest_first = patches.iter().rev().flat_map(|patch| &patch.redirects);
     for redirect in newest_first {
         if !all.iter().any(|known| known.site.at == redirect.site.at) {

@@ -4,12 +4,12 @@ use introspect::unwind::Unwinder;
 use introspect::unwind::code_map::RegionId;
 use introspect::{Gva, GvaRange};
 
-use crate::guest::view::Watch;
-use crate::livepatch::func_stack::{Callee, Redirect};
-use crate::memory::Piece;
+use crate::guest::view::CodeSet;
+use crate::livepatch::func_stack::{PatchedFunction, Target};
+use crate::memory::Allocation;
 use crate::module::Image;
 use crate::report::patch::{FunctionReport, PatchPhase, PatchStatus};
-use crate::transition::{Past, Transition};
+use crate::transition::{Transition, TransitionSummary};
 
 /// A patch that another one takes the place of.
 #[derive(Clone, Debug)]
@@ -17,7 +17,7 @@ pub struct Replaced {
     /// Its name.
     pub name: String,
     /// Its code and stubs.
-    pub code: Piece,
+    pub code: Allocation,
     /// Its code stays: somebody may be in it for ever.
     pub stays: bool,
 }
@@ -28,15 +28,15 @@ pub struct Patch {
     /// The module, linked for its place.
     pub image: Image,
     /// Its functions.
-    pub redirects: Vec<Redirect>,
+    pub redirects: Vec<PatchedFunction>,
     /// Its code and stubs.
-    pub code: Piece,
+    pub code: Allocation,
     /// What stands in `code`.
     pub code_bytes: Vec<u8>,
     /// Its data, if it has any.
-    pub data: Option<Piece>,
+    pub data: Option<Allocation>,
     /// The table that its stubs look tasks up in, in a guest that keeps no states of its own.
-    pub table: Option<Piece>,
+    pub table: Option<Allocation>,
     /// The part of `code` that is stubs.
     pub stubs: GvaRange,
     /// In the guest they lead to where an older patch was that is gone.
@@ -52,7 +52,7 @@ pub struct Patch {
     /// The transition that runs.
     pub transition: Option<Transition>,
     /// The last one that ended.
-    pub past: Past,
+    pub past: TransitionSummary,
 }
 
 impl Patch {
@@ -81,8 +81,8 @@ impl Patch {
 
     /// The code that a task must have left before it can be switched to the new functions.
     #[must_use]
-    pub fn old_code(&self) -> Watch {
-        let mut watch = Watch::new();
+    pub fn old_code(&self) -> CodeSet {
+        let mut watch = CodeSet::new();
         for redirect in &self.redirects {
             for part in redirect.old_code() {
                 watch.add(*part, redirect.name.clone());
@@ -94,8 +94,8 @@ impl Patch {
 
     /// The code that a task must have left before it can be switched back to the old functions.
     #[must_use]
-    pub fn new_code(&self) -> Watch {
-        let mut watch = Watch::new();
+    pub fn new_code(&self) -> CodeSet {
+        let mut watch = CodeSet::new();
         for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
             let range = GvaRange::new(function.address, function.address.add(function.size));
             watch.add(range, format!("{} of {}", function.name, self.name()));
@@ -112,16 +112,16 @@ impl Patch {
 
     /// Its stubs.
     #[must_use]
-    pub fn stub_code(&self) -> Watch {
-        let mut watch = Watch::new();
+    pub fn stub_code(&self) -> CodeSet {
+        let mut watch = CodeSet::new();
         watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
         watch
     }
 
     /// The code of the patches that it takes the place of: nobody must be in it when they go.
     #[must_use]
-    pub fn replaced_code(&self) -> Watch {
-        let mut watch = Watch::new();
+    pub fn replaced_code(&self) -> CodeSet {
+        let mut watch = CodeSet::new();
         for old in self.replaces.iter().filter(|old| !old.stays) {
             watch.add(old.code.range, old.name.clone());
         }
@@ -154,7 +154,7 @@ impl Patch {
             functions: self
                 .redirects
                 .iter()
-                .filter(|redirect| redirect.new != Callee::Original)
+                .filter(|redirect| redirect.new != Target::Original)
                 .map(|redirect| FunctionReport {
                     object: "vmlinux".into(),
                     name: redirect.name.clone(),

@@ -10,19 +10,19 @@ use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 use crate::error::PatchError;
 use crate::ftrace::site::Site;
 use crate::guest::Guest;
-use crate::guest::kernel_info::Facts;
-use crate::livepatch::func_stack::{self, Callee, Redirect};
+use crate::guest::kernel_info::KernelInfo;
+use crate::livepatch::func_stack::{self, PatchedFunction, Target};
 use crate::livepatch::patch::{Patch, Replaced};
 use crate::machine::Machine;
-use crate::memory::write_batch::Plan;
-use crate::memory::{Need, Piece, Places};
+use crate::memory::write_batch::WriteBatch;
+use crate::memory::{Allocation, PatchMemory, Request};
 use crate::module::{
     self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes, TargetError,
 };
 use crate::report::patch::PatchPhase;
-use crate::transition::Past;
-use crate::transition::pending_tasks::Table;
-use crate::x86::entry_stub::{self, Ask};
+use crate::transition::TransitionSummary;
+use crate::transition::pending_tasks::PendingTable;
+use crate::x86::entry_stub::{self, StateSource};
 
 /// Stubs begin at a multiple of this.
 const STUB_ALIGN: u64 = 16;
@@ -52,7 +52,7 @@ impl From<TargetError> for PatchError {
 pub fn prepare<M: Machine>(
     machine: &mut M,
     guest: &mut Guest,
-    places: &mut Places,
+    places: &mut PatchMemory,
     module: &LivepatchModule,
     others: &[Patch],
 ) -> Result<Patch, PatchError> {
@@ -82,12 +82,12 @@ pub fn prepare<M: Machine>(
 /// Takes room for a module of these sizes with so many functions; `taken` is all that was taken, also when that fails half way.
 fn take_pieces<M: Machine>(
     machine: &mut M,
-    (kernel, facts): (&Kernel, &Facts),
-    places: &mut Places,
+    (kernel, facts): (&Kernel, &KernelInfo),
+    places: &mut PatchMemory,
     (sizes, functions): (Sizes, u64),
-    taken: &mut Vec<Piece>,
+    taken: &mut Vec<Allocation>,
 ) -> Result<Pieces, PatchError> {
-    let mut take_data = |machine: &mut M, places: &mut Places, need| {
+    let mut take_data = |machine: &mut M, places: &mut PatchMemory, need| {
         let piece = places.take_data(machine, kernel, facts, need)?;
         taken.push(piece);
         Ok::<_, PatchError>(piece)
@@ -97,10 +97,14 @@ fn take_pieces<M: Machine>(
         None => {
             let tasks = kernel.symbols.address("nr_threads")?;
             let tasks = kernel.memory(machine.memory()).u32(tasks)?;
-            Some(take_data(machine, places, Table::need(tasks.into()))?)
+            Some(take_data(
+                machine,
+                places,
+                PendingTable::need(tasks.into()),
+            )?)
         }
     };
-    let data_need = Need {
+    let data_need = Request {
         len: sizes.data,
         align: sizes.data_align,
     };
@@ -111,7 +115,7 @@ fn take_pieces<M: Machine>(
     let ask = ask(facts, table)?;
     let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
     let stubs_len = ask.stub_room() * functions;
-    let need = Need {
+    let need = Request {
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
@@ -128,14 +132,14 @@ fn take_pieces<M: Machine>(
 }
 
 /// How the stubs of a patch with this table, if it has one, learn who has moved.
-fn ask(facts: &Facts, table: Option<Piece>) -> Result<Ask, PatchError> {
+fn ask(facts: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
     if let Some(table) = table {
-        return Ok(Ask::Unmoved(Table::in_piece(table)));
+        return Ok(StateSource::PendingTasks(PendingTable::in_piece(table)));
     }
     let offset = facts.klp.as_ref().map(|klp| klp.patch_state.offset);
     let offset = offset.and_then(|offset| u32::try_from(offset).ok());
     offset
-        .map(Ask::PatchState)
+        .map(StateSource::PatchState)
         .ok_or_else(|| PatchError::Guest("task_struct.patch_state is out of reach".into()))
 }
 
@@ -146,13 +150,13 @@ fn ask(facts: &Facts, table: Option<Piece>) -> Result<Ask, PatchError> {
 pub fn fill<M: Machine>(
     machine: &mut M,
     kernel: &Kernel,
-    places: &Places,
+    places: &PatchMemory,
     patch: &Patch,
 ) -> Result<(), PatchError> {
     let Some(data) = patch.data else {
         return Ok(());
     };
-    let mut plan = Plan::new();
+    let mut plan = WriteBatch::new();
     let memory = kernel.memory(machine.memory());
     places.plan_fill(&memory, data, &patch.image.data, &mut plan)?;
     plan.commit(machine).map(drop)
@@ -160,10 +164,10 @@ pub fn fill<M: Machine>(
 
 /// Where the patch goes.
 struct Pieces {
-    code: Piece,
-    data: Option<Piece>,
-    table: Option<Piece>,
-    ask: Ask,
+    code: Allocation,
+    data: Option<Allocation>,
+    table: Option<Allocation>,
+    ask: StateSource,
     stubs_at: u64,
     stubs_len: u64,
 }
@@ -171,9 +175,9 @@ struct Pieces {
 fn build<M: Machine>(
     machine: &M,
     guest: &mut Guest,
-    facts: &Facts,
+    facts: &KernelInfo,
     (module, others): (&LivepatchModule, &[Patch]),
-    olds: Vec<Redirect>,
+    olds: Vec<PatchedFunction>,
     pieces: &Pieces,
 ) -> Result<Patch, PatchError> {
     let code_base = pieces.code.range.start;
@@ -194,7 +198,7 @@ fn build<M: Machine>(
     };
     let code_bytes = code_bytes(&image, &redirects, facts, (pieces.ask, pieces.stubs_at))?;
     let region = add_region(&mut guest.unwinder, &image)?;
-    guest.unwinder.add_busy(stubs);
+    guest.unwinder.add_transient(stubs);
     Ok(Patch {
         image,
         redirects,
@@ -209,7 +213,7 @@ fn build<M: Machine>(
         phase: PatchPhase::Applying,
         forced: false,
         transition: None,
-        past: Past::default(),
+        past: TransitionSummary::default(),
     })
 }
 
@@ -218,13 +222,13 @@ fn build<M: Machine>(
 fn old_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &Facts,
+    facts: &KernelInfo,
     module: &LivepatchModule,
     others: &[Patch],
-) -> Result<Vec<Redirect>, PatchError> {
+) -> Result<Vec<PatchedFunction>, PatchError> {
     let layout = GuestTarget::new(kernel, memory).klp_layout()?;
     let patch = module.patch(&layout)?;
-    let mut olds: Vec<Redirect> = Vec::new();
+    let mut olds: Vec<PatchedFunction> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);
         let old = old_function(kernel, memory, facts, name, others)?;
@@ -239,9 +243,9 @@ fn old_functions(
     if patch.replace {
         let left = func_stack::all(others).into_iter();
         let left = left.filter(|old| olds.iter().all(|other| other.site.at != old.site.at));
-        let original_again: Vec<Redirect> = left
-            .map(|old| Redirect {
-                new: Callee::Original,
+        let original_again: Vec<PatchedFunction> = left
+            .map(|old| PatchedFunction {
+                new: Target::Original,
                 below: old.new,
                 below_code: func_stack::below(
                     others,
@@ -261,10 +265,10 @@ fn old_functions(
 fn old_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &Facts,
+    facts: &KernelInfo,
     (name, sympos): (&str, u64),
     others: &[Patch],
-) -> Result<Redirect, PatchError> {
+) -> Result<PatchedFunction, PatchError> {
     let found = module::resolve_function(&kernel.symbols, name, sympos)?;
     let site = match func_stack::top(others, &found.range) {
         // What stands there is ours, and the pause makes sure that it still does.
@@ -272,11 +276,11 @@ fn old_function(
         None => free_site(kernel, memory, facts, name, found.range.start)?,
     };
     let (below, below_code) = func_stack::below(others, &found.range);
-    Ok(Redirect {
+    Ok(PatchedFunction {
         name: name.into(),
         sympos,
         body: found.ranges().collect(),
-        new: Callee::Original,
+        new: Target::Original,
         below,
         below_code,
         covered_by: None,
@@ -288,7 +292,7 @@ fn old_function(
 fn free_site(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &Facts,
+    facts: &KernelInfo,
     name: &str,
     entry: Gva,
 ) -> Result<Site, PatchError> {
@@ -308,10 +312,10 @@ fn free_site(
 /// Gives the old functions their stubs, and those that the module replaces their new ones.
 fn redirects(
     image: &Image,
-    mut olds: Vec<Redirect>,
+    mut olds: Vec<PatchedFunction>,
     stubs: Gva,
-    ask: Ask,
-) -> Result<Vec<Redirect>, PatchError> {
+    ask: StateSource,
+) -> Result<Vec<PatchedFunction>, PatchError> {
     if image.functions.len() > olds.len() {
         return Err(PatchError::BadPatch(format!(
             "the linked module has {} functions, and {} were asked for",
@@ -326,7 +330,7 @@ fn redirects(
                 new.old_name, old.name
             )));
         }
-        old.new = Callee::Patched(new.new);
+        old.new = Target::Patched(new.new);
     }
     for (old, at) in olds.iter_mut().zip(0u64..) {
         old.stub = stubs.add(at * ask.stub_room());
@@ -345,9 +349,9 @@ fn replaced(other: &Patch) -> Replaced {
 /// The image's code with the stubs behind it, filled up with INT3.
 fn code_bytes(
     image: &Image,
-    redirects: &[Redirect],
-    facts: &Facts,
-    (ask, stubs_at): (Ask, u64),
+    redirects: &[PatchedFunction],
+    facts: &KernelInfo,
+    (ask, stubs_at): (StateSource, u64),
 ) -> Result<Vec<u8>, PatchError> {
     let filler = crate::memory::cave::FILLER;
     let mut bytes = image.code.clone();
@@ -368,7 +372,7 @@ fn code_bytes(
 ///
 /// # Errors
 /// [`PatchError`].
-pub fn renew_stubs(patch: &mut Patch, facts: &Facts) -> Result<(), PatchError> {
+pub fn renew_stubs(patch: &mut Patch, facts: &KernelInfo) -> Result<(), PatchError> {
     let stubs_at = patch.stubs.start.since(patch.code.range.start);
     let ask = ask(facts, patch.table)?;
     let bytes = code_bytes(&patch.image, &patch.redirects, facts, (ask, stubs_at))?;

@@ -3,7 +3,7 @@
 
 use introspect::memory::kernel::KernelMemory;
 use introspect::memory::paging::AddressSpace;
-use introspect::{Gva, PhysMemory, Task, TaskKind, Unbacked, VcpuRegs};
+use introspect::{Gva, OutOfBounds, PhysMemory, Task, TaskKind, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use crate::machine::{Machine, MachineError};
@@ -54,9 +54,9 @@ impl Ram {
 }
 
 impl PhysMemory for Ram {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = buf.len();
-        let unbacked = Unbacked { gpa, len };
+        let unbacked = OutOfBounds { gpa, len };
         let (bytes, offset) = match gpa.0.checked_sub(HIDDEN) {
             None => (&self.low, gpa.0),
             Some(at) => (

@@ -10,19 +10,19 @@ const FIXED: &str = "this guest stands still and cannot be changed";
 
 /// A guest that stands still.
 #[derive(Debug)]
-pub struct Still<M> {
+pub struct ReadOnlyMachine<M> {
     memory: M,
     vcpus: Vec<VcpuRegs>,
 }
 
-impl<M> Still<M> {
+impl<M> ReadOnlyMachine<M> {
     /// One with this memory, whose vCPUs stopped with these registers.
-    pub fn new(memory: M, vcpus: Vec<VcpuRegs>) -> Still<M> {
-        Still { memory, vcpus }
+    pub fn new(memory: M, vcpus: Vec<VcpuRegs>) -> ReadOnlyMachine<M> {
+        ReadOnlyMachine { memory, vcpus }
     }
 }
 
-impl<M: PhysMemory> Machine for Still<M> {
+impl<M: PhysMemory> Machine for ReadOnlyMachine<M> {
     type Memory = M;
 
     fn memory(&self) -> &M {

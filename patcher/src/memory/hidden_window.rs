@@ -10,8 +10,8 @@ use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 use vm_memory::GuestAddress;
 
-use crate::memory::range_alloc::Room;
-use crate::memory::write_batch::Plan;
+use crate::memory::range_alloc::RangeAllocator;
+use crate::memory::write_batch::WriteBatch;
 
 /// Bytes that one entry maps.
 pub const WINDOW: u64 = 2 << 20;
@@ -36,7 +36,7 @@ pub enum Use {
 
 /// One hidden slot and its place in the guest's address space.
 #[derive(Clone, Debug)]
-pub struct Window {
+pub struct HiddenWindow {
     /// What it is for.
     pub usage: Use,
     /// The slot.
@@ -44,12 +44,12 @@ pub struct Window {
     /// The page table entry that maps it, and what stands there when it does.
     pub entry: Gva,
     /// Allocations in it.
-    pub room: Room,
+    pub room: RangeAllocator,
     /// The entry is written.
     pub mapped: bool,
 }
 
-impl Window {
+impl HiddenWindow {
     /// A window over the slot at `gpa`, at the first entry of the table at `table` that is free and not among `taken`; `None` when
     /// there is none. Nothing is written.
     ///
@@ -61,18 +61,18 @@ impl Window {
         usage: Use,
         gpa: GuestAddress,
         taken: &[Gva],
-    ) -> Result<Option<Window>, ReadError> {
+    ) -> Result<Option<HiddenWindow>, ReadError> {
         for index in INDICES {
             let entry = table.add(index * ENTRY);
             if taken.contains(&entry) || memory.u64(entry)? != 0 {
                 continue;
             }
             let start = Gva(TABLE_BASE + index * WINDOW);
-            return Ok(Some(Window {
+            return Ok(Some(HiddenWindow {
                 usage,
                 gpa,
                 entry,
-                room: Room::new(GvaRange::new(start, start.add(WINDOW))),
+                room: RangeAllocator::new(GvaRange::new(start, start.add(WINDOW))),
                 mapped: false,
             }));
         }
@@ -102,7 +102,7 @@ impl Window {
     pub fn plan_mapping(
         &self,
         memory: &KernelMemory<'_>,
-        plan: &mut Plan,
+        plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
         if self.mapped {
             return Ok(());
@@ -144,8 +144,8 @@ mod tests {
         (machine, table)
     }
 
-    fn choose(machine: &Mock, table: Gva, usage: Use, gpa: GuestAddress) -> Option<Window> {
-        Window::choose(&machine.kernel_memory(), table, usage, gpa, &[]).unwrap()
+    fn choose(machine: &Mock, table: Gva, usage: Use, gpa: GuestAddress) -> Option<HiddenWindow> {
+        HiddenWindow::choose(&machine.kernel_memory(), table, usage, gpa, &[]).unwrap()
     }
 
     #[test]
@@ -159,7 +159,7 @@ mod tests {
 
         assert!(window.is_intact(&machine.kernel_memory()).unwrap());
         assert!(!window.is_reached(&machine.kernel_memory()));
-        let mut plan = Plan::new();
+        let mut plan = WriteBatch::new();
         window
             .plan_mapping(&machine.kernel_memory(), &mut plan)
             .unwrap();
@@ -173,7 +173,7 @@ mod tests {
         assert!(mapping.writable && !mapping.executable);
 
         let taken = [window.entry];
-        let other = Window::choose(&memory, table, Use::Code, gpa, &taken);
+        let other = HiddenWindow::choose(&memory, table, Use::Code, gpa, &taken);
         assert_eq!(other.unwrap().unwrap().entry, table.add(402 * 8));
         let at = window.room.range().start;
         assert_eq!(window.gpa_of(at.add(5)).0, gpa.0 + 5);
@@ -184,7 +184,7 @@ mod tests {
         let (mut machine, table) = machine();
         let gpa = machine.add_hidden_memory(WINDOW).unwrap();
         let window = choose(&machine, table, Use::Code, gpa).unwrap();
-        let mut plan = Plan::new();
+        let mut plan = WriteBatch::new();
         window
             .plan_mapping(&machine.kernel_memory(), &mut plan)
             .unwrap();

@@ -13,19 +13,19 @@ use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange, Kernel};
 
 use crate::error::PatchError;
-use crate::guest::kernel_info::Facts;
+use crate::guest::kernel_info::KernelInfo;
 use crate::machine::Machine;
-use crate::memory::hidden_window::{Use, WINDOW, Window};
-use crate::memory::range_alloc::Room;
-use crate::memory::write_batch::Plan;
-use crate::transition::preconditions::Stop;
+use crate::memory::hidden_window::{HiddenWindow, Use, WINDOW};
+use crate::memory::range_alloc::RangeAllocator;
+use crate::memory::write_batch::WriteBatch;
+use crate::transition::preconditions::StepError;
 
 /// More hidden memory than this many windows is not given to one guest.
 const MOST_WINDOWS: usize = 16;
 
 /// How much room a patch needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Need {
+pub struct Request {
     /// Bytes.
     pub len: u64,
     /// A power of two.
@@ -34,17 +34,17 @@ pub struct Need {
 
 /// A piece of the guest that is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct Allocation {
     /// Where.
     pub range: GvaRange,
     /// In which window; `None`: in the cave.
     window: Option<usize>,
 }
 
-impl Piece {
+impl Allocation {
     #[cfg(test)]
-    pub(crate) fn made_up(start: Gva, len: u64) -> Piece {
-        Piece {
+    pub(crate) fn made_up(start: Gva, len: u64) -> Allocation {
+        Allocation {
             range: GvaRange::new(start, start.add(len)),
             window: None,
         }
@@ -59,14 +59,14 @@ impl Piece {
 
 /// All places in one guest.
 #[derive(Clone, Debug, Default)]
-pub struct Places {
+pub struct PatchMemory {
     /// The cave, once looked for.
-    cave: Option<Option<Room>>,
-    windows: Vec<Window>,
+    cave: Option<Option<RangeAllocator>>,
+    windows: Vec<HiddenWindow>,
     dummy: Option<Gva>,
 }
 
-impl Places {
+impl PatchMemory {
     /// Takes room for code.
     ///
     /// # Errors
@@ -75,18 +75,18 @@ impl Places {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
-        need: Need,
-    ) -> Result<Piece, PatchError> {
+        facts: &KernelInfo,
+        need: Request,
+    ) -> Result<Allocation, PatchError> {
         if self.cave.is_none() {
             let memory = kernel.memory(machine.memory());
-            self.cave = Some(cave::find(&memory, &facts.text)?.map(Room::new));
+            self.cave = Some(cave::find(&memory, &facts.text)?.map(RangeAllocator::new));
         }
         let in_cave = (self.cave.as_mut())
             .and_then(Option::as_mut)
             .and_then(|room| room.take(need.len, need.align));
         match in_cave {
-            Some(range) => Ok(Piece {
+            Some(range) => Ok(Allocation {
                 range,
                 window: None,
             }),
@@ -102,9 +102,9 @@ impl Places {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
-        need: Need,
-    ) -> Result<Piece, PatchError> {
+        facts: &KernelInfo,
+        need: Request,
+    ) -> Result<Allocation, PatchError> {
         self.take_hidden(machine, kernel, facts, Use::Data, need)
     }
 
@@ -112,10 +112,10 @@ impl Places {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
+        facts: &KernelInfo,
         usage: Use,
-        need: Need,
-    ) -> Result<Piece, PatchError> {
+        need: Request,
+    ) -> Result<Allocation, PatchError> {
         if need.len > WINDOW {
             return Err(PatchError::NoRoom(format!(
                 "{} bytes of {} in one piece; at most {WINDOW} are possible",
@@ -131,7 +131,7 @@ impl Places {
                 continue;
             }
             if let Some(range) = window.room.take(need.len, need.align) {
-                return Ok(Piece {
+                return Ok(Allocation {
                     range,
                     window: Some(at),
                 });
@@ -141,7 +141,7 @@ impl Places {
         let range = window.room.take(need.len, need.align);
         self.windows.push(window);
         range
-            .map(|range| Piece {
+            .map(|range| Allocation {
                 range,
                 window: Some(self.windows.len() - 1),
             })
@@ -152,9 +152,9 @@ impl Places {
         &self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
+        facts: &KernelInfo,
         usage: Use,
-    ) -> Result<Window, PatchError> {
+    ) -> Result<HiddenWindow, PatchError> {
         if self.windows.len() >= MOST_WINDOWS {
             return Err(PatchError::NoRoom(format!(
                 "{MOST_WINDOWS} hidden windows are all in use"
@@ -163,7 +163,7 @@ impl Places {
         let taken: Vec<Gva> = self.windows.iter().map(|window| window.entry).collect();
         let gpa = machine.add_hidden_memory(WINDOW)?;
         let memory = kernel.memory(machine.memory());
-        let chosen = Window::choose(&memory, facts.fixmap_table, usage, gpa, &taken);
+        let chosen = HiddenWindow::choose(&memory, facts.fixmap_table, usage, gpa, &taken);
         let failure = match chosen {
             Ok(Some(window)) => return Ok(window),
             Ok(None) => PatchError::NoRoom(
@@ -176,7 +176,7 @@ impl Places {
     }
 
     /// Gives a piece back. What the guest can see of it has been put back before.
-    pub fn give_back(&mut self, piece: Piece) {
+    pub fn give_back(&mut self, piece: Allocation) {
         let room = match piece.window {
             None => self.cave.as_mut().and_then(Option::as_mut),
             Some(at) => self.windows.get_mut(at).map(|window| &mut window.room),
@@ -195,7 +195,7 @@ impl Places {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
+        facts: &KernelInfo,
     ) -> Result<Option<Gva>, PatchError> {
         if self.dummy.is_some() {
             return Ok(self.dummy);
@@ -205,7 +205,7 @@ impl Places {
             return Ok(None);
         };
         let at = piece.range.start;
-        let mut plan = Plan::new();
+        let mut plan = WriteBatch::new();
         let zeroes = vec![0; usize::try_from(klp.patch_size).unwrap_or_default()];
         self.plan_hidden(piece, at, &zeroes, &mut plan);
         for list in &klp.patch_lists {
@@ -229,12 +229,12 @@ impl Places {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &Facts,
-    ) -> Result<Option<Piece>, PatchError> {
+        facts: &KernelInfo,
+    ) -> Result<Option<Allocation>, PatchError> {
         let Some(klp) = &facts.klp else {
             return Ok(None);
         };
-        let need = Need {
+        let need = Request {
             len: klp.patch_size,
             align: 64,
         };
@@ -248,7 +248,7 @@ impl Places {
     }
 
     /// Plans writing `bytes` at `at` in a hidden piece, whether or not the guest maps it yet. Nothing for the cave.
-    fn plan_hidden(&self, piece: Piece, at: Gva, bytes: &[u8], plan: &mut Plan) -> bool {
+    fn plan_hidden(&self, piece: Allocation, at: Gva, bytes: &[u8], plan: &mut WriteBatch) -> bool {
         let window = piece.window.and_then(|at| self.windows.get(at));
         if let Some(window) = window {
             plan.write(window.gpa_of(at), bytes);
@@ -263,9 +263,9 @@ impl Places {
     pub fn plan_fill(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Piece,
+        piece: Allocation,
         bytes: &[u8],
-        plan: &mut Plan,
+        plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
         self.plan_part(memory, piece, piece.range.start, bytes, plan)
     }
@@ -277,10 +277,10 @@ impl Places {
     pub fn plan_part(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Piece,
+        piece: Allocation,
         at: Gva,
         bytes: &[u8],
-        plan: &mut Plan,
+        plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
         if self.plan_hidden(piece, at, bytes, plan) {
             return Ok(());
@@ -295,8 +295,8 @@ impl Places {
     pub fn plan_clear(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Piece,
-        plan: &mut Plan,
+        piece: Allocation,
+        plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
         let filler = vec![cave::FILLER; usize::try_from(piece.range.len()).unwrap_or_default()];
         self.plan_fill(memory, piece, &filler, plan)
@@ -305,18 +305,18 @@ impl Places {
     /// In a pause, before anything is written: the windows are as we left them, and `code` is still nobody's.
     ///
     /// # Errors
-    /// [`Stop`].
-    pub fn check(&self, memory: &KernelMemory<'_>, code: Piece) -> Result<(), Stop> {
+    /// [`StepError`].
+    pub fn check(&self, memory: &KernelMemory<'_>, code: Allocation) -> Result<(), StepError> {
         for window in &self.windows {
             if !window.is_intact(memory)? {
-                return Err(Stop::Fail(PatchError::NoRoom(format!(
+                return Err(StepError::Fail(PatchError::NoRoom(format!(
                     "the guest took the page table entry at {} for something else",
                     window.entry
                 ))));
             }
         }
         if code.window.is_none() && !cave::is_filler(memory, code.range)? {
-            return Err(Stop::Fail(PatchError::NoRoom(format!(
+            return Err(StepError::Fail(PatchError::NoRoom(format!(
                 "the padding of the kernel's text at {} is no longer padding",
                 code.range.start
             ))));
@@ -331,7 +331,7 @@ impl Places {
     pub fn plan_mapping(
         &self,
         memory: &KernelMemory<'_>,
-        plan: &mut Plan,
+        plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
         (self.windows.iter()).try_for_each(|window| window.plan_mapping(memory, plan))
     }

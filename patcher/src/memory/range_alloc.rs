@@ -6,17 +6,17 @@ use introspect::{Gva, GvaRange};
 
 /// A range of addresses, parts of which are taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct RangeAllocator {
     range: GvaRange,
     /// Sorted by address, disjoint.
     taken: Vec<GvaRange>,
 }
 
-impl Room {
+impl RangeAllocator {
     /// A range with nothing taken.
     #[must_use]
-    pub fn new(range: GvaRange) -> Room {
-        Room {
+    pub fn new(range: GvaRange) -> RangeAllocator {
+        RangeAllocator {
             range,
             taken: Vec::new(),
         }
@@ -66,8 +66,8 @@ impl Room {
 mod tests {
     use super::*;
 
-    fn room() -> Room {
-        Room::new(GvaRange::new(Gva(0x1004), Gva(0x1100)))
+    fn room() -> RangeAllocator {
+        RangeAllocator::new(GvaRange::new(Gva(0x1004), Gva(0x1100)))
     }
 
     #[test]

@@ -48,15 +48,15 @@ impl Writes {
 
 /// The writes of one pause, in the order in which they are to happen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
+pub struct WriteBatch {
     writes: Writes,
 }
 
-impl Plan {
+impl WriteBatch {
     /// An empty plan.
     #[must_use]
-    pub fn new() -> Plan {
-        Plan::default()
+    pub fn new() -> WriteBatch {
+        WriteBatch::default()
     }
 
     /// Adds a write of `bytes` at `gpa` at the end.
@@ -103,8 +103,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`PatchError::Machine`] with everything as before, or [`PatchError::Undo`] when putting back failed as well.
-    pub fn commit<M: Machine>(&self, machine: &mut M) -> Result<Journal, PatchError> {
-        let mut journal = Journal::default();
+    pub fn commit<M: Machine>(&self, machine: &mut M) -> Result<UndoLog, PatchError> {
+        let mut journal = UndoLog::default();
         let mut old = Vec::new();
         for (gpa, bytes) in self.writes.iter() {
             old.resize(bytes.len(), 0);
@@ -127,11 +127,11 @@ impl Plan {
 
 /// What stood where a plan was carried out. Good for the pause it was made in.
 #[derive(Debug, Default)]
-pub struct Journal {
+pub struct UndoLog {
     before: Writes,
 }
 
-impl Journal {
+impl UndoLog {
     /// Puts everything back, last first, because of `cause`, and returns what is to be said of it. Goes on past failures, so that
     /// as little as can be stays changed.
     pub fn undo<M: Machine>(&self, machine: &mut M, cause: PatchError) -> PatchError {
@@ -159,8 +159,8 @@ mod tests {
     const AT: u64 = Mock::FREE;
 
     /// Writes that overlap: putting back in any order but the reverse would leave the second's old bytes.
-    fn plan() -> Plan {
-        let mut plan = Plan::new();
+    fn plan() -> WriteBatch {
+        let mut plan = WriteBatch::new();
         plan.write(GuestAddress(AT), &[1; 8]);
         plan.write(GuestAddress(AT + 4), &[2; 8]);
         plan.write(GuestAddress(AT + 100), &[3]);
@@ -237,7 +237,7 @@ mod tests {
         machine.map(gva, AT + 0x3000, 0x1);
         machine.map(gva.add(0x1000), AT, 0x1);
         machine.pause().unwrap();
-        let mut plan = Plan::new();
+        let mut plan = WriteBatch::new();
         let memory = machine.kernel_memory();
         plan.write_kernel(&memory, gva.add(0xffe), b"abcd").unwrap();
         assert!(

@@ -113,7 +113,7 @@ pub enum LinkError {
     Module(#[from] ModuleError),
     /// The guest.
     #[error(transparent)]
-    Target(#[from] TargetError),
+    TargetKernel(#[from] TargetError),
     /// Built for another kernel.
     #[error(
         "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: build it against the guest's kernel",

@@ -8,7 +8,7 @@ use introspect::Gva;
 
 use crate::module::file::klp::KlpLayout;
 use crate::module::kernel::{
-    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, Target,
+    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
 };
 use crate::module::{Bases, TargetError};
 
@@ -137,7 +137,7 @@ impl Table {
     }
 }
 
-impl Target for Table {
+impl TargetKernel for Table {
     fn layouts(&self) -> Result<Layouts, TargetError> {
         Ok(self.layouts.clone())
     }

@@ -191,7 +191,7 @@ fn indirect_calls_become_direct_ones() {
     target.set(0x7000, &[0; 8]);
     assert!(matches!(
         error(&direct_call(), &target),
-        LinkError::Target(_)
+        LinkError::TargetKernel(_)
     ));
 }
 

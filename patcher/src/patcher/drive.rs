@@ -3,16 +3,16 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::task_list::cache::Survey;
+use introspect::task_list::cache::TaskCache;
 
 use crate::error::PatchError;
-use crate::guest::pause::Paused;
-use crate::livepatch::func_stack::{self, Callee};
+use crate::guest::pause::PauseGuard;
+use crate::livepatch::func_stack::{self, Target};
 use crate::livepatch::prepare;
 use crate::machine::Machine;
 use crate::report::patch::{Mode, PatchPhase, PauseReport};
-use crate::transition::preconditions::Stop;
-use crate::transition::step::{Scene, Step};
+use crate::transition::preconditions::StepError;
+use crate::transition::step::{Step, StepContext};
 use crate::transition::{Direction, Transition};
 
 use crate::patcher::{Patcher, not_found, patiently};
@@ -162,7 +162,7 @@ impl Patcher {
         if let Some(patch) = self.patches.first_mut() {
             patch
                 .redirects
-                .retain(|redirect| redirect.new != Callee::Original);
+                .retain(|redirect| redirect.new != Target::Original);
         }
     }
 
@@ -190,8 +190,8 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         at: usize,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Step, Duration), Stop> {
+        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
+    ) -> Result<(Step, Duration), StepError> {
         let mut transition = self.patches.get_mut(at).and_then(|p| p.transition.take());
         let done = self.carry_out_for(machine, at, &mut transition, make);
         if let Some(patch) = self.patches.get_mut(at) {
@@ -206,11 +206,11 @@ impl Patcher {
         machine: &mut M,
         at: usize,
         transition: &mut Option<Transition>,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<(Step, Duration), Stop> {
+        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
+    ) -> Result<(Step, Duration), StepError> {
         let mut meter = PauseReport::default();
         let Some(transition) = transition else {
-            return Err(Stop::Fail(not_found()));
+            return Err(StepError::Fail(not_found()));
         };
         let done = self.in_pause(machine, at, transition, &mut meter, make);
         self.pauses.merge(&meter);
@@ -222,7 +222,7 @@ impl Patcher {
                 }
                 step
             }
-            Err(Stop::Fail(error)) => return Err(Stop::Fail(self.lost(error))),
+            Err(StepError::Fail(error)) => return Err(StepError::Fail(self.lost(error))),
             Err(busy) => return Err(busy),
         };
         if let Some(start) = step.wake {
@@ -240,23 +240,23 @@ impl Patcher {
         at: usize,
         transition: &Transition,
         meter: &mut PauseReport,
-        make: impl FnOnce(&Scene<'_>) -> Result<Step, Stop>,
-    ) -> Result<Step, Stop> {
+        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
+    ) -> Result<Step, StepError> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
         if self.walks_in_the_pause {
-            guest.survey = Survey::new();
+            guest.survey = TaskCache::new();
         } else {
             guest.walk_ahead(machine.memory(), &transition.direction.watch(patch));
         }
         let signals = transition.signals();
-        let mut paused = Paused::begin(machine, meter)?;
-        let mut mapping = crate::memory::write_batch::Plan::new();
+        let mut paused = PauseGuard::begin(machine, meter)?;
+        let mut mapping = crate::memory::write_batch::WriteBatch::new();
         let (step, tasks, walked) = {
             let look = guest.look(paused.memory(), &paused.vcpus)?;
             self.places.plan_mapping(&look.memory, &mut mapping)?;
-            let scene = Scene {
+            let scene = StepContext {
                 look: &look,
                 facts: &facts,
                 places: &self.places,

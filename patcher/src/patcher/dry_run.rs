@@ -10,30 +10,30 @@ use vm_memory::GuestAddress;
 
 use crate::error::PatchError;
 use crate::guest::Guest;
-use crate::guest::view::Watch;
+use crate::guest::view::CodeSet;
 use crate::livepatch::patch::Patch;
 use crate::livepatch::prepare;
 use crate::machine::{Machine, MachineError};
-use crate::memory::{Piece, Places};
+use crate::memory::{Allocation, PatchMemory};
 use crate::module::LivepatchModule;
 use crate::report::patch::{CheckReport, FoundFunction, FoundSymbol, PauseReport, PieceReport};
 use crate::transition::Direction;
-use crate::transition::preconditions::Stop;
-use crate::transition::progress::Ledger;
-use crate::transition::step::{Scene, Step};
+use crate::transition::preconditions::StepError;
+use crate::transition::progress::Progress;
+use crate::transition::step::{Step, StepContext};
 
 /// Above every guest's memory, and of no consequence: nobody reads or writes there.
 const MADE_UP_MEMORY: u64 = 1 << 50;
 
 /// A patch as it would be, ready for the pause in which it would begin.
-pub struct Trial {
+pub struct DryRun {
     patch: Patch,
-    places: Places,
+    places: PatchMemory,
     dummy: Option<Gva>,
     alone: bool,
 }
 
-impl Trial {
+impl DryRun {
     /// Places and links `module` as [`prepare::prepare`] does.
     ///
     /// # Errors
@@ -41,11 +41,11 @@ impl Trial {
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
-        places: &Places,
+        places: &PatchMemory,
         module: &LivepatchModule,
         others: &[Patch],
-    ) -> Result<Trial, PatchError> {
-        let mut machine = Reader {
+    ) -> Result<DryRun, PatchError> {
+        let mut machine = DryRunMachine {
             machine,
             hidden: GuestAddress(MADE_UP_MEMORY),
         };
@@ -59,7 +59,7 @@ impl Trial {
             }
         };
         let patch = prepare::prepare(&mut machine, guest, &mut places, module, others)?;
-        Ok(Trial {
+        Ok(DryRun {
             patch,
             places,
             dummy,
@@ -70,16 +70,16 @@ impl Trial {
     /// What the first pause would do, with the tasks that it would see, and the number of stacks that it would walk.
     ///
     /// # Errors
-    /// [`Stop`], as the first pause would.
+    /// [`StepError`], as the first pause would.
     pub fn step(
         &self,
         guest: &mut Guest,
         memory: &dyn PhysMemory,
         vcpus: &[VcpuRegs],
-    ) -> Result<(Vec<Task>, Step, usize), Stop> {
+    ) -> Result<(Vec<Task>, Step, usize), StepError> {
         let facts = guest.facts()?.clone();
         let look = guest.look(memory, vcpus)?;
-        let scene = Scene {
+        let scene = StepContext {
             look: &look,
             facts: &facts,
             places: &self.places,
@@ -95,7 +95,7 @@ impl Trial {
 
     /// The code that tasks must have left.
     #[must_use]
-    pub fn watch(&self) -> Watch {
+    pub fn watch(&self) -> CodeSet {
         Direction::Apply.watch(&self.patch)
     }
 
@@ -107,7 +107,7 @@ impl Trial {
     /// What is to be said of it.
     #[must_use]
     pub fn report(&self, tasks: &[Task], step: Step, pauses: PauseReport) -> CheckReport {
-        let mut ledger = Ledger::default();
+        let mut ledger = Progress::default();
         ledger.enter(Duration::ZERO, tasks.iter().zip(step.findings));
         let mut tasks = ledger.reports();
         for task in &mut tasks {
@@ -143,7 +143,7 @@ impl Trial {
     }
 }
 
-fn piece(piece: Piece) -> PieceReport {
+fn piece(piece: Allocation) -> PieceReport {
     PieceReport {
         address: piece.range.start.to_string(),
         bytes: piece.range.len(),
@@ -152,12 +152,12 @@ fn piece(piece: Piece) -> PieceReport {
 }
 
 /// A machine that can only be read. Hidden memory that is asked for is made up: an address with nothing behind it.
-struct Reader<'a, M> {
+struct DryRunMachine<'a, M> {
     machine: &'a mut M,
     hidden: GuestAddress,
 }
 
-impl<M: Machine> Machine for Reader<'_, M> {
+impl<M: Machine> Machine for DryRunMachine<'_, M> {
     type Memory = M::Memory;
 
     fn memory(&self) -> &M::Memory {

@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 
 use introspect::Kernel;
 
-use crate::call::wake::Waker;
+use crate::call::wake::TaskWaker;
 use crate::error::PatchError;
 use crate::guest::Guest;
-use crate::guest::pause::Paused;
+use crate::guest::pause::PauseGuard;
 use crate::livepatch::patch::Patch;
 use crate::livepatch::prepare;
 use crate::machine::Machine;
-use crate::memory::Places;
+use crate::memory::PatchMemory;
 use crate::module::{self, LivepatchModule};
 use crate::report::patch::{Mode, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::Direction;
-use crate::transition::preconditions::Stop;
+use crate::transition::preconditions::StepError;
 
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
@@ -35,10 +35,10 @@ const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::fr
 #[derive(Debug, Default)]
 pub struct Patcher {
     guest: Option<Guest>,
-    places: Places,
+    places: PatchMemory,
     patches: Vec<Patch>,
     /// What wakes sleepers, once somebody was to be woken.
-    waker: Option<Waker>,
+    waker: Option<TaskWaker>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
@@ -213,7 +213,12 @@ impl Patcher {
             ));
         }
         if self.waker.is_none() {
-            self.waker = Some(Waker::prepare(machine, guest, &mut self.places, &facts)?);
+            self.waker = Some(TaskWaker::prepare(
+                machine,
+                guest,
+                &mut self.places,
+                &facts,
+            )?);
         }
         let patch = self.patches.get_mut(at);
         if let Some(transition) = patch.and_then(|patch| patch.transition.as_mut()) {
@@ -239,11 +244,11 @@ impl Patcher {
                 self.enter(at, direction, step);
                 (Some(pause), Ok(()))
             }
-            Err(Stop::Busy(what)) => {
+            Err(StepError::Busy(what)) => {
                 tracing::debug!(what, "the guest is busy");
                 (Some(Duration::ZERO), Ok(()))
             }
-            Err(Stop::Fail(error)) => (None, Err(error)),
+            Err(StepError::Fail(error)) => (None, Err(error)),
         };
         let running = self.patches.get_mut(at).and_then(|p| p.transition.as_mut());
         if let Some(transition) = running {
@@ -311,7 +316,7 @@ impl Patcher {
     /// The guest's own module of that name would patch the same functions.
     fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(not_found)?;
-        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         if let Err(error) = guest.is_there(paused.memory(), &paused.vcpus) {
             drop(paused);
             return Err(self.lost(error));
@@ -333,7 +338,7 @@ impl Patcher {
             self.patches.clear();
             self.waker = None;
             // What is hidden there stays, and is no longer the guest's to see.
-            self.places = Places::default();
+            self.places = PatchMemory::default();
         }
         error
     }
@@ -350,17 +355,17 @@ impl Patcher {
 }
 
 /// Asks again while the guest is busy.
-fn patiently<T>(mut ask: impl FnMut() -> Result<T, Stop>) -> Result<T, PatchError> {
+fn patiently<T>(mut ask: impl FnMut() -> Result<T, StepError>) -> Result<T, PatchError> {
     let mut wait = TRY_WAIT.0;
     let mut tries = 1;
     loop {
         match ask() {
             Ok(answer) => return Ok(answer),
-            Err(Stop::Fail(error)) => return Err(error),
-            Err(Stop::Busy(what)) if tries >= TRIES => {
+            Err(StepError::Fail(error)) => return Err(error),
+            Err(StepError::Busy(what)) if tries >= TRIES => {
                 return Err(PatchError::Busy { what, tries });
             }
-            Err(Stop::Busy(_)) => {}
+            Err(StepError::Busy(_)) => {}
         }
         sleep(wait);
         wait = (wait * 2).min(TRY_WAIT.1);

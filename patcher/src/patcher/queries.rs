@@ -4,15 +4,15 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use introspect::modules::proc_kallsyms;
-use introspect::task_list::cache::Survey;
-use introspect::{Kernel, ListedSymbol, Stack, Task, VcpuRegs};
+use introspect::task_list::cache::TaskCache;
+use introspect::{KallsymsEntry, Kernel, Stack, Task, VcpuRegs};
 
 use crate::error::PatchError;
-use crate::guest::pause::Paused;
-use crate::guest::symbolize::{Loaded, Names};
-use crate::guest::view::Look;
+use crate::guest::pause::PauseGuard;
+use crate::guest::symbolize::{LoadedModules, Symbolizer};
+use crate::guest::view::GuestView;
 use crate::machine::Machine;
-use crate::patcher::dry_run::Trial;
+use crate::patcher::dry_run::DryRun;
 use crate::patcher::{Patcher, not_found, patiently};
 use crate::report::patch::{CheckReport, PauseReport};
 use crate::report::stack::TaskStack;
@@ -59,9 +59,9 @@ impl Patcher {
         Ok(each.map(|(task, stack)| names.stack(task, stack)).collect())
     }
 
-    fn names(&self, loaded: Loaded) -> Result<Names<'_>, PatchError> {
+    fn names(&self, loaded: LoadedModules) -> Result<Symbolizer<'_>, PatchError> {
         let guest = self.guest.as_ref().ok_or_else(not_found)?;
-        Ok(Names::new(
+        Ok(Symbolizer::new(
             &guest.kernel,
             &guest.unwinder,
             loaded,
@@ -76,14 +76,14 @@ impl Patcher {
     pub fn symbols<M: Machine>(
         &mut self,
         machine: &mut M,
-    ) -> Result<Vec<ListedSymbol>, PatchError> {
+    ) -> Result<Vec<KallsymsEntry>, PatchError> {
         self.guest(machine)?;
-        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
-        let behind = proc_kallsyms::behind_core(kernel, &kernel.memory(paused.memory()));
+        let behind = proc_kallsyms::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
         let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
-        let core = kernel.symbols.iter().map(|symbol| ListedSymbol {
+        let core = kernel.symbols.iter().map(|symbol| KallsymsEntry {
             gva: symbol.gva,
             letter: symbol.letter,
             name: symbol.name.to_owned(),
@@ -105,7 +105,7 @@ impl Patcher {
         if let Err(error) = self.guest(machine) {
             tracing::debug!(%error, "held without its kernel being known");
         }
-        let paused = Paused::begin(machine, &mut self.pauses)?;
+        let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         let kernel = self.guest.as_ref().map(|guest| &guest.kernel);
         let done = work(kernel, paused.memory(), &paused.vcpus);
         let length = paused.resume()?;
@@ -116,7 +116,7 @@ impl Patcher {
     fn look<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&Look<'_>) -> Result<T, PatchError>,
+        question: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         let had_patches = !self.patches.is_empty();
         match self.look_once(machine, &question) {
@@ -135,15 +135,15 @@ impl Patcher {
     fn look_once<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&Look<'_>) -> Result<T, PatchError>,
+        question: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         self.guest(machine)?;
         let Patcher { guest, pauses, .. } = self;
         let guest = guest.as_mut().ok_or_else(not_found)?;
         patiently(|| {
             // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
-            guest.survey = Survey::new();
-            let mut paused = Paused::begin(machine, pauses)?;
+            guest.survey = TaskCache::new();
+            let mut paused = PauseGuard::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
                 let look = guest.look(paused.memory(), &paused.vcpus)?;
                 (question(&look), look.seen().len(), look.walked())
@@ -171,11 +171,11 @@ impl Patcher {
             ..
         } = self;
         let guest = guest.as_mut().ok_or_else(not_found)?;
-        let trial = Trial::prepare(machine, guest, places, &module, patches)?;
+        let trial = DryRun::prepare(machine, guest, places, &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {
             guest.walk_ahead(machine.memory(), &trial.watch());
-            let mut paused = Paused::begin(machine, &mut meter)?;
+            let mut paused = PauseGuard::begin(machine, &mut meter)?;
             let (tasks, step, walked) = trial.step(guest, paused.memory(), &paused.vcpus)?;
             paused.saw(tasks.len(), walked);
             Ok((tasks, step))

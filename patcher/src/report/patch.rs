@@ -35,9 +35,9 @@ pub enum Mode {
 /// How a task came to its present patch state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum TaskWay {
+pub enum SwitchedBy {
     /// It crossed the kernel/user boundary, and the guest's own entry code flipped it.
-    Boundary,
+    KernelExit,
     /// A reliable stack showed no affected function, and it was flipped from outside in a pause.
     Stack,
     /// It was on a vCPU in user mode in a pause, and was flipped from outside.
@@ -45,9 +45,9 @@ pub enum TaskWay {
     /// An idle task that went round the guest's own idle loop.
     Idle,
     /// It was born during the transition in the new state.
-    Born,
+    Forked,
     /// It had not moved yet when the transition turned round, and so has nothing to move back from.
-    Unmoved,
+    NotSwitched,
     /// It exited during the transition.
     Exited,
     /// The admin forced it, without a look at its stack.
@@ -66,7 +66,7 @@ pub struct TaskReport {
     /// The letter that `ps` shows for what it does: `R S D T t X Z P I`.
     pub state: char,
     /// How it got to the target state; `None`: it is not there yet.
-    pub way: Option<TaskWay>,
+    pub switched_by: Option<SwitchedBy>,
     /// Why it is not there yet: the blocking frame, or why its stack cannot be relied on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocker: Option<String>,

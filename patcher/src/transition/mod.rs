@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 
 use introspect::Task;
 
-use crate::guest::view::Watch;
+use crate::guest::view::CodeSet;
 use crate::livepatch::patch::Patch;
 use crate::report::patch::{PatchPhase, PauseReport, TaskReport};
-use crate::transition::pending_tasks::Unmoved;
-use crate::transition::progress::{Finding, Ledger};
+use crate::transition::pending_tasks::PendingTasks;
+use crate::transition::progress::{Outcome, Progress};
 
 /// The time between the first two looks.
 const FIRST_WAIT: Duration = Duration::from_millis(1);
@@ -71,7 +71,7 @@ impl Direction {
     }
 
     /// The code that a task must not be in to be moved.
-    pub fn watch(self, patch: &Patch) -> Watch {
+    pub fn watch(self, patch: &Patch) -> CodeSet {
         match self {
             Direction::Apply => patch.old_code(),
             Direction::Revert => patch.new_code(),
@@ -81,7 +81,7 @@ impl Direction {
 
 /// A transition that has ended, or as far as it has come.
 #[derive(Clone, Debug, Default)]
-pub struct Past {
+pub struct TransitionSummary {
     /// Its tasks.
     pub tasks: Vec<TaskReport>,
     /// How long it took.
@@ -98,9 +98,9 @@ pub struct Transition {
     /// What it cost so far.
     pub pauses: PauseReport,
     /// Who has not moved, in a guest that does not know it itself.
-    pub unmoved: Option<Unmoved>,
+    pub unmoved: Option<PendingTasks>,
     began: Instant,
-    ledger: Ledger,
+    ledger: Progress,
     /// How many looks there were since it began or turned round, up to [`PAUSE_SHARE`].
     looks: u32,
     /// The time from the last look to the next, if the pauses are short.
@@ -121,7 +121,7 @@ impl Transition {
             pauses: PauseReport::default(),
             unmoved: None,
             began: now,
-            ledger: Ledger::default(),
+            ledger: Progress::default(),
             looks: 0,
             wait: FIRST_WAIT,
             due: now,
@@ -150,7 +150,7 @@ impl Transition {
     }
 
     /// Enters what a step found, once it is carried out.
-    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, findings: Vec<Finding>) {
+    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, findings: Vec<Outcome>) {
         self.ledger.enter(self.began.elapsed(), tasks.zip(findings));
     }
 
@@ -193,8 +193,8 @@ impl Transition {
 
     /// As far as it has come.
     #[must_use]
-    pub fn so_far(&self) -> Past {
-        Past {
+    pub fn so_far(&self) -> TransitionSummary {
+        TransitionSummary {
             tasks: self.ledger.reports(),
             ms: self.ms(),
             pauses: self.pauses.clone(),
@@ -203,8 +203,8 @@ impl Transition {
 
     /// Ends it.
     #[must_use]
-    pub fn end(self) -> Past {
-        Past {
+    pub fn end(self) -> TransitionSummary {
+        TransitionSummary {
             ms: self.ms(),
             tasks: self.ledger.into_reports(),
             pauses: self.pauses,

@@ -11,7 +11,7 @@
 use introspect::Gva;
 
 use crate::error::PatchError;
-use crate::memory::{Need, Piece};
+use crate::memory::{Allocation, Request};
 use crate::transition::Direction;
 
 /// Slots of the smallest table.
@@ -28,7 +28,7 @@ pub const FACTOR: u32 = 0x9e37_79b1;
 
 /// Where a table lies, as its stubs need to know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Table {
+pub struct PendingTable {
     /// The slots.
     pub slots: Gva,
     /// How many there are: a power of two.
@@ -37,12 +37,12 @@ pub struct Table {
     pub back: Gva,
 }
 
-impl Table {
+impl PendingTable {
     /// The room that a guest of so many tasks needs.
     #[must_use]
-    pub fn need(tasks: u64) -> Need {
+    pub fn need(tasks: u64) -> Request {
         let count = tasks.saturating_mul(4).clamp(LEAST, MOST);
-        Need {
+        Request {
             len: HEADER + SLOT * count.next_power_of_two(),
             align: HEADER,
         }
@@ -50,9 +50,9 @@ impl Table {
 
     /// The table that fits into `piece`, which was taken for such a need.
     #[must_use]
-    pub fn in_piece(piece: Piece) -> Table {
+    pub fn in_piece(piece: Allocation) -> PendingTable {
         let slots = piece.range.len().saturating_sub(HEADER) / SLOT;
-        Table {
+        PendingTable {
             slots: piece.range.start.add(HEADER),
             count: 1 << slots.max(1).ilog2(),
             back: piece.range.start,
@@ -76,25 +76,25 @@ impl Table {
 
 /// The tasks that have not moved in a transition.
 #[derive(Clone, Debug)]
-pub struct Unmoved {
-    piece: Piece,
-    table: Table,
+pub struct PendingTasks {
+    piece: Allocation,
+    table: PendingTable,
     direction: Direction,
     slots: Vec<u64>,
 }
 
-impl Unmoved {
+impl PendingTasks {
     /// Those of a transition in `direction` that begins, or turns round, with `tasks` still to move.
     ///
     /// # Errors
     /// [`PatchError::NoRoom`]: they are more than the table has room for.
     pub fn new(
-        piece: Piece,
+        piece: Allocation,
         direction: Direction,
         tasks: impl IntoIterator<Item = Gva>,
-    ) -> Result<Unmoved, PatchError> {
-        let table = Table::in_piece(piece);
-        let mut unmoved = Unmoved {
+    ) -> Result<PendingTasks, PatchError> {
+        let table = PendingTable::in_piece(piece);
+        let mut unmoved = PendingTasks {
             piece,
             table,
             direction,
@@ -139,7 +139,7 @@ impl Unmoved {
 
     /// Where it is.
     #[must_use]
-    pub fn piece(&self) -> Piece {
+    pub fn piece(&self) -> Allocation {
         self.piece
     }
 
@@ -169,8 +169,8 @@ impl Unmoved {
 mod tests {
     use super::*;
 
-    fn piece(tasks: u64) -> Piece {
-        Piece::made_up(Gva(0xffff_ffff_ff00_0000), Table::need(tasks).len)
+    fn piece(tasks: u64) -> Allocation {
+        Allocation::made_up(Gva(0xffff_ffff_ff00_0000), PendingTable::need(tasks).len)
     }
 
     fn task(number: u64) -> Gva {
@@ -179,18 +179,19 @@ mod tests {
 
     #[test]
     fn tables_grow_with_the_guest_and_not_without_bound() {
-        let count = |tasks| Table::in_piece(piece(tasks)).count;
+        let count = |tasks| PendingTable::in_piece(piece(tasks)).count;
         assert_eq!(count(0), LEAST);
         assert_eq!(count(1_000), 4_096);
         assert_eq!(count(u64::MAX), MOST);
-        assert!(Table::need(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
+        assert!(PendingTable::need(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
     }
 
     #[test]
     fn whoever_is_put_in_is_found_until_taken_out() {
         let all: Vec<Gva> = (0..512).map(task).collect();
-        let mut unmoved = Unmoved::new(piece(0), Direction::Apply, all.clone()).unwrap();
-        let found = |unmoved: &Unmoved| all.iter().filter(|task| unmoved.contains(**task)).count();
+        let mut unmoved = PendingTasks::new(piece(0), Direction::Apply, all.clone()).unwrap();
+        let found =
+            |unmoved: &PendingTasks| all.iter().filter(|task| unmoved.contains(**task)).count();
         assert_eq!(found(&unmoved), 512);
         assert!(!unmoved.contains(task(512)) && !unmoved.contains(Gva(GONE)));
         // Every other goes; those that were put in behind it stay within reach.
@@ -210,7 +211,7 @@ mod tests {
     #[test]
     fn half_of_it_stays_free() {
         let too_many = (0..513).map(task);
-        let error = Unmoved::new(piece(0), Direction::Revert, too_many).unwrap_err();
+        let error = PendingTasks::new(piece(0), Direction::Revert, too_many).unwrap_err();
         assert!(matches!(error, PatchError::NoRoom(_)), "{error}");
     }
 }

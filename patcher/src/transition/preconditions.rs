@@ -6,33 +6,33 @@ use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
 
 use crate::error::PatchError;
-use crate::guest::kernel_info::{Facts, KlpFacts, PokeFacts};
+use crate::guest::kernel_info::{KernelInfo, KlpInfo, TextPokeInfo};
 use crate::machine::MachineError;
 
 /// Why a look at the guest ended without a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum StepError {
     /// The guest is in the middle of this; look again.
     Busy(String),
     /// Looking again will not help.
     Fail(PatchError),
 }
 
-impl From<PatchError> for Stop {
+impl From<PatchError> for StepError {
     fn from(error: PatchError) -> Self {
-        Stop::Fail(error)
+        StepError::Fail(error)
     }
 }
 
-impl From<ReadError> for Stop {
+impl From<ReadError> for StepError {
     fn from(error: ReadError) -> Self {
-        Stop::Fail(error.into())
+        StepError::Fail(error.into())
     }
 }
 
-impl From<MachineError> for Stop {
+impl From<MachineError> for StepError {
     fn from(error: MachineError) -> Self {
-        Stop::Fail(error.into())
+        StepError::Fail(error.into())
     }
 }
 
@@ -45,15 +45,15 @@ impl From<ReadError> for PatchError {
 /// No state, as the kernel writes it (`KLP_UNDEFINED`, `KLP_TRANSITION_IDLE`).
 pub const NO_STATE: i32 = -1;
 
-fn busy(what: impl Into<String>) -> Stop {
-    Stop::Busy(what.into())
+fn busy(what: impl Into<String>) -> StepError {
+    StepError::Busy(what.into())
 }
 
 /// No transition of the guest's own is under way; `ours` is what we left in `klp_transition_patch`.
 ///
 /// # Errors
-/// [`Stop`].
-pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpFacts, ours: Gva) -> Result<(), Stop> {
+/// [`StepError`].
+pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpInfo, ours: Gva) -> Result<(), StepError> {
     if memory.i32(klp.target_state)? != NO_STATE || memory.pointer(klp.transition_patch)? != ours {
         return Err(busy("the guest has a livepatch transition of its own"));
     }
@@ -63,17 +63,17 @@ pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpFacts, ours: Gva) -> Re
 /// The transition that we began is still what the guest sees.
 ///
 /// # Errors
-/// [`Stop`].
+/// [`StepError`].
 pub fn our_transition(
     memory: &KernelMemory<'_>,
-    klp: &KlpFacts,
+    klp: &KlpInfo,
     target: i32,
     dummy: Gva,
-) -> Result<(), Stop> {
+) -> Result<(), StepError> {
     let state = memory.i32(klp.target_state)?;
     let patch = memory.pointer(klp.transition_patch)?;
     if state != target || patch != dummy {
-        return Err(Stop::Fail(PatchError::Guest(format!(
+        return Err(StepError::Fail(PatchError::Guest(format!(
             "something in the guest changed klp_target_state to {state} and klp_transition_patch to {patch} during our transition"
         ))));
     }
@@ -81,7 +81,7 @@ pub fn our_transition(
 }
 
 /// The scheduler's own switching is off: with our empty patch it would switch sleepers unchecked.
-fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpFacts) -> Result<(), Stop> {
+fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), StepError> {
     match klp.sched_key {
         // The count is the first member of every static key.
         Some(key) if memory.i32(key)? != 0 => Err(busy(
@@ -94,8 +94,8 @@ fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpFacts) -> Result<(), Stop> 
 /// Nobody holds the locks of what we change: livepatching, text, ftrace's records.
 ///
 /// # Errors
-/// [`Stop`].
-pub fn no_locks(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
+/// [`StepError`].
+pub fn no_locks(memory: &KernelMemory<'_>, facts: &KernelInfo) -> Result<(), StepError> {
     for (name, mutex) in &facts.mutexes {
         if facts.mutex.is_held(memory, *mutex)? {
             return Err(busy(format!("{name} is held")));
@@ -107,11 +107,15 @@ pub fn no_locks(memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
 /// The kernel is not changing its own text.
 ///
 /// # Errors
-/// [`Stop`].
-pub fn no_poke(kernel: &Kernel, memory: &KernelMemory<'_>, facts: &Facts) -> Result<(), Stop> {
+/// [`StepError`].
+pub fn no_poke(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    facts: &KernelInfo,
+) -> Result<(), StepError> {
     let poking = match &facts.poke {
-        PokeFacts::Batch { refs } => memory.u32(*refs)? != 0,
-        PokeFacts::Array { entries, refs } => {
+        TextPokeInfo::Batch { refs } => memory.u32(*refs)? != 0,
+        TextPokeInfo::Array { entries, refs } => {
             let mut any = memory.u32(*entries)? != 0;
             for cpu in kernel.percpu.cpus() {
                 let Some(count) = kernel.percpu.address(*refs, *cpu) else {

@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use introspect::{Gva, Task};
 
-use crate::report::patch::{TaskReport, TaskWay};
+use crate::report::patch::{SwitchedBy, TaskReport};
 
 /// Tasks that have exited are forgotten, oldest first, beyond this many: a guest that forks without end must not fill our memory.
 const MOST_EXITED: usize = 1024;
 
 /// What one look found of one task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Finding {
+pub enum Outcome {
     /// It is where it is to go; the way, when it was we who moved it.
-    There(Option<TaskWay>),
+    Switched(Option<SwitchedBy>),
     /// It is not. Boxed: of thousands of findings few are this one.
     Blocked(Box<Blocked>),
 }
@@ -41,18 +41,18 @@ struct Row {
 
 /// The book.
 #[derive(Clone, Debug, Default)]
-pub struct Ledger {
+pub struct Progress {
     rows: Vec<Row>,
     index: HashMap<Key, usize>,
     looks: u64,
 }
 
-impl Ledger {
+impl Progress {
     /// Enters the findings of one look, made `after` the start of the transition, for each of its tasks.
     pub fn enter<'t>(
         &mut self,
         after: Duration,
-        findings: impl IntoIterator<Item = (&'t Task, Finding)>,
+        findings: impl IntoIterator<Item = (&'t Task, Outcome)>,
     ) {
         self.looks += 1;
         let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
@@ -62,7 +62,7 @@ impl Ledger {
         self.close(after_ms);
     }
 
-    fn enter_one(&mut self, after_ms: u64, task: &Task, finding: Finding) {
+    fn enter_one(&mut self, after_ms: u64, task: &Task, finding: Outcome) {
         let looks = self.looks;
         let key = (task.addr, task.pid);
         let known = self.index.get(&key).copied();
@@ -75,7 +75,7 @@ impl Ledger {
                     comm: String::new(),
                     kind: task.kind,
                     state: task.state_letter(),
-                    way: None,
+                    switched_by: None,
                     blocker: None,
                     since_ms: None,
                     signals: 0,
@@ -92,26 +92,26 @@ impl Ledger {
         row.report.kind = task.kind;
         row.report.state = task.state_letter();
         match finding {
-            Finding::Blocked(blocked) => {
+            Outcome::Blocked(blocked) => {
                 let Blocked { why, signalled } = *blocked;
                 if row.report.blocker.as_ref() != Some(&why) {
                     row.report.since_ms = Some(after_ms);
                     row.report.blocker = Some(why);
                 }
                 row.report.signals = row.report.signals.saturating_add(signalled.into());
-                row.report.way = None;
+                row.report.switched_by = None;
                 row.report.after_ms = None;
             }
-            Finding::There(way) => {
+            Outcome::Switched(way) => {
                 row.report.blocker = None;
                 row.report.since_ms = None;
-                if row.report.way.is_none() {
+                if row.report.switched_by.is_none() {
                     let by_itself = match task.kind {
-                        _ if known.is_none() => TaskWay::Born,
-                        introspect::TaskKind::Idle => TaskWay::Idle,
-                        _ => TaskWay::Boundary,
+                        _ if known.is_none() => SwitchedBy::Forked,
+                        introspect::TaskKind::Idle => SwitchedBy::Idle,
+                        _ => SwitchedBy::KernelExit,
                     };
-                    row.report.way = Some(way.unwrap_or(by_itself));
+                    row.report.switched_by = Some(way.unwrap_or(by_itself));
                     row.report.after_ms = Some(after_ms);
                 }
             }
@@ -121,8 +121,8 @@ impl Ledger {
     /// Marks those that this look no longer saw.
     fn close(&mut self, after_ms: u64) {
         for row in &mut self.rows {
-            if row.seen != self.looks && row.report.way.is_none() {
-                row.report.way = Some(TaskWay::Exited);
+            if row.seen != self.looks && row.report.switched_by.is_none() {
+                row.report.switched_by = Some(SwitchedBy::Exited);
                 row.report.after_ms = Some(after_ms);
                 row.report.blocker = None;
                 row.report.since_ms = None;
@@ -156,7 +156,7 @@ impl Ledger {
 
     /// Everybody has yet to move: the transition turns round.
     pub fn restart(&mut self) {
-        *self = Ledger::default();
+        *self = Progress::default();
     }
 
     /// What is to be said, those not there yet first.
@@ -174,7 +174,7 @@ impl Ledger {
 
 fn in_order(reports: impl Iterator<Item = TaskReport>) -> Vec<TaskReport> {
     let (mut waiting, mut done): (Vec<_>, Vec<_>) =
-        reports.partition(|report| report.way.is_none());
+        reports.partition(|report| report.switched_by.is_none());
     waiting.append(&mut done);
     waiting
 }
@@ -191,8 +191,8 @@ mod tests {
         }
     }
 
-    fn blocked(why: &str) -> Finding {
-        Finding::Blocked(Box::new(Blocked {
+    fn blocked(why: &str) -> Outcome {
+        Outcome::Blocked(Box::new(Blocked {
             why: why.into(),
             signalled: false,
         }))
@@ -209,7 +209,7 @@ mod tests {
             task(2, 11, TaskKind::User),
             task(3, 0, TaskKind::Idle),
         ];
-        let mut ledger = Ledger::default();
+        let mut ledger = Progress::default();
         ledger.enter(
             ms(0),
             [
@@ -222,31 +222,31 @@ mod tests {
 
         // The pid of b lives on in another task.
         let born = task(2, 12, TaskKind::User);
-        let there = || Finding::There(None);
+        let there = || Outcome::Switched(None);
         ledger.enter(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
         let by_pid = |pid| {
             let reports = ledger.reports();
             let report = reports.into_iter().find(|r| r.pid == pid).unwrap();
-            (report.way, report.after_ms)
+            (report.switched_by, report.after_ms)
         };
-        assert_eq!(by_pid(10), (Some(TaskWay::Boundary), Some(5)));
-        assert_eq!(by_pid(11), (Some(TaskWay::Exited), Some(5)));
-        assert_eq!(by_pid(0), (Some(TaskWay::Idle), Some(5)));
-        assert_eq!(by_pid(12), (Some(TaskWay::Born), Some(5)));
+        assert_eq!(by_pid(10), (Some(SwitchedBy::KernelExit), Some(5)));
+        assert_eq!(by_pid(11), (Some(SwitchedBy::Exited), Some(5)));
+        assert_eq!(by_pid(0), (Some(SwitchedBy::Idle), Some(5)));
+        assert_eq!(by_pid(12), (Some(SwitchedBy::Forked), Some(5)));
     }
 
     #[test]
     fn waiting_come_first_and_first_way_stays() {
         let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
-        let mut ledger = Ledger::default();
-        let stack = Finding::There(Some(TaskWay::Stack));
+        let mut ledger = Progress::default();
+        let stack = Outcome::Switched(Some(SwitchedBy::Stack));
         ledger.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
-        ledger.enter(ms(9), [(&a, Finding::There(None)), (&b, blocked("y"))]);
+        ledger.enter(ms(9), [(&a, Outcome::Switched(None)), (&b, blocked("y"))]);
         let reports = ledger.reports();
         assert_eq!(reports[0].blocker.as_deref(), Some("y"));
         assert_eq!(
-            (reports[1].way, reports[1].after_ms),
-            (Some(TaskWay::Stack), Some(0))
+            (reports[1].switched_by, reports[1].after_ms),
+            (Some(SwitchedBy::Stack), Some(0))
         );
     }
 
@@ -254,12 +254,12 @@ mod tests {
     fn says_since_when_and_how_often_it_was_signalled() {
         let a = task(1, 1, TaskKind::User);
         let in_frame = |why: &str, signalled| {
-            Finding::Blocked(Box::new(Blocked {
+            Outcome::Blocked(Box::new(Blocked {
                 why: why.into(),
                 signalled,
             }))
         };
-        let mut ledger = Ledger::default();
+        let mut ledger = Progress::default();
         for (at, why, signalled) in [
             (0, "f", false),
             (3, "f", true),
@@ -271,20 +271,20 @@ mod tests {
         let report = &ledger.reports()[0];
         assert_eq!(report.blocker.as_deref(), Some("g"));
         assert_eq!((report.since_ms, report.signals), (Some(7), 3));
-        ledger.enter(ms(10), [(&a, Finding::There(None))]);
+        ledger.enter(ms(10), [(&a, Outcome::Switched(None))]);
         let report = &ledger.reports()[0];
         assert_eq!((report.since_ms, report.signals), (None, 3));
     }
 
     #[test]
     fn forgets_exited_beyond_bound() {
-        let mut ledger = Ledger::default();
+        let mut ledger = Progress::default();
         let stays = task(1, 1, TaskKind::User);
         for pid in 2..5000 {
             let child = task(2, pid, TaskKind::User);
             ledger.enter(
                 ms(0),
-                [(&stays, blocked("x")), (&child, Finding::There(None))],
+                [(&stays, blocked("x")), (&child, Outcome::Switched(None))],
             );
         }
         let reports = ledger.reports();

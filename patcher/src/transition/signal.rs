@@ -14,7 +14,7 @@ const HELD: u64 = 0x4 | 0x8;
 
 /// What one task gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Call {
+pub struct SignalAction {
     /// Its TIF_NOTIFY_SIGNAL is set.
     pub flag: bool,
     /// It is woken, if it still sleeps interruptibly when the guest's own code comes to it.
@@ -23,18 +23,18 @@ pub struct Call {
 
 /// What `task` gets.
 #[must_use]
-pub fn call(task: &Task) -> Call {
+pub fn call(task: &Task) -> SignalAction {
     let interruptible = task.state & INTERRUPTIBLE != 0 && !task.on_cpu;
     match task.kind {
         // Pushed round its loop by TIF_NEED_RESCHED and an interrupt.
-        TaskKind::Idle => Call::default(),
-        TaskKind::Kthread => Call {
+        TaskKind::Idle => SignalAction::default(),
+        TaskKind::Kthread => SignalAction {
             flag: false,
             wake: interruptible,
         },
         // A debugger, or whoever stopped it, holds it: it moves when it is let go. The dead do not move at all.
-        _ if task.state & HELD != 0 || task.exit_state != 0 => Call::default(),
-        TaskKind::User | TaskKind::Worker => Call {
+        _ if task.state & HELD != 0 || task.exit_state != 0 => SignalAction::default(),
+        TaskKind::User | TaskKind::Worker => SignalAction {
             flag: true,
             wake: interruptible,
         },
@@ -65,13 +65,13 @@ mod tests {
                 state,
                 ..task(1, kind)
             });
-            assert_eq!(got, Call { flag, wake }, "{kind:?} {state:#x}");
+            assert_eq!(got, SignalAction { flag, wake }, "{kind:?} {state:#x}");
         }
         let zombie = Task {
             exit_state: 0x20,
             ..task(1, TaskKind::User)
         };
-        assert_eq!(call(&zombie), Call::default());
+        assert_eq!(call(&zombie), SignalAction::default());
         let falling_asleep = Task {
             state: 1,
             on_cpu: true,

@@ -2,26 +2,26 @@
 //!
 //! Made in the pause for every task of the guest, of whom nearly all are clean by their stack: only the others are kept.
 
-use crate::guest::view::Standing;
-use crate::report::patch::TaskWay;
-use crate::transition::progress::{Blocked, Finding};
+use crate::guest::view::StackCheck;
+use crate::report::patch::SwitchedBy;
+use crate::transition::progress::{Blocked, Outcome};
 
 /// Where each of many tasks stands, by its number.
 #[derive(Clone, Debug)]
-pub(super) struct Standings {
+pub(super) struct StackChecks {
     len: usize,
     /// Those that are not as [`MOST`], with rising numbers.
-    others: Vec<(usize, Standing)>,
+    others: Vec<(usize, StackCheck)>,
 }
 
-const MOST: Standing = Standing::Clean(TaskWay::Stack);
+const MOST: StackCheck = StackCheck::Clear(SwitchedBy::Stack);
 
-impl Standings {
+impl StackChecks {
     /// Asks where each of `len` tasks stands.
-    pub(super) fn ask(len: usize, stand: impl Fn(usize) -> Standing) -> Standings {
+    pub(super) fn ask(len: usize, stand: impl Fn(usize) -> StackCheck) -> StackChecks {
         let each = (0..len).map(|at| (at, stand(at)));
         let others = each.filter(|(_, standing)| *standing != MOST).collect();
-        Standings { len, others }
+        StackChecks { len, others }
     }
 
     /// Whether everybody is clean.
@@ -37,15 +37,15 @@ impl Standings {
     }
 
     /// Those who may not be, with their numbers.
-    pub(super) fn unclean(&self) -> impl Iterator<Item = (usize, &Standing)> {
+    pub(super) fn unclean(&self) -> impl Iterator<Item = (usize, &StackCheck)> {
         let others = self.others.iter().map(|(at, standing)| (*at, standing));
         others.filter(|(_, standing)| !is_clean(standing))
     }
 
     /// What to enter for each.
-    pub(super) fn into_findings(self) -> Vec<Finding> {
-        let most = || Finding::from(MOST);
-        let mut findings: Vec<Finding> = std::iter::repeat_with(most).take(self.len).collect();
+    pub(super) fn into_findings(self) -> Vec<Outcome> {
+        let most = || Outcome::from(MOST);
+        let mut findings: Vec<Outcome> = std::iter::repeat_with(most).take(self.len).collect();
         for (at, standing) in self.others {
             if let Some(finding) = findings.get_mut(at) {
                 *finding = standing.into();
@@ -55,18 +55,20 @@ impl Standings {
     }
 }
 
-fn is_clean(standing: &Standing) -> bool {
-    matches!(standing, Standing::Clean(_))
+fn is_clean(standing: &StackCheck) -> bool {
+    matches!(standing, StackCheck::Clear(_))
 }
 
-impl From<Standing> for Finding {
-    fn from(standing: Standing) -> Finding {
+impl From<StackCheck> for Outcome {
+    fn from(standing: StackCheck) -> Outcome {
         match standing {
-            Standing::Clean(way) => Finding::There(Some(way)),
-            Standing::Inside(why) | Standing::Unsure(why) => Finding::Blocked(Box::new(Blocked {
-                why,
-                signalled: false,
-            })),
+            StackCheck::Clear(way) => Outcome::Switched(Some(way)),
+            StackCheck::Blocked(why) | StackCheck::Unknown(why) => {
+                Outcome::Blocked(Box::new(Blocked {
+                    why,
+                    signalled: false,
+                }))
+            }
         }
     }
 }
@@ -78,14 +80,14 @@ mod tests {
     #[test]
     fn each_is_told_as_it_was_asked() {
         let all = [
-            Standing::Clean(TaskWay::Stack),
-            Standing::Inside("in f".into()),
-            Standing::Clean(TaskWay::Boundary),
-            Standing::Clean(TaskWay::Stack),
-            Standing::Unsure("torn".into()),
+            StackCheck::Clear(SwitchedBy::Stack),
+            StackCheck::Blocked("in f".into()),
+            StackCheck::Clear(SwitchedBy::KernelExit),
+            StackCheck::Clear(SwitchedBy::Stack),
+            StackCheck::Unknown("torn".into()),
         ];
         for len in 0..=all.len() {
-            let asked = Standings::ask(len, |at| all[at].clone());
+            let asked = StackChecks::ask(len, |at| all[at].clone());
             let all = &all[..len];
             assert_eq!(asked.are_clean(), all.iter().all(is_clean));
             for (at, standing) in all.iter().enumerate() {
@@ -97,7 +99,7 @@ mod tests {
                 .filter(|(_, s)| !is_clean(s))
                 .collect();
             assert!(asked.unclean().eq(unclean), "{len}");
-            let findings: Vec<Finding> = all.iter().cloned().map(Finding::from).collect();
+            let findings: Vec<Outcome> = all.iter().cloned().map(Outcome::from).collect();
             assert_eq!(asked.into_findings(), findings);
         }
     }

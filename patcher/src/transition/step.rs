@@ -4,41 +4,41 @@
 //! what to enter in the book. None of them writes. What happens between two looks is the guest's own doing: its entry code and idle
 //! loop flip tasks that carry TIF_PATCH_PENDING to `klp_target_state`, and its forks inherit.
 
-use introspect::task_list::cache::Seen;
+use introspect::task_list::cache::CachedTask;
 use introspect::{PatchState, Task};
 
-use crate::call::wake::{self, Start, Waker};
+use crate::call::wake::{self, Kick, TaskWaker};
 use crate::error::PatchError;
-use crate::guest::kernel_info::Facts;
-use crate::guest::view::{Look, Standing, Watch};
-use crate::livepatch::func_stack::Redirect;
+use crate::guest::kernel_info::KernelInfo;
+use crate::guest::view::{CodeSet, GuestView, StackCheck};
+use crate::livepatch::func_stack::PatchedFunction;
 use crate::livepatch::patch::Patch;
-use crate::memory::Places;
-use crate::memory::write_batch::Plan;
-use crate::report::patch::TaskWay;
+use crate::memory::PatchMemory;
+use crate::memory::write_batch::WriteBatch;
+use crate::report::patch::SwitchedBy;
 use crate::transition::Direction;
-use crate::transition::pending_tasks::Unmoved;
-use crate::transition::preconditions::{self, NO_STATE, Stop};
-use crate::transition::progress::Finding;
+use crate::transition::pending_tasks::PendingTasks;
+use crate::transition::preconditions::{self, NO_STATE, StepError};
+use crate::transition::progress::Outcome;
 use crate::transition::signal;
-use crate::transition::stack_checks::Standings;
+use crate::transition::stack_checks::StackChecks;
 use crate::x86::entry_stub::{self, EncodeError, SITE_LEN};
 
 /// What to do in the pause of one look, and what it found.
 #[derive(Debug)]
 pub struct Step {
     /// The writes.
-    pub plan: Plan,
+    pub plan: WriteBatch,
     /// For each task of the look.
-    pub findings: Vec<Finding>,
+    pub findings: Vec<Outcome>,
     /// With these writes the transition is over.
     pub finished: bool,
     /// vCPUs to send a reschedule interrupt, which they take once the guest runs.
     pub nudge: Vec<u32>,
     /// The interrupt that wakes sleepers, to send once it does.
-    pub wake: Option<Start>,
+    pub wake: Option<Kick>,
     /// Who has not moved then, in a guest that does not know it itself.
-    pub unmoved: Option<Unmoved>,
+    pub unmoved: Option<PendingTasks>,
 }
 
 impl From<EncodeError> for PatchError {
@@ -49,13 +49,13 @@ impl From<EncodeError> for PatchError {
 
 /// The guest, what is known of it, and the patch: what every step needs.
 #[derive(Clone, Copy)]
-pub struct Scene<'a> {
+pub struct StepContext<'a> {
     /// The look.
-    pub look: &'a Look<'a>,
+    pub look: &'a GuestView<'a>,
     /// The kernel.
-    pub facts: &'a Facts,
+    pub facts: &'a KernelInfo,
     /// Where things lie.
-    pub places: &'a Places,
+    pub places: &'a PatchMemory,
     /// The stand-in for `klp_transition_patch`, where there is such a thing.
     pub dummy: Option<introspect::Gva>,
     /// The patch.
@@ -63,18 +63,18 @@ pub struct Scene<'a> {
     /// No other patch of ours is in the guest.
     pub alone: bool,
     /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
-    pub signal: Option<&'a Waker>,
+    pub signal: Option<&'a TaskWaker>,
     /// Who has not moved, in a transition of a guest that does not know it itself.
-    pub unmoved: Option<&'a Unmoved>,
+    pub unmoved: Option<&'a PendingTasks>,
 }
 
-impl<'a> Scene<'a> {
+impl<'a> StepContext<'a> {
     /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
     /// to move. When nobody is left, no task ever sees a transition at all; `at_once` wants that or nothing.
     ///
     /// # Errors
-    /// [`Stop`]; nothing is to be written.
-    pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, Stop> {
+    /// [`StepError`]; nothing is to be written.
+    pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, StepError> {
         let before = self.transition_patch(direction.back());
         if let Some(klp) = &self.facts.klp {
             preconditions::no_transition(&self.look.memory, klp, before.unwrap_or_default())?;
@@ -113,7 +113,7 @@ impl<'a> Scene<'a> {
         }
         let unmoved = self.those(|at| !standings.is_clean(at));
         self.plan_unmoved(direction, unmoved, &mut step)?;
-        self.plan_sites(&mut step.plan, Redirect::to_stub)?;
+        self.plan_sites(&mut step.plan, PatchedFunction::to_stub)?;
         step.findings = standings.into_findings();
         self.nudge(&mut step);
         Ok(step)
@@ -122,8 +122,8 @@ impl<'a> Scene<'a> {
     /// Goes on: moves those who can be moved now, and ends the transition when nobody is left.
     ///
     /// # Errors
-    /// [`Stop`]; nothing is to be written.
-    pub fn go_on(&self, direction: Direction) -> Result<Step, Stop> {
+    /// [`StepError`]; nothing is to be written.
+    pub fn go_on(&self, direction: Direction) -> Result<Step, StepError> {
         self.is_ours(direction)?;
         let target = direction.target();
         let standings = self.standings(direction, |state| state != target);
@@ -138,7 +138,7 @@ impl<'a> Scene<'a> {
                     step.finished = true;
                     return Ok(step);
                 }
-                Err(Stop::Busy(why)) => tracing::debug!(why, "the transition cannot end yet"),
+                Err(StepError::Busy(why)) => tracing::debug!(why, "the transition cannot end yet"),
                 Err(fail) => return Err(fail),
             }
         }
@@ -168,7 +168,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Has the sleepers among those who keep the old state woken, and notes who is signalled in this look.
-    fn wake_sleepers(&self, step: &mut Step) -> Result<(), Stop> {
+    fn wake_sleepers(&self, step: &mut Step) -> Result<(), StepError> {
         let Some(waker) = self.signal else {
             return Ok(());
         };
@@ -177,7 +177,7 @@ impl<'a> Scene<'a> {
         let idle = waker.is_idle(memory)?;
         let mut sleepers = Vec::new();
         for (at, task) in self.look.tasks().enumerate() {
-            let Some(Finding::Blocked(blocked)) = step.findings.get_mut(at) else {
+            let Some(Outcome::Blocked(blocked)) = step.findings.get_mut(at) else {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
@@ -192,7 +192,7 @@ impl<'a> Scene<'a> {
         step.wake = waker.plan(self.look, self.places, &tasks, &mut step.plan)?;
         if step.wake.is_some() {
             for (at, _) in sleepers {
-                if let Some(Finding::Blocked(blocked)) = step.findings.get_mut(at) {
+                if let Some(Outcome::Blocked(blocked)) = step.findings.get_mut(at) {
                     blocked.signalled = true;
                 }
             }
@@ -203,15 +203,15 @@ impl<'a> Scene<'a> {
     /// Moves everybody, wherever they are (`kernel/livepatch/transition.c: klp_force_transition`).
     ///
     /// # Errors
-    /// [`Stop`]; nothing is to be written.
-    pub fn force(&self, direction: Direction) -> Result<Step, Stop> {
+    /// [`StepError`]; nothing is to be written.
+    pub fn force(&self, direction: Direction) -> Result<Step, StepError> {
         self.is_ours(direction)?;
         // Whoever is just storing a state, or handing it to a child, is let finish.
         self.look.no_vcpu_in(&self.switching())?;
         let target = direction.target();
         let moved = |at| match self.state(at) == target {
-            true => Finding::There(None),
-            false => Finding::There(Some(TaskWay::Forced)),
+            true => Outcome::Switched(None),
+            false => Outcome::Switched(Some(SwitchedBy::Forced)),
         };
         let mut step = Step::new((0..self.look.seen().len()).map(moved).collect());
         for (at, task) in self.look.tasks().enumerate() {
@@ -226,39 +226,39 @@ impl<'a> Scene<'a> {
 
     /// Somebody is in the way of moving all in this pause. Whoever is in the old code is named rather than one of whom that is not
     /// known: the latter has often gone on by the next pause.
-    fn not_at_once(&self, standings: &Standings) -> Stop {
+    fn not_at_once(&self, standings: &StackChecks) -> StepError {
         let (mut inside, mut unsure) = (Vec::new(), Vec::new());
         for (at, standing) in standings.unclean() {
-            let Some(Seen { task, .. }) = self.look.seen().get(at) else {
+            let Some(CachedTask { task, .. }) = self.look.seen().get(at) else {
                 continue;
             };
             match standing {
-                Standing::Clean(_) => {}
-                Standing::Inside(why) => inside.push((task, why)),
-                Standing::Unsure(why) => unsure.push((task, why)),
+                StackCheck::Clear(_) => {}
+                StackCheck::Blocked(why) => inside.push((task, why)),
+                StackCheck::Unknown(why) => unsure.push((task, why)),
             }
         }
         let mut blocked = inside.into_iter().chain(unsure);
         match blocked.next() {
-            Some((task, why)) => Stop::Fail(PatchError::NotAtOnce {
+            Some((task, why)) => StepError::Fail(PatchError::NotAtOnce {
                 blocker: format!("{} {} {why}", task.pid, task.comm),
                 others: blocked.count(),
             }),
-            None => Stop::Busy("a vCPU is between two tasks".into()),
+            None => StepError::Busy("a vCPU is between two tasks".into()),
         }
     }
 
     /// Turns a running transition round, as `klp_reverse_transition` does: those who have moved are to move back.
     ///
     /// # Errors
-    /// [`Stop`]; nothing is to be written.
-    pub fn turn_round(&self, from: Direction, to: Direction) -> Result<Step, Stop> {
+    /// [`StepError`]; nothing is to be written.
+    pub fn turn_round(&self, from: Direction, to: Direction) -> Result<Step, StepError> {
         self.is_ours(from)?;
         // Whoever is just storing the old target would store it after us.
         self.look.no_vcpu_in(&self.switching())?;
         let target = to.target();
         let standings = self.standings(to, |state| state != target);
-        let mut step = Step::new(self.findings(&standings, target, Some(TaskWay::Unmoved)));
+        let mut step = Step::new(self.findings(&standings, target, Some(SwitchedBy::NotSwitched)));
         self.plan_globals(target, self.dummy, &mut step.plan)?;
         for (at, task) in self.look.tasks().enumerate() {
             let clean = standings.is_clean(at);
@@ -284,7 +284,7 @@ impl<'a> Scene<'a> {
     }
 
     /// The transition is the one we began, and the entries are as we left them.
-    fn is_ours(&self, direction: Direction) -> Result<(), Stop> {
+    fn is_ours(&self, direction: Direction) -> Result<(), StepError> {
         let memory = &self.look.memory;
         if let (Some(klp), Some(dummy)) = (&self.facts.klp, self.dummy) {
             preconditions::our_transition(memory, klp, direction.target(), dummy)?;
@@ -292,23 +292,23 @@ impl<'a> Scene<'a> {
         self.sites_hold(|redirect| Ok(redirect.to_stub()?))
     }
 
-    fn text_is_still(&self) -> Result<(), Stop> {
+    fn text_is_still(&self) -> Result<(), StepError> {
         preconditions::no_locks(&self.look.memory, self.facts)?;
         preconditions::no_poke(self.look.kernel, &self.look.memory, self.facts)
     }
 
-    fn no_states(&self) -> Result<(), Stop> {
+    fn no_states(&self) -> Result<(), StepError> {
         let other = |(at, _): &(usize, &Task)| self.state(*at) != NO_STATE;
         match self.look.tasks().enumerate().find(other) {
             None => Ok(()),
-            Some((_, task)) => Err(Stop::Busy(format!(
+            Some((_, task)) => Err(StepError::Busy(format!(
                 "{} ({}) has a patch state already",
                 task.comm, task.pid
             ))),
         }
     }
 
-    fn sites_are_as_before(&self, direction: Direction) -> Result<(), Stop> {
+    fn sites_are_as_before(&self, direction: Direction) -> Result<(), StepError> {
         match direction {
             Direction::Apply => self.sites_hold(|redirect| Ok(redirect.to_below()?)),
             Direction::Revert => self.sites_hold(|redirect| Ok(redirect.to_new()?)),
@@ -317,8 +317,8 @@ impl<'a> Scene<'a> {
 
     fn sites_hold(
         &self,
-        expected: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], PatchError>,
-    ) -> Result<(), Stop> {
+        expected: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], PatchError>,
+    ) -> Result<(), StepError> {
         let (memory, types) = (&self.look.memory, &self.facts.ftrace);
         for redirect in &self.patch.redirects {
             let site = &redirect.site;
@@ -331,7 +331,7 @@ impl<'a> Scene<'a> {
                 && site.is_fenced(memory, types)? == fenced
                 && (fenced || !site.is_wanted(memory, types)?);
             if !as_expected {
-                return Err(Stop::Fail(PatchError::Site {
+                return Err(StepError::Fail(PatchError::Site {
                     function: redirect.name.clone(),
                     at: site.at,
                     why: "somebody in the guest changed its entry or its ftrace record".into(),
@@ -360,32 +360,37 @@ impl<'a> Scene<'a> {
     }
 
     /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
-    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> Standings {
+    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> StackChecks {
         let watch = direction.watch(self.patch);
         let stand = |at| match self.look.patch_state(at) {
-            _ if !ask(self.state(at)) => Standing::Clean(TaskWay::Stack),
-            Some(PatchState::Invalid(state)) => Standing::Unsure(format!(
+            _ if !ask(self.state(at)) => StackCheck::Clear(SwitchedBy::Stack),
+            Some(PatchState::Invalid(state)) => StackCheck::Unknown(format!(
                 "its patch_state is {state}, which no kernel writes"
             )),
             _ => self.look.standing(at, &watch),
         };
-        Standings::ask(self.look.seen().len(), stand)
+        StackChecks::ask(self.look.seen().len(), stand)
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
-    fn findings(&self, standings: &Standings, target: i32, way: Option<TaskWay>) -> Vec<Finding> {
+    fn findings(
+        &self,
+        standings: &StackChecks,
+        target: i32,
+        switched_by: Option<SwitchedBy>,
+    ) -> Vec<Outcome> {
         let mut findings = standings.clone().into_findings();
         for (at, finding) in findings.iter_mut().enumerate() {
             if self.state(at) == target {
-                *finding = Finding::There(way);
+                *finding = Outcome::Switched(switched_by);
             }
         }
         findings
     }
 
     /// Code in which a task's state and flag are being changed.
-    fn switching(&self) -> Watch {
-        let mut watch = Watch::new();
+    fn switching(&self) -> CodeSet {
+        let mut watch = CodeSet::new();
         for (code, name) in self.facts.klp.iter().flat_map(|klp| &klp.switching) {
             watch.add(*code, *name);
         }
@@ -393,7 +398,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Everybody is there. Is nobody in code that must not be pulled away?
-    fn may_end(&self, direction: Direction) -> Result<(), Stop> {
+    fn may_end(&self, direction: Direction) -> Result<(), StepError> {
         self.look.every_vcpu_has_a_task()?;
         self.look.no_vcpu_in(&self.switching())?;
         if direction == Direction::Revert && self.patch.forced {
@@ -410,7 +415,7 @@ impl<'a> Scene<'a> {
     }
 
     /// Nobody is in the code of patches that go with this one's coming.
-    fn replaced_are_left(&self) -> Result<(), Stop> {
+    fn replaced_are_left(&self) -> Result<(), StepError> {
         if self.patch.replaces.is_empty() {
             return Ok(());
         }
@@ -422,7 +427,7 @@ impl<'a> Scene<'a> {
     fn nudge(&self, step: &mut Step) {
         let waiting = self.look.tasks().zip(&step.findings);
         step.nudge = waiting
-            .filter(|(_, finding)| matches!(finding, Finding::Blocked(_)))
+            .filter(|(_, finding)| matches!(finding, Outcome::Blocked(_)))
             .filter_map(|(task, _)| self.look.vcpu_of(task))
             .filter(|vcpu| vcpu.online)
             .map(|vcpu| vcpu.index)
@@ -431,9 +436,9 @@ impl<'a> Scene<'a> {
 }
 
 impl Step {
-    fn new(findings: Vec<Finding>) -> Step {
+    fn new(findings: Vec<Outcome>) -> Step {
         Step {
-            plan: Plan::new(),
+            plan: WriteBatch::new(),
             findings,
             finished: false,
             nudge: Vec::new(),
@@ -453,6 +458,6 @@ fn number(state: Option<PatchState>) -> i32 {
     }
 }
 
-fn is_there(finding: &Finding) -> bool {
-    matches!(finding, Finding::There(_))
+fn is_there(finding: &Outcome) -> bool {
+    matches!(finding, Outcome::Switched(_))
 }

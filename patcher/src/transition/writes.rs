@@ -3,18 +3,22 @@
 use introspect::{Task, TaskKind};
 
 use crate::error::PatchError;
-use crate::livepatch::func_stack::Redirect;
-use crate::memory::write_batch::Plan;
+use crate::livepatch::func_stack::PatchedFunction;
+use crate::memory::write_batch::WriteBatch;
 use crate::transition::Direction;
-use crate::transition::pending_tasks::Unmoved;
-use crate::transition::preconditions::{NO_STATE, Stop};
+use crate::transition::pending_tasks::PendingTasks;
+use crate::transition::preconditions::{NO_STATE, StepError};
 use crate::x86::entry_stub::{EncodeError, SITE_LEN};
 
-use crate::transition::step::{Scene, Step};
+use crate::transition::step::{Step, StepContext};
 
-impl Scene<'_> {
+impl StepContext<'_> {
     /// The code, where a transition in this direction begins with it.
-    pub(super) fn plan_code(&self, direction: Direction, plan: &mut Plan) -> Result<(), Stop> {
+    pub(super) fn plan_code(
+        &self,
+        direction: Direction,
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         if direction == Direction::Apply || self.patch.stubs_changed {
             let (memory, patch) = (&self.look.memory, self.patch);
             self.places
@@ -24,18 +28,22 @@ impl Scene<'_> {
     }
 
     /// What the entries, their records and the code's place hold from now on.
-    pub(super) fn plan_end(&self, direction: Direction, plan: &mut Plan) -> Result<(), Stop> {
+    pub(super) fn plan_end(
+        &self,
+        direction: Direction,
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         let memory = &self.look.memory;
         match direction {
             Direction::Apply => {
-                self.plan_sites(plan, Redirect::to_new)?;
+                self.plan_sites(plan, PatchedFunction::to_new)?;
                 for old in self.patch.replaces.iter().filter(|old| !old.stays) {
                     self.places.plan_clear(memory, old.code, plan)?;
                 }
                 Ok(())
             }
             Direction::Revert => {
-                self.plan_sites(plan, Redirect::to_below)?;
+                self.plan_sites(plan, PatchedFunction::to_below)?;
                 if !self.patch.forced {
                     self.places.plan_clear(memory, self.patch.code, plan)?;
                 }
@@ -48,11 +56,11 @@ impl Scene<'_> {
     /// record counts who came to trace it meanwhile. The entry of a function that a newer patch serves is that one's.
     pub(super) fn plan_sites(
         &self,
-        plan: &mut Plan,
-        bytes: impl Fn(&Redirect) -> Result<[u8; SITE_LEN], EncodeError>,
-    ) -> Result<(), Stop> {
+        plan: &mut WriteBatch,
+        bytes: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], EncodeError>,
+    ) -> Result<(), StepError> {
         let memory = &self.look.memory;
-        let served = |redirect: &&Redirect| redirect.covered_by.is_none();
+        let served = |redirect: &&PatchedFunction| redirect.covered_by.is_none();
         for redirect in self.patch.redirects.iter().filter(served) {
             let site = &redirect.site;
             let bytes = bytes(redirect).map_err(PatchError::from)?;
@@ -73,8 +81,8 @@ impl Scene<'_> {
         &self,
         target: i32,
         patch: Option<introspect::Gva>,
-        plan: &mut Plan,
-    ) -> Result<(), Stop> {
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         let Some(klp) = &self.facts.klp else {
             return Ok(());
         };
@@ -86,7 +94,7 @@ impl Scene<'_> {
     }
 
     /// Nobody has a state, and nobody is to change it.
-    pub(super) fn plan_no_states(&self, plan: &mut Plan) -> Result<(), Stop> {
+    pub(super) fn plan_no_states(&self, plan: &mut WriteBatch) -> Result<(), StepError> {
         if self.facts.klp.is_none() {
             // Nor does any stub ask any more.
             return Ok(());
@@ -104,12 +112,12 @@ impl Scene<'_> {
         direction: Direction,
         unmoved: impl IntoIterator<Item = introspect::Gva>,
         step: &mut Step,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), StepError> {
         let Some(piece) = self.patch.table else {
             return Ok(());
         };
         self.look.no_task_in(&self.patch.stub_code())?;
-        let unmoved = Unmoved::new(piece, direction, unmoved)?;
+        let unmoved = PendingTasks::new(piece, direction, unmoved)?;
         let memory = &self.look.memory;
         (self.places).plan_fill(memory, piece, &unmoved.bytes(), &mut step.plan)?;
         step.unmoved = Some(unmoved);
@@ -121,7 +129,7 @@ impl Scene<'_> {
         &self,
         moved: impl IntoIterator<Item = introspect::Gva>,
         step: &mut Step,
-    ) -> Result<(), Stop> {
+    ) -> Result<(), StepError> {
         let Some(mut unmoved) = self.unmoved.cloned() else {
             return Ok(());
         };
@@ -136,7 +144,12 @@ impl Scene<'_> {
         Ok(())
     }
 
-    pub(super) fn plan_state(&self, task: &Task, state: i32, plan: &mut Plan) -> Result<(), Stop> {
+    pub(super) fn plan_state(
+        &self,
+        task: &Task,
+        state: i32,
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         let Some(klp) = &self.facts.klp else {
             return Ok(());
         };
@@ -150,8 +163,8 @@ impl Scene<'_> {
         &self,
         task: &Task,
         pending: bool,
-        plan: &mut Plan,
-    ) -> Result<(), Stop> {
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         self.plan_flags(task, pending, 0, plan)
     }
 
@@ -161,8 +174,8 @@ impl Scene<'_> {
         task: &Task,
         pending: bool,
         others: u64,
-        plan: &mut Plan,
-    ) -> Result<(), Stop> {
+        plan: &mut WriteBatch,
+    ) -> Result<(), StepError> {
         let (Some(klp), tif) = (&self.facts.klp, &self.facts.tif) else {
             // The flag has no meaning there: the guest's exit to user mode would go round for ever.
             return Ok(());

@@ -8,27 +8,27 @@ use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r1
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use introspect::Gva;
 
-use crate::transition::pending_tasks::{FACTOR, Table};
+use crate::transition::pending_tasks::{FACTOR, PendingTable};
 
 /// Length of a site: a five-byte NOP, or the jump in its place.
 pub const SITE_LEN: usize = 5;
 
 /// How a stub learns whether the running task has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum StateSource {
     /// By `task_struct.patch_state`, at this offset: 0 gets the old code, any other the new, as the kernel's own handler chooses.
     PatchState(u32),
     /// By the table of those who have not, as [`unmoved`](crate::transition::pending_tasks) has it.
-    Unmoved(Table),
+    PendingTasks(PendingTable),
 }
 
-impl Ask {
+impl StateSource {
     /// Room for one stub; [`stub`] never yields more.
     #[must_use]
     pub fn stub_room(self) -> u64 {
         match self {
-            Ask::PatchState(_) => 48,
-            Ask::Unmoved(_) => 112,
+            StateSource::PatchState(_) => 48,
+            StateSource::PendingTasks(_) => 112,
         }
     }
 }
@@ -83,7 +83,7 @@ pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
 pub fn stub(
     at: Gva,
     current: CurrentVar,
-    ask: Ask,
+    ask: StateSource,
     old: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, EncodeError> {
@@ -119,7 +119,7 @@ pub fn fitted(
 fn assemble(
     at: Gva,
     current: CurrentVar,
-    ask: Ask,
+    ask: StateSource,
     old: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, IcedError> {
@@ -143,7 +143,7 @@ fn assemble(
         load_current,
     )?)?;
     match ask {
-        Ask::PatchState(offset) => {
+        StateSource::PatchState(offset) => {
             let mut to_old = a.create_label();
             a.cmp(dword_ptr(r11 + offset), 0)?;
             a.je(to_old)?;
@@ -151,14 +151,19 @@ fn assemble(
             a.set_label(&mut to_old)?;
             a.jmp(old.0)?;
         }
-        Ask::Unmoved(table) => look_up(&mut a, table, old, new)?,
+        StateSource::PendingTasks(table) => look_up(&mut a, table, old, new)?,
     }
     a.assemble(at.0)
 }
 
 /// The search of [`unmoved`](crate::transition::pending_tasks), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
 /// kernel's image is.
-fn look_up(a: &mut CodeAssembler, table: Table, old: Gva, new: Gva) -> Result<(), IcedError> {
+fn look_up(
+    a: &mut CodeAssembler,
+    table: PendingTable,
+    old: Gva,
+    new: Gva,
+) -> Result<(), IcedError> {
     let (mut next, mut found, mut to_old) = (a.create_label(), a.create_label(), a.create_label());
     let mut absent = a.create_label();
     let slots = table.slots.0.cast_signed();
@@ -211,7 +216,7 @@ mod tests {
 
     #[test]
     fn stub_asks_absolute_current() {
-        let ask = Ask::PatchState(5212);
+        let ask = StateSource::PatchState(5212);
         let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
         assert_eq!(
             listing(AT, &code),
@@ -227,12 +232,12 @@ mod tests {
 
     #[test]
     fn stub_looks_the_task_up() {
-        let table = Table {
+        let table = PendingTable {
             slots: Gva(0xffff_ffff_ff20_0040),
             count: 1024,
             back: Gva(0xffff_ffff_ff20_0000),
         };
-        let ask = Ask::Unmoved(table);
+        let ask = StateSource::PendingTasks(table);
         let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
         assert!(code.len() as u64 <= ask.stub_room(), "{}", code.len());
         assert_eq!(
@@ -263,7 +268,7 @@ mod tests {
     #[test]
     fn stub_asks_rip_relative_current() {
         let symbol = Gva(0xffff_ffff_8300_0040);
-        let ask = Ask::PatchState(5772);
+        let ask = StateSource::PatchState(5772);
         let code = stub(AT, CurrentVar::RipRelative(symbol), ask, OLD, NEW).unwrap();
         let first = Decoder::with_ip(64, &code, AT.0, DecoderOptions::NONE).decode();
         assert!(first.is_ip_rel_memory_operand());
@@ -283,7 +288,7 @@ mod tests {
             stub(
                 AT,
                 CurrentVar::Absolute(0),
-                Ask::PatchState(0),
+                StateSource::PatchState(0),
                 Gva(0xffff_8880_0000_0000),
                 NEW
             )

@@ -15,7 +15,7 @@ use guests::bed::Bed;
 use guests::drive::{Guest, GuestSpec};
 use guests::host::cache::{Cache, fingerprint};
 use guests::initramfs::programs;
-use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -51,7 +51,7 @@ pub struct Core {
 #[derive(Debug, Serialize, Deserialize)]
 struct Plan {
     binary: PathBuf,
-    stock: Stock,
+    stock: PreparedKernel,
     /// How many sleepers each guest is to have.
     sizes: Vec<u32>,
     /// Where the cores go.
@@ -64,7 +64,7 @@ struct Plan {
 /// When no guest could be had or driven; the cores that there are by then are kept.
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
-    let stock = Stock::prepare(Order {
+    let stock = PreparedKernel::prepare(Order {
         generation: GENERATION,
         flavour: Flavour::Cloud,
         patches: &[],
@@ -105,7 +105,7 @@ fn name(sleepers: u32) -> String {
 }
 
 /// On the host: starts this program again inside the bed.
-fn capture(stock: &Stock, folder: &Path, sizes: &[u32]) -> Result<()> {
+fn capture(stock: &PreparedKernel, folder: &Path, sizes: &[u32]) -> Result<()> {
     println!(
         "capturing cores of Linux {} with {sizes:?} sleepers in the test bed: some minutes, once",
         stock.release

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, ensure};
 use guests::external::drgn::Drgn;
 use guests::host::cache::Cache;
-use guests::kernel::stock::Stock;
+use guests::kernel::stock::PreparedKernel;
 use serde::Deserialize;
 
 use crate::cores::{Core, GENERATION};
@@ -51,7 +51,7 @@ pub fn beside(core: &Core, release: &str, ours: &Figures) -> Result<()> {
 /// A Python that has drgn, with the script as its last argument so far, and the kernel's vmlinux.
 fn find(release: &str) -> Result<Option<(Command, PathBuf)>> {
     if env::var_os(FETCH).is_some() {
-        let (stock, vmlinux) = Stock::prepare_debug(GENERATION)?;
+        let (stock, vmlinux) = PreparedKernel::prepare_debug(GENERATION)?;
         ensure!(
             stock.release == release,
             "the cores are of Linux {release}, and debugging information is for {}",

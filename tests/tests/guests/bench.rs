@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use guests::drive::{Guest, GuestSpec, MEMORY_MIB};
-use guests::kernel::stock::{Order, Stock, build_outpatch};
+use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +25,7 @@ pub struct Assets {
     /// The `outpatch` binary.
     pub binary: PathBuf,
     /// By generation: "5.10", "6.1", "6.12", "7.2", "7.3", and of other flavours "6.1-generic" and the like.
-    pub stock: BTreeMap<String, Stock>,
+    pub stock: BTreeMap<String, PreparedKernel>,
 }
 
 impl Assets {
@@ -81,11 +81,11 @@ impl Assets {
                 modules: &MODULES,
                 boot: None,
             };
-            stock.insert(generation.to_string(), Stock::prepare(order)?);
+            stock.insert(generation.to_string(), PreparedKernel::prepare(order)?);
         }
         let mut with_kernel = None;
         if let Some(plain) = stock.get(&KEXEC.to_string()) {
-            with_kernel = Some(Stock::prepare(Order {
+            with_kernel = Some(PreparedKernel::prepare(Order {
                 generation: KEXEC,
                 flavour: Flavour::Cloud,
                 patches: &["pause"],
@@ -102,7 +102,10 @@ impl Assets {
                 modules: &MODULES,
                 boot: None,
             };
-            stock.insert(flavours::key(generation, flavour), Stock::prepare(order)?);
+            stock.insert(
+                flavours::key(generation, flavour),
+                PreparedKernel::prepare(order)?,
+            );
         }
         stock.extend(no_livepatch::stock()?.map(|stock| (no_livepatch::KEY.to_owned(), stock)));
         Ok(Assets {
@@ -191,7 +194,7 @@ impl Bench {
     }
 
     /// A generation.
-    pub fn stock(&self, generation: &str) -> Result<&Stock> {
+    pub fn stock(&self, generation: &str) -> Result<&PreparedKernel> {
         self.assets
             .stock
             .get(generation)

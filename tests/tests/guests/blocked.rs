@@ -99,7 +99,7 @@ fn signalled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
 
 /// It came by the boundary, or a pause met it on the way there, out of the function already.
 fn has_left(task: &Value) -> bool {
-    task["way"] == "boundary" || task["way"] == "stack"
+    task["switched_by"] == "kernel-exit" || task["switched_by"] == "stack"
 }
 
 /// Nobody has a state any more, and the sleeper is not in the old function.
@@ -123,7 +123,7 @@ pub fn stays_blocked(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Res
     ensure!(status["transition"] == true, "{status}");
     let waiting: Vec<&Value> = list(&status, "/tasks")?
         .iter()
-        .filter(|task| task["way"].is_null())
+        .filter(|task| task["switched_by"].is_null())
         .collect();
     let names: BTreeSet<&str> = waiting
         .iter()

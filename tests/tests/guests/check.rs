@@ -61,7 +61,10 @@ pub fn tells_what_apply_does(bench: &Bench, guest: &mut Guest, generation: &str)
 
 fn summary(report: &Value) -> String {
     let waiting = list(report, "tasks").map_or(0, |tasks| {
-        tasks.iter().filter(|task| task["way"].is_null()).count()
+        tasks
+            .iter()
+            .filter(|task| task["switched_by"].is_null())
+            .count()
     });
     format!(
         "{} functions, {} symbols, code {}, data {}, {} of {} tasks in the way, stopped {}",
@@ -134,7 +137,7 @@ fn blockers_are_named(outpatch: &Outpatch, patch: &str) -> Result<()> {
     let report = outpatch.json(&["check", patch])?;
     let waiting = list(&report, "tasks")?
         .iter()
-        .filter(|t| t["way"].is_null());
+        .filter(|t| t["switched_by"].is_null());
     let mut names = BTreeSet::new();
     for task in waiting {
         let blocker = task["blocker"].as_str().unwrap_or_default();

@@ -37,8 +37,8 @@ const VHOST: &str = "vhost-";
 
 /// Who may go which way before anybody is signalled.
 const WAYS: [(&str, &[&str]); 15] = [
-    ("k-user", &["user-mode", "boundary", "stack"]),
-    ("k-kernel", &["boundary", "stack", "user-mode"]),
+    ("k-user", &["user-mode", "kernel-exit", "stack"]),
+    ("k-kernel", &["kernel-exit", "stack", "user-mode"]),
     ("k-stopped", &["stack"]),
     ("k-traced", &["stack"]),
     ("k-tracer", &["stack"]),
@@ -91,7 +91,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         guest.rest().end(status, GETS_ON)?;
         let over = Tasks::of(&outpatch, "kinds")?;
         let moved = over.one(UNINTERRUPTIBLE)?;
-        ensure!(moved["way"] == "boundary" || moved["way"] == "stack", "{moved}");
+        ensure!(moved["switched_by"] == "kernel-exit" || moved["switched_by"] == "stack", "{moved}");
         println!("{generation}, {cpus} vCPUs: {}", over.summary());
         let states = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq")?;
         ensure!(states == "-1", "states are left: {states}");
@@ -230,7 +230,7 @@ impl Tasks {
     /// How many of each name keep the old state.
     fn waiting(&self) -> BTreeMap<&str, usize> {
         let mut waiting = BTreeMap::new();
-        for task in self.0.iter().filter(|task| task["way"].is_null()) {
+        for task in self.0.iter().filter(|task| task["switched_by"].is_null()) {
             *waiting
                 .entry(task["comm"].as_str().unwrap_or_default())
                 .or_default() += 1;
@@ -243,7 +243,7 @@ impl Tasks {
             let mut tasks = self.named(comm).peekable();
             ensure!(tasks.peek().is_some(), "no {comm} among the tasks");
             for task in tasks {
-                let way = task["way"].as_str().unwrap_or_default();
+                let way = task["switched_by"].as_str().unwrap_or_default();
                 ensure!(ways.contains(&way), "{task}");
             }
         }
@@ -251,8 +251,8 @@ impl Tasks {
         let kthreads = kind("kthread").count();
         ensure!(kthreads >= KTHREADS, "only {kthreads} kthreads");
         for kthread in kind("kthread") {
-            let way = kthread["way"].as_str().unwrap_or_default();
-            ensure!(["stack", "born", "exited"].contains(&way), "{kthread}");
+            let way = kthread["switched_by"].as_str().unwrap_or_default();
+            ensure!(["stack", "forked", "exited"].contains(&way), "{kthread}");
         }
         for (begins, kind) in WORKERS
             .into_iter()
@@ -260,19 +260,19 @@ impl Tasks {
         {
             let worker = self.beginning(begins)?;
             ensure!(worker["kind"] == kind, "{worker}");
-            ensure!(worker["way"] == "stack", "{worker}");
+            ensure!(worker["switched_by"] == "stack", "{worker}");
         }
         for worker in kind("worker") {
-            ensure!(worker["way"] == "stack", "{worker}");
+            ensure!(worker["switched_by"] == "stack", "{worker}");
         }
         for idle in kind("idle") {
-            let way = idle["way"].as_str().unwrap_or_default();
-            ensure!(["stack", "idle", "born"].contains(&way), "{idle}");
+            let way = idle["switched_by"].as_str().unwrap_or_default();
+            ensure!(["stack", "idle", "forked"].contains(&way), "{idle}");
         }
         // A process that forks all the time, and its children.
         let mut forked = self.named("k-forking");
         ensure!(
-            forked.any(|task| task["way"] == "born"),
+            forked.any(|task| task["switched_by"] == "forked"),
             "nobody was born in the transition"
         );
         Ok(())
@@ -284,7 +284,7 @@ impl Tasks {
         let mut expected = comms.to_vec();
         expected.sort_unstable();
         ensure!(waiting == expected, "these wait: {waiting:?}");
-        for task in self.0.iter().filter(|task| task["way"].is_null()) {
+        for task in self.0.iter().filter(|task| task["switched_by"].is_null()) {
             let vfork = task["comm"] == UNINTERRUPTIBLE;
             let function = if vfork {
                 "__do_sys_vfork+"
@@ -311,8 +311,8 @@ impl Tasks {
                 in_pause == (signals > 0) || comm == UNINTERRUPTIBLE,
                 "{task}"
             );
-            match task["way"].as_str() {
-                Some("boundary") if in_pause => boundary += 1,
+            match task["switched_by"].as_str() {
+                Some("kernel-exit") if in_pause => boundary += 1,
                 Some("stack") if in_pause => stack += 1,
                 way => ensure!(!in_pause, "{way:?}: {task}"),
             }
@@ -326,7 +326,7 @@ impl Tasks {
         let mut ways: BTreeMap<String, usize> = BTreeMap::new();
         for task in &self.0 {
             *ways
-                .entry(format!("{} {}", task["kind"], task["way"]).replace('"', ""))
+                .entry(format!("{} {}", task["kind"], task["switched_by"]).replace('"', ""))
                 .or_default() += 1;
         }
         format!("{} tasks: {ways:?}", self.0.len())

@@ -8,9 +8,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use introspect::modules::proc_kallsyms;
 use introspect::{
-    CoreFile, Gva, Kernel, PhysMemory, TasksError, Unbacked, Unwinder, modules, task_list,
+    CoreFile, Gva, Kernel, OutOfBounds, PhysMemory, TasksError, Unwinder, modules, task_list,
 };
-use patcher::{PatchError, Patcher, Still};
+use patcher::{PatchError, Patcher, ReadOnlyMachine};
 use vm_memory::GuestAddress;
 
 /// `kernel/locking/qrwlock.c`: a writer has `_QW_LOCKED` in the low byte, each reader adds `_QR_BIAS`.
@@ -25,7 +25,7 @@ struct Pane<'a> {
 }
 
 impl PhysMemory for Pane<'_> {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         self.core.read(gpa, buf)?;
         for (at, bytes) in &self.over {
             for (byte, here) in bytes.iter().zip(at.0..) {
@@ -80,7 +80,7 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
 
     // What depends on no lock reads the same while somebody changes the list: forwards it leads on at any moment.
     let memory = kernel.memory(&core);
-    let listed = proc_kallsyms::behind_core(&kernel, &memory)?;
+    let listed = proc_kallsyms::modules_and_runtime(&kernel, &memory)?;
     let mutex = kernel.symbols.address("module_mutex")?;
     let owner = kernel.symbols.address("init_task")?;
     // A mutex begins with its owner, but for an rt_mutex.
@@ -97,7 +97,7 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
         "module_mutex is not seen held"
     );
     ensure!(
-        proc_kallsyms::behind_core(&kernel, &kernel.memory(&pane))? == listed,
+        proc_kallsyms::modules_and_runtime(&kernel, &kernel.memory(&pane))? == listed,
         "other symbols while module_mutex is held"
     );
     a_module_taken_apart_is_left_out(&core, &kernel)
@@ -158,7 +158,7 @@ pub fn changes_say_busy(path: &Path, module: &[u8]) -> Result<()> {
 
 fn check(pane: Pane<'_>, module: &[u8]) -> Result<(), PatchError> {
     let vcpus = pane.core.vcpus().to_vec();
-    let mut machine = Still::new(pane, vcpus);
+    let mut machine = ReadOnlyMachine::new(pane, vcpus);
     Patcher::new().check(&mut machine, module).map(drop)
 }
 

@@ -41,7 +41,7 @@ fn in_one_pause(outpatch: &Outpatch, patch: &str, mode: &str, other: &str) -> Re
         let status = outpatch.json(&["status", "livepatch_sample"])?;
         ensure!(status["pauses"]["count"] == 1, "{mode}: {status}");
         for task in list(&status, "/tasks")? {
-            let way = task["way"].as_str().unwrap_or_default();
+            let way = task["switched_by"].as_str().unwrap_or_default();
             ensure!(["stack", "user-mode"].contains(&way), "{mode}: {task}");
         }
     }
@@ -118,7 +118,7 @@ fn forced(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
     );
     for task in list(&status, "/tasks")? {
         let blocked = BLOCKERS.contains(&task["comm"].as_str().unwrap_or_default());
-        ensure!(blocked == (task["way"] == "forced"), "{task}");
+        ensure!(blocked == (task["switched_by"] == "forced"), "{task}");
     }
     ensure!(states(guest)?.iter().eq([&-1]), "states are left behind");
     ensure!(pausing(guest)? == "__do_sys_pause", "it was woken");

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
-use guests::kernel::stock::Stock;
+use guests::kernel::stock::PreparedKernel;
 use guests::kernel::{Generation, no_livepatch};
 use serde_json::Value;
 
@@ -40,7 +40,7 @@ pub fn is_wanted(scenario: &Scenario) -> bool {
 ///
 /// # Errors
 /// When it cannot be built.
-pub fn stock() -> Result<Option<Stock>> {
+pub fn stock() -> Result<Option<PreparedKernel>> {
     match env::var_os(VARIABLE) {
         None => Ok(None),
         Some(_) => {
@@ -132,7 +132,7 @@ fn in_the_way(bench: &Bench, guest: &mut Guest) -> Result<()> {
     let status = the_patch(&outpatch)?;
     let born = list(&status, "/tasks")?
         .iter()
-        .any(|task| task["way"] == "born");
+        .any(|task| task["switched_by"] == "forked");
     ensure!(born, "nobody was born there: {status}");
     kill_those_that_wait(guest, &status)?;
     let ended = end_of_transition(&outpatch)?;
@@ -166,7 +166,7 @@ fn waits_for(outpatch: &Outpatch, words: &[&str]) -> Result<()> {
     let status = the_patch(outpatch)?;
     let waiting = list(&status, "/tasks")?
         .iter()
-        .filter(|task| task["way"].is_null());
+        .filter(|task| task["switched_by"].is_null());
     let mut names = BTreeSet::new();
     for task in waiting {
         let blocker = task["blocker"].as_str().unwrap_or_default();
@@ -180,7 +180,7 @@ fn waits_for(outpatch: &Outpatch, words: &[&str]) -> Result<()> {
 fn kill_those_that_wait(guest: &mut Guest, status: &Value) -> Result<()> {
     let waiting = list(status, "/tasks")?
         .iter()
-        .filter(|task| task["way"].is_null());
+        .filter(|task| task["switched_by"].is_null());
     let pids: Vec<String> = waiting.map(|task| task["pid"].to_string()).collect();
     if pids.is_empty() {
         return Ok(());

@@ -10,13 +10,13 @@ use patcher::{CheckReport, ErrorKind, MachineError, Mode, PatchError, PatchStatu
 use crate::api::control::Control;
 use crate::api::problem::{Kind, Problem};
 use crate::api::types;
-use crate::core_dump::{DumpError, NewDump};
+use crate::core_dump::{CoreDumpWriter, DumpError};
 use crate::vm::handle::{VmHandle, VmState};
 use crate::vm::machine::VmMachine;
 
 /// The guest of this process.
 #[derive(Debug)]
-pub struct Guest {
+pub struct Controller {
     vm: VmHandle,
     machine: VmMachine,
     patcher: Patcher,
@@ -26,12 +26,12 @@ pub struct Guest {
     failure: Option<PatchError>,
 }
 
-impl Guest {
+impl Controller {
     /// Takes control of a guest; nothing is read of it before it is asked for.
     #[must_use]
-    pub fn new(vm: VmHandle) -> Guest {
+    pub fn new(vm: VmHandle) -> Controller {
         let machine = vm.machine();
-        Guest {
+        Controller {
             vm,
             machine,
             patcher: Patcher::new(),
@@ -41,7 +41,7 @@ impl Guest {
     }
 }
 
-impl Control for Guest {
+impl Control for Controller {
     fn vm(&mut self) -> types::Vm {
         if self.release.is_none() {
             self.release = self
@@ -110,7 +110,7 @@ impl Control for Guest {
     }
 
     fn dump(&mut self, path: &Path) -> Result<types::Dump, Problem> {
-        let mut dump = NewDump::create(path).map_err(|error| dump_problem(&error))?;
+        let mut dump = CoreDumpWriter::create(path).map_err(|error| dump_problem(&error))?;
         let (written, paused) = self
             .patcher
             .hold(&mut self.machine, |kernel, memory, vcpus| {

@@ -62,7 +62,7 @@ pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
         .iter()
         .filter(|p| p.transition)
         .flat_map(|p| &p.tasks)
-        .filter(|t| t.way.is_none())
+        .filter(|t| t.switched_by.is_none())
         .count();
     metric(
         "transition_tasks_waiting",

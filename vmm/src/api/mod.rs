@@ -19,7 +19,7 @@ pub mod types;
 mod wait;
 
 pub use control::Control;
-pub use controller::Guest;
+pub use controller::Controller;
 pub use problem::{Kind, Problem};
 pub use server::{Limits, Server};
 pub use socket::{ControlSocket, SocketError};

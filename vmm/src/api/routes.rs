@@ -22,7 +22,7 @@ use crate::api::control::{Mailbox, find};
 use crate::api::metrics;
 use crate::api::problem::{Kind, Problem};
 use crate::api::types;
-use crate::api::wait::Follow;
+use crate::api::wait::WaitFor;
 
 /// The largest livepatch module taken.
 pub const MODULE_LIMIT: usize = 64 << 20;
@@ -165,7 +165,7 @@ async fn patch(
     Path(name): Path<String>,
     query: Result<Query<types::AnswerQuery>, QueryRejection>,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
+    let follow = WaitFor::new(&app.mailbox, asked(query, ANSWER)?)?;
     let patch = app.mailbox.patch(name).await?;
     Ok(Json(follow.until_the_end(patch).await?))
 }
@@ -192,7 +192,7 @@ async fn apply(
         wait_ms,
         tasks,
     } = asked(query, APPLY)?;
-    let follow = Follow::new(&app.mailbox, types::AnswerQuery { wait_ms, tasks })?;
+    let follow = WaitFor::new(&app.mailbox, types::AnswerQuery { wait_ms, tasks })?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
         let name = control.apply(&upload.module, mode)?;
@@ -213,7 +213,7 @@ async fn change_patch(
     query: Result<Query<types::AnswerQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let follow = Follow::new(&app.mailbox, asked(query, ANSWER)?)?;
+    let follow = WaitFor::new(&app.mailbox, asked(query, ANSWER)?)?;
     let change: types::PatchChange = app.json(body).await?;
     check_change(&change)?;
     let change = app.mailbox.change(move |control| {

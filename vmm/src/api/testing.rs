@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use introspect::TaskKind;
 use patcher::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseLength, PauseReport, PieceReport, TaskReport, TaskWay,
+    PauseLength, PauseReport, PieceReport, SwitchedBy, TaskReport,
 };
 
 use crate::api::control::Control;
@@ -99,7 +99,7 @@ fn blocked() -> TaskReport {
         comm: "init".into(),
         kind: TaskKind::User,
         state: 'S',
-        way: None,
+        switched_by: None,
         blocker: Some("in do_wait+0x1/0x2".into()),
         since_ms: None,
         signals: 0,
@@ -293,7 +293,7 @@ impl Control for FakeGuest {
         if let Some(patch) = self.patches.iter_mut().find(|p| p.transition) {
             patch.transition = false;
             for task in &mut patch.tasks {
-                task.way = Some(TaskWay::Stack);
+                task.switched_by = Some(SwitchedBy::Stack);
             }
             patch.phase = match patch.phase {
                 PatchPhase::Applying => PatchPhase::Applied,

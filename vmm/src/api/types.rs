@@ -191,8 +191,8 @@ pub struct Symbol {
     pub module: Option<String>,
 }
 
-impl From<introspect::ListedSymbol> for Symbol {
-    fn from(symbol: introspect::ListedSymbol) -> Symbol {
+impl From<introspect::KallsymsEntry> for Symbol {
+    fn from(symbol: introspect::KallsymsEntry) -> Symbol {
         Symbol {
             address: symbol.gva.to_string(),
             letter: symbol.letter,

@@ -18,19 +18,19 @@ const LONGEST: Duration = Duration::from_secs(60);
 
 /// A look-out for the end of a transition, set up before the operation that may begin it.
 #[derive(Debug)]
-pub(super) struct Follow {
+pub(super) struct WaitFor {
     mailbox: Mailbox,
     ends: watch::Receiver<()>,
     wait: Duration,
     tasks: TasksAsked,
 }
 
-impl Follow {
+impl WaitFor {
     /// Looks out from now on.
     ///
     /// # Errors
     /// `bad-request` when an answer may not wait as long as that.
-    pub fn new(mailbox: &Mailbox, query: AnswerQuery) -> Result<Follow, Problem> {
+    pub fn new(mailbox: &Mailbox, query: AnswerQuery) -> Result<WaitFor, Problem> {
         let wait = Duration::from_millis(query.wait_ms.unwrap_or(0));
         if wait > LONGEST {
             return Err(Problem::new(
@@ -39,7 +39,7 @@ impl Follow {
                 "ask again when the answer says that the transition still runs",
             ));
         }
-        Ok(Follow {
+        Ok(WaitFor {
             mailbox: mailbox.clone(),
             ends: mailbox.ends(),
             wait,
@@ -61,7 +61,7 @@ impl Follow {
             };
         }
         if self.tasks == TasksAsked::Waiting {
-            patch.tasks.retain(|task| task.way.is_none());
+            patch.tasks.retain(|task| task.switched_by.is_none());
         }
         Ok(patch)
     }

@@ -30,13 +30,13 @@ const IAPC_NO_VGA: u16 = 1 << 2;
 /// The tables do not fit where they belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the ACPI tables do not fit in the 64 KiB that they have")]
-pub struct NoRoom;
+pub struct TablesTooLarge;
 
 /// Writes the tables of a machine with `cpus` vCPUs, and says where the RSDP is.
 ///
 /// # Errors
-/// [`NoRoom`].
-pub fn write_tables(memory: &GuestMemoryMmap, cpus: u8) -> Result<GuestAddress, NoRoom> {
+/// [`TablesTooLarge`].
+pub fn write_tables(memory: &GuestMemoryMmap, cpus: u8) -> Result<GuestAddress, TablesTooLarge> {
     let rsdp = layout::ACPI;
     let mut area = Area {
         memory,
@@ -60,15 +60,17 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
-    fn put(&mut self, table: &dyn Aml) -> Result<GuestAddress, NoRoom> {
+    fn put(&mut self, table: &dyn Aml) -> Result<GuestAddress, TablesTooLarge> {
         let mut bytes = Vec::new();
         table.to_aml_bytes(&mut bytes);
         let at = self.next;
         let end = at.0 + bytes.len() as u64;
         if end > layout::ACPI_END.0 {
-            return Err(NoRoom);
+            return Err(TablesTooLarge);
         }
-        self.memory.write_slice(&bytes, at).map_err(|_| NoRoom)?;
+        self.memory
+            .write_slice(&bytes, at)
+            .map_err(|_| TablesTooLarge)?;
         self.next = GuestAddress(end.next_multiple_of(16));
         Ok(at)
     }

@@ -5,16 +5,16 @@ use std::path::Path;
 use patcher::{CheckReport, PieceReport};
 
 use crate::cli::commands::VerbError;
-use crate::cli::output::{Screen, Tone};
+use crate::cli::output::{Output, Tone};
 use crate::cli::progress::{pauses, task_line, ways};
-use crate::cli::source::Guest;
+use crate::cli::source::GuestSource;
 
 /// Says what applying `file` would come to.
 pub fn check(
-    guest: &mut Guest,
+    guest: &mut GuestSource,
     file: &Path,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let report = guest.check(file)?;
     if json {
@@ -37,7 +37,11 @@ pub fn check(
     if let Some(data) = &report.data {
         screen.line(Tone::Plain, &place("data", data))?;
     }
-    for task in report.tasks.iter().filter(|task| task.way.is_none()) {
+    for task in report
+        .tasks
+        .iter()
+        .filter(|task| task.switched_by.is_none())
+    {
         screen.line(Tone::Busy, &task_line(task))?;
     }
     Ok(screen.line(Tone::Good, &summary(&report))?)
@@ -65,7 +69,7 @@ fn summary(report: &CheckReport) -> String {
     let waiting = report
         .tasks
         .iter()
-        .filter(|task| task.way.is_none())
+        .filter(|task| task.switched_by.is_none())
         .count();
     parts.push(match (waiting, report.at_once) {
         (0, true) => "nobody is in the way".to_owned(),

@@ -9,11 +9,11 @@ use clap::{Args, Subcommand};
 use introspect::CoreError;
 use patcher::{Mode, PatchError};
 
-use crate::cli::output::Screen;
+use crate::cli::output::Output;
 use crate::cli::progress::WatchError;
 use crate::cli::source::Source;
 use crate::cli::{check, dump, inspect, lifecycle, patches};
-use vmm::client::{AskError, Connection};
+use vmm::client::{AskError, Client};
 
 /// Which VMM, and how to print.
 #[derive(Debug, Args)]
@@ -243,7 +243,7 @@ pub enum VerbError {
     Io(#[from] io::Error),
     /// There is nothing, or too much, to do it to.
     #[error("{0}")]
-    Unfit(String),
+    InvalidState(String),
     /// The transition goes on.
     #[error("{0}")]
     TimedOut(String),
@@ -286,7 +286,7 @@ pub fn run(verb: Verb) -> ExitCode {
 }
 
 fn dispatch(verb: Verb) -> Result<(), VerbError> {
-    let mut screen = Screen::stdout();
+    let mut screen = Output::stdout();
     let screen = &mut screen;
     match verb {
         Verb::Ps { source } => inspect::ps(&mut source.open()?, source.json(), screen),
@@ -356,8 +356,8 @@ fn dispatch(verb: Verb) -> Result<(), VerbError> {
 }
 
 impl Target {
-    fn connect(&self) -> io::Result<Connection> {
-        Connection::new(&self.socket)
+    fn connect(&self) -> io::Result<Client> {
+        Client::new(&self.socket)
     }
 }
 

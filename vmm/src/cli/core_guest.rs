@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use introspect::CoreFile;
-use patcher::{CheckReport, PatchError, Patcher, Still};
+use patcher::{CheckReport, PatchError, Patcher, ReadOnlyMachine};
 use vmm::api::types::{Symbol, Task, TaskStack};
 
 use crate::cli::commands::VerbError;
@@ -14,7 +14,7 @@ use crate::cli::commands::VerbError;
 #[derive(Debug)]
 pub struct CoreGuest {
     path: PathBuf,
-    machine: Still<CoreFile>,
+    machine: ReadOnlyMachine<CoreFile>,
     patcher: Patcher,
 }
 
@@ -31,7 +31,7 @@ impl CoreGuest {
         let vcpus = core.vcpus().to_vec();
         Ok(CoreGuest {
             path: path.to_owned(),
-            machine: Still::new(core, vcpus),
+            machine: ReadOnlyMachine::new(core, vcpus),
             patcher: Patcher::new(),
         })
     }

@@ -5,20 +5,20 @@ use std::path::Path;
 use vmm::api::types::{Dump, NewDump};
 
 use crate::cli::commands::VerbError;
-use crate::cli::output::{Screen, Tone};
-use vmm::client::Connection;
+use crate::cli::output::{Output, Tone};
+use vmm::client::Client;
 
 /// Has the VMM write a core file.
 pub fn dump(
-    connection: &Connection,
+    connection: &Client,
     file: &Path,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     // The VMM may have been started elsewhere.
     let path = std::path::absolute(file)?;
     let path = path.into_os_string().into_string().map_err(|path| {
-        VerbError::Unfit(format!(
+        VerbError::InvalidState(format!(
             "{} cannot be said in JSON: it is not UTF-8",
             path.display()
         ))

@@ -3,12 +3,12 @@
 use vmm::api::types::{Task, TaskStack};
 
 use crate::cli::commands::VerbError;
-use crate::cli::output::{Screen, Tone};
+use crate::cli::output::{Output, Tone};
 use crate::cli::progress::word;
-use crate::cli::source::Guest;
+use crate::cli::source::GuestSource;
 
 /// The tasks, a line each.
-pub fn ps(guest: &mut Guest, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+pub fn ps(guest: &mut GuestSource, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
     let tasks = guest.tasks()?;
     if json {
         return Ok(screen.json(&tasks)?);
@@ -36,11 +36,11 @@ fn dash(number: Option<impl ToString>) -> String {
 
 /// One task's stack.
 pub fn stack(
-    guest: &mut Guest,
+    guest: &mut GuestSource,
     pid: i32,
     all: bool,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let stack = guest.stack(pid)?;
     if json {
@@ -51,10 +51,10 @@ pub fn stack(
 
 /// Every task's stack, each below a line that says whose.
 pub fn stacks(
-    guest: &mut Guest,
+    guest: &mut GuestSource,
     all: bool,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let stacks = guest.stacks()?;
     if json {
@@ -71,7 +71,7 @@ pub fn stacks(
     Ok(())
 }
 
-fn show(stack: &TaskStack, all: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+fn show(stack: &TaskStack, all: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
     for line in frames(stack, all) {
         screen.line(Tone::Plain, &line)?;
     }
@@ -80,7 +80,11 @@ fn show(stack: &TaskStack, all: bool, screen: &mut Screen<'_>) -> Result<(), Ver
 }
 
 /// The symbols of a kernel and its modules, a line each.
-pub fn symbols(guest: &mut Guest, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+pub fn symbols(
+    guest: &mut GuestSource,
+    json: bool,
+    screen: &mut Output<'_>,
+) -> Result<(), VerbError> {
     let symbols = guest.symbols()?;
     if json {
         return Ok(screen.json(&symbols)?);

@@ -5,28 +5,28 @@ use std::time::{Duration, Instant};
 use vmm::api::types::{Vm, VmChange, VmState};
 
 use crate::cli::commands::VerbError;
-use crate::cli::output::{Screen, Tone};
+use crate::cli::output::{Output, Tone};
 use crate::cli::progress::word;
-use vmm::client::Connection;
+use vmm::client::Client;
 
 /// How long a VMM may take to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Stops all vCPUs.
-pub fn pause(c: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+pub fn pause(c: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
     change(c, VmState::Paused, json, screen)
 }
 
 /// Lets them run.
-pub fn resume(c: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+pub fn resume(c: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
     change(c, VmState::Running, json, screen)
 }
 
 fn change(
-    connection: &Connection,
+    connection: &Client,
     state: VmState,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let vm: Vm = connection.patch("/vm", &VmChange { state })?;
     if json {
@@ -40,7 +40,7 @@ fn change(
 }
 
 /// Ends the VM and waits until nobody answers any more.
-pub fn stop(connection: &Connection, json: bool, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+pub fn stop(connection: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
     let vm: Vm = connection.delete("/vm")?;
     let deadline = Instant::now() + STOP_TIMEOUT;
     while connection.is_there() {

@@ -34,16 +34,16 @@ impl Tone {
 }
 
 /// Standard output, or a test's buffer.
-pub struct Screen<'a> {
+pub struct Output<'a> {
     out: Box<dyn Write + 'a>,
     colour: bool,
 }
 
-impl Screen<'_> {
+impl Output<'_> {
     /// Standard output; in colour when it is a terminal and `NO_COLOR` is not set.
-    pub fn stdout() -> Screen<'static> {
+    pub fn stdout() -> Output<'static> {
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        Screen {
+        Output {
             out: Box::new(BufWriter::new(io::stdout().lock())),
             colour: io::stdout().is_terminal() && !no_colour,
         }
@@ -96,7 +96,7 @@ impl Screen<'_> {
     }
 }
 
-impl std::fmt::Debug for Screen<'_> {
+impl std::fmt::Debug for Output<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Screen")
             .field("colour", &self.colour)
@@ -147,9 +147,9 @@ pub fn printable(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn printed(print: impl FnOnce(&mut Screen<'_>) -> io::Result<()>, colour: bool) -> String {
+    fn printed(print: impl FnOnce(&mut Output<'_>) -> io::Result<()>, colour: bool) -> String {
         let mut buffer = Vec::new();
-        let mut screen = Screen {
+        let mut screen = Output {
             out: Box::new(&mut buffer),
             colour,
         };

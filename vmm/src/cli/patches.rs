@@ -8,17 +8,17 @@ use vmm::api::types::{PatchChange, Vm};
 
 use crate::cli::commands::{Following, VerbError, Waiting};
 use crate::cli::module::read_module;
-use crate::cli::output::{Screen, Tone};
+use crate::cli::output::{Output, Tone};
 use crate::cli::progress::{Outcome, Watch, pauses, task_head, task_line, ways, word};
-use vmm::client::Connection;
+use vmm::client::Client;
 
 /// Applies the module in `file`.
 pub fn apply(
-    connection: &Connection,
+    connection: &Client,
     file: &Path,
     waiting: &Waiting,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let module = read_module(file)?;
     let begun: PatchStatus = connection
@@ -40,11 +40,11 @@ pub fn apply(
 
 /// Reverts the patch `name`, or the only one.
 pub fn revert(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     waiting: &Waiting,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let name = match name {
         Some(name) => name.to_owned(),
@@ -69,11 +69,11 @@ pub fn revert(
 
 /// Turns the running transition of the patch `name`, or of the only one that has one, round.
 pub fn cancel(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     following: &Following,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let change = PatchChange {
         cancel: Some(true),
@@ -85,11 +85,11 @@ pub fn cancel(
 
 /// Moves every task in the running transition of the patch `name`, or of the only one that has one, and waits for its end.
 pub fn force(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     following: &Following,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let change = PatchChange {
         force: Some(true),
@@ -101,7 +101,7 @@ pub fn force(
 
 /// Makes a change to the patch `name`, or to the one that is in transition.
 fn change_moving(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     change: &PatchChange,
 ) -> Result<PatchStatus, VerbError> {
@@ -110,7 +110,7 @@ fn change_moving(
         None => {
             let patches = connection.get::<Vec<PatchStatus>>("/patches")?;
             let moving = patches.into_iter().find(|patch| patch.transition);
-            let none = || VerbError::Unfit("no patch is in transition".to_owned());
+            let none = || VerbError::InvalidState("no patch is in transition".to_owned());
             moving.ok_or_else(none)?.name
         }
     };
@@ -119,11 +119,11 @@ fn change_moving(
 
 /// Shows a transition that goes on, whichever way it goes now.
 fn follow_on(
-    connection: &Connection,
+    connection: &Client,
     begun: PatchStatus,
     following: &Following,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let want = match begun.enabled {
         true => PatchPhase::Applied,
@@ -139,10 +139,10 @@ fn patches(mode: Mode) -> String {
 
 /// Sends the fake signal in the running transition of the patch `name`, or of the only one that has one.
 pub fn signal(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     let change = PatchChange {
         signal: Some(true),
@@ -157,7 +157,7 @@ pub fn signal(
 
 /// Asks for the fake signal after the delay that was given, if the transition has not ended at once.
 fn signal_after(
-    connection: &Connection,
+    connection: &Client,
     begun: PatchStatus,
     waiting: &Waiting,
 ) -> Result<PatchStatus, VerbError> {
@@ -185,12 +185,12 @@ fn signal_after(
 fn the_only_one(patches: &[PatchStatus]) -> Result<String, VerbError> {
     let enabled: Vec<&PatchStatus> = patches.iter().filter(|patch| patch.enabled).collect();
     match enabled.as_slice() {
-        [] => Err(VerbError::Unfit("no patch is applied".to_owned())),
+        [] => Err(VerbError::InvalidState("no patch is applied".to_owned())),
         [one] => Ok(one.name.clone()),
         several => {
             let names: Vec<_> = several.iter().map(|patch| patch.name.as_str()).collect();
             let names = names.join(", ");
-            Err(VerbError::Unfit(format!(
+            Err(VerbError::InvalidState(format!(
                 "several patches are applied: say which of {names}"
             )))
         }
@@ -213,12 +213,12 @@ fn resource(name: &str) -> String {
 
 /// Shows a transition to its end, or as far as one wants to wait.
 fn follow(
-    connection: &Connection,
+    connection: &Client,
     begun: PatchStatus,
     want: PatchPhase,
     waiting: &Following,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     if waiting.no_wait {
         return if json {
@@ -243,7 +243,7 @@ fn follow(
     match &outcome {
         Outcome::Done(_) if json => Ok(()),
         Outcome::Done(status) => Ok(screen.line(Tone::Good, &summary(status))?),
-        Outcome::Turned(status) => Err(VerbError::Unfit(format!(
+        Outcome::Turned(status) => Err(VerbError::InvalidState(format!(
             "somebody else turned the transition round: {}",
             summary(status)
         ))),
@@ -285,7 +285,7 @@ fn summary(status: &PatchStatus) -> String {
 fn unfinished(status: &PatchStatus) -> String {
     /// More would not help a reader; `outpatch status NAME` has them all.
     const NAMED: usize = 5;
-    let waiting = status.tasks.iter().filter(|t| t.way.is_none());
+    let waiting = status.tasks.iter().filter(|t| t.switched_by.is_none());
     let mut names: Vec<_> = waiting
         .take(NAMED)
         .map(|t| match &t.blocker {
@@ -306,7 +306,11 @@ fn unfinished(status: &PatchStatus) -> String {
 }
 
 fn waiting_tasks(status: &PatchStatus) -> usize {
-    status.tasks.iter().filter(|t| t.way.is_none()).count()
+    status
+        .tasks
+        .iter()
+        .filter(|t| t.switched_by.is_none())
+        .count()
 }
 
 fn waiting_words(status: &PatchStatus) -> String {
@@ -325,10 +329,10 @@ struct Status {
 
 /// The VM and its patches, or one patch in full.
 pub fn status(
-    connection: &Connection,
+    connection: &Client,
     name: Option<&str>,
     json: bool,
-    screen: &mut Screen<'_>,
+    screen: &mut Output<'_>,
 ) -> Result<(), VerbError> {
     if let Some(name) = name {
         let patch: PatchStatus = connection.get(&resource(name))?;
@@ -346,7 +350,7 @@ pub fn status(
     overview(&vm, &patches, screen)
 }
 
-fn overview(vm: &Vm, patches: &[PatchStatus], screen: &mut Screen<'_>) -> Result<(), VerbError> {
+fn overview(vm: &Vm, patches: &[PatchStatus], screen: &mut Output<'_>) -> Result<(), VerbError> {
     let cpus = if vm.cpus == 1 { "vCPU" } else { "vCPUs" };
     let kernel = vm.kernel.as_deref().unwrap_or("not found yet");
     let state = format!(
@@ -379,7 +383,7 @@ fn overview(vm: &Vm, patches: &[PatchStatus], screen: &mut Screen<'_>) -> Result
     Ok(screen.table(&head, &rows)?)
 }
 
-fn one(patch: &PatchStatus, screen: &mut Screen<'_>) -> Result<(), VerbError> {
+fn one(patch: &PatchStatus, screen: &mut Output<'_>) -> Result<(), VerbError> {
     let tone = if patch.transition {
         Tone::Busy
     } else {
@@ -398,7 +402,7 @@ fn one(patch: &PatchStatus, screen: &mut Screen<'_>) -> Result<(), VerbError> {
         screen.line(Tone::Strong, &task_head())?;
     }
     for task in &patch.tasks {
-        let tone = if task.way.is_none() {
+        let tone = if task.switched_by.is_none() {
             Tone::Busy
         } else {
             Tone::Plain
@@ -411,7 +415,7 @@ fn one(patch: &PatchStatus, screen: &mut Screen<'_>) -> Result<(), VerbError> {
 #[cfg(test)]
 mod tests {
     use introspect::TaskKind;
-    use patcher::{FunctionReport, PauseReport, TaskReport, TaskWay};
+    use patcher::{FunctionReport, PauseReport, SwitchedBy, TaskReport};
 
     use super::*;
 
@@ -437,7 +441,7 @@ mod tests {
                     comm: "sleeper".into(),
                     kind: TaskKind::User,
                     state: 'S',
-                    way: None,
+                    switched_by: None,
                     blocker: Some("in cmdline_proc_show".into()),
                     since_ms: Some(1),
                     signals: 0,
@@ -448,7 +452,7 @@ mod tests {
                     comm: "sh".into(),
                     kind: TaskKind::User,
                     state: 'R',
-                    way: Some(TaskWay::Stack),
+                    switched_by: Some(SwitchedBy::Stack),
                     blocker: None,
                     since_ms: None,
                     signals: 0,

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-use patcher::{PatchPhase, PatchStatus, PauseReport, TaskReport, TaskWay};
+use patcher::{PatchPhase, PatchStatus, PauseReport, SwitchedBy, TaskReport};
 
-use crate::cli::output::{Screen, Tone};
-use vmm::client::{AskError, Connection};
+use crate::cli::output::{Output, Tone};
+use vmm::client::{AskError, Client};
 
 /// The first and the longest wait between two looks; the end of the transition cuts each short.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
@@ -30,7 +30,7 @@ pub enum Outcome {
 #[derive(Debug)]
 pub struct Watch<'a> {
     /// The VMM.
-    pub connection: &'a Connection,
+    pub connection: &'a Client,
     /// The phase that it shall end in.
     pub want: PatchPhase,
     /// How long to watch.
@@ -42,7 +42,7 @@ impl Watch<'_> {
     pub fn run(
         &self,
         first: PatchStatus,
-        mut screen: Option<&mut Screen<'_>>,
+        mut screen: Option<&mut Output<'_>>,
     ) -> Result<Outcome, WatchError> {
         let began = Instant::now();
         let mut shown = Shown::default();
@@ -97,9 +97,13 @@ impl Shown {
         &mut self,
         status: &PatchStatus,
         blockers: bool,
-        screen: &mut Screen<'_>,
+        screen: &mut Output<'_>,
     ) -> io::Result<()> {
-        let mut done: Vec<&TaskReport> = status.tasks.iter().filter(|t| t.way.is_some()).collect();
+        let mut done: Vec<&TaskReport> = status
+            .tasks
+            .iter()
+            .filter(|t| t.switched_by.is_some())
+            .collect();
         done.sort_by_key(|task| task.after_ms);
         for task in done {
             let key = (task.pid, task.comm.clone());
@@ -108,7 +112,11 @@ impl Shown {
                 screen.line(Tone::Plain, &task_line(task))?;
             }
         }
-        for task in status.tasks.iter().filter(|t| blockers && t.way.is_none()) {
+        for task in status
+            .tasks
+            .iter()
+            .filter(|t| blockers && t.switched_by.is_none())
+        {
             let key = (task.pid, task.comm.clone());
             let why = task.blocker.clone().unwrap_or_default();
             if self.blocked.get(&key) != Some(&why) {
@@ -120,7 +128,7 @@ impl Shown {
         Ok(())
     }
 
-    fn head(&mut self, screen: &mut Screen<'_>) -> io::Result<()> {
+    fn head(&mut self, screen: &mut Output<'_>) -> io::Result<()> {
         if self.head {
             return Ok(());
         }
@@ -139,7 +147,7 @@ fn row(pid: &str, comm: &str, kind: &str, way: &str, after: &str) -> String {
 
 /// One task's part in a transition, in the columns of [`row`].
 pub fn task_line(task: &TaskReport) -> String {
-    let after = match (task.way, task.after_ms) {
+    let after = match (task.switched_by, task.after_ms) {
         (Some(_), Some(ms)) => format!("{ms} ms"),
         (Some(_), None) => String::new(),
         (None, _) => match &task.blocker {
@@ -151,7 +159,9 @@ pub fn task_line(task: &TaskReport) -> String {
         &task.pid.to_string(),
         &task.comm,
         &word(&task.kind),
-        &task.way.map_or("waits".to_owned(), |way| word(&way)),
+        &task
+            .switched_by
+            .map_or("waits".to_owned(), |way| word(&way)),
         &after,
     )
 }
@@ -171,18 +181,18 @@ pub fn word(value: &impl serde::Serialize) -> String {
 
 /// `6 by stack, 2 idle`: how the tasks came to their new state.
 pub fn ways(tasks: &[TaskReport]) -> String {
-    const ORDER: [(TaskWay, &str); 8] = [
-        (TaskWay::Boundary, "at the kernel/user boundary"),
-        (TaskWay::Stack, "by their stack"),
-        (TaskWay::UserMode, "in user mode"),
-        (TaskWay::Idle, "in the idle loop"),
-        (TaskWay::Born, "born new"),
-        (TaskWay::Unmoved, "not moved before"),
-        (TaskWay::Exited, "exited"),
-        (TaskWay::Forced, "by force"),
+    const ORDER: [(SwitchedBy, &str); 8] = [
+        (SwitchedBy::KernelExit, "at the kernel/user boundary"),
+        (SwitchedBy::Stack, "by their stack"),
+        (SwitchedBy::UserMode, "in user mode"),
+        (SwitchedBy::Idle, "in the idle loop"),
+        (SwitchedBy::Forked, "born new"),
+        (SwitchedBy::NotSwitched, "not moved before"),
+        (SwitchedBy::Exited, "exited"),
+        (SwitchedBy::Forced, "by force"),
     ];
     let counted = ORDER.iter().filter_map(|(way, words)| {
-        let count = tasks.iter().filter(|t| t.way == Some(*way)).count();
+        let count = tasks.iter().filter(|t| t.switched_by == Some(*way)).count();
         (count > 0).then(|| format!("{count} {words}"))
     });
     counted.collect::<Vec<_>>().join(", ")
@@ -209,13 +219,13 @@ mod tests {
 
     use super::*;
 
-    fn task(pid: i32, way: Option<TaskWay>) -> TaskReport {
+    fn task(pid: i32, way: Option<SwitchedBy>) -> TaskReport {
         TaskReport {
             pid,
             comm: format!("task-{pid}"),
             kind: TaskKind::User,
             state: 'S',
-            way,
+            switched_by: way,
             blocker: way.is_none().then(|| "do_read+0x10/0x40".to_owned()),
             since_ms: way.is_none().then_some(0),
             signals: 0,
@@ -226,7 +236,7 @@ mod tests {
     #[test]
     fn a_line_tells_the_way_or_the_frame_in_the_way() {
         assert_eq!(
-            task_line(&task(7, Some(TaskWay::Stack))),
+            task_line(&task(7, Some(SwitchedBy::Stack))),
             "      7 task-7          user    stack     12 ms"
         );
         assert_eq!(
@@ -238,9 +248,9 @@ mod tests {
     #[test]
     fn sums_say_every_way_that_was_gone() {
         let tasks = [
-            task(1, Some(TaskWay::Stack)),
-            task(2, Some(TaskWay::Boundary)),
-            task(3, Some(TaskWay::Stack)),
+            task(1, Some(SwitchedBy::Stack)),
+            task(2, Some(SwitchedBy::KernelExit)),
+            task(3, Some(SwitchedBy::Stack)),
             task(4, None),
         ];
         assert_eq!(

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use vmm::api::{ControlSocket, Guest, Limits, Server};
+use vmm::api::{ControlSocket, Controller, Limits, Server};
 use vmm::{ExitKind, VmConfig, parse_size};
 
 /// Boot a guest, with its serial console on this terminal; Ctrl-A x ends it.
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let kind = vmm::run(&config, |vm| {
         socket
-            .map(|socket| Server::start(socket, Guest::new(vm.clone()), Limits::default()))
+            .map(|socket| Server::start(socket, Controller::new(vm.clone()), Limits::default()))
             .transpose()
     })?;
     Ok(match kind {

@@ -13,7 +13,7 @@ use vmm::api::types::{Symbol, Task, TaskStack};
 use crate::cli::commands::VerbError;
 use crate::cli::core_guest::CoreGuest;
 use crate::cli::module::read_module;
-use vmm::client::Connection;
+use vmm::client::Client;
 
 /// Which guest, and how to print.
 #[derive(Debug, Args)]
@@ -40,9 +40,9 @@ pub struct Source(Given);
 
 /// A guest that can be looked at.
 #[derive(Debug)]
-pub enum Guest {
+pub enum GuestSource {
     /// It runs.
-    Live(Connection),
+    Live(Client),
     /// It is in a file.
     Core(Box<CoreGuest>),
 }
@@ -52,11 +52,11 @@ impl Source {
     ///
     /// # Errors
     /// When the core file is none.
-    pub fn open(&self) -> Result<Guest, VerbError> {
+    pub fn open(&self) -> Result<GuestSource, VerbError> {
         match (&self.0.core, &self.0.socket) {
-            (Some(core), _) => Ok(Guest::Core(Box::new(CoreGuest::open(core)?))),
-            (None, Some(socket)) => Ok(Guest::Live(Connection::new(socket)?)),
-            (None, None) => Err(VerbError::Unfit("say which guest".to_owned())),
+            (Some(core), _) => Ok(GuestSource::Core(Box::new(CoreGuest::open(core)?))),
+            (None, Some(socket)) => Ok(GuestSource::Live(Client::new(socket)?)),
+            (None, None) => Err(VerbError::InvalidState("say which guest".to_owned())),
         }
     }
 
@@ -66,28 +66,28 @@ impl Source {
     }
 }
 
-impl Guest {
+impl GuestSource {
     /// Its tasks.
     pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
         match self {
-            Guest::Live(connection) => Ok(connection.get("/tasks")?),
-            Guest::Core(core) => core.tasks(),
+            GuestSource::Live(connection) => Ok(connection.get("/tasks")?),
+            GuestSource::Core(core) => core.tasks(),
         }
     }
 
     /// One task's stack.
     pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
         match self {
-            Guest::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
-            Guest::Core(core) => core.stack(pid),
+            GuestSource::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
+            GuestSource::Core(core) => core.stack(pid),
         }
     }
 
     /// Every task's stack.
     pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
         match self {
-            Guest::Live(connection) => Ok(connection.get("/stacks")?),
-            Guest::Core(core) => core.stacks(),
+            GuestSource::Live(connection) => Ok(connection.get("/stacks")?),
+            GuestSource::Core(core) => core.stacks(),
         }
     }
 
@@ -95,22 +95,22 @@ impl Guest {
     pub fn check(&mut self, file: &Path) -> Result<CheckReport, VerbError> {
         let module = read_module(file)?;
         match self {
-            Guest::Live(connection) => {
+            GuestSource::Live(connection) => {
                 let done = connection.post("/checks", module);
                 done.map_err(|source| VerbError::Module {
                     path: file.to_owned(),
                     source,
                 })
             }
-            Guest::Core(core) => core.check(file, &module),
+            GuestSource::Core(core) => core.check(file, &module),
         }
     }
 
     /// Its symbols.
     pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
         match self {
-            Guest::Live(connection) => Ok(connection.get("/symbols")?),
-            Guest::Core(core) => core.symbols(),
+            GuestSource::Live(connection) => Ok(connection.get("/symbols")?),
+            GuestSource::Core(core) => core.symbols(),
         }
     }
 }

@@ -5,8 +5,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use introspect::memory::Part;
-use introspect::{PhysMemory, Unbacked};
+use introspect::memory::FieldRange;
+use introspect::{OutOfBounds, PhysMemory};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
@@ -37,9 +37,9 @@ impl VmMemory {
     /// Writes all of `bytes`, or nothing.
     ///
     /// # Errors
-    /// [`Unbacked`] when the range is not all RAM or all hidden memory.
-    pub fn write(&self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), Unbacked> {
-        let missed = Unbacked {
+    /// [`OutOfBounds`] when the range is not all RAM or all hidden memory.
+    pub fn write(&self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), OutOfBounds> {
+        let missed = OutOfBounds {
             gpa,
             len: bytes.len(),
         };
@@ -90,7 +90,7 @@ impl VmMemory {
 }
 
 impl PhysMemory for VmMemory {
-    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         if PhysMemory::read(&self.ram, gpa, buf).is_ok() {
             return Ok(());
         }
@@ -99,15 +99,26 @@ impl PhysMemory for VmMemory {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .read_slice(buf, gpa)
-            .map_err(|_| Unbacked { gpa, len })
+            .map_err(|_| OutOfBounds { gpa, len })
     }
 
-    fn gather(&self, gpa: GuestAddress, parts: &[Part], buf: &mut [u8]) -> Result<(), Unbacked> {
+    fn gather(
+        &self,
+        gpa: GuestAddress,
+        parts: &[FieldRange],
+        buf: &mut [u8],
+    ) -> Result<(), OutOfBounds> {
         // What the guest's kernel has is in its RAM.
         self.ram.gather(gpa, parts, buf)
     }
 
-    fn compare(&self, gpas: &[GuestAddress], parts: &[Part], bytes: &[u8], same: &mut [bool]) {
+    fn compare(
+        &self,
+        gpas: &[GuestAddress],
+        parts: &[FieldRange],
+        bytes: &[u8],
+        same: &mut [bool],
+    ) {
         self.ram.compare(gpas, parts, bytes, same);
     }
 }
@@ -134,8 +145,8 @@ mod tests {
         let memory = memory();
         let bytes: Vec<u8> = (0..0x2000).map(|at| (at % 251) as u8).collect();
         memory.write(GuestAddress(0), &bytes).unwrap();
-        let parts =
-            [(0, 8), (20, 36), (0x880, 1), (0x1ff8, 8)].map(|(offset, len)| Part { offset, len });
+        let parts = [(0, 8), (20, 36), (0x880, 1), (0x1ff8, 8)]
+            .map(|(offset, len)| FieldRange { offset, len });
         for base in [0, 5, 8, 0x1000] {
             let mut got = [0; 53];
             let done = memory.gather(GuestAddress(base), &parts, &mut got);

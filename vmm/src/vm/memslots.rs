@@ -13,14 +13,14 @@ use vm_memory::{
 
 /// The memory slots of one VM. Owns a share of every mapping that it has given to KVM.
 #[derive(Debug, Default)]
-pub struct Slots {
+pub struct Memslots {
     next: u32,
     /// Numbers of slots that were given back.
     free: Vec<u32>,
     by_gpa: BTreeMap<u64, (u32, Arc<GuestRegionMmap>)>,
 }
 
-impl Slots {
+impl Memslots {
     /// Gives all of `ram` to the guest. KVM keeps the host addresses: `ram` must be kept for as long as `vm` can run, and is,
     /// because the VM owns both.
     ///
@@ -127,6 +127,6 @@ fn register(
     };
     // SAFETY: `host` is the start of a live mapping of `len` bytes that is Rust's to share (vm-memory accesses it as volatile
     // memory only). The mapping outlives its slot: RAM is owned by the VM beside its KVM handle and dropped after its vCPU
-    // threads were joined, and any other region is owned by `Slots` until KVM has confirmed the deletion of the slot.
+    // threads were joined, and any other region is owned by `Memslots` until KVM has confirmed the deletion of the slot.
     unsafe { vm.set_user_memory_region(slot) }
 }

@@ -21,7 +21,7 @@ use crate::error::RunError;
 use crate::layout::{self, HIDDEN_UNIT};
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::memory::VmMemory;
-use crate::vm::memslots::{Slots, prefer_large_pages};
+use crate::vm::memslots::{Memslots, prefer_large_pages};
 
 /// The most hidden memory that a guest is given, all together.
 const HIDDEN_LIMIT: u64 = 1 << 30;
@@ -85,7 +85,7 @@ pub fn check_serving() -> Result<(), RunError> {
 pub struct Vm {
     // Before the memory that it was told of: dropped first.
     fd: VmFd,
-    slots: Mutex<Slots>,
+    slots: Mutex<Memslots>,
     memory: VmMemory,
     ram_size: u64,
     physical_bits: u8,
@@ -124,7 +124,7 @@ impl Vm {
         let physical_bits = cpuid::physical_bits(&shared_cpuid);
         let memory = map_ram(ram_size, physical_bits)?;
         let fd = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
-        let mut slots = Slots::default();
+        let mut slots = Memslots::default();
         slots
             .add_ram(&fd, memory.ram())
             .map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;

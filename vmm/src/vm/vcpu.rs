@@ -39,7 +39,7 @@ pub struct Stopped {
 
 /// Why a vCPU will not enter the guest again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum ExitReason {
     /// The guest switched the machine off.
     PowerOff,
     /// The guest asked for a reset.
@@ -60,11 +60,11 @@ pub enum End {
 
 /// A vCPU has ended, and the machine with it.
 #[derive(Debug)]
-pub struct Ended {
+pub struct ExitedVcpu {
     /// Which; the caller's own bookkeeping when a thread died.
     pub index: u32,
     /// Why.
-    pub end: End,
+    pub end: ExitReason,
     /// Its registers at the end.
     pub regs: Result<VcpuRegs, String>,
 }
@@ -73,7 +73,7 @@ pub struct Ended {
 #[derive(Debug)]
 pub struct EndReporter {
     /// Takes the report.
-    pub reports: Sender<Ended>,
+    pub reports: Sender<ExitedVcpu>,
     /// Wakes who reads the reports.
     pub wake: EventFd,
 }
@@ -91,7 +91,7 @@ impl EndReporter {
     }
 
     /// Reports. Nobody listening means that the machine is being taken down already.
-    pub fn report(&self, ended: Ended) {
+    pub fn report(&self, ended: ExitedVcpu) {
         if self.reports.send(ended).is_ok() {
             let _ = self.wake.write(1);
         }
@@ -120,7 +120,7 @@ const COMPLETION_LIMIT: u32 = 1 << 16;
 enum State {
     Running,
     Paused { since: Instant },
-    Ended,
+    ExitedVcpu,
     Quit,
 }
 
@@ -131,7 +131,7 @@ enum Ran {
     /// An I/O exit was answered; the instruction completes with the next `KVM_RUN`.
     AnsweredIo,
     /// It is over.
-    Ended(End),
+    ExitedVcpu(ExitReason),
 }
 
 /// A vCPU, in the hands of its thread.
@@ -183,9 +183,9 @@ impl Vcpu {
                 match self.enter() {
                     Ran::Interrupted => self.io_pending = false,
                     Ran::AnsweredIo => self.io_pending = true,
-                    Ran::Ended(end) => {
+                    Ran::ExitedVcpu(end) => {
                         self.report(end);
-                        state = State::Ended;
+                        state = State::ExitedVcpu;
                     }
                 }
             }
@@ -272,18 +272,18 @@ impl Vcpu {
                     return paused;
                 }
                 Ran::AnsweredIo => {}
-                Ran::Ended(end) => {
+                Ran::ExitedVcpu(end) => {
                     self.report(end);
-                    return State::Ended;
+                    return State::ExitedVcpu;
                 }
             }
         }
         paused
     }
 
-    fn report(&mut self, end: End) {
+    fn report(&mut self, end: ExitReason) {
         self.io_pending = false;
-        self.ends.report(Ended {
+        self.ends.report(ExitedVcpu {
             index: self.index,
             end,
             regs: capture(&self.fd, self.index),
@@ -298,7 +298,7 @@ impl Vcpu {
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
                 return Ran::Interrupted;
             }
-            Err(e) => return Ran::Ended(End::RunFailed(e)),
+            Err(e) => return Ran::ExitedVcpu(ExitReason::RunFailed(e)),
         };
         let effect = match exit {
             VcpuExit::IoOut(port, data) => self.buses.pio.write(port.into(), data),
@@ -312,19 +312,21 @@ impl Vcpu {
                 Effect::None
             }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => return Ran::Interrupted,
-            VcpuExit::Shutdown => return Ran::Ended(End::TripleFault),
-            VcpuExit::FailEntry(reason, _) => return Ran::Ended(End::FailEntry(reason)),
+            VcpuExit::Shutdown => return Ran::ExitedVcpu(ExitReason::TripleFault),
+            VcpuExit::FailEntry(reason, _) => {
+                return Ran::ExitedVcpu(ExitReason::FailEntry(reason));
+            }
             VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => Effect::PowerOff,
             VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _) => Effect::Reset,
             VcpuExit::InternalError => {
-                return Ran::Ended(End::InternalError(internal_error(&mut self.fd)));
+                return Ran::ExitedVcpu(ExitReason::InternalError(internal_error(&mut self.fd)));
             }
-            other => return Ran::Ended(End::Unexpected(format!("{other:?}"))),
+            other => return Ran::ExitedVcpu(ExitReason::Unexpected(format!("{other:?}"))),
         };
         match effect {
             Effect::None => Ran::AnsweredIo,
-            Effect::Reset => Ran::Ended(End::Reset),
-            Effect::PowerOff => Ran::Ended(End::PowerOff),
+            Effect::Reset => Ran::ExitedVcpu(ExitReason::Reset),
+            Effect::PowerOff => Ran::ExitedVcpu(ExitReason::PowerOff),
         }
     }
 }

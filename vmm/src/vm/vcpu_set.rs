@@ -14,7 +14,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::console::output::Output;
 use crate::vm::kvm_run::ImmediateExit;
-use crate::vm::vcpu::{Buses, Command, End, EndReporter, Ended, Stopped, Vcpu};
+use crate::vm::vcpu::{Buses, Command, EndReporter, ExitReason, ExitedVcpu, Stopped, Vcpu};
 
 /// How long a pause waits for its answers before it gives up. A vCPU answers in microseconds; on a host so busy that its
 /// threads do not run, in seconds.
@@ -25,7 +25,7 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 pub enum PauseError {
     /// There are no vCPUs any more.
     #[error("the guest has ended")]
-    Ended,
+    ExitedVcpu,
     /// A vCPU thread does not answer.
     #[error("vCPU {0} has not stopped within {ANSWER_WITHIN:?}")]
     NoAnswer(u32),
@@ -52,13 +52,13 @@ pub struct PauseStats {
 
 /// One vCPU, from outside its thread.
 #[derive(Debug)]
-struct Lane {
+struct VcpuThread {
     commands: Sender<Command>,
     exit: Arc<ImmediateExit>,
     thread: JoinHandle<()>,
 }
 
-impl Lane {
+impl VcpuThread {
     /// Gives a command to a vCPU that may be in the guest. False: its thread has gone.
     fn interrupt(&self, command: Command) -> bool {
         // The order matters: see `ImmediateExit`.
@@ -83,7 +83,7 @@ struct Pauses {
 /// The vCPUs of one machine.
 #[derive(Debug)]
 pub struct Vcpus {
-    lanes: Mutex<Vec<Lane>>,
+    lanes: Mutex<Vec<VcpuThread>>,
     count: u32,
     pauses: Mutex<Pauses>,
 }
@@ -125,14 +125,14 @@ impl Vcpus {
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| vcpu.run()))
                         .is_err()
                     {
-                        ends.report(Ended {
+                        ends.report(ExitedVcpu {
                             index,
-                            end: End::Panicked,
+                            end: ExitReason::Panicked,
                             regs: Err("the vCPU's thread panicked".to_owned()),
                         });
                     }
                 })?;
-            lanes.push(Lane {
+            lanes.push(VcpuThread {
                 commands,
                 exit,
                 thread,
@@ -163,11 +163,11 @@ impl Vcpus {
     /// Stops every vCPU; returns when each is outside the guest with no I/O pending.
     ///
     /// # Errors
-    /// [`PauseError::Ended`], [`PauseError::NoAnswer`]; no vCPU stays stopped for this call then.
+    /// [`PauseError::ExitedVcpu`], [`PauseError::NoAnswer`]; no vCPU stays stopped for this call then.
     pub fn pause(&self) -> Result<(), PauseError> {
         let mut pauses = self.pauses();
         if pauses.ended {
-            return Err(PauseError::Ended);
+            return Err(PauseError::ExitedVcpu);
         }
         if pauses.depth == 0 {
             let asked = Instant::now();
@@ -222,7 +222,7 @@ impl Vcpus {
         self.pauses().stats
     }
 
-    /// Ends every vCPU thread, paused or not. From here on, [`pause`](Self::pause) says [`PauseError::Ended`].
+    /// Ends every vCPU thread, paused or not. From here on, [`pause`](Self::pause) says [`PauseError::ExitedVcpu`].
     pub fn end(&self) {
         self.pauses().ended = true;
         let lanes = std::mem::take(&mut *self.lanes());
@@ -239,7 +239,7 @@ impl Vcpus {
         self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lanes(&self) -> MutexGuard<'_, Vec<Lane>> {
+    fn lanes(&self) -> MutexGuard<'_, Vec<VcpuThread>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -260,7 +260,7 @@ impl Vcpus {
             }
             match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(answer) => stopped.push(answer),
-                Err(RecvTimeoutError::Disconnected) => break PauseError::Ended,
+                Err(RecvTimeoutError::Disconnected) => break PauseError::ExitedVcpu,
                 Err(RecvTimeoutError::Timeout) => {
                     let silent = (0..self.count)
                         .find(|index| stopped.iter().all(|stopped| stopped.index != *index));

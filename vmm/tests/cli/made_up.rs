@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use introspect::TaskKind;
 use patcher::{
     CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseReport, PieceReport, TaskReport, TaskWay,
+    PauseReport, PieceReport, SwitchedBy, TaskReport,
 };
 use vmm::api::types::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, Kind, Problem};
@@ -47,7 +47,7 @@ fn report(pid: i32, comm: &str) -> TaskReport {
         comm: comm.to_owned(),
         kind: TaskKind::User,
         state: 'S',
-        way: None,
+        switched_by: None,
         blocker: Some("cmdline_proc_show+0x5/0x20".to_owned()),
         since_ms: Some(0),
         signals: 0,
@@ -172,7 +172,7 @@ impl Control for MadeUp {
             tasks: vec![
                 report(77, "stuck"),
                 TaskReport {
-                    way: Some(TaskWay::Stack),
+                    switched_by: Some(SwitchedBy::Stack),
                     blocker: None,
                     since_ms: None,
                     ..report(1, "init")
@@ -283,7 +283,7 @@ impl Control for MadeUp {
             && !patch.signal
             && !patch.force;
         for task in patch.tasks.iter_mut().filter(|t| !stuck || t.pid == 1) {
-            task.way = Some(TaskWay::Stack);
+            task.switched_by = Some(SwitchedBy::Stack);
             task.blocker = None;
             task.after_ms = Some(u64::from(self.polls));
         }

@@ -11,7 +11,7 @@ use object::elf;
 
 use crate::module::error::ModuleError;
 use crate::module::file::elf::{ElfFile, Place, Relocation, limit, text};
-use crate::module::file::sections::Fate;
+use crate::module::file::sections::Placement;
 
 /// `include/linux/kallsyms.h: KSYM_NAME_LEN` since 6.1; it was 128 before.
 const MAX_SYMBOL_NAME: usize = 512;
@@ -74,30 +74,30 @@ pub struct PatchFunction {
     pub old_name: String,
     /// Which of several of that name, in address order, from 1; 0: there must be only one.
     pub sympos: u64,
-    pub(in crate::module) new: Spot,
+    pub(in crate::module) new: ModuleOffset,
 }
 
 /// What the module asks the kernel to patch. All of it is in `vmlinux`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Patch {
+pub struct KlpPatch {
     /// Atomic replace: this patch takes the place of all earlier ones.
     pub replace: bool,
     /// The functions, in the module's order.
     pub functions: Vec<PatchFunction>,
     /// The static `klp_patch` itself.
-    pub(in crate::module) at: Spot,
+    pub(in crate::module) at: ModuleOffset,
 }
 
 /// A place in the module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(in crate::module) struct Spot {
+pub(in crate::module) struct ModuleOffset {
     pub section: usize,
     pub offset: u64,
 }
 
-impl Spot {
-    fn plus(self, bytes: u64) -> Spot {
-        Spot {
+impl ModuleOffset {
+    fn plus(self, bytes: u64) -> ModuleOffset {
+        ModuleOffset {
             offset: self.offset.wrapping_add(bytes),
             ..self
         }
@@ -106,9 +106,9 @@ impl Spot {
 
 pub(in crate::module) fn read(
     file: &ElfFile,
-    fates: &[Fate],
+    fates: &[Placement],
     layout: &KlpLayout,
-) -> Result<Patch, ModuleError> {
+) -> Result<KlpPatch, ModuleError> {
     let reader = Reader { file, fates };
     let at = reader.find_patch(layout)?;
     let states = match layout.patch_states {
@@ -145,7 +145,7 @@ pub(in crate::module) fn read(
         }
     }
     let functions = functions.filter(|list| !list.is_empty());
-    Ok(Patch {
+    Ok(KlpPatch {
         replace,
         functions: functions.ok_or_else(|| bad("the patch has no functions"))?,
         at,
@@ -154,20 +154,20 @@ pub(in crate::module) fn read(
 
 struct Reader<'a> {
     file: &'a ElfFile,
-    fates: &'a [Fate],
+    fates: &'a [Placement],
 }
 
 impl Reader<'_> {
     /// The `klp_patch` that the init function registers.
-    fn find_patch(&self, layout: &KlpLayout) -> Result<Spot, ModuleError> {
+    fn find_patch(&self, layout: &KlpLayout) -> Result<ModuleOffset, ModuleError> {
         let enabled = self.enabled_patches()?;
-        let shaped: Vec<Spot> = self
+        let shaped: Vec<ModuleOffset> = self
             .file
             .symbols
             .iter()
             .filter(|s| s.object && s.size == layout.patch_size)
             .filter_map(|s| match s.place {
-                Place::Section(section) => Some(Spot {
+                Place::Section(section) => Some(ModuleOffset {
                     section,
                     offset: s.value,
                 }),
@@ -188,12 +188,12 @@ impl Reader<'_> {
         }
     }
 
-    fn looks_like_patch(&self, spot: Spot, layout: &KlpLayout) -> bool {
+    fn looks_like_patch(&self, spot: ModuleOffset, layout: &KlpLayout) -> bool {
         let fits = self
             .file
             .section(spot.section)
             .is_some_and(|s| spot.offset.saturating_add(layout.patch_size) <= s.size);
-        let kept = self.fates.get(spot.section) == Some(&Fate::Data);
+        let kept = self.fates.get(spot.section) == Some(&Placement::Data);
         let module = self
             .relocation(spot.plus(layout.patch_mod))
             .and_then(|r| self.file.symbol(r.symbol))
@@ -202,7 +202,7 @@ impl Reader<'_> {
     }
 
     /// What code passes to `klp_enable_patch`, wherever that is plain to see.
-    fn enabled_patches(&self) -> Result<Vec<Spot>, ModuleError> {
+    fn enabled_patches(&self) -> Result<Vec<ModuleOffset>, ModuleError> {
         let mut found = HashSet::new();
         let mut calls = 0;
         for (index, section) in self.file.sections.iter().enumerate() {
@@ -219,13 +219,13 @@ impl Reader<'_> {
                 found.extend(self.first_argument(index, call.offset));
             }
         }
-        let mut found: Vec<Spot> = found.into_iter().collect();
+        let mut found: Vec<ModuleOffset> = found.into_iter().collect();
         found.sort_unstable();
         Ok(found)
     }
 
     /// The last address loaded into RDI before the call whose operand is at `operand`.
-    fn first_argument(&self, index: usize, operand: u64) -> Option<Spot> {
+    fn first_argument(&self, index: usize, operand: u64) -> Option<ModuleOffset> {
         let section = self.file.section(index)?;
         let function = self.file.function_at(index, operand)?;
         let start = usize::try_from(function.value).ok()?;
@@ -258,7 +258,7 @@ impl Reader<'_> {
     }
 
     /// The place that an instruction's relocated operand names; relative ones count from the end of the instruction.
-    fn operand(&self, relocation: &Relocation, next: u64) -> Option<Spot> {
+    fn operand(&self, relocation: &Relocation, next: u64) -> Option<ModuleOffset> {
         let spot = self.defined(relocation)?;
         match relocation.kind {
             k if k == elf::R_X86_64_PC32.0 => Some(spot.plus(next.wrapping_sub(relocation.offset))),
@@ -271,7 +271,7 @@ impl Reader<'_> {
 
     fn functions(
         &self,
-        array: Spot,
+        array: ModuleOffset,
         layout: &KlpLayout,
     ) -> Result<Vec<PatchFunction>, ModuleError> {
         let mut out: Vec<PatchFunction> = Vec::new();
@@ -291,7 +291,7 @@ impl Reader<'_> {
             if old_name.is_empty() {
                 return Err(bad("a klp_func has an empty old_name"));
             }
-            if self.fates.get(new.section) != Some(&Fate::Text) {
+            if self.fates.get(new.section) != Some(&Placement::Text) {
                 return Err(bad(format!(
                     "the new function for {old_name} is not code that stays"
                 )));
@@ -308,7 +308,11 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    fn refuse_callbacks(&self, object: Spot, layout: &KlpLayout) -> Result<(), ModuleError> {
+    fn refuse_callbacks(
+        &self,
+        object: ModuleOffset,
+        layout: &KlpLayout,
+    ) -> Result<(), ModuleError> {
         let mut names = Vec::new();
         for (offset, name) in layout.object_callbacks {
             if let Some(callback) = self.relocation(object.plus(offset)) {
@@ -326,15 +330,15 @@ impl Reader<'_> {
         }
     }
 
-    fn relocation(&self, spot: Spot) -> Option<&Relocation> {
+    fn relocation(&self, spot: ModuleOffset) -> Option<&Relocation> {
         self.file.section(spot.section)?.relocation_at(spot.offset)
     }
 
     /// The place in the module that a relocation's symbol and addend name.
-    fn defined(&self, relocation: &Relocation) -> Option<Spot> {
+    fn defined(&self, relocation: &Relocation) -> Option<ModuleOffset> {
         let symbol = self.file.symbol(relocation.symbol)?;
         match symbol.place {
-            Place::Section(section) => Some(Spot {
+            Place::Section(section) => Some(ModuleOffset {
                 section,
                 offset: symbol.value.wrapping_add_signed(relocation.addend),
             }),
@@ -343,7 +347,7 @@ impl Reader<'_> {
     }
 
     /// The pointer field at `spot`: `None` when it is null.
-    fn pointer(&self, spot: Spot) -> Result<Option<Spot>, ModuleError> {
+    fn pointer(&self, spot: ModuleOffset) -> Result<Option<ModuleOffset>, ModuleError> {
         match self.relocation(spot) {
             Some(r) if r.kind == elf::R_X86_64_64.0 => self
                 .defined(r)
@@ -361,7 +365,7 @@ impl Reader<'_> {
     }
 
     /// Bytes of a section as they will be loaded; behind the file's bytes of a `.bss` they are zero.
-    fn bytes<const N: usize>(&self, spot: Spot) -> Result<[u8; N], ModuleError> {
+    fn bytes<const N: usize>(&self, spot: ModuleOffset) -> Result<[u8; N], ModuleError> {
         let section = self
             .file
             .section(spot.section)
@@ -380,7 +384,7 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    fn string(&self, spot: Spot) -> Result<String, ModuleError> {
+    fn string(&self, spot: ModuleOffset) -> Result<String, ModuleError> {
         let section = self.file.section(spot.section);
         section
             .and_then(|s| {

@@ -4,7 +4,7 @@ use introspect::Gva;
 
 use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::elf::Section;
-use crate::module::file::sections::Fate;
+use crate::module::file::sections::Placement;
 
 /// The kernel text's own padding, where code goes, is at most some MiB.
 const MAX_CODE: u64 = 16 << 20;
@@ -42,27 +42,27 @@ pub(in crate::module) enum Region {
 
 /// One section's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::module) struct Slot {
+pub(in crate::module) struct SectionSlot {
     pub region: Region,
     pub offset: u64,
 }
 
 #[derive(Clone, Debug)]
-pub(in crate::module) struct Plan {
+pub(in crate::module) struct SectionLayout {
     /// By section; `None`: not in the guest.
-    pub slots: Vec<Option<Slot>>,
+    pub slots: Vec<Option<SectionSlot>>,
     pub sizes: Sizes,
 }
 
-impl Plan {
-    pub fn new(sections: &[Section], fates: &[Fate]) -> Result<Plan, ModuleError> {
+impl SectionLayout {
+    pub fn new(sections: &[Section], fates: &[Placement]) -> Result<SectionLayout, ModuleError> {
         let mut slots = vec![None; sections.len()];
         let mut code = Cursor::new(MAX_CODE);
         let mut data = Cursor::new(MAX_DATA);
         for (pass, region) in [
-            (Fate::Text, Region::Code),
-            (Fate::RoData, Region::Code),
-            (Fate::Data, Region::Data),
+            (Placement::Text, Region::Code),
+            (Placement::RoData, Region::Code),
+            (Placement::Data, Region::Data),
         ] {
             let cursor = match region {
                 Region::Code => &mut code,
@@ -71,11 +71,11 @@ impl Plan {
             for ((section, fate), slot) in sections.iter().zip(fates).zip(&mut slots) {
                 if *fate == pass {
                     let offset = cursor.take(section)?;
-                    *slot = Some(Slot { region, offset });
+                    *slot = Some(SectionSlot { region, offset });
                 }
             }
         }
-        Ok(Plan {
+        Ok(SectionLayout {
             slots,
             sizes: Sizes {
                 code: code.end,

@@ -7,16 +7,16 @@ pub mod modinfo;
 pub mod sections;
 
 use crate::module::error::ModuleError;
-use crate::module::file::klp::{KlpLayout, Patch};
-use crate::module::file::layout::{Plan, Sizes};
+use crate::module::file::klp::{KlpLayout, KlpPatch};
+use crate::module::file::layout::{SectionLayout, Sizes};
 
 /// A livepatch module as read from its file, not yet bound to a guest.
 #[derive(Clone, Debug)]
 pub struct LivepatchModule {
     pub(in crate::module) file: elf::ElfFile,
     pub(in crate::module) info: modinfo::Modinfo,
-    pub(in crate::module) fates: Vec<sections::Fate>,
-    pub(in crate::module) plan: Plan,
+    pub(in crate::module) fates: Vec<sections::Placement>,
+    pub(in crate::module) plan: SectionLayout,
 }
 
 /// Reads a livepatch module.
@@ -30,7 +30,7 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     }
     let info = modinfo::Modinfo::read(&file)?;
     let fates = sections::fates(&file)?;
-    let plan = Plan::new(&file.sections, &fates)?;
+    let plan = SectionLayout::new(&file.sections, &fates)?;
     let other = (file.sections.iter())
         .flat_map(|section| section.late.keys())
         .find(|object| *object != "vmlinux");
@@ -62,7 +62,7 @@ impl LivepatchModule {
     ///
     /// # Errors
     /// [`ModuleError`] when there is no `klp_patch` of that layout, or it asks for what is not supported.
-    pub fn patch(&self, layout: &KlpLayout) -> Result<Patch, ModuleError> {
+    pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
         klp::read(&self.file, &self.fates, layout)
     }
 }

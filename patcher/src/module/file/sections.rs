@@ -8,7 +8,7 @@ use crate::module::file::elf::{ElfFile, Place, Section};
 
 /// Where a section goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::module) enum Fate {
+pub(in crate::module) enum Placement {
     /// Executable, into the code region.
     Text,
     /// Read-only, into the code region.
@@ -106,26 +106,26 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 
 /// Decides for one section.
-pub(in crate::module) fn fate(section: &Section) -> Result<Fate, &'static str> {
+pub(in crate::module) fn fate(section: &Section) -> Result<Placement, &'static str> {
     let name = section.name.as_str();
     if !section.is_alloc() || section.size == 0 || section.is_relocations {
-        return Ok(Fate::Dropped);
+        return Ok(Placement::Dropped);
     }
     let refused = |(prefix, _): &&(&str, &str)| *prefix == name || within(name, prefix);
     if let Some((_, why)) = REFUSED.iter().find(refused) {
         return Err(why);
     }
     if DROPPED.contains(&name) || name.starts_with(".note") || name.starts_with(".discard") {
-        return Ok(Fate::Dropped);
+        return Ok(Placement::Dropped);
     }
     let text = TEXT.contains(&name) || name.starts_with(".text.");
     let data = [".data", ".bss", ".rodata"]
         .iter()
         .any(|prefix| within(name, prefix));
     match (section.is_exec(), section.is_write()) {
-        (true, false) if text => Ok(Fate::Text),
-        (false, true) if data => Ok(Fate::Data),
-        (false, false) if data => Ok(Fate::RoData),
+        (true, false) if text => Ok(Placement::Text),
+        (false, true) if data => Ok(Placement::Data),
+        (false, false) if data => Ok(Placement::RoData),
         _ => Err("this loader does not know what the kernel does with it"),
     }
 }
@@ -137,7 +137,7 @@ fn within(name: &str, prefix: &str) -> bool {
 }
 
 /// The fates of all sections, by index.
-pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Fate>, ModuleError> {
+pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
     formats(file)?;
     file.sections
         .iter()
@@ -192,17 +192,17 @@ mod tests {
     #[test]
     fn known_sections_have_their_place() {
         for (name, flags, want) in [
-            (".text", AX, Fate::Text),
-            (".text.unlikely", AX, Fate::Text),
-            (".altinstr_aux", AX, Fate::Text),
-            (".rodata.str1.1", A, Fate::RoData),
-            (".data", WA, Fate::Data),
-            (".data..ro_after_init", WA, Fate::Data),
-            (".data.once", WA, Fate::Data),
-            (".bss", WA, Fate::Data),
-            (".init.text", AX, Fate::Dropped),
-            (".note.gnu.property", A, Fate::Dropped),
-            (".debug_info", 0, Fate::Dropped),
+            (".text", AX, Placement::Text),
+            (".text.unlikely", AX, Placement::Text),
+            (".altinstr_aux", AX, Placement::Text),
+            (".rodata.str1.1", A, Placement::RoData),
+            (".data", WA, Placement::Data),
+            (".data..ro_after_init", WA, Placement::Data),
+            (".data.once", WA, Placement::Data),
+            (".bss", WA, Placement::Data),
+            (".init.text", AX, Placement::Dropped),
+            (".note.gnu.property", A, Placement::Dropped),
+            (".debug_info", 0, Placement::Dropped),
         ] {
             assert_eq!(fate(&section(name, flags, 8)), Ok(want), "{name}");
         }
@@ -214,7 +214,7 @@ mod tests {
             assert!(fate(&section(name, WA, 8)).is_err(), "{name}");
             assert_eq!(
                 fate(&section(name, WA, 0)),
-                Ok(Fate::Dropped),
+                Ok(Placement::Dropped),
                 "empty {name}"
             );
         }

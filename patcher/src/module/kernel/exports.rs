@@ -45,7 +45,7 @@ enum Licence {
 
 /// One array, by the symbols that the linker script puts around it.
 #[derive(Debug)]
-struct Table {
+struct ExportTable {
     start: Gva,
     count: u64,
     licence: Licence,
@@ -57,7 +57,7 @@ struct Table {
 pub(in crate::module) struct Exports<'a> {
     memory: &'a KernelMemory<'a>,
     entry: Entry,
-    tables: Vec<Table>,
+    tables: Vec<ExportTable>,
 }
 
 impl<'a> Exports<'a> {
@@ -103,7 +103,7 @@ impl<'a> Exports<'a> {
                     _ => return Err(TargetError::Nonsense("table of symbol versions")),
                 },
             };
-            tables.push(Table {
+            tables.push(ExportTable {
                 start,
                 count,
                 licence,
@@ -129,7 +129,7 @@ impl<'a> Exports<'a> {
         Ok(None)
     }
 
-    fn search(&self, table: &Table, wanted: &str) -> Result<Option<u64>, TargetError> {
+    fn search(&self, table: &ExportTable, wanted: &str) -> Result<Option<u64>, TargetError> {
         let (mut low, mut high) = (0, table.count);
         while low < high {
             let middle = low + (high - low) / 2;
@@ -144,7 +144,7 @@ impl<'a> Exports<'a> {
         Ok(None)
     }
 
-    fn export(&self, table: &Table, index: u64) -> Result<Export, TargetError> {
+    fn export(&self, table: &ExportTable, index: u64) -> Result<Export, TargetError> {
         let at = table.start.add(index * self.entry.size);
         let gpl_only = match table.licence {
             Licence::Anybody => false,

@@ -8,7 +8,7 @@ use crate::module::error::TargetError;
 use crate::module::file::klp::KlpLayout;
 use crate::module::kernel::exports::Exports;
 use crate::module::kernel::{
-    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, Target,
+    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
 };
 
 /// What every livepatch's init function calls. That function is not run, but its code may be linked with the rest: where the kernel
@@ -131,7 +131,7 @@ fn half(btf: &Btf, path: &str) -> Result<u64, BtfError> {
     Ok(member.offset + u64::from(shift / 8))
 }
 
-impl Target for GuestTarget<'_> {
+impl TargetKernel for GuestTarget<'_> {
     fn layouts(&self) -> Result<Layouts, TargetError> {
         self.layouts_with(self.klp_layout()?)
             .map_err(|e| TargetError::Types(e.to_string()))

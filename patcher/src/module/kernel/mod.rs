@@ -73,7 +73,7 @@ pub struct JumpEntryLayout {
 }
 
 /// A guest kernel, as far as linking a module needs it.
-pub trait Target {
+pub trait TargetKernel {
     /// The layouts of what is in a module.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
 use crate::module::file::elf::{Section, limit};
-use crate::module::kernel::Target;
+use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 
 const TABLE: &str = ".altinstructions";
@@ -45,7 +45,7 @@ struct Entry {
     direct_call: bool,
 }
 
-pub(in crate::module) fn apply<T: Target + ?Sized>(
+pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
@@ -141,7 +141,7 @@ fn read_one(
     }))
 }
 
-fn apply_one<T: Target + ?Sized>(
+fn apply_one<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
     entry: &Entry,
@@ -182,7 +182,7 @@ fn apply_one<T: Target + ?Sized>(
 }
 
 /// `alt_replace_call`: an indirect call through a variable becomes a direct one, or none when the variable holds `nop_func`.
-fn direct_call<T: Target + ?Sized>(
+fn direct_call<T: TargetKernel + ?Sized>(
     target: &T,
     entry: &Entry,
     original: &[u8],

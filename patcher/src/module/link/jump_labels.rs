@@ -8,7 +8,7 @@ use introspect::{Gva, GvaRange};
 
 use crate::module::error::{LinkError, TargetError};
 use crate::module::file::elf::{Section, limit};
-use crate::module::kernel::Target;
+use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::{Linker, NOP5};
 
 const TABLE: &str = "__jump_table";
@@ -18,7 +18,7 @@ const NOP2: [u8; 2] = [0x66, 0x90];
 const KEY_BRANCH: u64 = 1;
 const KEY_FLAGS: u64 = 3;
 
-pub(in crate::module) fn apply<T: Target + ?Sized>(
+pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
@@ -51,7 +51,7 @@ pub(in crate::module) fn apply<T: Target + ?Sized>(
     Ok(())
 }
 
-fn apply_one<T: Target + ?Sized>(
+fn apply_one<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
     section: &Section,
@@ -71,7 +71,7 @@ fn apply_one<T: Target + ?Sized>(
 }
 
 /// `static_key_enabled`, for a key that can no longer change.
-fn enabled<T: Target + ?Sized>(
+fn enabled<T: TargetKernel + ?Sized>(
     linker: &Linker<'_>,
     target: &T,
     key: Gva,
@@ -106,7 +106,7 @@ fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
 }
 
 /// Where the guest's own keys can no longer change: `__ro_after_init`.
-fn final_keys<T: Target + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
+fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
     let find = |name| target.symbol(name).ok_or(TargetError::NoSymbol(name));
     Ok(GvaRange::new(
         find("__start_ro_after_init")?,
@@ -114,7 +114,7 @@ fn final_keys<T: Target + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
     ))
 }
 
-fn key_name<T: Target + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
+fn key_name<T: TargetKernel + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
     if linker.data.contains(key) {
         let symbols = &linker.module.file.symbols;
         let own = symbols.iter().enumerate().find(|(index, s)| {

@@ -7,9 +7,9 @@ use object::elf;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Relocation, Section};
-use crate::module::file::klp::{Patch, Spot};
+use crate::module::file::klp::{KlpPatch, ModuleOffset};
 use crate::module::file::layout::Region;
-use crate::module::file::sections::Fate;
+use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use crate::module::link::symbols::{Symbols, Value};
@@ -22,7 +22,7 @@ pub(in crate::module) const INT3: u8 = 0xcc;
 pub(in crate::module) struct Linker<'a> {
     pub module: &'a LivepatchModule,
     pub layouts: &'a Layouts,
-    pub patch: &'a Patch,
+    pub patch: &'a KlpPatch,
     pub symbols: Symbols,
     pub code: Buffer,
     pub data: Buffer,
@@ -72,7 +72,7 @@ impl Linker<'_> {
         base: Gva,
         relocation: &Relocation,
     ) -> Result<(), LinkError> {
-        let spot = Spot {
+        let spot = ModuleOffset {
             section: index,
             offset: relocation.offset,
         };
@@ -115,7 +115,7 @@ impl Linker<'_> {
         Ok(())
     }
 
-    fn is_patch_mod(&self, spot: Spot) -> bool {
+    fn is_patch_mod(&self, spot: ModuleOffset) -> bool {
         spot.section == self.patch.at.section
             && spot.offset
                 == self
@@ -229,7 +229,7 @@ impl Linker<'_> {
     }
 
     /// From the symbol, or where there is none, to the end of the section.
-    fn function_size(&self, spot: Spot, new: Gva, symbols: &[ImageSymbol]) -> u64 {
+    fn function_size(&self, spot: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
         let first = symbols.partition_point(|s| s.address < new);
         let named = symbols
             .get(first..)
@@ -254,7 +254,7 @@ impl Linker<'_> {
         let len = (module.plan.slots.iter())
             .zip(&module.fates)
             .zip(&module.file.sections)
-            .filter(|((_, fate), _)| **fate == Fate::Text)
+            .filter(|((_, fate), _)| **fate == Placement::Text)
             .filter_map(|((slot, _), section)| Some(slot.as_ref()?.offset + section.size))
             .max();
         GvaRange::new(self.code.base, self.code.base.add(len.unwrap_or(0)))
@@ -354,7 +354,7 @@ fn encode(kind: u32, value: Gva, at: Gva) -> Result<Vec<u8>, Encode> {
     }
 }
 
-/// A size that `Plan` has already limited.
+/// A size that `SectionLayout` has already limited.
 pub(in crate::module) fn size(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(0)
 }

@@ -15,7 +15,7 @@ pub mod verify;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
 use crate::module::file::layout::Bases;
-use crate::module::kernel::Target;
+use crate::module::kernel::TargetKernel;
 use crate::module::link::image::{Buffer, Image};
 use crate::module::link::linker::{INT3, Linker, size};
 use crate::module::link::modversions::Versions;
@@ -27,7 +27,7 @@ use crate::module::link::symbols::Symbols;
 ///
 /// # Errors
 /// [`LinkError`]; nothing was changed anywhere.
-pub fn link<T: Target + ?Sized>(
+pub fn link<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
     target: &T,
     bases: Bases,

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::text;
-use crate::module::kernel::{Export, Layouts, ModversionLayout, Target};
+use crate::module::kernel::{Export, Layouts, ModversionLayout, TargetKernel};
 
 /// The versions that a module brings, and the kernel's idea of them.
 pub(in crate::module) struct Versions<'a> {
@@ -19,7 +19,7 @@ pub(in crate::module) struct Versions<'a> {
 
 impl<'a> Versions<'a> {
     /// Checks what does not depend on single symbols.
-    pub fn check<T: Target + ?Sized>(
+    pub fn check<T: TargetKernel + ?Sized>(
         module: &'a LivepatchModule,
         target: &T,
         layouts: &Layouts,

@@ -7,7 +7,7 @@ use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
 use crate::module::file::elf::limit;
-use crate::module::kernel::Target;
+use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 
 const TABLE: &str = ".return_sites";
@@ -15,7 +15,7 @@ const MAX_SITES: usize = 1_000_000;
 /// `ret`, and `int3` against straight-line speculation.
 const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 
-pub(in crate::module) fn apply<T: Target + ?Sized>(
+pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {

@@ -9,7 +9,7 @@ use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Symbol, limit};
 use crate::module::file::layout::{Bases, Region};
-use crate::module::kernel::Target;
+use crate::module::kernel::TargetKernel;
 use crate::module::link::modversions::Versions;
 
 /// Each costs a search in guest memory.
@@ -29,7 +29,7 @@ pub(in crate::module) struct Symbols {
 }
 
 impl Symbols {
-    pub fn resolve<T: Target + ?Sized>(
+    pub fn resolve<T: TargetKernel + ?Sized>(
         module: &LivepatchModule,
         target: &T,
         versions: &Versions<'_>,
@@ -87,7 +87,7 @@ impl Symbols {
     }
 }
 
-fn undefined_value<T: Target + ?Sized>(
+fn undefined_value<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
     target: &T,
     versions: &Versions<'_>,
@@ -120,7 +120,7 @@ fn undefined_value<T: Target + ?Sized>(
 }
 
 /// `name` is `OBJECT.NAME,POSITION`.
-fn livepatch_value<T: Target + ?Sized>(target: &T, full: &str) -> Result<Gva, LinkError> {
+fn livepatch_value<T: TargetKernel + ?Sized>(target: &T, full: &str) -> Result<Gva, LinkError> {
     let parts = full.split_once('.').and_then(|(object, rest)| {
         let (name, position) = rest.split_once(',')?;
         Some((object, name, position.parse::<u64>().ok()?))

@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 use guests::kernel::Generation;
-use guests::kernel::stock::Stock;
+use guests::kernel::stock::PreparedKernel;
 
 use crate::Scenario;
 use crate::bench::Bench;
@@ -83,8 +83,8 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// The kernel of a generation that has debugging information, under the name that [`hand_over`] looks for, and that information.
-pub fn prepare(generation: Generation) -> Result<(String, Stock, PathBuf)> {
-    let (stock, vmlinux) = Stock::prepare_debug(generation)?;
+pub fn prepare(generation: Generation) -> Result<(String, PreparedKernel, PathBuf)> {
+    let (stock, vmlinux) = PreparedKernel::prepare_debug(generation)?;
     Ok((name(generation), stock, vmlinux))
 }
 

@@ -17,7 +17,7 @@ use guests::drive::MEMORY_MIB;
 use introspect::{Gva, Kernel};
 use patcher::{Machine, Mode, Patcher};
 use tests::faulty::Faulty;
-use vmm::api::{ControlSocket, Guest, Limits, Server};
+use vmm::api::{ControlSocket, Controller, Limits, Server};
 use vmm::{VmConfig, VmHandle, VmMachine, VmState};
 
 use super::story::{Call, Story, Subject, somebody_was_told, tell};
@@ -154,7 +154,7 @@ fn serve(options: &[String]) -> Result<()> {
     let path = PathBuf::from(option("--socket")?);
     let socket = ControlSocket::claim(&path)?;
     vmm::run(&config, |vm| {
-        let server = Server::start(socket, Guest::new(vm.clone()), Limits::default())?;
+        let server = Server::start(socket, Controller::new(vm.clone()), Limits::default())?;
         let vm = vm.clone();
         // It ends with the process, if not before.
         thread::Builder::new().spawn(move || {

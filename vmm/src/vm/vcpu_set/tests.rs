@@ -26,7 +26,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// A guest under test. Every vCPU starts in real mode at [`CODE`], with its index in BX.
 struct Guest {
     shared: Arc<Shared>,
-    reports: Receiver<Ended>,
+    reports: Receiver<ExitedVcpu>,
     output: Output,
     console: UnixStream,
     _writer: OutputWriter,
@@ -133,7 +133,7 @@ impl Guest {
         byte[0]
     }
 
-    fn end(&self) -> Ended {
+    fn end(&self) -> ExitedVcpu {
         self.reports.recv_timeout(SOON).expect("the guest ends")
     }
 
@@ -432,16 +432,16 @@ fn the_guest_sees_hidden_memory_that_is_mapped_for_it() {
 fn ways_to_end() {
     // mov al, 0xfe ; out 0x64, al
     let reset = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64], 2, 1);
-    ends(&reset, &End::Reset);
+    ends(&reset, &ExitReason::Reset);
     // mov dx, 0x600 ; mov al, 0x34 ; out dx, al
     let off = Guest::new(&[0xba, 0x00, 0x06, 0xb0, 0x34, 0xee], 2, 1);
-    ends(&off, &End::PowerOff);
+    ends(&off, &ExitReason::PowerOff);
     // mov al, [8 GiB], with no page table for it and an interrupt table of length 0
     let fault = Guest::long_mode(&[0xa0, 0, 0, 0, 0, 2, 0, 0, 0]);
-    ends(&fault, &End::TripleFault);
+    ends(&fault, &ExitReason::TripleFault);
 }
 
-fn ends(guest: &Guest, end: &End) {
+fn ends(guest: &Guest, end: &ExitReason) {
     let vcpus = guest.go();
     let ended = guest.end();
     assert_eq!((ended.index, &ended.end), (0, end));
@@ -468,7 +468,7 @@ fn after_the_end_nobody_waits() {
         Err(MachineError::Vcpu("the guest has ended".to_owned()))
     );
     machine.resume().unwrap();
-    assert_eq!(guest.vcpus().pause(), Err(PauseError::Ended));
+    assert_eq!(guest.vcpus().pause(), Err(PauseError::ExitedVcpu));
     assert_eq!(guest.byte(CODE), SPIN[0], "its memory can still be read");
 }
 
