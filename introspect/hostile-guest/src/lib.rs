@@ -191,28 +191,28 @@ pub fn tasks(data: &[u8]) -> usize {
     let reader = kernel().memory(&memory);
     let found = introspect::task_list::read(kernel(), &reader, &image::vcpus());
     let vcpus = image::vcpus();
-    let mut survey = TaskCache::new();
-    let look = |survey: &mut TaskCache, memory: &dyn PhysMemory| {
-        survey.look(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
+    let mut cache = TaskCache::new();
+    let look = |cache: &mut TaskCache, memory: &dyn PhysMemory| {
+        cache.refresh(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
     };
     let good = Mutated::new(ram(), &PARTS, &[]);
-    let _ = look(&mut survey, &good);
-    let before: Vec<Task> = survey.seen().iter().map(|seen| seen.task.clone()).collect();
-    let again = look(&mut survey, &memory);
+    let _ = look(&mut cache, &good);
+    let before: Vec<Task> = cache.tasks().iter().map(|seen| seen.task.clone()).collect();
+    let again = look(&mut cache, &memory);
     // How the lists lead on is not looked at again while the counts of who came and who left are the same: no kernel changes it alone.
     let lists = |memory| contents(memory, image::list_words());
     let counts = |memory| contents(memory, image::COUNTS);
     if let (Ok(found), Ok(())) = (&found, again)
         && (lists(&memory) == lists(&good) || counts(&memory) != counts(&good))
     {
-        let seen = survey.seen();
-        assert_eq!(seen.len(), found.len(), "a survey sees other tasks");
+        let seen = cache.tasks();
+        assert_eq!(seen.len(), found.len(), "a cache sees other tasks");
         for (seen, found) in seen.iter().map(|seen| &seen.task).zip(found) {
             let kept =
                 || before.iter().any(|old| own(old) == own(seen)) && proof(seen) == proof(found);
             assert!(
                 seen == found || kept(),
-                "a survey sees {seen:?} and not {found:?}"
+                "a cache sees {seen:?} and not {found:?}"
             );
         }
     }

@@ -209,7 +209,7 @@ impl Kernel {
     /// Whether nothing shows that the guest runs another kernel than this one, of this boot: it can start one by itself (kexec). The
     /// old one may lie untouched in memory then, but no vCPU enters it any more. A few reads, no lock.
     #[must_use]
-    pub fn is_there(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
+    pub fn is_running(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
         let same_boot = self
             .boot_canary
             .is_none_or(|(at, mark)| memory.u64(at) == Ok(mark));

@@ -1,6 +1,6 @@
 //! All tasks and their stacks, kept from one look to the next: only what may have changed in between is read again.
 //!
-//! A pause is paid for by the guest, so what can be learned before it is: [`TaskCache::walk_ahead`] lists and walks while the guest
+//! A pause is paid for by the guest, so what can be learned before it is: [`TaskCache::prewalk`] lists and walks while the guest
 //! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
 //! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, and what others may change
 //! of it ([`proof`](crate::task_list::fingerprint)); the other fields and the frames of its stack only it changes itself, by running. (Its name can be
@@ -84,8 +84,8 @@ impl TaskCache {
 
     /// Lists tasks and walks the stacks of those that sleep, while the guest runs: what comes out is worth nothing but to be made
     /// sure of in the next [`look`](Self::look). What cannot be read now is left to that.
-    pub fn walk_ahead(&mut self, kernel: &Kernel, unwinder: &Unwinder, memory: &KernelMemory<'_>) {
-        if self.look(kernel, unwinder, memory, &[]).is_err() {
+    pub fn prewalk(&mut self, kernel: &Kernel, unwinder: &Unwinder, memory: &KernelMemory<'_>) {
+        if self.refresh(kernel, unwinder, memory, &[]).is_err() {
             return;
         }
         for seen in &self.seen {
@@ -100,7 +100,7 @@ impl TaskCache {
     ///
     /// # Errors
     /// As those of [`task_list::read`](crate::task_list::read); then the survey is empty.
-    pub fn look(
+    pub fn refresh(
         &mut self,
         kernel: &Kernel,
         unwinder: &Unwinder,
@@ -152,7 +152,7 @@ impl TaskCache {
 
     /// Everybody, in the order of [`task_list::read`](crate::task_list::read).
     #[must_use]
-    pub fn seen(&self) -> &[CachedTask] {
+    pub fn tasks(&self) -> &[CachedTask] {
         &self.seen
     }
 
@@ -169,7 +169,7 @@ impl TaskCache {
 
     /// Marks everybody whose stack is known, can be relied on and is as `wanted`. A mark goes when the stack is no longer known to be the
     /// same; a task has one at a time.
-    pub fn mark(&mut self, mark: NonZeroU64, wanted: impl Fn(&Stack) -> bool) {
+    pub fn tag(&mut self, mark: NonZeroU64, wanted: impl Fn(&Stack) -> bool) {
         let listed = self.seen.iter().zip(&mut self.briefs).take(self.listed);
         for (seen, brief) in listed.filter(|(_, brief)| brief.mark != Some(mark)) {
             let stack = seen.known_stack().filter(|stack| stack.is_reliable());
@@ -180,7 +180,7 @@ impl TaskCache {
 
     /// Whether number `at` of [`seen`](Self::seen) has this mark.
     #[must_use]
-    pub fn is_marked(&self, at: usize, mark: NonZeroU64) -> bool {
+    pub fn is_tagged(&self, at: usize, mark: NonZeroU64) -> bool {
         self.briefs
             .get(at)
             .is_some_and(|brief| brief.mark == Some(mark))

@@ -191,7 +191,7 @@ impl CodeMap {
     }
 
     /// Takes back what one call of [`CodeMap::add_transient`] declared.
-    pub fn remove_busy(&mut self, range: GvaRange) {
+    pub fn remove_transient(&mut self, range: GvaRange) {
         if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
             self.busy.swap_remove(at);
             self.bound_busy(range);
@@ -438,7 +438,7 @@ pub(crate) mod tests {
             assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
         }
         assert!(map.way(TEXT.add(0x30), true, false).is_ok());
-        map.remove_busy(stub);
+        map.remove_transient(stub);
         assert!(map.way(TEXT.add(0x2f), true, false).is_ok());
     }
 }

@@ -180,8 +180,8 @@ impl Unwinder {
     }
 
     /// Takes back what one call of [`Unwinder::add_transient`] declared.
-    pub fn remove_busy(&mut self, range: GvaRange) {
-        self.code.remove_busy(range);
+    pub fn remove_transient(&mut self, range: GvaRange) {
+        self.code.remove_transient(range);
     }
 
     /// How this kernel packs its unwind data; a module built for it does the same.

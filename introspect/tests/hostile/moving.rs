@@ -79,29 +79,29 @@ impl PhysMemory for Moving<'_> {
 }
 
 /// What a look in a pause says of everybody and their stacks.
-fn in_pause(survey: &mut TaskCache, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> {
+fn in_pause(cache: &mut TaskCache, memory: &dyn PhysMemory) -> Vec<(Task, Stack)> {
     let (kernel, unwinder) = (hostile_guest::kernel(), hostile_guest::unwinder());
     let (memory, vcpus) = (kernel.memory(memory), image::vcpus());
-    survey.look(kernel, unwinder, &memory, &vcpus).unwrap();
+    cache.refresh(kernel, unwinder, &memory, &vcpus).unwrap();
     let regs = |n: Option<u32>| n.and_then(|n| vcpus.get(n as usize));
-    let each = survey.seen().iter().map(|seen| {
+    let each = cache.tasks().iter().map(|seen| {
         let stack = seen.stack(unwinder, &memory, regs(seen.task.vcpu));
         (seen.task.clone(), stack.into_owned())
     });
     each.collect()
 }
 
-fn walk_ahead(survey: &mut TaskCache, memory: &dyn PhysMemory) {
+fn walk_ahead(cache: &mut TaskCache, memory: &dyn PhysMemory) {
     let kernel = hostile_guest::kernel();
-    survey.walk_ahead(kernel, hostile_guest::unwinder(), &kernel.memory(memory));
+    cache.prewalk(kernel, hostile_guest::unwinder(), &kernel.memory(memory));
 }
 
 /// Looks ahead with one turn of the task's life after so many words of it, and another, then in a pause.
 fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'static>]) -> usize {
-    let mut survey = TaskCache::new();
+    let mut cache = TaskCache::new();
     if known {
         // The look ahead then has only to go through what it knows.
-        in_pause(&mut survey, &memory());
+        in_pause(&mut cache, &memory());
     }
     let moving = Moving {
         life,
@@ -109,10 +109,10 @@ fn check(task: usize, known: bool, turns: [(usize, usize); 2], life: &[Mutated<'
         turns: &turns,
         words: AtomicUsize::new(0),
     };
-    walk_ahead(&mut survey, &moving);
+    walk_ahead(&mut cache, &moving);
     let last = &life[turns[1].1];
     assert_eq!(
-        in_pause(&mut survey, last),
+        in_pause(&mut cache, last),
         in_pause(&mut TaskCache::new(), last),
         "task {task}, known before: {known}, turns {turns:?}"
     );

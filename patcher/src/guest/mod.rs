@@ -29,7 +29,7 @@ pub struct Guest {
     /// Stacks.
     pub unwinder: Unwinder,
     /// Tasks and their stacks, as last seen.
-    pub survey: TaskCache,
+    pub task_cache: TaskCache,
     /// What patching needs, or why this kernel cannot be patched.
     pub facts: Result<KernelInfo, PatchError>,
 }
@@ -78,7 +78,7 @@ impl Guest {
         Ok(Guest {
             kernel,
             unwinder,
-            survey: TaskCache::new(),
+            task_cache: TaskCache::new(),
             facts,
         })
     }
@@ -105,10 +105,10 @@ impl Guest {
         let Guest {
             kernel,
             unwinder,
-            survey,
+            task_cache,
             ..
         } = self;
-        GuestView::take(kernel, unwinder, survey, memory, vcpus)
+        GuestView::take(kernel, unwinder, task_cache, memory, vcpus)
     }
 
     /// The guest still runs this kernel. Only while paused.
@@ -116,7 +116,7 @@ impl Guest {
     /// # Errors
     /// [`PatchError::AnotherKernel`].
     pub fn is_there(&self, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<(), PatchError> {
-        match self.kernel.is_there(&self.kernel.memory(memory), vcpus) {
+        match self.kernel.is_running(&self.kernel.memory(memory), vcpus) {
             true => Ok(()),
             false => Err(PatchError::AnotherKernel(self.kernel.release.clone())),
         }
@@ -133,9 +133,9 @@ impl Guest {
     /// Walks stacks while the guest runs, and looks for the code of `watch` on them, so that the next look is short.
     pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &CodeSet) {
         let memory = self.kernel.memory(memory);
-        self.survey
-            .walk_ahead(&self.kernel, &self.unwinder, &memory);
-        watch.mark_ahead(&mut self.survey);
+        self.task_cache
+            .prewalk(&self.kernel, &self.unwinder, &memory);
+        watch.mark_ahead(&mut self.task_cache);
     }
 
     /// Names of the modules that the guest has loaded. Only while paused.

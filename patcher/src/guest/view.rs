@@ -46,8 +46,8 @@ impl CodeSet {
     }
 
     /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
-    pub fn mark_ahead(&self, survey: &mut TaskCache) {
-        survey.mark(self.mark(), |stack| self.first_hit(stack).is_none());
+    pub fn mark_ahead(&self, task_cache: &mut TaskCache) {
+        task_cache.tag(self.mark(), |stack| self.first_hit(stack).is_none());
     }
 
     fn mark(&self) -> NonZeroU64 {
@@ -88,7 +88,7 @@ pub struct GuestView<'a> {
     pub kernel: &'a Kernel,
     /// Its memory, for this pause.
     pub memory: KernelMemory<'a>,
-    survey: &'a TaskCache,
+    task_cache: &'a TaskCache,
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
     walked: Cell<usize>,
@@ -97,23 +97,23 @@ pub struct GuestView<'a> {
 }
 
 impl<'a> GuestView<'a> {
-    /// Looks; `survey` is what earlier looks left.
+    /// Looks; `task_cache` is what earlier looks left.
     ///
     /// # Errors
     /// [`StepError`]; busy when the task lists are being changed.
     pub fn take(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
-        survey: &'a mut TaskCache,
+        task_cache: &'a mut TaskCache,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<GuestView<'a>, StepError> {
         let memory = kernel.memory(memory);
-        survey.look(kernel, unwinder, &memory, vcpus)?;
+        task_cache.refresh(kernel, unwinder, &memory, vcpus)?;
         Ok(GuestView {
             kernel,
             memory,
-            survey,
+            task_cache,
             unwinder,
             vcpus,
             walked: Cell::new(0),
@@ -123,19 +123,19 @@ impl<'a> GuestView<'a> {
 
     /// Every task, with what is known of it.
     #[must_use]
-    pub fn seen(&self) -> &'a [CachedTask] {
-        self.survey.seen()
+    pub fn cached(&self) -> &'a [CachedTask] {
+        self.task_cache.tasks()
     }
 
     /// Every task.
     pub fn tasks(&self) -> impl Iterator<Item = &'a Task> + use<'a> {
-        self.seen().iter().map(|seen| &seen.task)
+        self.cached().iter().map(|seen| &seen.task)
     }
 
     /// The patch state of number `at` of them; without a look at the task where nothing about it has changed.
     #[must_use]
     pub fn patch_state(&self, at: usize) -> Option<PatchState> {
-        self.survey.patch_state(at)
+        self.task_cache.patch_state(at)
     }
 
     /// The modules that the guest has loaded, for names of the code on stacks.
@@ -163,7 +163,7 @@ impl<'a> GuestView<'a> {
     /// The stacks of all tasks, in their order.
     #[must_use]
     pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
-        let seen = self.seen().iter();
+        let seen = self.cached().iter();
         let known: Vec<_> = seen.map(|seen| (seen, seen.known_stack())).collect();
         let others = known.iter().filter(|(_, known)| known.is_none());
         let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
@@ -186,10 +186,10 @@ impl<'a> GuestView<'a> {
     #[must_use]
     pub fn standing(&self, at: usize, watch: &CodeSet) -> StackCheck {
         // A running task's stack is never kept, and so never marked.
-        if self.survey.is_marked(at, watch.mark()) {
+        if self.task_cache.is_tagged(at, watch.mark()) {
             return StackCheck::Clear(SwitchedBy::Stack);
         }
-        match self.seen().get(at) {
+        match self.cached().get(at) {
             Some(seen) => self.standing_of(seen, watch),
             None => StackCheck::Unknown("it is not there".into()),
         }
@@ -214,7 +214,7 @@ impl<'a> GuestView<'a> {
     #[must_use]
     pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
         const IF: u64 = 1 << 9;
-        let running = self.survey.running().filter_map(|seen| {
+        let running = self.task_cache.running().filter_map(|seen| {
             let vcpu = self.vcpu_of(&seen.task)?;
             (vcpu.online && !vcpu.foreign).then_some((vcpu, seen.task.cpu?))
         });
@@ -234,7 +234,7 @@ impl<'a> GuestView<'a> {
                 )));
             }
             let runs_here = |seen: &CachedTask| seen.task.vcpu == Some(vcpu.index);
-            if !self.survey.running().any(runs_here) {
+            if !self.task_cache.running().any(runs_here) {
                 return Err(StepError::Busy(format!(
                     "vCPU {} is between two tasks",
                     vcpu.index
@@ -249,7 +249,7 @@ impl<'a> GuestView<'a> {
     /// # Errors
     /// [`StepError::Busy`].
     pub fn no_vcpu_in(&self, watch: &CodeSet) -> Result<(), StepError> {
-        let each = self.survey.running();
+        let each = self.task_cache.running();
         none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, watch))))
     }
 
@@ -258,7 +258,7 @@ impl<'a> GuestView<'a> {
     /// # Errors
     /// [`StepError::Busy`] with the first that is, or may be.
     pub fn no_task_in(&self, watch: &CodeSet) -> Result<(), StepError> {
-        let each = self.seen().iter().enumerate();
+        let each = self.cached().iter().enumerate();
         none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
     }
 

@@ -130,7 +130,7 @@ impl Patch {
 
     /// Takes what the unwinder knows of it out again.
     pub fn forget(&self, unwinder: &mut Unwinder) {
-        unwinder.remove_busy(self.stubs);
+        unwinder.remove_transient(self.stubs);
         if let Some(region) = self.region {
             unwinder.remove_region(region);
         }

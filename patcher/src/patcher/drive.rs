@@ -120,7 +120,7 @@ impl Patcher {
         let Some(transition) = &mut patch.transition else {
             return;
         };
-        let tasks = guest.survey.seen().iter().map(|seen| &seen.task);
+        let tasks = guest.task_cache.tasks().iter().map(|seen| &seen.task);
         transition.enter(tasks, step.findings);
         if !step.finished {
             return;
@@ -246,7 +246,7 @@ impl Patcher {
         let facts = guest.facts()?.clone();
         let patch = self.patches.get(at).ok_or_else(not_found)?;
         if self.walks_in_the_pause {
-            guest.survey = TaskCache::new();
+            guest.task_cache = TaskCache::new();
         } else {
             guest.walk_ahead(machine.memory(), &transition.direction.watch(patch));
         }
@@ -267,7 +267,7 @@ impl Patcher {
                 unmoved: transition.unmoved.as_ref(),
             };
             let step = make(&scene);
-            (step, look.seen().len(), look.walked())
+            (step, look.cached().len(), look.walked())
         };
         paused.saw(tasks, walked);
         let step = step?;

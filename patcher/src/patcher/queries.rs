@@ -36,7 +36,7 @@ impl Patcher {
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
         let (task, stack, loaded) = self.look(machine, |look| {
-            let seen = look.seen().iter().find(|seen| seen.task.pid == pid);
+            let seen = look.cached().iter().find(|seen| seen.task.pid == pid);
             let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
             let stack = look.stack(seen).into_owned();
             Ok((seen.task.clone(), stack, look.loaded()))
@@ -142,11 +142,11 @@ impl Patcher {
         let guest = guest.as_mut().ok_or_else(not_found)?;
         patiently(|| {
             // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
-            guest.survey = TaskCache::new();
+            guest.task_cache = TaskCache::new();
             let mut paused = PauseGuard::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
                 let look = guest.look(paused.memory(), &paused.vcpus)?;
-                (question(&look), look.seen().len(), look.walked())
+                (question(&look), look.cached().len(), look.walked())
             };
             paused.saw(tasks, walked);
             Ok(answer?)

@@ -213,7 +213,7 @@ impl<'a> StepContext<'a> {
             true => Outcome::Switched(None),
             false => Outcome::Switched(Some(SwitchedBy::Forced)),
         };
-        let mut step = Step::new((0..self.look.seen().len()).map(moved).collect());
+        let mut step = Step::new((0..self.look.cached().len()).map(moved).collect());
         for (at, task) in self.look.tasks().enumerate() {
             if self.state(at) != target {
                 self.plan_state(task, target, &mut step.plan)?;
@@ -229,7 +229,7 @@ impl<'a> StepContext<'a> {
     fn not_at_once(&self, standings: &StackChecks) -> StepError {
         let (mut inside, mut unsure) = (Vec::new(), Vec::new());
         for (at, standing) in standings.unclean() {
-            let Some(CachedTask { task, .. }) = self.look.seen().get(at) else {
+            let Some(CachedTask { task, .. }) = self.look.cached().get(at) else {
                 continue;
             };
             match standing {
@@ -350,7 +350,7 @@ impl<'a> StepContext<'a> {
 
     /// The patch state of task number `at` of the look.
     fn state(&self, at: usize) -> i32 {
-        match (self.unmoved, self.look.seen().get(at)) {
+        match (self.unmoved, self.look.cached().get(at)) {
             (Some(unmoved), Some(seen)) if unmoved.contains(seen.task.addr) => {
                 unmoved.direction().initial()
             }
@@ -369,7 +369,7 @@ impl<'a> StepContext<'a> {
             )),
             _ => self.look.standing(at, &watch),
         };
-        StackChecks::ask(self.look.seen().len(), stand)
+        StackChecks::ask(self.look.cached().len(), stand)
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
