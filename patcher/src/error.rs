@@ -1,79 +1,96 @@
-//! What can go wrong with a patch, in words for its operator, and sorted for a control plane.
+//! What can go wrong with a patch, in words for the operator, and sorted for a control plane.
 //!
-//! Each message says what was found, where, and what to do. Every one of these leaves the guest running as before the call,
-//! except [`PatchError::Undo`], which says so.
+//! Each message says what was found, where, and what to do. Every error leaves the guest running
+//! as before the call, except [`PatchError::Undo`], which says so. Errors of `introspect` and of
+//! the parts of this crate stay whole inside: [`source`](std::error::Error::source) leads to them.
+//!
+//! Knows how one error becomes another: every conversion of the crate stands here.
 
-use introspect::Gva;
+use introspect::btf::BtfError;
+use introspect::modules::ModulesError;
+use introspect::modules::proc_kallsyms::ListingError;
+use introspect::{FindError, Gva, NotReady, ReadError, SymbolError, TasksError, UnwinderError};
 
+use crate::ftrace::ops::FtraceOpsError;
+use crate::ftrace::site::SiteError;
 use crate::machine::MachineError;
+use crate::memory::PatchMemoryError;
+use crate::module::{LinkError, ModuleError, TargetError};
+use crate::x86::EncodeError;
 
 /// What sort of failure a [`PatchError`] is: what its reader can do about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// The file is no patch for this guest; trying again will not help.
+    /// The file is no patch for this guest. Trying again does not help.
     BadPatch,
-    /// The patch needs what outpatch cannot do yet.
+    /// The patch, or the guest, needs what outpatch cannot do.
     Unsupported,
-    /// No such patch or task.
+    /// There is no such patch or task.
     NotFound,
-    /// What is asked for does not fit the present state (already applied, a transition runs, the site is in use).
+    /// The request does not fit the present state: the patch is applied already, a transition is
+    /// running, the function's entry is in use.
     Conflict,
-    /// The guest was in the middle of something for as long as we tried; try again.
+    /// The guest was in the middle of a change for as long as it was tried. Try again.
     Busy,
-    /// The guest's kernel is not up yet; try again later.
+    /// The guest's kernel is not up yet. Try again later.
     NotReady,
     /// The guest's memory is not what a Linux kernel's is.
     Guest,
     /// The machine below failed.
     Machine,
+    /// outpatch itself failed: a bug.
+    Internal,
 }
 
 /// Why an operation on a guest failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PatchError {
     /// The machine refused an operation.
     #[error(transparent)]
     Machine(#[from] MachineError),
 
-    /// A write failed, and so did putting back what was already written.
-    #[error("{cause}; putting the guest back as it was failed too ({undo}): stop this guest")]
+    /// A write failed, and so did the restoring of what was already written.
+    #[error("{cause}; restoring the guest's memory failed too ({undo}): stop this guest")]
     Undo {
-        /// The failure that made us undo.
+        /// The failure that the undo was for.
+        #[source]
         cause: Box<PatchError>,
         /// The failure of the undo.
         undo: MachineError,
     },
 
-    /// No kernel in the guest that we can work with yet.
+    /// The guest's kernel is not up yet.
     #[error("the guest's kernel is not up yet: {0}")]
-    NotReady(String),
+    NotReady(#[source] NotReady),
 
-    /// The guest's memory could not be made sense of.
+    /// The guest's memory does not show what a kernel's memory shows.
     #[error("guest kernel: {0}")]
-    Guest(String),
+    Guest(#[from] GuestError),
 
-    /// The guest has started another kernel by itself.
+    /// The guest has started another kernel by itself (kexec).
     #[error(
-        "the guest no longer runs the kernel that it did ({0}): it has started another one, and what was patched is gone with the old one; ask again"
+        "the guest no longer runs the kernel that it did ({0}): it has started another one, and what was patched is \
+         gone with the old one; ask again"
     )]
     AnotherKernel(String),
 
     /// The guest holds a lock, or is doing something, that makes a change unsafe now.
-    #[error("the guest was busy in each of {tries} looks: {what}; try again")]
+    #[error("guest still busy after {tries} attempts ({what}); try again")]
     Busy {
-        /// What was in the way at the last look.
+        /// What the last attempt found.
         what: String,
-        /// How often we looked.
+        /// How many attempts there were.
         tries: u32,
     },
 
-    /// The file is not a livepatch module for this guest.
-    #[error("{0}")]
-    BadPatch(String),
+    /// The file is no livepatch module that this guest can take.
+    #[error(transparent)]
+    Module(#[from] LinkError),
 
-    /// The patch, or the guest, needs what is not there yet.
+    /// The guest lacks what the request needs.
     #[error("{0} (not supported yet)")]
-    Unsupported(String),
+    Unsupported(&'static str),
 
     /// A patch of this name is in the guest.
     #[error("patch {0} is already in the guest; revert it first")]
@@ -83,45 +100,106 @@ pub enum PatchError {
     #[error("the guest itself has loaded module {0}; remove it there first")]
     LoadedInGuest(String),
 
-    /// A transition is running; there is one at a time.
+    /// A transition is running. There is one at a time.
     #[error("patch {0} is in transition; wait for it, or revert it")]
     InTransition(String),
 
-    /// Not everybody could be moved in one pause.
-    #[error("not all tasks can be moved in one pause: {blocker}{}; move them per task, or try again", and_more(.others))]
+    /// Some tasks could not be switched in one pause.
+    #[error(
+        "cannot switch all tasks in one pause: {blocker}{}; retry, or use --mode per-task",
+        and_more(.others)
+    )]
     NotAtOnce {
-        /// A task in the way, and where it is: one that is in the functions, if any is.
+        /// A task that blocks, and on which frame: one that is in a patched function, if any is.
         blocker: String,
-        /// How many more there are.
+        /// How many more tasks block.
         others: usize,
     },
 
-    /// There is no transition to do it to.
+    /// The patch is not in transition.
     #[error("patch {0} is not in transition")]
     NoTransition(String),
 
-    /// No patch of this name.
+    /// There is no patch of this name.
     #[error("no patch named {0} is applied")]
     NoSuchPatch(String),
 
-    /// No task with this pid.
+    /// There is no task with this pid.
     #[error("no task with pid {0}")]
     NoSuchTask(i32),
 
     /// The function's entry cannot be redirected.
-    #[error("function {function} at {at}: {why}")]
+    #[error("function {function} at {at}: {source}")]
     Site {
         /// The function.
         function: String,
         /// Its address.
         at: Gva,
-        /// Why not, with the name of who uses it.
-        why: String,
+        /// Why not, with the name of what uses it.
+        source: SiteError,
     },
 
-    /// No room for the patch in the guest.
-    #[error("no room in the guest: {0}")]
-    NoRoom(String),
+    /// The guest has no memory for the patch, or took some back that outpatch uses.
+    #[error(transparent)]
+    Memory(#[from] PatchMemoryError),
+
+    /// An instruction cannot be encoded for the addresses at hand.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+
+    /// More tasks have to switch than the patch has a table for (guests without livepatching).
+    #[error(
+        "more than {max} tasks have not switched, and the guest had fewer when the patch was placed; try again"
+    )]
+    TooManyTasks {
+        /// How many the table takes.
+        max: u64,
+    },
+}
+
+/// What in the guest's memory could not be read or made sense of.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// There is no kernel that can be read.
+    #[error(transparent)]
+    Kernel(#[from] FindError),
+    /// The kernel lacks a symbol, or has several of the name.
+    #[error(transparent)]
+    Symbol(#[from] SymbolError),
+    /// The kernel's types lack something.
+    #[error(transparent)]
+    Types(#[from] BtfError),
+    /// Memory cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The task list cannot be read.
+    #[error(transparent)]
+    Tasks(#[from] TasksError),
+    /// The list of modules cannot be read.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
+    /// The symbols of modules and of code made at run time cannot be read.
+    #[error(transparent)]
+    Symbols(#[from] ListingError),
+    /// Stacks cannot be walked.
+    #[error(transparent)]
+    Unwinder(#[from] UnwinderError),
+    /// ftrace's users cannot be read.
+    #[error(transparent)]
+    Ftrace(#[from] FtraceOpsError),
+    /// The kernel's variables and types are no ones that a kernel has.
+    #[error("{0}")]
+    Unexpected(String),
+}
+
+/// Why a step of a transition was not taken.
+#[derive(Clone, Debug)]
+pub enum StepError {
+    /// The guest is in the middle of this. Resume it and try again.
+    Busy(String),
+    /// Trying again does not help.
+    Failed(PatchError),
 }
 
 fn and_more(count: &usize) -> String {
@@ -129,6 +207,11 @@ fn and_more(count: &usize) -> String {
         0 => String::new(),
         count => format!(" (and {count} more)"),
     }
+}
+
+/// Values in the guest that no kernel has.
+pub fn unexpected(what: impl Into<String>) -> PatchError {
+    PatchError::Guest(GuestError::Unexpected(what.into()))
 }
 
 impl PatchError {
@@ -139,16 +222,90 @@ impl PatchError {
             PatchError::Machine(_) | PatchError::Undo { .. } => ErrorKind::Machine,
             PatchError::NotReady(_) => ErrorKind::NotReady,
             PatchError::Guest(_) | PatchError::AnotherKernel(_) => ErrorKind::Guest,
-            PatchError::Busy { .. } => ErrorKind::Busy,
-            PatchError::Unsupported(_) | PatchError::NoRoom(_) => ErrorKind::Unsupported,
-            PatchError::BadPatch(_) => ErrorKind::BadPatch,
+            PatchError::Busy { .. } | PatchError::TooManyTasks { .. } => ErrorKind::Busy,
+            PatchError::Unsupported(_) => ErrorKind::Unsupported,
+            PatchError::Module(error) => link_kind(error),
+            PatchError::Site { source, .. } => site_kind(source),
+            PatchError::Memory(error) => memory_kind(error),
+            PatchError::Encode(EncodeError::OutOfReach { .. }) => ErrorKind::Unsupported,
+            PatchError::Encode(EncodeError::Assembler { .. }) => ErrorKind::Internal,
             PatchError::AlreadyApplied(_)
             | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)
             | PatchError::NoTransition(_)
-            | PatchError::NotAtOnce { .. }
-            | PatchError::Site { .. } => ErrorKind::Conflict,
+            | PatchError::NotAtOnce { .. } => ErrorKind::Conflict,
             PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,
         }
     }
+}
+
+fn link_kind(error: &LinkError) -> ErrorKind {
+    match error {
+        LinkError::Booting => ErrorKind::NotReady,
+        LinkError::Target(_) => ErrorKind::Guest,
+        LinkError::Dropped { .. } | LinkError::StaticKey { .. } => ErrorKind::Unsupported,
+        LinkError::Module(error) if error.is_unsupported() => ErrorKind::Unsupported,
+        _ => ErrorKind::BadPatch,
+    }
+}
+
+fn site_kind(error: &SiteError) -> ErrorKind {
+    match error {
+        SiteError::None => ErrorKind::Unsupported,
+        SiteError::Used(_) | SiteError::Foreign(_) | SiteError::Changed => ErrorKind::Conflict,
+        SiteError::Read(_) | SiteError::Endless => ErrorKind::Guest,
+    }
+}
+
+fn memory_kind(error: &PatchMemoryError) -> ErrorKind {
+    match error {
+        PatchMemoryError::TooLarge { .. } | PatchMemoryError::NoEntry => ErrorKind::Unsupported,
+        PatchMemoryError::NoWindow { .. } => ErrorKind::Conflict,
+        PatchMemoryError::EntryTaken(_)
+        | PatchMemoryError::PaddingTaken(_)
+        | PatchMemoryError::NotMapped(_) => ErrorKind::Guest,
+    }
+}
+
+impl From<FindError> for PatchError {
+    fn from(error: FindError) -> Self {
+        match error {
+            FindError::NotReady(why) => PatchError::NotReady(why),
+            other => PatchError::Guest(other.into()),
+        }
+    }
+}
+
+impl From<TasksError> for StepError {
+    fn from(error: TasksError) -> Self {
+        match error {
+            TasksError::Busy(_) | TasksError::Miscounted { .. } => {
+                StepError::Busy(error.to_string())
+            }
+            other => StepError::Failed(PatchError::Guest(other.into())),
+        }
+    }
+}
+
+impl From<PatchError> for StepError {
+    fn from(error: PatchError) -> Self {
+        StepError::Failed(error)
+    }
+}
+
+/// Conversions that go by way of another error.
+macro_rules! by_way_of {
+    ($($to:ty: $($from:ty)|+ => $way:ty;)+) => {$($(
+        impl From<$from> for $to {
+            fn from(error: $from) -> Self {
+                <$to>::from(<$way>::from(error))
+            }
+        }
+    )+)+};
+}
+
+by_way_of! {
+    PatchError: SymbolError | BtfError | ReadError | ModulesError | ListingError | UnwinderError | FtraceOpsError => GuestError;
+    PatchError: ModuleError | TargetError => LinkError;
+    StepError: ReadError | MachineError | EncodeError | PatchMemoryError | FtraceOpsError => PatchError;
 }

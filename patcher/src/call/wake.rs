@@ -21,7 +21,7 @@ use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
 use crate::transition::signal::INTERRUPTIBLE;
-use crate::x86::entry_stub::{self, EncodeError};
+use crate::x86::{self, EncodeError};
 
 /// `IRQ_WORK_VECTOR` (`arch/x86/include/asm/irq_vectors.h`); proved by the guest's interrupt table before it is used.
 const IRQ_WORK_VECTOR: u8 = 0xf6;
@@ -236,7 +236,7 @@ impl TaskWaker {
 /// The routine, `void (*func)(struct irq_work *)`, at `at`: called on the interrupt stack with interrupts off.
 fn routine(at: Gva, facts: &IrqWorkInfo) -> Result<Vec<u8>, EncodeError> {
     let targets = [facts.wake_up_state, facts.put];
-    entry_stub::fitted(at, CODE_ROOM, targets, || assemble(at, facts))
+    x86::fitted(at, CODE_ROOM, targets, || assemble(at, facts))
 }
 
 /// `ret` is a plain one: what runs once for a rare event gains nothing from the kernel's return thunk.

@@ -59,19 +59,13 @@ struct Bits {
 
 /// The list could not be followed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TracersError {
+pub enum FtraceOpsError {
     /// It could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// It goes round, or is larger than any kernel's.
     #[error("the kernel's list of ftrace_ops and their filters makes no sense at {0}")]
     Endless(Gva),
-}
-
-impl From<TracersError> for PatchError {
-    fn from(error: TracersError) -> Self {
-        PatchError::Guest(error.to_string())
-    }
 }
 
 impl FtraceOps {
@@ -98,8 +92,8 @@ impl FtraceOps {
     /// What the record of the entry at `ip` is to say of those who trace it: their number, and what they ask for.
     ///
     /// # Errors
-    /// [`TracersError`].
-    pub fn account(&self, memory: &KernelMemory<'_>, ip: Gva) -> Result<u64, TracersError> {
+    /// [`FtraceOpsError`].
+    pub fn account(&self, memory: &KernelMemory<'_>, ip: Gva) -> Result<u64, FtraceOpsError> {
         let mut walk = Walk {
             memory,
             left: MOST_STEPS,
@@ -122,7 +116,7 @@ impl FtraceOps {
     }
 
     /// Whether an enabled `ftrace_ops` traces `ip`.
-    fn has(&self, walk: &mut Walk<'_, '_>, ops: Gva, ip: Gva) -> Result<bool, TracersError> {
+    fn has(&self, walk: &mut Walk<'_, '_>, ops: Gva, ip: Gva) -> Result<bool, FtraceOpsError> {
         let both = Gva(walk.memory.field(ops, self.func_hash)?);
         let hash = |field| Ok::<_, ReadError>(Gva(walk.memory.field(both, field)?));
         let (filter, notrace) = (hash(self.filter)?, hash(self.notrace)?);
@@ -167,7 +161,7 @@ impl HashTypes {
     }
 
     /// `ftrace_lookup_ip`.
-    fn has(&self, walk: &mut Walk<'_, '_>, hash: Gva, ip: Gva) -> Result<bool, TracersError> {
+    fn has(&self, walk: &mut Walk<'_, '_>, hash: Gva, ip: Gva) -> Result<bool, FtraceOpsError> {
         let memory = walk.memory;
         if hash.is_null() || memory.field(hash, self.count)? == 0 {
             return Ok(false);
@@ -175,7 +169,7 @@ impl HashTypes {
         let bucket = match memory.field(hash, self.size_bits)? {
             0 => 0,
             bits @ 1..=MOST_BITS => ip.0.wrapping_mul(GOLDEN_RATIO) >> (64 - bits),
-            _ => return Err(TracersError::Endless(hash)),
+            _ => return Err(FtraceOpsError::Endless(hash)),
         };
         let buckets = Gva(memory.field(hash, self.buckets)?);
         // The first member of a head and of a node is the pointer to what comes next.
@@ -198,8 +192,8 @@ struct Walk<'k, 'm> {
 }
 
 impl Walk<'_, '_> {
-    fn step(&mut self, at: Gva) -> Result<(), TracersError> {
-        self.left = (self.left.checked_sub(1)).ok_or(TracersError::Endless(at))?;
+    fn step(&mut self, at: Gva) -> Result<(), FtraceOpsError> {
+        self.left = (self.left.checked_sub(1)).ok_or(FtraceOpsError::Endless(at))?;
         Ok(())
     }
 }
@@ -290,7 +284,7 @@ mod tests {
             self.machine.put(Mock::FREE, &ops.0.to_le_bytes());
         }
 
-        fn account(&self) -> Result<u64, TracersError> {
+        fn account(&self) -> Result<u64, FtraceOpsError> {
             tracers().account(&self.machine.kernel_memory(), IP)
         }
     }
@@ -340,18 +334,18 @@ mod tests {
         memory
             .machine
             .put(Mock::FREE + memory.used - 32, &ops.0.to_le_bytes());
-        assert_eq!(memory.account(), Err(TracersError::Endless(ops)));
+        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(ops)));
 
         let mut memory = Memory::new();
         let ring = memory.put(&[DATA.0 + 8, 0, 0]);
         let buckets = memory.put(&[ring.0]);
         let hash = memory.put(&[0, buckets.0, 1, 0]);
         memory.ops(1, 0, hash, Gva(0));
-        assert_eq!(memory.account(), Err(TracersError::Endless(ring)));
+        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(ring)));
 
         let mut memory = Memory::new();
         let wide = memory.put(&[64, 0, 1, 0]);
         memory.ops(1, 0, wide, Gva(0));
-        assert_eq!(memory.account(), Err(TracersError::Endless(wide)));
+        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(wide)));
     }
 }

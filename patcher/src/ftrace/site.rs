@@ -8,14 +8,11 @@ use introspect::Gva;
 use introspect::btf::{Btf, BtfError};
 use introspect::memory::kernel::{Field, KernelMemory, ReadError};
 
-use crate::x86::entry_stub::SITE_LEN;
+use crate::x86::{INT3, NOP5, NOP5_K8, SITE_LEN};
 
 /// The five-byte NOPs that kernels put at unused sites: the current one, and that of older processors
 /// (`arch/x86/include/asm/nops.h`: P6 and K8).
-const NOPS: [[u8; SITE_LEN]; 2] = [
-    [0x0f, 0x1f, 0x44, 0x00, 0x00],
-    [0x66, 0x66, 0x66, 0x66, 0x90],
-];
+const NOPS: [[u8; SITE_LEN]; 2] = [NOP5, NOP5_K8];
 /// Where a site can be: at the function's first byte, or behind a four-byte ENDBR64 (or what sealing left of it).
 const OFFSETS: [u64; 2] = [0, 4];
 /// More groups of records than any kernel has: a list that is longer has a cycle.
@@ -86,8 +83,11 @@ pub enum SiteError {
     #[error("its entry is in use by {0}; remove that first")]
     Used(String),
     /// The site holds what no kernel writes.
-    #[error("its entry holds {0}, which is no NOP of this kernel's")]
+    #[error("its entry holds {0} instead of the ftrace NOP")]
     Foreign(String),
+    /// The entry or its record changed after outpatch took it.
+    #[error("something in the guest changed its entry or its ftrace record")]
+    Changed,
     /// The kernel's records could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
@@ -232,7 +232,7 @@ fn classify(
                 target()
             )));
         }
-        0xcc => return Err(SiteError::Used("a kprobe (int3)".into())),
+        INT3 => return Err(SiteError::Used("a kprobe (int3)".into())),
         0xe9 => return Err(SiteError::Used(format!("a jump to {}", target()))),
         _ => {}
     }

@@ -2,11 +2,11 @@
 //!
 //! Names only; nothing here looks at what the guest does.
 
-use introspect::btf::BtfError;
 use introspect::kernel::layout::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
 use crate::error::PatchError;
+use crate::error::unexpected;
 use crate::ftrace::ops::FtraceOps;
 use crate::ftrace::site::FtraceLayout;
 use crate::memory::cave::TextMap;
@@ -88,18 +88,6 @@ pub struct KernelInfo {
     pub text: TextMap,
 }
 
-impl From<BtfError> for PatchError {
-    fn from(error: BtfError) -> Self {
-        PatchError::Guest(error.to_string())
-    }
-}
-
-impl From<SymbolError> for PatchError {
-    fn from(error: SymbolError) -> Self {
-        PatchError::Guest(error.to_string())
-    }
-}
-
 impl KernelInfo {
     /// From a kernel's symbols and types.
     ///
@@ -156,7 +144,7 @@ fn klp(kernel: &Kernel) -> Result<Option<KlpInfo>, PatchError> {
         transition_patch: kernel.symbols.address("klp_transition_patch")?,
         patch_state: derived.patch_state,
         pending: mask(derived.pending_bit)
-            .ok_or_else(|| PatchError::Guest("TIF_PATCH_PENDING is no bit of 64".into()))?,
+            .ok_or_else(|| unexpected("TIF_PATCH_PENDING is no bit of 64"))?,
         patch_size: kernel.btf.size_of("klp_patch")?,
         patch_lists: vec![
             kernel.btf.field("klp_patch.list")?,
@@ -196,8 +184,6 @@ fn current(kernel: &Kernel) -> Result<CurrentVar, PatchError> {
             .ok()
             .filter(|offset| i32::try_from(*offset).is_ok())
             .map(CurrentVar::Absolute)
-            .ok_or_else(|| {
-                PatchError::Guest(format!("{symbol} is no per-CPU offset of current_task"))
-            }),
+            .ok_or_else(|| unexpected(format!("{symbol} is no per-CPU offset of current_task"))),
     }
 }

@@ -7,19 +7,18 @@ pub mod view;
 
 use std::collections::HashSet;
 
-use introspect::kernel::FindError;
 use introspect::modules;
 use introspect::task_list::cache::TaskCache;
-use introspect::unwind::{Unwinder, UnwinderError};
+use introspect::unwind::Unwinder;
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::kernel_info::KernelInfo;
 use crate::guest::pause::PauseGuard;
 use crate::guest::view::{CodeSet, GuestView};
 use crate::machine::Machine;
 use crate::report::patch::PauseReport;
-use crate::transition::preconditions::StepError;
 
 /// One guest's kernel.
 #[derive(Debug)]
@@ -32,21 +31,6 @@ pub struct Guest {
     pub task_cache: TaskCache,
     /// What patching needs, or why this kernel cannot be patched.
     pub facts: Result<KernelInfo, PatchError>,
-}
-
-impl From<FindError> for PatchError {
-    fn from(error: FindError) -> Self {
-        match error {
-            FindError::NotReady(_) => PatchError::NotReady(error.to_string()),
-            _ => PatchError::Guest(error.to_string()),
-        }
-    }
-}
-
-impl From<UnwinderError> for PatchError {
-    fn from(error: UnwinderError) -> Self {
-        PatchError::Guest(error.to_string())
-    }
 }
 
 impl Guest {
@@ -144,8 +128,7 @@ impl Guest {
     /// [`PatchError::Guest`].
     pub fn loaded_modules(&self, memory: &dyn PhysMemory) -> Result<HashSet<String>, PatchError> {
         let memory = self.kernel.memory(memory);
-        let loaded = modules::list(&self.kernel, &memory)
-            .map_err(|error| PatchError::Guest(error.to_string()))?;
+        let loaded = modules::list(&self.kernel, &memory)?;
         Ok(loaded.into_iter().map(|module| module.name).collect())
     }
 }

@@ -9,7 +9,6 @@ use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 
-use introspect::task_list::TasksError;
 use introspect::task_list::cache::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
 use introspect::{
@@ -17,10 +16,9 @@ use introspect::{
     Verdict,
 };
 
-use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::symbolize::{self, LoadedModules};
 use crate::report::patch::SwitchedBy;
-use crate::transition::preconditions::StepError;
 
 /// Code that a task must not be in, each piece with its name.
 #[derive(Clone, Debug, Default)]
@@ -306,16 +304,5 @@ fn none_blocked<'t>(
             "{} ({}): {why}",
             task.comm, task.pid
         ))),
-    }
-}
-
-impl From<TasksError> for StepError {
-    fn from(error: TasksError) -> Self {
-        match error {
-            TasksError::Busy(_) | TasksError::Miscounted { .. } => {
-                StepError::Busy(error.to_string())
-            }
-            _ => StepError::Fail(PatchError::Guest(error.to_string())),
-        }
     }
 }

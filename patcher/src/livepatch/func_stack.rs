@@ -9,7 +9,7 @@ use introspect::{Gva, GvaRange};
 
 use crate::ftrace::site::Site;
 use crate::livepatch::patch::Patch;
-use crate::x86::entry_stub::{self, EncodeError, SITE_LEN};
+use crate::x86::{self, EncodeError, SITE_LEN};
 
 /// Where calls of a function go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ impl PatchedFunction {
     /// # Errors
     /// [`EncodeError`].
     pub fn to_stub(&self) -> Result<[u8; SITE_LEN], EncodeError> {
-        entry_stub::jump(self.site.at, self.stub)
+        x86::jump(self.site.at, self.stub)
     }
 
     /// What it holds when the patch is applied.
@@ -71,7 +71,7 @@ impl PatchedFunction {
     fn to(&self, callee: Target) -> Result<[u8; SITE_LEN], EncodeError> {
         match callee {
             Target::Original => Ok(self.site.nop),
-            Target::Patched(code) => entry_stub::jump(self.site.at, code),
+            Target::Patched(code) => x86::jump(self.site.at, code),
         }
     }
 

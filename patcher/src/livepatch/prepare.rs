@@ -8,6 +8,7 @@ use introspect::unwind::orc_table::OrcTable;
 use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 
 use crate::error::PatchError;
+use crate::error::unexpected;
 use crate::ftrace::site::Site;
 use crate::guest::Guest;
 use crate::guest::kernel_info::KernelInfo;
@@ -16,34 +17,18 @@ use crate::livepatch::patch::{Patch, Replaced};
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
+use crate::module::KlpPatch;
 use crate::module::{
-    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes, TargetError,
+    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes,
 };
 use crate::report::patch::PatchPhase;
 use crate::transition::TransitionSummary;
 use crate::transition::pending_tasks::PendingTable;
+use crate::x86::INT3;
 use crate::x86::entry_stub::{self, StateSource};
 
 /// Stubs begin at a multiple of this.
 const STUB_ALIGN: u64 = 16;
-
-impl From<ModuleError> for PatchError {
-    fn from(error: ModuleError) -> Self {
-        PatchError::BadPatch(error.to_string())
-    }
-}
-
-impl From<LinkError> for PatchError {
-    fn from(error: LinkError) -> Self {
-        PatchError::BadPatch(error.to_string())
-    }
-}
-
-impl From<TargetError> for PatchError {
-    fn from(error: TargetError) -> Self {
-        LinkError::from(error).into()
-    }
-}
 
 /// Places and links `module` for the guest; with `others` in it already.
 ///
@@ -58,9 +43,11 @@ pub fn prepare<M: Machine>(
 ) -> Result<Patch, PatchError> {
     let facts = guest.facts()?.clone();
     let kernel = &guest.kernel;
-    let olds = {
+    let (klp, olds) = {
         let memory = kernel.memory(machine.memory());
-        old_functions(kernel, &memory, &facts, module, others)?
+        let klp = module.patch(&GuestTarget::new(kernel, &memory).klp_layout()?)?;
+        let olds = old_functions(kernel, &memory, &facts, &klp, others)?;
+        (klp, olds)
     };
     let mut taken = Vec::new();
     let functions = olds.len() as u64;
@@ -71,8 +58,16 @@ pub fn prepare<M: Machine>(
         (module.sizes(), functions),
         &mut taken,
     );
-    let built =
-        pieces.and_then(|pieces| build(machine, guest, &facts, (module, others), olds, &pieces));
+    let built = pieces.and_then(|pieces| {
+        build(
+            machine,
+            guest,
+            &facts,
+            (module, &klp, others),
+            olds,
+            &pieces,
+        )
+    });
     if built.is_err() {
         taken.into_iter().for_each(|piece| places.give_back(piece));
     }
@@ -140,7 +135,7 @@ fn ask(facts: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, Pat
     let offset = offset.and_then(|offset| u32::try_from(offset).ok());
     offset
         .map(StateSource::PatchState)
-        .ok_or_else(|| PatchError::Guest("task_struct.patch_state is out of reach".into()))
+        .ok_or_else(|| unexpected("task_struct.patch_state is out of reach"))
 }
 
 /// Puts the data of `patch` into its hidden memory, which the guest does not see yet.
@@ -176,7 +171,7 @@ fn build<M: Machine>(
     machine: &M,
     guest: &mut Guest,
     facts: &KernelInfo,
-    (module, others): (&LivepatchModule, &[Patch]),
+    (module, klp, others): (&LivepatchModule, &KlpPatch, &[Patch]),
     olds: Vec<PatchedFunction>,
     pieces: &Pieces,
 ) -> Result<Patch, PatchError> {
@@ -187,11 +182,16 @@ fn build<M: Machine>(
     };
     let image = {
         let memory = guest.kernel.memory(machine.memory());
-        module::link(module, &GuestTarget::new(&guest.kernel, &memory), bases)?
+        module::link(
+            module,
+            klp,
+            &GuestTarget::new(&guest.kernel, &memory),
+            bases,
+        )?
     };
     let stubs_start = code_base.add(pieces.stubs_at);
     let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
-    let redirects = redirects(&image, olds, stubs.start, pieces.ask)?;
+    let redirects = redirects(&image, olds, stubs.start, pieces.ask);
     let replaces = match image.replace {
         true => others.iter().map(replaced).collect(),
         false => Vec::new(),
@@ -217,26 +217,21 @@ fn build<M: Machine>(
     })
 }
 
-/// The functions that `module` replaces, each with its entry, and behind them those that its coming makes the kernel's own again;
+/// The functions that `patch` replaces, each with its entry, and behind them those that its coming makes the kernel's own again;
 /// the addresses of new functions and stubs are yet to come.
 fn old_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     facts: &KernelInfo,
-    module: &LivepatchModule,
+    patch: &KlpPatch,
     others: &[Patch],
 ) -> Result<Vec<PatchedFunction>, PatchError> {
-    let layout = GuestTarget::new(kernel, memory).klp_layout()?;
-    let patch = module.patch(&layout)?;
     let mut olds: Vec<PatchedFunction> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);
         let old = old_function(kernel, memory, facts, name, others)?;
         if olds.iter().any(|other| other.site.at == old.site.at) {
-            return Err(PatchError::BadPatch(format!(
-                "the module replaces function {} twice",
-                old.name
-            )));
+            return Err(ModuleError::Twice(old.name).into());
         }
         olds.push(old);
     }
@@ -302,10 +297,10 @@ fn free_site(
         None => at.to_string(),
     };
     let site = Site::find(memory, &facts.ftrace, facts.ftrace_pages, entry, name_of);
-    site.map_err(|why| PatchError::Site {
+    site.map_err(|source| PatchError::Site {
         function: name.into(),
         at: entry,
-        why: why.to_string(),
+        source,
     })
 }
 
@@ -315,27 +310,14 @@ fn redirects(
     mut olds: Vec<PatchedFunction>,
     stubs: Gva,
     ask: StateSource,
-) -> Result<Vec<PatchedFunction>, PatchError> {
-    if image.functions.len() > olds.len() {
-        return Err(PatchError::BadPatch(format!(
-            "the linked module has {} functions, and {} were asked for",
-            image.functions.len(),
-            olds.len()
-        )));
-    }
+) -> Vec<PatchedFunction> {
     for (old, new) in olds.iter_mut().zip(&image.functions) {
-        if (&old.name, old.sympos) != (&new.old_name, new.sympos) {
-            return Err(PatchError::BadPatch(format!(
-                "the linked module replaces {} where {} was asked for",
-                new.old_name, old.name
-            )));
-        }
         old.new = Target::Patched(new.new);
     }
     for (old, at) in olds.iter_mut().zip(0u64..) {
         old.stub = stubs.add(at * ask.stub_room());
     }
-    Ok(olds)
+    olds
 }
 
 fn replaced(other: &Patch) -> Replaced {
@@ -353,7 +335,7 @@ fn code_bytes(
     facts: &KernelInfo,
     (ask, stubs_at): (StateSource, u64),
 ) -> Result<Vec<u8>, PatchError> {
-    let filler = crate::memory::cave::FILLER;
+    let filler = INT3;
     let mut bytes = image.code.clone();
     bytes.resize(usize::try_from(stubs_at).unwrap_or_default(), filler);
     for redirect in redirects {
@@ -388,18 +370,15 @@ fn add_region(
     if image.orc.is_empty() {
         return Ok(None);
     }
-    let bad = |error: String| PatchError::BadPatch(format!("its unwind data: {error}"));
     let entries = image.orc.iter().map(|record| (record.ip, record.entry));
-    let orc = OrcTable::from_unsorted(entries.collect(), unwinder.encoding())
-        .map_err(|error| bad(error.to_string()))?;
+    let orc =
+        OrcTable::from_unsorted(entries.collect(), unwinder.encoding()).map_err(LinkError::from)?;
     let region = CodeRegion {
         name: image.name.clone(),
         text: image.text,
         orc,
         proof: Vec::new(),
     };
-    let id = unwinder
-        .add_region(region)
-        .map_err(|error| bad(error.to_string()))?;
+    let id = unwinder.add_region(region).map_err(LinkError::from)?;
     Ok(Some(id))
 }

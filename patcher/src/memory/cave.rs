@@ -7,8 +7,8 @@
 use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 
-/// INT3, with which the linker fills gaps in text.
-pub const FILLER: u8 = 0xcc;
+use crate::x86::INT3;
+
 /// Shorter runs are padding between functions, not caves.
 const LEAST: u64 = 64 << 10;
 /// More text than any kernel has.
@@ -79,7 +79,7 @@ fn stretches(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>,
     let mut found: Vec<GvaRange> = Vec::new();
     let mut page = text.start.0.next_multiple_of(PAGE);
     while page < text.end.0 {
-        if memory.u8(Gva(page))? == FILLER {
+        if memory.u8(Gva(page))? == INT3 {
             let end = Gva((page + PAGE).min(text.end.0));
             match found.last_mut() {
                 Some(last) if last.end.0 == page => last.end = end,
@@ -110,7 +110,7 @@ fn scan(
         let len = CHUNK.min(stretch.end.0 - at);
         chunk.resize(usize::try_from(len).unwrap_or_default(), 0);
         memory.read(Gva(at), &mut chunk)?;
-        for (offset, _) in (0u64..).zip(&chunk).filter(|(_, byte)| **byte != FILLER) {
+        for (offset, _) in (0u64..).zip(&chunk).filter(|(_, byte)| **byte != INT3) {
             close(run_start, at + offset);
             run_start = at + offset + 1;
         }
@@ -163,7 +163,7 @@ fn is_code(memory: &KernelMemory<'_>, run: GvaRange) -> Result<bool, ReadError> 
 pub fn is_filler(memory: &KernelMemory<'_>, range: GvaRange) -> Result<bool, ReadError> {
     let cap = usize::try_from(MOST_TEXT).unwrap_or(usize::MAX);
     let bytes = memory.bytes(range.start, range.len(), cap)?;
-    Ok(bytes.iter().all(|byte| *byte == FILLER))
+    Ok(bytes.iter().all(|byte| *byte == INT3))
 }
 
 #[cfg(test)]
@@ -184,7 +184,7 @@ mod tests {
         }
         machine.put(Mock::FREE, &vec![0x90; SIZE as usize]);
         for (start, end) in runs {
-            machine.put(Mock::FREE + start, &vec![FILLER; (end - start) as usize]);
+            machine.put(Mock::FREE + start, &vec![INT3; (end - start) as usize]);
         }
         machine
     }

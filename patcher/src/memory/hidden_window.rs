@@ -6,6 +6,8 @@
 //! The mapping is made once and stays for the guest's life. To take it away would need the guest's TLBs flushed, by guest code;
 //! to leave it costs nothing: the next patch uses the same window.
 
+use std::fmt;
+
 use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 use vm_memory::GuestAddress;
@@ -27,18 +29,27 @@ const DATA_BITS: u64 = 0x1 | 0x2 | 0x20 | 0x40 | 0x80 | 1 << 63;
 
 /// What a window is for: never both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
+pub enum Usage {
     /// Readable and executable.
     Code,
     /// Readable and writable.
     Data,
 }
 
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Usage::Code => "code",
+            Usage::Data => "data",
+        })
+    }
+}
+
 /// One hidden slot and its place in the guest's address space.
 #[derive(Clone, Debug)]
 pub struct HiddenWindow {
     /// What it is for.
-    pub usage: Use,
+    pub usage: Usage,
     /// The slot.
     pub gpa: GuestAddress,
     /// The page table entry that maps it, and what stands there when it does.
@@ -58,7 +69,7 @@ impl HiddenWindow {
     pub fn choose(
         memory: &KernelMemory<'_>,
         table: Gva,
-        usage: Use,
+        usage: Usage,
         gpa: GuestAddress,
         taken: &[Gva],
     ) -> Result<Option<HiddenWindow>, ReadError> {
@@ -84,8 +95,8 @@ impl HiddenWindow {
     pub fn entry_value(&self) -> u64 {
         self.gpa.0
             | match self.usage {
-                Use::Code => CODE_BITS,
-                Use::Data => DATA_BITS,
+                Usage::Code => CODE_BITS,
+                Usage::Data => DATA_BITS,
             }
     }
 
@@ -144,7 +155,7 @@ mod tests {
         (machine, table)
     }
 
-    fn choose(machine: &Mock, table: Gva, usage: Use, gpa: GuestAddress) -> Option<HiddenWindow> {
+    fn choose(machine: &Mock, table: Gva, usage: Usage, gpa: GuestAddress) -> Option<HiddenWindow> {
         HiddenWindow::choose(&machine.kernel_memory(), table, usage, gpa, &[]).unwrap()
     }
 
@@ -154,7 +165,7 @@ mod tests {
         let directory = machine.directory(Gva(TABLE_BASE));
         machine.put(directory + 400 * 8, &1u64.to_le_bytes());
         let gpa = machine.add_hidden_memory(WINDOW).unwrap();
-        let mut window = choose(&machine, table, Use::Data, gpa).unwrap();
+        let mut window = choose(&machine, table, Usage::Data, gpa).unwrap();
         assert_eq!(window.room.range().start, Gva(TABLE_BASE + 401 * WINDOW));
 
         assert!(window.is_intact(&machine.kernel_memory()).unwrap());
@@ -173,7 +184,7 @@ mod tests {
         assert!(mapping.writable && !mapping.executable);
 
         let taken = [window.entry];
-        let other = HiddenWindow::choose(&memory, table, Use::Code, gpa, &taken);
+        let other = HiddenWindow::choose(&memory, table, Usage::Code, gpa, &taken);
         assert_eq!(other.unwrap().unwrap().entry, table.add(402 * 8));
         let at = window.room.range().start;
         assert_eq!(window.gpa_of(at.add(5)).0, gpa.0 + 5);
@@ -183,7 +194,7 @@ mod tests {
     fn code_is_executable_and_not_writable() {
         let (mut machine, table) = machine();
         let gpa = machine.add_hidden_memory(WINDOW).unwrap();
-        let window = choose(&machine, table, Use::Code, gpa).unwrap();
+        let window = choose(&machine, table, Usage::Code, gpa).unwrap();
         let mut plan = WriteBatch::new();
         window
             .plan_mapping(&machine.kernel_memory(), &mut plan)
@@ -201,12 +212,12 @@ mod tests {
     fn a_full_table_is_refused_and_a_stolen_entry_noticed() {
         let (mut machine, table) = machine();
         let gpa = machine.add_hidden_memory(WINDOW).unwrap();
-        let window = choose(&machine, table, Use::Data, gpa).unwrap();
+        let window = choose(&machine, table, Usage::Data, gpa).unwrap();
         let directory = machine.directory(Gva(TABLE_BASE));
         for index in INDICES {
             machine.put(directory + index * 8, &1u64.to_le_bytes());
         }
-        assert!(choose(&machine, table, Use::Data, gpa).is_none());
+        assert!(choose(&machine, table, Usage::Data, gpa).is_none());
         assert!(!window.is_intact(&machine.kernel_memory()).unwrap());
     }
 }

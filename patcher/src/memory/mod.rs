@@ -13,15 +13,50 @@ use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange, Kernel};
 
 use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::kernel_info::KernelInfo;
 use crate::machine::Machine;
-use crate::memory::hidden_window::{HiddenWindow, Use, WINDOW};
+use crate::memory::hidden_window::{HiddenWindow, Usage, WINDOW};
 use crate::memory::range_alloc::RangeAllocator;
 use crate::memory::write_batch::WriteBatch;
-use crate::transition::preconditions::StepError;
+use crate::x86::INT3;
 
 /// More hidden memory than this many windows is not given to one guest.
-const MOST_WINDOWS: usize = 16;
+const MAX_WINDOWS: usize = 16;
+
+/// Why the guest has no memory for a patch, or no longer has what outpatch used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PatchMemoryError {
+    /// More bytes in one piece, or a larger alignment, than a hidden window has.
+    #[error("the patch needs {bytes} bytes of {usage} in one piece; at most {WINDOW} are possible")]
+    TooLarge {
+        /// The bytes, or the alignment.
+        bytes: u64,
+        /// What they are for.
+        usage: Usage,
+    },
+    /// Every hidden window that a guest is given is in use.
+    #[error("all {max} hidden windows of the guest are in use; revert a patch first")]
+    NoWindow {
+        /// How many there are.
+        max: usize,
+    },
+    /// The guest uses every page table entry that could map a hidden window.
+    #[error("the guest uses every entry of level2_fixmap_pgt that could map the patch")]
+    NoEntry,
+    /// The guest changed a page table entry that maps a hidden window.
+    #[error("the guest took the page table entry at {0} for something else")]
+    EntryTaken(Gva),
+    /// The guest wrote to the padding of its text that the patch was to use.
+    #[error("the padding of the kernel's text at {0} is no longer padding")]
+    PaddingTaken(Gva),
+    /// A mapping that was written leads nowhere.
+    #[error(
+        "the guest's page tables do not lead to {0}: level2_fixmap_pgt is not where it should be"
+    )]
+    NotMapped(Gva),
+}
 
 /// How much room a patch needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +105,7 @@ impl PatchMemory {
     /// Takes room for code.
     ///
     /// # Errors
-    /// [`PatchError::NoRoom`].
+    /// [`PatchMemoryError`].
     pub fn take_code<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -90,14 +125,14 @@ impl PatchMemory {
                 range,
                 window: None,
             }),
-            None => self.take_hidden(machine, kernel, facts, Use::Code, need),
+            None => self.take_hidden(machine, kernel, facts, Usage::Code, need),
         }
     }
 
     /// Takes room for data. The piece is zeroed before the guest can see it only if its owner writes it whole.
     ///
     /// # Errors
-    /// [`PatchError::NoRoom`].
+    /// [`PatchMemoryError`].
     pub fn take_data<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -105,7 +140,7 @@ impl PatchMemory {
         facts: &KernelInfo,
         need: Request,
     ) -> Result<Allocation, PatchError> {
-        self.take_hidden(machine, kernel, facts, Use::Data, need)
+        self.take_hidden(machine, kernel, facts, Usage::Data, need)
     }
 
     fn take_hidden<M: Machine>(
@@ -113,18 +148,15 @@ impl PatchMemory {
         machine: &mut M,
         kernel: &Kernel,
         facts: &KernelInfo,
-        usage: Use,
+        usage: Usage,
         need: Request,
     ) -> Result<Allocation, PatchError> {
         if need.len > WINDOW {
-            return Err(PatchError::NoRoom(format!(
-                "{} bytes of {} in one piece; at most {WINDOW} are possible",
-                need.len,
-                match usage {
-                    Use::Code => "code",
-                    Use::Data => "data",
-                }
-            )));
+            return Err(PatchMemoryError::TooLarge {
+                bytes: need.len,
+                usage,
+            }
+            .into());
         }
         for (at, window) in self.windows.iter_mut().enumerate() {
             if window.usage != usage {
@@ -145,7 +177,13 @@ impl PatchMemory {
                 range,
                 window: Some(self.windows.len() - 1),
             })
-            .ok_or_else(|| PatchError::NoRoom("an alignment that no window has".into()))
+            .ok_or_else(|| {
+                PatchMemoryError::TooLarge {
+                    bytes: need.align,
+                    usage,
+                }
+                .into()
+            })
     }
 
     fn new_window<M: Machine>(
@@ -153,12 +191,10 @@ impl PatchMemory {
         machine: &mut M,
         kernel: &Kernel,
         facts: &KernelInfo,
-        usage: Use,
+        usage: Usage,
     ) -> Result<HiddenWindow, PatchError> {
-        if self.windows.len() >= MOST_WINDOWS {
-            return Err(PatchError::NoRoom(format!(
-                "{MOST_WINDOWS} hidden windows are all in use"
-            )));
+        if self.windows.len() >= MAX_WINDOWS {
+            return Err(PatchMemoryError::NoWindow { max: MAX_WINDOWS }.into());
         }
         let taken: Vec<Gva> = self.windows.iter().map(|window| window.entry).collect();
         let gpa = machine.add_hidden_memory(WINDOW)?;
@@ -166,9 +202,7 @@ impl PatchMemory {
         let chosen = HiddenWindow::choose(&memory, facts.fixmap_table, usage, gpa, &taken);
         let failure = match chosen {
             Ok(Some(window)) => return Ok(window),
-            Ok(None) => PatchError::NoRoom(
-                "every entry of level2_fixmap_pgt that could be ours is in use".into(),
-            ),
+            Ok(None) => PatchMemoryError::NoEntry.into(),
             Err(error) => error.into(),
         };
         machine.remove_hidden_memory(gpa)?;
@@ -224,7 +258,7 @@ impl PatchMemory {
     /// Takes room for the stand-in, if one is needed.
     ///
     /// # Errors
-    /// [`PatchError::NoRoom`].
+    /// [`PatchMemoryError`].
     pub fn take_dummy<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -298,7 +332,7 @@ impl PatchMemory {
         piece: Allocation,
         plan: &mut WriteBatch,
     ) -> Result<(), ReadError> {
-        let filler = vec![cave::FILLER; usize::try_from(piece.range.len()).unwrap_or_default()];
+        let filler = vec![INT3; usize::try_from(piece.range.len()).unwrap_or_default()];
         self.plan_fill(memory, piece, &filler, plan)
     }
 
@@ -309,17 +343,11 @@ impl PatchMemory {
     pub fn check(&self, memory: &KernelMemory<'_>, code: Allocation) -> Result<(), StepError> {
         for window in &self.windows {
             if !window.is_intact(memory)? {
-                return Err(StepError::Fail(PatchError::NoRoom(format!(
-                    "the guest took the page table entry at {} for something else",
-                    window.entry
-                ))));
+                return Err(PatchMemoryError::EntryTaken(window.entry).into());
             }
         }
         if code.window.is_none() && !cave::is_filler(memory, code.range)? {
-            return Err(StepError::Fail(PatchError::NoRoom(format!(
-                "the padding of the kernel's text at {} is no longer padding",
-                code.range.start
-            ))));
+            return Err(PatchMemoryError::PaddingTaken(code.range.start).into());
         }
         Ok(())
     }
@@ -339,7 +367,7 @@ impl PatchMemory {
     /// Whether the guest's tables lead to every window, now that the mapping is written.
     ///
     /// # Errors
-    /// [`PatchError::NoRoom`].
+    /// [`PatchMemoryError`].
     pub fn check_mapping(&self, memory: &KernelMemory<'_>) -> Result<(), PatchError> {
         match self
             .windows
@@ -347,10 +375,7 @@ impl PatchMemory {
             .find(|window| !window.is_reached(memory))
         {
             None => Ok(()),
-            Some(window) => Err(PatchError::NoRoom(format!(
-                "the guest's page tables do not lead to {}: level2_fixmap_pgt is not where it should be",
-                window.room.range().start
-            ))),
+            Some(window) => Err(PatchMemoryError::NotMapped(window.room.range().start).into()),
         }
     }
 

@@ -220,7 +220,7 @@ mod tests {
         let journal = plan().commit(&mut machine).unwrap();
         // The first write of the undo puts the last one back.
         machine.fail_at = Some(machine.ops.len());
-        let error = journal.undo(&mut machine, PatchError::NoRoom("none".into()));
+        let error = journal.undo(&mut machine, PatchError::NoSuchTask(7));
         assert!(matches!(error, PatchError::Undo { .. }), "{error}");
         assert_eq!(
             machine.ram.low[AT as usize..][..8],

@@ -1,6 +1,9 @@
 //! What can be wrong with a livepatch module: each error says what was found, where, and what to do.
 
 use introspect::Gva;
+use introspect::btf::BtfError;
+use introspect::unwind::code_map::Overlap;
+use introspect::unwind::orc_table::OrcTableError;
 
 /// The file is not a livepatch module that can be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,6 +75,25 @@ pub enum ModuleError {
     /// It has `klp_state`s.
     #[error("the patch has states (struct klp_state): not supported yet")]
     States,
+    /// Two of its `klp_func`s name the same function.
+    #[error("the module replaces function {0} twice")]
+    Twice(String),
+}
+
+impl ModuleError {
+    /// Whether the module may be right, and outpatch lacks what it needs.
+    #[must_use]
+    pub fn is_unsupported(&self) -> bool {
+        matches!(
+            self,
+            ModuleError::Dependencies(_)
+                | ModuleError::Format(_)
+                | ModuleError::Section { .. }
+                | ModuleError::ModuleTarget(_)
+                | ModuleError::Callbacks(_)
+                | ModuleError::States
+        )
+    }
 }
 
 fn at(function: &Option<String>) -> String {
@@ -90,7 +112,7 @@ pub enum TargetError {
     NoSymbol(&'static str),
     /// The kernel's type information lacks a type or a field.
     #[error("the guest kernel's type information: {0}")]
-    Types(String),
+    Types(#[from] BtfError),
     /// The kernel's memory could not be read, or did not hold what it should.
     #[error("{what} at {at} cannot be read from the guest")]
     Memory {
@@ -113,7 +135,7 @@ pub enum LinkError {
     Module(#[from] ModuleError),
     /// The guest.
     #[error(transparent)]
-    TargetKernel(#[from] TargetError),
+    Target(#[from] TargetError),
     /// Built for another kernel.
     #[error(
         "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: build it against the guest's kernel",
@@ -172,9 +194,7 @@ pub enum LinkError {
         sympos: u64,
     },
     /// A name with several symbols, and no position.
-    #[error(
-        "the guest kernel has {count} symbols named {name}: give the one's position (old_sympos)"
-    )]
+    #[error("the guest kernel has {count} symbols named {name}: set `old_sympos` to choose one")]
     Ambiguous {
         /// The name.
         name: String,
@@ -204,7 +224,7 @@ pub enum LinkError {
         why: String,
     },
     /// The bases given do not fit the module.
-    #[error("the place for the patch does not fit: {0}")]
+    #[error("invalid load address: {0}")]
     Place(&'static str),
     /// A static key whose later changes would not reach the patch.
     #[error(
@@ -227,6 +247,12 @@ pub enum LinkError {
         /// What is wrong with it.
         why: String,
     },
+    /// The module's ORC table makes no sense.
+    #[error("its unwind data: {0}")]
+    Orc(#[from] OrcTableError),
+    /// The unwinder knows other code at the module's place.
+    #[error("its unwind data: {0}")]
+    Overlap(#[from] Overlap),
     /// The finished code is not what it should be.
     #[error("the linked code of {function} is wrong at {at}: {why}")]
     Code {

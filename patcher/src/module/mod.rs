@@ -13,6 +13,7 @@ mod testing;
 mod tests;
 
 pub use error::{LinkError, ModuleError, TargetError};
+pub use file::klp::KlpPatch;
 pub use file::layout::{Bases, Sizes};
 pub use file::{LivepatchModule, parse};
 pub use kernel::guest::GuestTarget;

@@ -10,7 +10,12 @@ use crate::module::testing::*;
 mod refused;
 
 fn linked(ko: &Ko, target: &Table) -> Result<Image, LinkError> {
-    link(&parse(&ko.bytes())?, target, BASES)
+    linked_at(&parse(&ko.bytes())?, target, BASES)
+}
+
+fn linked_at(module: &LivepatchModule, target: &Table, bases: Bases) -> Result<Image, LinkError> {
+    let patch = module.patch(&target.layouts.klp)?;
+    link(module, &patch, target, bases)
 }
 
 fn error(ko: &Ko, target: &Table) -> LinkError {
@@ -92,7 +97,7 @@ fn a_module_with_everything_is_linked() {
 #[test]
 fn the_image_fits_what_was_announced() {
     let module = parse(&sample().bytes()).unwrap();
-    let image = link(&module, &Table::new(), BASES).unwrap();
+    let image = linked_at(&module, &Table::new(), BASES).unwrap();
     assert_eq!(module.sizes().code, image.code.len() as u64);
     assert_eq!(module.sizes().data, image.data.len() as u64);
     for wrong in [
@@ -109,7 +114,7 @@ fn the_image_fits_what_was_announced() {
             ..BASES
         },
     ] {
-        let error = link(&module, &Table::new(), wrong).unwrap_err();
+        let error = linked_at(&module, &Table::new(), wrong).unwrap_err();
         assert!(matches!(error, LinkError::Place(_)), "{error:?}");
     }
 }
@@ -191,7 +196,7 @@ fn indirect_calls_become_direct_ones() {
     target.set(0x7000, &[0; 8]);
     assert!(matches!(
         error(&direct_call(), &target),
-        LinkError::TargetKernel(_)
+        LinkError::Target(_)
     ));
 }
 

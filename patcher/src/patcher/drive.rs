@@ -6,16 +6,16 @@ use std::time::Duration;
 use introspect::task_list::cache::TaskCache;
 
 use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::pause::PauseGuard;
 use crate::livepatch::func_stack::{self, Target};
 use crate::livepatch::prepare;
 use crate::machine::Machine;
 use crate::report::patch::{Mode, PatchPhase, PauseReport};
-use crate::transition::preconditions::StepError;
 use crate::transition::step::{Step, StepContext};
 use crate::transition::{Direction, Transition};
 
-use crate::patcher::{Patcher, not_found, patiently};
+use crate::patcher::{Patcher, no_kernel, patiently};
 
 /// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
 /// x86-64 has it; a guest that gets it without need does nothing.
@@ -61,9 +61,9 @@ impl Patcher {
         if direction == Direction::Apply {
             return Ok(());
         }
-        let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         func_stack::note_covers(&mut self.patches, at);
-        let patch = self.patches.get_mut(at).ok_or_else(not_found)?;
+        let patch = self.patches.get_mut(at).ok_or_else(no_kernel)?;
         prepare::renew_stubs(patch, guest.facts()?)
     }
 
@@ -97,7 +97,7 @@ impl Patcher {
         machine: &mut M,
         at: usize,
     ) -> Result<(), PatchError> {
-        let from = self.direction(at).ok_or_else(not_found)?;
+        let from = self.direction(at).ok_or_else(no_kernel)?;
         let to = from.back();
         let (step, pause) =
             patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
@@ -210,7 +210,7 @@ impl Patcher {
     ) -> Result<(Step, Duration), StepError> {
         let mut meter = PauseReport::default();
         let Some(transition) = transition else {
-            return Err(StepError::Fail(not_found()));
+            return Err(StepError::Failed(no_kernel()));
         };
         let done = self.in_pause(machine, at, transition, &mut meter, make);
         self.pauses.merge(&meter);
@@ -222,7 +222,7 @@ impl Patcher {
                 }
                 step
             }
-            Err(StepError::Fail(error)) => return Err(StepError::Fail(self.lost(error))),
+            Err(StepError::Failed(error)) => return Err(StepError::Failed(self.lost(error))),
             Err(busy) => return Err(busy),
         };
         if let Some(start) = step.wake {
@@ -242,9 +242,9 @@ impl Patcher {
         meter: &mut PauseReport,
         make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
     ) -> Result<Step, StepError> {
-        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let facts = guest.facts()?.clone();
-        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        let patch = self.patches.get(at).ok_or_else(no_kernel)?;
         if self.walks_in_the_pause {
             guest.task_cache = TaskCache::new();
         } else {

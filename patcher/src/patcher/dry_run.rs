@@ -9,6 +9,7 @@ use introspect::{Gva, PhysMemory, Task, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::Guest;
 use crate::guest::view::CodeSet;
 use crate::livepatch::patch::Patch;
@@ -18,7 +19,6 @@ use crate::memory::{Allocation, PatchMemory};
 use crate::module::LivepatchModule;
 use crate::report::patch::{CheckReport, FoundFunction, FoundSymbol, PauseReport, PieceReport};
 use crate::transition::Direction;
-use crate::transition::preconditions::StepError;
 use crate::transition::progress::Progress;
 use crate::transition::step::{Step, StepContext};
 

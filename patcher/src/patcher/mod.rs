@@ -7,10 +7,11 @@ mod queries;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use introspect::Kernel;
+use introspect::{Kernel, NotReady};
 
 use crate::call::wake::TaskWaker;
 use crate::error::PatchError;
+use crate::error::StepError;
 use crate::guest::Guest;
 use crate::guest::pause::PauseGuard;
 use crate::livepatch::patch::Patch;
@@ -20,7 +21,6 @@ use crate::memory::PatchMemory;
 use crate::module::{self, LivepatchModule};
 use crate::report::patch::{Mode, PatchPhase, PatchStatus, PauseReport};
 use crate::transition::Direction;
-use crate::transition::preconditions::StepError;
 
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
@@ -97,7 +97,7 @@ impl Patcher {
     ) -> Result<String, PatchError> {
         let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
-        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let patch = prepare::prepare(machine, guest, &mut self.places, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
@@ -155,7 +155,7 @@ impl Patcher {
     /// [`PatchError`]; the transition goes on as before.
     pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
-        let direction = self.direction(at).ok_or_else(not_found)?;
+        let direction = self.direction(at).ok_or_else(no_kernel)?;
         let (step, _) = patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
         tracing::warn!(patch = name, "a transition was forced");
         let (older, rest) = self.patches.split_at_mut(at);
@@ -197,19 +197,17 @@ impl Patcher {
         after: Duration,
     ) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
-        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let facts = guest.facts()?.clone();
         if facts.klp.is_none() {
             return Err(PatchError::Unsupported(
-                "the fake signal needs CONFIG_LIVEPATCH in the guest: without it a task that is signalled does not move where it \
-                 leaves the kernel"
-                    .into(),
+                "the fake signal needs CONFIG_LIVEPATCH in the guest: without it no task switches on \
+                 its way to user mode",
             ));
         }
         if facts.tif.notify_signal.is_none() {
             return Err(PatchError::Unsupported(
-                "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show"
-                    .into(),
+                "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show",
             ));
         }
         if self.waker.is_none() {
@@ -248,7 +246,7 @@ impl Patcher {
                 tracing::debug!(what, "the guest is busy");
                 (Some(Duration::ZERO), Ok(()))
             }
-            Err(StepError::Fail(error)) => (None, Err(error)),
+            Err(StepError::Failed(error)) => (None, Err(error)),
         };
         let running = self.patches.get_mut(at).and_then(|p| p.transition.as_mut());
         if let Some(transition) = running {
@@ -315,7 +313,7 @@ impl Patcher {
 
     /// The guest's own module of that name would patch the same functions.
     fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
-        let guest = self.guest.as_mut().ok_or_else(not_found)?;
+        let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         if let Err(error) = guest.is_there(paused.memory(), &paused.vcpus) {
             drop(paused);
@@ -345,8 +343,8 @@ impl Patcher {
 
     /// What the patch and a transition need in hidden memory is there.
     fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
-        let guest = self.guest.as_ref().ok_or_else(not_found)?;
-        let patch = self.patches.get(at).ok_or_else(not_found)?;
+        let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
+        let patch = self.patches.get(at).ok_or_else(no_kernel)?;
         prepare::fill(machine, &guest.kernel, &self.places, patch)?;
         self.places
             .dummy(machine, &guest.kernel, guest.facts()?)
@@ -361,7 +359,7 @@ fn patiently<T>(mut ask: impl FnMut() -> Result<T, StepError>) -> Result<T, Patc
     loop {
         match ask() {
             Ok(answer) => return Ok(answer),
-            Err(StepError::Fail(error)) => return Err(error),
+            Err(StepError::Failed(error)) => return Err(error),
             Err(StepError::Busy(what)) if tries >= TRIES => {
                 return Err(PatchError::Busy { what, tries });
             }
@@ -373,6 +371,6 @@ fn patiently<T>(mut ask: impl FnMut() -> Result<T, StepError>) -> Result<T, Patc
     }
 }
 
-fn not_found() -> PatchError {
-    PatchError::NotReady("no kernel found yet".into())
+fn no_kernel() -> PatchError {
+    PatchError::NotReady(NotReady::NoImage)
 }

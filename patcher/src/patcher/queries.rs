@@ -13,7 +13,7 @@ use crate::guest::symbolize::{LoadedModules, Symbolizer};
 use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::patcher::dry_run::DryRun;
-use crate::patcher::{Patcher, not_found, patiently};
+use crate::patcher::{Patcher, no_kernel, patiently};
 use crate::report::patch::{CheckReport, PauseReport};
 use crate::report::stack::TaskStack;
 
@@ -60,7 +60,7 @@ impl Patcher {
     }
 
     fn names(&self, loaded: LoadedModules) -> Result<Symbolizer<'_>, PatchError> {
-        let guest = self.guest.as_ref().ok_or_else(not_found)?;
+        let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         Ok(Symbolizer::new(
             &guest.kernel,
             &guest.unwinder,
@@ -79,10 +79,10 @@ impl Patcher {
     ) -> Result<Vec<KallsymsEntry>, PatchError> {
         self.guest(machine)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
-        let kernel = &self.guest.as_ref().ok_or_else(not_found)?.kernel;
+        let kernel = &self.guest.as_ref().ok_or_else(no_kernel)?.kernel;
         let behind = proc_kallsyms::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
-        let behind = behind.map_err(|error| PatchError::Guest(error.to_string()))?;
+        let behind = behind?;
         let core = kernel.symbols.iter().map(|symbol| KallsymsEntry {
             gva: symbol.gva,
             letter: symbol.letter,
@@ -139,7 +139,7 @@ impl Patcher {
     ) -> Result<T, PatchError> {
         self.guest(machine)?;
         let Patcher { guest, pauses, .. } = self;
-        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let guest = guest.as_mut().ok_or_else(no_kernel)?;
         patiently(|| {
             // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
             guest.task_cache = TaskCache::new();
@@ -170,7 +170,7 @@ impl Patcher {
             pauses,
             ..
         } = self;
-        let guest = guest.as_mut().ok_or_else(not_found)?;
+        let guest = guest.as_mut().ok_or_else(no_kernel)?;
         let trial = DryRun::prepare(machine, guest, places, &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {

@@ -87,7 +87,7 @@ impl PendingTasks {
     /// Those of a transition in `direction` that begins, or turns round, with `tasks` still to move.
     ///
     /// # Errors
-    /// [`PatchError::NoRoom`]: they are more than the table has room for.
+    /// [`PatchError::TooManyTasks`]: they are more than the table has room for.
     pub fn new(
         piece: Allocation,
         direction: Direction,
@@ -105,10 +105,9 @@ impl PendingTasks {
             match free.and_then(|at| unmoved.slots.get_mut(at)) {
                 Some(slot) => *slot = task.0,
                 None => {
-                    return Err(PatchError::NoRoom(format!(
-                        "more than {} tasks are in the way, and the guest had fewer when the patch was placed: try again",
-                        table.count / 2
-                    )));
+                    return Err(PatchError::TooManyTasks {
+                        max: table.count / 2,
+                    });
                 }
             }
         }
@@ -212,6 +211,9 @@ mod tests {
     fn half_of_it_stays_free() {
         let too_many = (0..513).map(task);
         let error = PendingTasks::new(piece(0), Direction::Revert, too_many).unwrap_err();
-        assert!(matches!(error, PatchError::NoRoom(_)), "{error}");
+        assert!(
+            matches!(error, PatchError::TooManyTasks { max: 512 }),
+            "{error}"
+        );
     }
 }

@@ -2,45 +2,12 @@
 //!
 //! All of these are asked in a pause, before anything is written. *Busy* is no failure: the guest runs on and is asked again.
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::kernel::KernelMemory;
 use introspect::{Gva, Kernel};
 
-use crate::error::PatchError;
+use crate::error::StepError;
+use crate::error::unexpected;
 use crate::guest::kernel_info::{KernelInfo, KlpInfo, TextPokeInfo};
-use crate::machine::MachineError;
-
-/// Why a look at the guest ended without a change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StepError {
-    /// The guest is in the middle of this; look again.
-    Busy(String),
-    /// Looking again will not help.
-    Fail(PatchError),
-}
-
-impl From<PatchError> for StepError {
-    fn from(error: PatchError) -> Self {
-        StepError::Fail(error)
-    }
-}
-
-impl From<ReadError> for StepError {
-    fn from(error: ReadError) -> Self {
-        StepError::Fail(error.into())
-    }
-}
-
-impl From<MachineError> for StepError {
-    fn from(error: MachineError) -> Self {
-        StepError::Fail(error.into())
-    }
-}
-
-impl From<ReadError> for PatchError {
-    fn from(error: ReadError) -> Self {
-        PatchError::Guest(error.to_string())
-    }
-}
 
 /// No state, as the kernel writes it (`KLP_UNDEFINED`, `KLP_TRANSITION_IDLE`).
 pub const NO_STATE: i32 = -1;
@@ -73,7 +40,7 @@ pub fn our_transition(
     let state = memory.i32(klp.target_state)?;
     let patch = memory.pointer(klp.transition_patch)?;
     if state != target || patch != dummy {
-        return Err(StepError::Fail(PatchError::Guest(format!(
+        return Err(StepError::Failed(unexpected(format!(
             "something in the guest changed klp_target_state to {state} and klp_transition_patch to {patch} during our transition"
         ))));
     }

@@ -9,6 +9,8 @@ use introspect::{PatchState, Task};
 
 use crate::call::wake::{self, Kick, TaskWaker};
 use crate::error::PatchError;
+use crate::error::StepError;
+use crate::ftrace::site::SiteError;
 use crate::guest::kernel_info::KernelInfo;
 use crate::guest::view::{CodeSet, GuestView, StackCheck};
 use crate::livepatch::func_stack::PatchedFunction;
@@ -18,11 +20,11 @@ use crate::memory::write_batch::WriteBatch;
 use crate::report::patch::SwitchedBy;
 use crate::transition::Direction;
 use crate::transition::pending_tasks::PendingTasks;
-use crate::transition::preconditions::{self, NO_STATE, StepError};
+use crate::transition::preconditions::{self, NO_STATE};
 use crate::transition::progress::Outcome;
 use crate::transition::signal;
 use crate::transition::stack_checks::StackChecks;
-use crate::x86::entry_stub::{self, EncodeError, SITE_LEN};
+use crate::x86::{self, SITE_LEN};
 
 /// What to do in the pause of one look, and what it found.
 #[derive(Debug)]
@@ -39,12 +41,6 @@ pub struct Step {
     pub wake: Option<Kick>,
     /// Who has not moved then, in a guest that does not know it itself.
     pub unmoved: Option<PendingTasks>,
-}
-
-impl From<EncodeError> for PatchError {
-    fn from(error: EncodeError) -> Self {
-        PatchError::NoRoom(error.to_string())
-    }
 }
 
 /// The guest, what is known of it, and the patch: what every step needs.
@@ -240,7 +236,7 @@ impl<'a> StepContext<'a> {
         }
         let mut blocked = inside.into_iter().chain(unsure);
         match blocked.next() {
-            Some((task, why)) => StepError::Fail(PatchError::NotAtOnce {
+            Some((task, why)) => StepError::Failed(PatchError::NotAtOnce {
                 blocker: format!("{} {} {why}", task.pid, task.comm),
                 others: blocked.count(),
             }),
@@ -323,7 +319,7 @@ impl<'a> StepContext<'a> {
         for redirect in &self.patch.redirects {
             let site = &redirect.site;
             let bytes = match redirect.covered_by {
-                Some(newer) => entry_stub::jump(site.at, newer).map_err(PatchError::from)?,
+                Some(newer) => x86::jump(site.at, newer).map_err(PatchError::from)?,
                 None => expected(redirect)?,
             };
             let fenced = bytes != site.nop;
@@ -331,10 +327,10 @@ impl<'a> StepContext<'a> {
                 && site.is_fenced(memory, types)? == fenced
                 && (fenced || !site.is_wanted(memory, types)?);
             if !as_expected {
-                return Err(StepError::Fail(PatchError::Site {
+                return Err(StepError::Failed(PatchError::Site {
                     function: redirect.name.clone(),
                     at: site.at,
-                    why: "somebody in the guest changed its entry or its ftrace record".into(),
+                    source: SiteError::Changed,
                 }));
             }
         }

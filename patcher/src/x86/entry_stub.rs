@@ -9,9 +9,8 @@ use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use introspect::Gva;
 
 use crate::transition::pending_tasks::{FACTOR, PendingTable};
-
-/// Length of a site: a five-byte NOP, or the jump in its place.
-pub const SITE_LEN: usize = 5;
+use crate::x86::EncodeError;
+use crate::x86::fitted;
 
 /// How a stub learns whether the running task has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,38 +41,6 @@ pub enum CurrentVar {
     RipRelative(Gva),
 }
 
-/// Code that cannot be written for these addresses.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum EncodeError {
-    /// Further than a 32-bit displacement.
-    #[error("{to} is out of reach of a jump at {from}")]
-    OutOfReach {
-        /// The jump.
-        from: Gva,
-        /// Its target.
-        to: Gva,
-    },
-    /// The assembler said no.
-    #[error("assembling the stub at {at}: {why}")]
-    Assembler {
-        /// Where the stub was to stand.
-        at: Gva,
-        /// The assembler's words.
-        why: String,
-    },
-}
-
-/// The five bytes of a jump at `from` to `to`.
-///
-/// # Errors
-/// [`EncodeError::OutOfReach`].
-pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
-    let distance = to.since(from.add(5)).cast_signed();
-    let rel = i32::try_from(distance).map_err(|_| EncodeError::OutOfReach { from, to })?;
-    let [a, b, c, d] = rel.to_le_bytes();
-    Ok([0xe9, a, b, c, d])
-}
-
 /// The stub at `at`: on to `old` for a task in the old state, to `new` for one in the new.
 ///
 /// At a function's entry `r10`, `r11` and the flags carry nothing; every other register may carry an argument.
@@ -90,30 +57,6 @@ pub fn stub(
     fitted(at, ask.stub_room(), [old, new], || {
         assemble(at, current, ask, old, new)
     })
-}
-
-/// What `assemble` makes for `at`, if it fits in `room` and reaches its `targets` from there.
-///
-/// # Errors
-/// [`EncodeError`].
-pub fn fitted(
-    at: Gva,
-    room: u64,
-    targets: [Gva; 2],
-    assemble: impl FnOnce() -> Result<Vec<u8>, IcedError>,
-) -> Result<Vec<u8>, EncodeError> {
-    for target in targets {
-        // The assembler would quietly make an indirect jump or call of one that does not reach.
-        jump(at, target)?;
-        jump(at.add(room), target)?;
-    }
-    let fail = |why: String| EncodeError::Assembler { at, why };
-    let code = assemble().map_err(|e| fail(e.to_string()))?;
-    if u64::try_from(code.len()).is_ok_and(|len| len <= room) {
-        Ok(code)
-    } else {
-        Err(fail(format!("{} bytes do not fit in {room}", code.len())))
-    }
 }
 
 fn assemble(
@@ -195,6 +138,7 @@ fn look_up(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::x86::jump;
     use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
     fn listing(at: Gva, code: &[u8]) -> Vec<String> {

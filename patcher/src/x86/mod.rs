@@ -1,3 +1,76 @@
-//! Instructions that are written into a guest.
+//! Instructions that are written into a guest: their lengths, their bytes, and how far they reach.
+//!
+//! Knows x86 code only: no guest memory, no tasks.
 
 pub mod entry_stub;
+
+use iced_x86::IcedError;
+use introspect::Gva;
+
+/// Length of a function's entry site, in bytes: a five-byte NOP, or the jump in its place.
+pub const SITE_LEN: usize = 5;
+
+/// The five-byte NOP of every 64-bit CPU (`arch/x86/include/asm/nops.h: BYTES_NOP5`).
+pub const NOP5: [u8; SITE_LEN] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+/// The five-byte NOP of older CPUs that kernels before 5.13 may choose (`nops.h: K8_NOP5_ATOMIC`).
+pub const NOP5_K8: [u8; SITE_LEN] = [0x66, 0x66, 0x66, 0x66, 0x90];
+
+/// INT3, with which the linker and the kernel fill gaps in text.
+pub const INT3: u8 = 0xcc;
+
+/// Code that cannot be written for these addresses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// Further than a 32-bit displacement.
+    #[error("{to} is out of reach of a jump at {from}")]
+    OutOfReach {
+        /// The jump.
+        from: Gva,
+        /// Its target.
+        to: Gva,
+    },
+    /// The assembler said no.
+    #[error("assembling the stub at {at}: {why}")]
+    Assembler {
+        /// Where the stub was to stand.
+        at: Gva,
+        /// The assembler's words.
+        why: String,
+    },
+}
+
+/// The five bytes of a jump at `from` to `to`.
+///
+/// # Errors
+/// [`EncodeError::OutOfReach`].
+pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
+    let distance = to.since(from.add(5)).cast_signed();
+    let rel = i32::try_from(distance).map_err(|_| EncodeError::OutOfReach { from, to })?;
+    let [a, b, c, d] = rel.to_le_bytes();
+    Ok([0xe9, a, b, c, d])
+}
+
+/// What `assemble` makes for `at`, if it fits in `room` and reaches its `targets` from there.
+///
+/// # Errors
+/// [`EncodeError`].
+pub fn fitted(
+    at: Gva,
+    room: u64,
+    targets: [Gva; 2],
+    assemble: impl FnOnce() -> Result<Vec<u8>, IcedError>,
+) -> Result<Vec<u8>, EncodeError> {
+    for target in targets {
+        // The assembler would quietly make an indirect jump or call of one that does not reach.
+        jump(at, target)?;
+        jump(at.add(room), target)?;
+    }
+    let fail = |why: String| EncodeError::Assembler { at, why };
+    let code = assemble().map_err(|e| fail(e.to_string()))?;
+    if u64::try_from(code.len()).is_ok_and(|len| len <= room) {
+        Ok(code)
+    } else {
+        Err(fail(format!("{} bytes do not fit in {room}", code.len())))
+    }
+}

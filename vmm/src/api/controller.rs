@@ -23,7 +23,7 @@ pub struct Controller {
     /// The kernel's release, once found.
     release: Option<String>,
     /// Why the last look at a transition failed, so that each reason is told once.
-    failure: Option<PatchError>,
+    failure: Option<String>,
 }
 
 impl Controller {
@@ -170,6 +170,7 @@ impl Control for Controller {
 
     fn poll(&mut self) {
         let failure = self.patcher.poll(&mut self.machine).err();
+        let failure = failure.map(|error| error.to_string());
         if let Some(error) = &failure
             && self.failure != failure
         {
@@ -217,6 +218,10 @@ fn problem(error: &PatchError) -> Problem {
             "the guest runs on as before, but its kernel is not one that outpatch can read",
         ),
         ErrorKind::Machine => (Kind::Internal, "see the VMM's own messages"),
+        ErrorKind::Internal => (
+            Kind::Internal,
+            "the guest runs on as before; this is a bug in outpatch",
+        ),
     };
     Problem::new(kind, error, detail)
 }
@@ -263,7 +268,7 @@ mod tests {
             (p.kind, p.error.as_str()),
             (Kind::NotFound, "no task with pid 7")
         );
-        let p = problem(&PatchError::NotReady("no kernel yet".into()));
+        let p = problem(&PatchError::NotReady(introspect::NotReady::NoImage));
         assert_eq!(p.kind, Kind::Unavailable);
     }
 }

@@ -84,8 +84,8 @@ pub struct KlpPatch {
     pub replace: bool,
     /// The functions, in the module's order.
     pub functions: Vec<PatchFunction>,
-    /// The static `klp_patch` itself.
-    pub(in crate::module) at: ModuleOffset,
+    /// Its member `mod`, which the module's loader would fill in.
+    pub(in crate::module) module_pointer: ModuleOffset,
 }
 
 /// A place in the module.
@@ -148,7 +148,7 @@ pub(in crate::module) fn read(
     Ok(KlpPatch {
         replace,
         functions: functions.ok_or_else(|| bad("the patch has no functions"))?,
-        at,
+        module_pointer: at.plus(layout.patch_mod),
     })
 }
 

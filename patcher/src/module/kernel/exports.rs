@@ -66,7 +66,7 @@ impl<'a> Exports<'a> {
         btf: &Btf,
         memory: &'a KernelMemory<'a>,
     ) -> Result<Exports<'a>, TargetError> {
-        let entry = Entry::read(btf).map_err(|e| TargetError::Types(e.to_string()))?;
+        let entry = Entry::read(btf).map_err(TargetError::from)?;
         let address = |name| symbols.address(name).ok();
         let flags = address("__start___kflagstab");
         let mut tables = Vec::new();

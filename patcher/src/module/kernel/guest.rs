@@ -60,7 +60,7 @@ impl<'a> GuestTarget<'a> {
     pub fn klp_layout(&self) -> Result<KlpLayout, TargetError> {
         let btf = &self.kernel.btf;
         match btf.has("klp_patch") {
-            true => klp(btf).map_err(|e| TargetError::Types(e.to_string())),
+            true => klp(btf).map_err(TargetError::from),
             false => Ok(KlpLayout::PUBLIC),
         }
     }
@@ -134,7 +134,7 @@ fn half(btf: &Btf, path: &str) -> Result<u64, BtfError> {
 impl TargetKernel for GuestTarget<'_> {
     fn layouts(&self) -> Result<Layouts, TargetError> {
         self.layouts_with(self.klp_layout()?)
-            .map_err(|e| TargetError::Types(e.to_string()))
+            .map_err(TargetError::from)
     }
 
     fn vermagic(&self) -> Result<String, TargetError> {
@@ -176,7 +176,7 @@ impl TargetKernel for GuestTarget<'_> {
 
     fn capabilities(&self) -> Result<Vec<u32>, TargetError> {
         let field = self.kernel.btf.field("cpuinfo_x86.x86_capability");
-        let field = field.map_err(|e| TargetError::Types(e.to_string()))?;
+        let field = field.map_err(TargetError::from)?;
         let at = field.of(self.address("boot_cpu_data")?);
         let words = field.size / 4;
         if words == 0 || words > MAX_CAPABILITIES {
@@ -196,7 +196,7 @@ impl TargetKernel for GuestTarget<'_> {
     fn is_up(&self) -> Result<bool, TargetError> {
         let at = self.address("system_state")?;
         let running = self.kernel.btf.enum_value("SYSTEM_RUNNING");
-        let running = running.map_err(|e| TargetError::Types(e.to_string()))?;
+        let running = running.map_err(TargetError::from)?;
         let state = self.memory.u32(at).map_err(|_| TargetError::Memory {
             what: "the guest's system_state",
             at,

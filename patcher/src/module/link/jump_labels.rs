@@ -9,7 +9,8 @@ use introspect::{Gva, GvaRange};
 use crate::module::error::{LinkError, TargetError};
 use crate::module::file::elf::{Section, limit};
 use crate::module::kernel::TargetKernel;
-use crate::module::link::linker::{Linker, NOP5};
+use crate::module::link::linker::Linker;
+use crate::x86::{NOP5, NOP5_K8};
 
 const TABLE: &str = "__jump_table";
 const MAX_ENTRIES: usize = 200_000;
@@ -142,7 +143,7 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
         }
         _ => {
             let room = linker.code.get_mut(code, 5).ok_or_else(outside)?;
-            let nop = room == NOP5 || room == [0x66, 0x66, 0x66, 0x66, 0x90];
+            let nop = room == NOP5 || room == NOP5_K8;
             if !nop && room.first() != Some(&0xe9) {
                 return Err(bad("a site is neither a jump nor a NOP"));
             }

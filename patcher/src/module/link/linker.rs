@@ -13,10 +13,7 @@ use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use crate::module::link::symbols::{Symbols, Value};
-
-/// `include/asm/nops.h: BYTES_NOP5`, which every 64-bit CPU has.
-pub(in crate::module) const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
-pub(in crate::module) const INT3: u8 = 0xcc;
+use crate::x86::NOP5;
 
 /// A module on its way into a guest.
 pub(in crate::module) struct Linker<'a> {
@@ -77,7 +74,7 @@ impl Linker<'_> {
             offset: relocation.offset,
         };
         // klp_patch.mod: nobody reads our copy of the structure, and there is no struct module.
-        if relocation.kind == elf::R_X86_64_NONE.0 || self.is_patch_mod(spot) {
+        if relocation.kind == elf::R_X86_64_NONE.0 || spot == self.patch.module_pointer {
             return Ok(());
         }
         let at = base.add(relocation.offset);
@@ -113,16 +110,6 @@ impl Linker<'_> {
         }
         room.copy_from_slice(&bytes);
         Ok(())
-    }
-
-    fn is_patch_mod(&self, spot: ModuleOffset) -> bool {
-        spot.section == self.patch.at.section
-            && spot.offset
-                == self
-                    .patch
-                    .at
-                    .offset
-                    .wrapping_add(self.layouts.klp.patch_mod)
     }
 
     fn is_fentry(&self, relocation: &Relocation) -> bool {

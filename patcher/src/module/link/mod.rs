@@ -14,14 +14,16 @@ pub mod verify;
 
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
+use crate::module::file::klp::KlpPatch;
 use crate::module::file::layout::Bases;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::image::{Buffer, Image};
-use crate::module::link::linker::{INT3, Linker, size};
+use crate::module::link::linker::{Linker, size};
 use crate::module::link::modversions::Versions;
 use crate::module::link::symbols::Symbols;
+use crate::x86::INT3;
 
-/// Links `module` for the guest kernel `target` to lie at `bases`.
+/// Links `module`, whose `struct klp_patch` is `patch`, for the guest kernel `target` to lie at `bases`.
 ///
 /// The guest may run meanwhile: only what is constant in a kernel that is up gets read.
 ///
@@ -29,18 +31,18 @@ use crate::module::link::symbols::Symbols;
 /// [`LinkError`]; nothing was changed anywhere.
 pub fn link<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
+    patch: &KlpPatch,
     target: &T,
     bases: Bases,
 ) -> Result<Image, LinkError> {
     let layouts = target.layouts()?;
     let versions = Versions::check(module, target, &layouts)?;
     module.plan.check(&bases)?;
-    let patch = module.patch(&layouts.klp)?;
     let symbols = Symbols::resolve(module, target, &versions, &bases)?;
     let mut linker = Linker {
         module,
         layouts: &layouts,
-        patch: &patch,
+        patch,
         symbols,
         code: Buffer {
             base: bases.code,

@@ -204,7 +204,7 @@ proptest! {
         }
         if let Ok(module) = parse(&bytes) {
             // Either way; what matters is that it ends, and in an answer.
-            if let Ok(image) = link(&module, &Table::new(), BASES) {
+            if let Ok(image) = linked_at(&module, &Table::new(), BASES) {
                 prop_assert_eq!(image.code.len() as u64, module.sizes().code);
             }
         }
