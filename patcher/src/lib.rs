@@ -27,8 +27,8 @@ pub use error::{ErrorKind, PatchError};
 pub use machine::read_only::ReadOnlyMachine;
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
-pub use report::patch::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PAUSE_BOUNDS_US, PatchPhase,
-    PatchStatus, PauseLength, PauseReport, PieceReport, SwitchedBy, TaskReport,
-};
+pub use report::check::{CheckReport, FoundFunction, FoundSymbol, PieceReport};
+pub use report::patch::{FunctionReport, Mode, PatchPhase, PatchStatus};
+pub use report::pause::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
 pub use report::stack::{NamedFrame, TaskStack};
+pub use report::task::{SwitchedBy, TaskReport};

@@ -7,8 +7,9 @@ use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
 use crate::error::PatchError;
 use crate::error::unexpected;
+use crate::ftrace::FtraceLayout;
 use crate::ftrace::ops::FtraceOps;
-use crate::ftrace::site::FtraceLayout;
+use crate::memory::PatchAreas;
 use crate::memory::cave::TextMap;
 use crate::x86::entry_stub::CurrentVar;
 
@@ -80,12 +81,10 @@ pub struct KernelInfo {
     pub tracers: FtraceOps,
     /// `ftrace_pages_start`.
     pub ftrace_pages: Gva,
-    /// `level2_fixmap_pgt`.
-    pub fixmap_table: Gva,
     /// How code finds `current`.
     pub current: CurrentVar,
-    /// Where code may go.
-    pub text: TextMap,
+    /// Where patches may lie.
+    pub areas: PatchAreas,
 }
 
 impl KernelInfo {
@@ -115,16 +114,18 @@ impl KernelInfo {
             ftrace: FtraceLayout::new(&kernel.btf)?,
             tracers: FtraceOps::new(kernel)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
-            fixmap_table: symbol("level2_fixmap_pgt")?,
             klp,
             current: current(kernel)?,
-            text: TextMap {
-                text: kernel.text.core,
-                entry: kernel.text.entry,
-                srso: srso
-                    .into_iter()
-                    .filter_map(|name| symbol(name).ok())
-                    .collect(),
+            areas: PatchAreas {
+                fixmap_table: symbol("level2_fixmap_pgt")?,
+                text: TextMap {
+                    text: kernel.text.core,
+                    entry: kernel.text.entry,
+                    srso: srso
+                        .into_iter()
+                        .filter_map(|name| symbol(name).ok())
+                        .collect(),
+                },
             },
         })
     }

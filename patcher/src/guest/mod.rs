@@ -1,5 +1,6 @@
 //! What is known of one guest's kernel, found once: symbols, types, unwind data, and what patching needs of them.
 
+pub mod code_set;
 pub mod kernel_info;
 pub mod pause;
 pub mod symbolize;
@@ -14,11 +15,12 @@ use introspect::{Kernel, PhysMemory, VcpuRegs};
 
 use crate::error::PatchError;
 use crate::error::StepError;
+use crate::guest::code_set::CodeSet;
 use crate::guest::kernel_info::KernelInfo;
 use crate::guest::pause::PauseGuard;
-use crate::guest::view::{CodeSet, GuestView};
+use crate::guest::view::GuestView;
 use crate::machine::Machine;
-use crate::report::patch::PauseReport;
+use crate::report::pause::PauseReport;
 
 /// One guest's kernel.
 #[derive(Debug)]

@@ -9,41 +9,7 @@ use introspect::VcpuRegs;
 use crate::error::PatchError;
 use crate::machine::{Machine, MachineError};
 use crate::memory::write_batch::{UndoLog, WriteBatch};
-use crate::report::patch::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
-
-/// Of so many pauses a report tells each by itself.
-const RECENT: usize = 32;
-
-impl PauseReport {
-    /// Adds one pause.
-    pub fn add(&mut self, pause: PauseLength) {
-        let mut one = PauseReport {
-            count: 1,
-            total_us: pause.us,
-            longest_us: pause.us,
-            recent: vec![pause],
-            ..PauseReport::default()
-        };
-        let bucket = PAUSE_BOUNDS_US.partition_point(|bound| *bound < pause.us);
-        if let Some(count) = one.histogram.get_mut(bucket) {
-            *count = 1;
-        }
-        self.merge(&one);
-    }
-
-    /// Adds the pauses of `other`, which came later.
-    pub fn merge(&mut self, other: &PauseReport) {
-        self.count = self.count.saturating_add(other.count);
-        self.total_us = self.total_us.saturating_add(other.total_us);
-        self.longest_us = self.longest_us.max(other.longest_us);
-        for (count, more) in self.histogram.iter_mut().zip(other.histogram) {
-            *count = count.saturating_add(more);
-        }
-        self.recent.extend_from_slice(&other.recent);
-        let surplus = self.recent.len().saturating_sub(RECENT);
-        self.recent.drain(..surplus);
-    }
-}
+use crate::report::pause::{PauseLength, PauseReport};
 
 /// A guest with all its vCPUs stopped.
 #[derive(Debug)]

@@ -7,7 +7,6 @@ use introspect::modules::symbols::ModuleSymbols;
 use introspect::modules::{self, Module};
 use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};
 
-use crate::livepatch::patch::Patch;
 use crate::module::Image;
 use crate::report::stack::{NamedFrame, TaskStack};
 
@@ -42,12 +41,12 @@ impl<'a> Symbolizer<'a> {
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
         modules: LoadedModules,
-        patches: &'a [Patch],
+        images: Vec<&'a Image>,
     ) -> Symbolizer<'a> {
         Symbolizer {
             kernel,
             unwinder,
-            images: patches.iter().map(|patch| &patch.image).collect(),
+            images,
             modules,
         }
     }

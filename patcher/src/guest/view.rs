@@ -6,68 +6,17 @@ use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::num::NonZeroU64;
 
 use introspect::task_list::cache::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
 use introspect::{
-    Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
-    Verdict,
+    Frame, Gva, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs, Verdict,
 };
 
 use crate::error::StepError;
+use crate::guest::code_set::CodeSet;
 use crate::guest::symbolize::{self, LoadedModules};
-use crate::report::patch::SwitchedBy;
-
-/// Code that a task must not be in, each piece with its name.
-#[derive(Clone, Debug, Default)]
-pub struct CodeSet {
-    pieces: Vec<(GvaRange, String)>,
-    /// A number that a watch over other code does not have.
-    id: Option<NonZeroU64>,
-}
-
-impl CodeSet {
-    /// Nothing yet.
-    #[must_use]
-    pub fn new() -> CodeSet {
-        CodeSet::default()
-    }
-
-    /// Adds a piece of code.
-    pub fn add(&mut self, code: GvaRange, name: impl Into<String>) {
-        let mut hasher = DefaultHasher::new();
-        (self.id, code.start, code.end).hash(&mut hasher);
-        self.id = NonZeroU64::new(hasher.finish());
-        self.pieces.push((code, name.into()));
-    }
-
-    /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
-    pub fn mark_ahead(&self, task_cache: &mut TaskCache) {
-        task_cache.tag(self.mark(), |stack| self.first_hit(stack).is_none());
-    }
-
-    fn mark(&self) -> NonZeroU64 {
-        self.id.unwrap_or(NonZeroU64::MIN)
-    }
-
-    /// The piece that `frame` is in.
-    #[must_use]
-    pub fn hit(&self, frame: &Frame) -> Option<&str> {
-        let (_, name) = self.pieces.iter().find(|(code, _)| frame.is_in(code))?;
-        Some(name)
-    }
-
-    /// The first frame of `stack` in any of the pieces, with the piece's name.
-    #[must_use]
-    pub fn first_hit<'s>(&self, stack: &'s Stack) -> Option<(&'s Frame, &str)> {
-        stack
-            .frames
-            .iter()
-            .find_map(|frame| Some((frame, self.hit(frame)?)))
-    }
-}
+use crate::report::task::SwitchedBy;
 
 /// Where a task stands towards a [`CodeSet`].
 #[derive(Clone, Debug, PartialEq, Eq)]

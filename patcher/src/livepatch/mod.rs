@@ -2,6 +2,9 @@
 //!
 //! The counterpart of the kernel's `kernel/livepatch/core.c` and `patch.c`.
 
+pub mod direction;
+pub mod dummy_patch;
+pub mod func;
 pub mod func_stack;
 pub mod patch;
 pub mod prepare;

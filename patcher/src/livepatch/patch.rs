@@ -4,12 +4,14 @@ use introspect::unwind::Unwinder;
 use introspect::unwind::code_map::RegionId;
 use introspect::{Gva, GvaRange};
 
-use crate::guest::view::CodeSet;
-use crate::livepatch::func_stack::{PatchedFunction, Target};
+use crate::guest::code_set::CodeSet;
+use crate::livepatch::direction::Direction;
+use crate::livepatch::func::{PatchedFunction, Target};
 use crate::memory::Allocation;
 use crate::module::Image;
 use crate::report::patch::{FunctionReport, PatchPhase, PatchStatus};
-use crate::transition::{Transition, TransitionSummary};
+use crate::report::transition::TransitionSummary;
+use crate::transition::Transition;
 
 /// A patch that another one takes the place of.
 #[derive(Clone, Debug)]
@@ -81,7 +83,7 @@ impl Patch {
 
     /// The code that a task must have left before it can be switched to the new functions.
     #[must_use]
-    pub fn old_code(&self) -> CodeSet {
+    fn old_code(&self) -> CodeSet {
         let mut watch = CodeSet::new();
         for redirect in &self.redirects {
             for part in redirect.old_code() {
@@ -108,6 +110,15 @@ impl Patch {
         // Whatever else there is: its read-only data is no place for a frame either.
         watch.add(self.code.range, self.name());
         watch
+    }
+
+    /// The code that a task must have left before it can be switched in this direction.
+    #[must_use]
+    pub fn code_to_leave(&self, direction: Direction) -> CodeSet {
+        match direction {
+            Direction::Apply => self.old_code(),
+            Direction::Revert => self.new_code(),
+        }
     }
 
     /// Its stubs.

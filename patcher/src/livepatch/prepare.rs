@@ -12,7 +12,8 @@ use crate::error::unexpected;
 use crate::ftrace::site::Site;
 use crate::guest::Guest;
 use crate::guest::kernel_info::KernelInfo;
-use crate::livepatch::func_stack::{self, PatchedFunction, Target};
+use crate::livepatch::func::{PatchedFunction, Target};
+use crate::livepatch::func_stack::{self};
 use crate::livepatch::patch::{Patch, Replaced};
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
@@ -22,8 +23,8 @@ use crate::module::{
     self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes,
 };
 use crate::report::patch::PatchPhase;
-use crate::transition::TransitionSummary;
-use crate::transition::pending_tasks::PendingTable;
+use crate::report::transition::TransitionSummary;
+use crate::transition::pending_tasks;
 use crate::x86::INT3;
 use crate::x86::entry_stub::{self, StateSource};
 
@@ -83,7 +84,7 @@ fn take_pieces<M: Machine>(
     taken: &mut Vec<Allocation>,
 ) -> Result<Pieces, PatchError> {
     let mut take_data = |machine: &mut M, places: &mut PatchMemory, need| {
-        let piece = places.take_data(machine, kernel, facts, need)?;
+        let piece = places.take_data(machine, kernel, &facts.areas, need)?;
         taken.push(piece);
         Ok::<_, PatchError>(piece)
     };
@@ -95,7 +96,7 @@ fn take_pieces<M: Machine>(
             Some(take_data(
                 machine,
                 places,
-                PendingTable::need(tasks.into()),
+                pending_tasks::table_request(tasks.into()),
             )?)
         }
     };
@@ -114,7 +115,7 @@ fn take_pieces<M: Machine>(
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
-    let code = places.take_code(machine, kernel, facts, need)?;
+    let code = places.take_code(machine, kernel, &facts.areas, need)?;
     taken.push(code);
     Ok(Pieces {
         code,
@@ -129,7 +130,7 @@ fn take_pieces<M: Machine>(
 /// How the stubs of a patch with this table, if it has one, learn who has moved.
 fn ask(facts: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
     if let Some(table) = table {
-        return Ok(StateSource::PendingTasks(PendingTable::in_piece(table)));
+        return Ok(StateSource::PendingTasks(pending_tasks::table_in(table)));
     }
     let offset = facts.klp.as_ref().map(|klp| klp.patch_state.offset);
     let offset = offset.and_then(|offset| u32::try_from(offset).ok());

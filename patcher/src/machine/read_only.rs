@@ -58,3 +58,61 @@ impl<M: PhysMemory> Machine for ReadOnlyMachine<M> {
         Err(MachineError::Interrupt(FIXED.to_owned()))
     }
 }
+
+/// Above every guest's memory, and of no consequence: nobody reads or writes there.
+const MADE_UP_MEMORY: u64 = 1 << 50;
+
+/// A machine that can only be read. Hidden memory that is asked for is made up: an address with nothing behind it.
+pub struct DryRunMachine<'a, M> {
+    machine: &'a mut M,
+    hidden: GuestAddress,
+}
+
+impl<'a, M> DryRunMachine<'a, M> {
+    /// One that reads from `machine`.
+    pub fn new(machine: &'a mut M) -> DryRunMachine<'a, M> {
+        DryRunMachine {
+            machine,
+            hidden: GuestAddress(MADE_UP_MEMORY),
+        }
+    }
+}
+
+impl<M: Machine> Machine for DryRunMachine<'_, M> {
+    type Memory = M::Memory;
+
+    fn memory(&self) -> &M::Memory {
+        self.machine.memory()
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.machine.pause()
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.machine.resume()
+    }
+
+    fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
+        self.machine.vcpus()
+    }
+
+    fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
+        let len = bytes.len();
+        Err(MachineError::Memory { gpa, len })
+    }
+
+    fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
+        let gpa = self.hidden;
+        self.hidden = GuestAddress(gpa.0.saturating_add(len));
+        Ok(gpa)
+    }
+
+    fn remove_hidden_memory(&mut self, _gpa: GuestAddress) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
+        Err(MachineError::Interrupt("a check sends none".into()))
+    }
+}

@@ -14,8 +14,8 @@ use introspect::{Gva, GvaRange, Kernel};
 
 use crate::error::PatchError;
 use crate::error::StepError;
-use crate::guest::kernel_info::KernelInfo;
 use crate::machine::Machine;
+use crate::memory::cave::TextMap;
 use crate::memory::hidden_window::{HiddenWindow, Usage, WINDOW};
 use crate::memory::range_alloc::RangeAllocator;
 use crate::memory::write_batch::WriteBatch;
@@ -23,6 +23,15 @@ use crate::x86::INT3;
 
 /// More hidden memory than this many windows is not given to one guest.
 const MAX_WINDOWS: usize = 16;
+
+/// Where a guest's kernel leaves room for patches.
+#[derive(Clone, Debug)]
+pub struct PatchAreas {
+    /// The kernel's text, whose padding takes code.
+    pub text: TextMap,
+    /// `level2_fixmap_pgt`, the page table that maps hidden windows.
+    pub fixmap_table: Gva,
+}
 
 /// Why the guest has no memory for a patch, or no longer has what outpatch used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -98,7 +107,6 @@ pub struct PatchMemory {
     /// The cave, once looked for.
     cave: Option<Option<RangeAllocator>>,
     windows: Vec<HiddenWindow>,
-    dummy: Option<Gva>,
 }
 
 impl PatchMemory {
@@ -110,12 +118,12 @@ impl PatchMemory {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &KernelInfo,
+        areas: &PatchAreas,
         need: Request,
     ) -> Result<Allocation, PatchError> {
         if self.cave.is_none() {
             let memory = kernel.memory(machine.memory());
-            self.cave = Some(cave::find(&memory, &facts.text)?.map(RangeAllocator::new));
+            self.cave = Some(cave::find(&memory, &areas.text)?.map(RangeAllocator::new));
         }
         let in_cave = (self.cave.as_mut())
             .and_then(Option::as_mut)
@@ -125,7 +133,7 @@ impl PatchMemory {
                 range,
                 window: None,
             }),
-            None => self.take_hidden(machine, kernel, facts, Usage::Code, need),
+            None => self.take_hidden(machine, kernel, areas, Usage::Code, need),
         }
     }
 
@@ -137,17 +145,17 @@ impl PatchMemory {
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &KernelInfo,
+        areas: &PatchAreas,
         need: Request,
     ) -> Result<Allocation, PatchError> {
-        self.take_hidden(machine, kernel, facts, Usage::Data, need)
+        self.take_hidden(machine, kernel, areas, Usage::Data, need)
     }
 
     fn take_hidden<M: Machine>(
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &KernelInfo,
+        areas: &PatchAreas,
         usage: Usage,
         need: Request,
     ) -> Result<Allocation, PatchError> {
@@ -169,7 +177,7 @@ impl PatchMemory {
                 });
             }
         }
-        let mut window = self.new_window(machine, kernel, facts, usage)?;
+        let mut window = self.new_window(machine, kernel, areas, usage)?;
         let range = window.room.take(need.len, need.align);
         self.windows.push(window);
         range
@@ -190,7 +198,7 @@ impl PatchMemory {
         &self,
         machine: &mut M,
         kernel: &Kernel,
-        facts: &KernelInfo,
+        areas: &PatchAreas,
         usage: Usage,
     ) -> Result<HiddenWindow, PatchError> {
         if self.windows.len() >= MAX_WINDOWS {
@@ -199,7 +207,7 @@ impl PatchMemory {
         let taken: Vec<Gva> = self.windows.iter().map(|window| window.entry).collect();
         let gpa = machine.add_hidden_memory(WINDOW)?;
         let memory = kernel.memory(machine.memory());
-        let chosen = HiddenWindow::choose(&memory, facts.fixmap_table, usage, gpa, &taken);
+        let chosen = HiddenWindow::choose(&memory, areas.fixmap_table, usage, gpa, &taken);
         let failure = match chosen {
             Ok(Some(window)) => return Ok(window),
             Ok(None) => PatchMemoryError::NoEntry.into(),
@@ -220,69 +228,14 @@ impl PatchMemory {
         }
     }
 
-    /// The stand-in for `klp_transition_patch` during our transitions: a `struct klp_patch` of zeroes with empty lists, so that
-    /// the guest's own livepatching answers -EBUSY and whatever walks it finds nothing. `None` in a guest that has no such.
-    ///
-    /// # Errors
-    /// [`PatchError`].
-    pub fn dummy<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        kernel: &Kernel,
-        facts: &KernelInfo,
-    ) -> Result<Option<Gva>, PatchError> {
-        if self.dummy.is_some() {
-            return Ok(self.dummy);
-        }
-        let piece = self.take_dummy(machine, kernel, facts)?;
-        let (Some(klp), Some(piece)) = (&facts.klp, piece) else {
-            return Ok(None);
-        };
-        let at = piece.range.start;
-        let mut plan = WriteBatch::new();
-        let zeroes = vec![0; usize::try_from(klp.patch_size).unwrap_or_default()];
-        self.plan_hidden(piece, at, &zeroes, &mut plan);
-        for list in &klp.patch_lists {
-            let head = list.of(at);
-            let link = head.0.to_le_bytes();
-            self.plan_hidden(piece, head, &[link, link].concat(), &mut plan);
-        }
-        if let Err(error) = plan.commit(machine) {
-            self.give_back(piece);
-            return Err(error);
-        }
-        self.dummy = Some(at);
-        Ok(self.dummy)
-    }
-
-    /// Takes room for the stand-in, if one is needed.
-    ///
-    /// # Errors
-    /// [`PatchMemoryError`].
-    pub fn take_dummy<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        kernel: &Kernel,
-        facts: &KernelInfo,
-    ) -> Result<Option<Allocation>, PatchError> {
-        let Some(klp) = &facts.klp else {
-            return Ok(None);
-        };
-        let need = Request {
-            len: klp.patch_size,
-            align: 64,
-        };
-        self.take_data(machine, kernel, facts, need).map(Some)
-    }
-
-    /// The stand-in, once it is there.
-    #[must_use]
-    pub fn known_dummy(&self) -> Option<Gva> {
-        self.dummy
-    }
-
     /// Plans writing `bytes` at `at` in a hidden piece, whether or not the guest maps it yet. Nothing for the cave.
-    fn plan_hidden(&self, piece: Allocation, at: Gva, bytes: &[u8], plan: &mut WriteBatch) -> bool {
+    pub fn plan_hidden(
+        &self,
+        piece: Allocation,
+        at: Gva,
+        bytes: &[u8],
+        plan: &mut WriteBatch,
+    ) -> bool {
         let window = piece.window.and_then(|at| self.windows.get(at));
         if let Some(window) = window {
             plan.write(window.gpa_of(at), bytes);

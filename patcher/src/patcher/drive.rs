@@ -8,12 +8,15 @@ use introspect::task_list::cache::TaskCache;
 use crate::error::PatchError;
 use crate::error::StepError;
 use crate::guest::pause::PauseGuard;
-use crate::livepatch::func_stack::{self, Target};
+use crate::livepatch::direction::Direction;
+use crate::livepatch::func::Target;
+use crate::livepatch::func_stack::{self};
 use crate::livepatch::prepare;
 use crate::machine::Machine;
-use crate::report::patch::{Mode, PatchPhase, PauseReport};
+use crate::report::patch::{Mode, PatchPhase};
+use crate::report::pause::PauseReport;
+use crate::transition::Transition;
 use crate::transition::step::{Step, StepContext};
-use crate::transition::{Direction, Transition};
 
 use crate::patcher::{Patcher, no_kernel, patiently};
 
@@ -248,7 +251,7 @@ impl Patcher {
         if self.walks_in_the_pause {
             guest.task_cache = TaskCache::new();
         } else {
-            guest.walk_ahead(machine.memory(), &transition.direction.watch(patch));
+            guest.walk_ahead(machine.memory(), &patch.code_to_leave(transition.direction));
         }
         let signals = transition.signals();
         let mut paused = PauseGuard::begin(machine, meter)?;
@@ -260,7 +263,7 @@ impl Patcher {
                 look: &look,
                 facts: &facts,
                 places: &self.places,
-                dummy: self.places.known_dummy(),
+                dummy: self.dummy,
                 patch,
                 alone: self.patches.len() == 1,
                 signal: self.waker.as_ref().filter(|_| signals),

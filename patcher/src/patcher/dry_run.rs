@@ -6,24 +6,23 @@
 use std::time::Duration;
 
 use introspect::{Gva, PhysMemory, Task, VcpuRegs};
-use vm_memory::GuestAddress;
 
 use crate::error::PatchError;
 use crate::error::StepError;
 use crate::guest::Guest;
-use crate::guest::view::CodeSet;
+use crate::guest::code_set::CodeSet;
+use crate::livepatch::direction::Direction;
+use crate::livepatch::dummy_patch;
 use crate::livepatch::patch::Patch;
 use crate::livepatch::prepare;
-use crate::machine::{Machine, MachineError};
+use crate::machine::Machine;
+use crate::machine::read_only::DryRunMachine;
 use crate::memory::{Allocation, PatchMemory};
 use crate::module::LivepatchModule;
-use crate::report::patch::{CheckReport, FoundFunction, FoundSymbol, PauseReport, PieceReport};
-use crate::transition::Direction;
+use crate::report::check::{CheckReport, FoundFunction, FoundSymbol, PieceReport};
+use crate::report::pause::PauseReport;
 use crate::transition::progress::Progress;
 use crate::transition::step::{Step, StepContext};
-
-/// Above every guest's memory, and of no consequence: nobody reads or writes there.
-const MADE_UP_MEMORY: u64 = 1 << 50;
 
 /// A patch as it would be, ready for the pause in which it would begin.
 pub struct DryRun {
@@ -41,21 +40,18 @@ impl DryRun {
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
-        places: &PatchMemory,
+        (places, dummy): (&PatchMemory, Option<Gva>),
         module: &LivepatchModule,
         others: &[Patch],
     ) -> Result<DryRun, PatchError> {
-        let mut machine = DryRunMachine {
-            machine,
-            hidden: GuestAddress(MADE_UP_MEMORY),
-        };
+        let mut machine = DryRunMachine::new(machine);
         let mut places = places.clone();
-        let dummy = match places.known_dummy() {
+        let dummy = match dummy {
             Some(dummy) => Some(dummy),
             None => {
-                let facts = guest.facts()?;
-                let piece = places.take_dummy(&mut machine, &guest.kernel, facts)?;
-                piece.map(|piece| piece.range.start)
+                let (kernel, info) = (&guest.kernel, guest.facts()?);
+                let allocation = dummy_patch::allocate(&mut machine, kernel, info, &mut places)?;
+                allocation.map(|allocation| allocation.range.start)
             }
         };
         let patch = prepare::prepare(&mut machine, guest, &mut places, module, others)?;
@@ -96,7 +92,7 @@ impl DryRun {
     /// The code that tasks must have left.
     #[must_use]
     pub fn watch(&self) -> CodeSet {
-        Direction::Apply.watch(&self.patch)
+        self.patch.code_to_leave(Direction::Apply)
     }
 
     /// Takes what it has in the unwinder out again.
@@ -148,50 +144,5 @@ fn piece(piece: Allocation) -> PieceReport {
         address: piece.range.start.to_string(),
         bytes: piece.range.len(),
         hidden: !piece.is_in_cave(),
-    }
-}
-
-/// A machine that can only be read. Hidden memory that is asked for is made up: an address with nothing behind it.
-struct DryRunMachine<'a, M> {
-    machine: &'a mut M,
-    hidden: GuestAddress,
-}
-
-impl<M: Machine> Machine for DryRunMachine<'_, M> {
-    type Memory = M::Memory;
-
-    fn memory(&self) -> &M::Memory {
-        self.machine.memory()
-    }
-
-    fn pause(&mut self) -> Result<(), MachineError> {
-        self.machine.pause()
-    }
-
-    fn resume(&mut self) -> Result<(), MachineError> {
-        self.machine.resume()
-    }
-
-    fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        self.machine.vcpus()
-    }
-
-    fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
-        let len = bytes.len();
-        Err(MachineError::Memory { gpa, len })
-    }
-
-    fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
-        let gpa = self.hidden;
-        self.hidden = GuestAddress(gpa.0.saturating_add(len));
-        Ok(gpa)
-    }
-
-    fn remove_hidden_memory(&mut self, _gpa: GuestAddress) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        Err(MachineError::Interrupt("a check sends none".into()))
     }
 }

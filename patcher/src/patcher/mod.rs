@@ -14,13 +14,16 @@ use crate::error::PatchError;
 use crate::error::StepError;
 use crate::guest::Guest;
 use crate::guest::pause::PauseGuard;
+use crate::livepatch::direction::Direction;
+use crate::livepatch::dummy_patch;
 use crate::livepatch::patch::Patch;
 use crate::livepatch::prepare;
 use crate::machine::Machine;
 use crate::memory::PatchMemory;
 use crate::module::{self, LivepatchModule};
-use crate::report::patch::{Mode, PatchPhase, PatchStatus, PauseReport};
-use crate::transition::Direction;
+use crate::report::patch::{Mode, PatchPhase, PatchStatus};
+use crate::report::pause::PauseReport;
+use introspect::Gva;
 
 /// How often a busy guest is looked at again before the caller is told.
 const TRIES: u32 = 100;
@@ -36,6 +39,8 @@ const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::fr
 pub struct Patcher {
     guest: Option<Guest>,
     places: PatchMemory,
+    /// The dummy patch, once it is placed.
+    dummy: Option<Gva>,
     patches: Vec<Patch>,
     /// What wakes sleepers, once somebody was to be woken.
     waker: Option<TaskWaker>,
@@ -337,6 +342,7 @@ impl Patcher {
             self.waker = None;
             // What is hidden there stays, and is no longer the guest's to see.
             self.places = PatchMemory::default();
+            self.dummy = None;
         }
         error
     }
@@ -346,9 +352,11 @@ impl Patcher {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let patch = self.patches.get(at).ok_or_else(no_kernel)?;
         prepare::fill(machine, &guest.kernel, &self.places, patch)?;
-        self.places
-            .dummy(machine, &guest.kernel, guest.facts()?)
-            .map(drop)
+        if self.dummy.is_none() {
+            let info = guest.facts()?;
+            self.dummy = dummy_patch::place(machine, &guest.kernel, info, &mut self.places)?;
+        }
+        Ok(())
     }
 }
 

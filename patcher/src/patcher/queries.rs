@@ -14,7 +14,8 @@ use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::patcher::dry_run::DryRun;
 use crate::patcher::{Patcher, no_kernel, patiently};
-use crate::report::patch::{CheckReport, PauseReport};
+use crate::report::check::CheckReport;
+use crate::report::pause::PauseReport;
 use crate::report::stack::TaskStack;
 
 impl Patcher {
@@ -65,7 +66,7 @@ impl Patcher {
             &guest.kernel,
             &guest.unwinder,
             loaded,
-            &self.patches,
+            self.patches.iter().map(|patch| &patch.image).collect(),
         ))
     }
 
@@ -166,12 +167,13 @@ impl Patcher {
         let Patcher {
             guest,
             places,
+            dummy,
             patches,
             pauses,
             ..
         } = self;
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
-        let trial = DryRun::prepare(machine, guest, places, &module, patches)?;
+        let trial = DryRun::prepare(machine, guest, (places, *dummy), &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {
             guest.walk_ahead(machine.memory(), &trial.watch());

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use introspect::Task;
 
-use crate::guest::view::CodeSet;
-use crate::livepatch::patch::Patch;
-use crate::report::patch::{PatchPhase, PauseReport, TaskReport};
+use crate::livepatch::direction::Direction;
+use crate::report::pause::PauseReport;
+use crate::report::transition::TransitionSummary;
 use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::progress::{Outcome, Progress};
 
@@ -28,67 +28,6 @@ const LONGEST_WAIT: Duration = Duration::from_millis(250);
 /// The guest runs for at least this many times as long as it was paused before, from so many looks on; one time before the second look,
 /// and so on, as most of those who are in the way go their way at once.
 const PAUSE_SHARE: u32 = 5;
-
-/// Which way tasks move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// To the new code.
-    Apply,
-    /// Back to the old code.
-    Revert,
-}
-
-impl Direction {
-    /// The patch state that tasks move to (`KLP_TRANSITION_UNPATCHED`, `_PATCHED`).
-    #[must_use]
-    pub fn target(self) -> i32 {
-        match self {
-            Direction::Apply => 1,
-            Direction::Revert => 0,
-        }
-    }
-
-    /// The other way.
-    #[must_use]
-    pub fn back(self) -> Direction {
-        match self {
-            Direction::Apply => Direction::Revert,
-            Direction::Revert => Direction::Apply,
-        }
-    }
-
-    /// What a patch that moves this way is doing.
-    #[must_use]
-    pub fn phase(self) -> PatchPhase {
-        match self {
-            Direction::Apply => PatchPhase::Applying,
-            Direction::Revert => PatchPhase::Reverting,
-        }
-    }
-
-    pub fn initial(self) -> i32 {
-        1 - self.target()
-    }
-
-    /// The code that a task must not be in to be moved.
-    pub fn watch(self, patch: &Patch) -> CodeSet {
-        match self {
-            Direction::Apply => patch.old_code(),
-            Direction::Revert => patch.new_code(),
-        }
-    }
-}
-
-/// A transition that has ended, or as far as it has come.
-#[derive(Clone, Debug, Default)]
-pub struct TransitionSummary {
-    /// Its tasks.
-    pub tasks: Vec<TaskReport>,
-    /// How long it took.
-    pub ms: u64,
-    /// What it cost.
-    pub pauses: PauseReport,
-}
 
 /// A transition that runs.
 #[derive(Debug)]

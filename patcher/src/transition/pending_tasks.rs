@@ -11,8 +11,9 @@
 use introspect::Gva;
 
 use crate::error::PatchError;
+use crate::livepatch::direction::Direction;
 use crate::memory::{Allocation, Request};
-use crate::transition::Direction;
+use crate::x86::entry_stub::PendingTable;
 
 /// Slots of the smallest table.
 const LEAST: u64 = 1 << 10;
@@ -23,54 +24,25 @@ const HEADER: u64 = 64;
 const SLOT: u64 = 8;
 /// In the place of a task that was taken out.
 const GONE: u64 = 1;
-/// Knuth's multiplicative hash: 2^32 over the golden ratio.
-pub const FACTOR: u32 = 0x9e37_79b1;
 
-/// Where a table lies, as its stubs need to know it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PendingTable {
-    /// The slots.
-    pub slots: Gva,
-    /// How many there are: a power of two.
-    pub count: u64,
-    /// A word that is 0 while those in the table get the old code, and 1 while they get the new.
-    pub back: Gva,
+/// How much memory the table of a guest with so many tasks needs.
+#[must_use]
+pub fn table_request(tasks: u64) -> Request {
+    let count = tasks.saturating_mul(4).clamp(LEAST, MOST);
+    Request {
+        len: HEADER + SLOT * count.next_power_of_two(),
+        align: HEADER,
+    }
 }
 
-impl PendingTable {
-    /// The room that a guest of so many tasks needs.
-    #[must_use]
-    pub fn need(tasks: u64) -> Request {
-        let count = tasks.saturating_mul(4).clamp(LEAST, MOST);
-        Request {
-            len: HEADER + SLOT * count.next_power_of_two(),
-            align: HEADER,
-        }
-    }
-
-    /// The table that fits into `piece`, which was taken for such a need.
-    #[must_use]
-    pub fn in_piece(piece: Allocation) -> PendingTable {
-        let slots = piece.range.len().saturating_sub(HEADER) / SLOT;
-        PendingTable {
-            slots: piece.range.start.add(HEADER),
-            count: 1 << slots.max(1).ilog2(),
-            back: piece.range.start,
-        }
-    }
-
-    /// The slot at which the search for a task begins.
-    fn first(self, task: Gva) -> u64 {
-        // What identifies a task_struct is in its lower half.
-        let [a, b, c, d, ..] = task.0.to_le_bytes();
-        let low = u32::from_le_bytes([a, b, c, d]);
-        u64::from(low.wrapping_mul(FACTOR) >> self.shift())
-    }
-
-    /// By how much the stub shifts a 32-bit hash.
-    #[must_use]
-    pub fn shift(self) -> u32 {
-        32 - self.count.max(2).ilog2()
+/// The table that fits into `allocation`, which was made for such a request.
+#[must_use]
+pub fn table_in(allocation: Allocation) -> PendingTable {
+    let slots = allocation.range.len().saturating_sub(HEADER) / SLOT;
+    PendingTable {
+        slots: allocation.range.start.add(HEADER),
+        count: 1 << slots.max(1).ilog2(),
+        back: allocation.range.start,
     }
 }
 
@@ -93,7 +65,7 @@ impl PendingTasks {
         direction: Direction,
         tasks: impl IntoIterator<Item = Gva>,
     ) -> Result<PendingTasks, PatchError> {
-        let table = PendingTable::in_piece(piece);
+        let table = table_in(piece);
         let mut unmoved = PendingTasks {
             piece,
             table,
@@ -169,7 +141,7 @@ mod tests {
     use super::*;
 
     fn piece(tasks: u64) -> Allocation {
-        Allocation::made_up(Gva(0xffff_ffff_ff00_0000), PendingTable::need(tasks).len)
+        Allocation::made_up(Gva(0xffff_ffff_ff00_0000), table_request(tasks).len)
     }
 
     fn task(number: u64) -> Gva {
@@ -178,11 +150,11 @@ mod tests {
 
     #[test]
     fn tables_grow_with_the_guest_and_not_without_bound() {
-        let count = |tasks| PendingTable::in_piece(piece(tasks)).count;
+        let count = |tasks| table_in(piece(tasks)).count;
         assert_eq!(count(0), LEAST);
         assert_eq!(count(1_000), 4_096);
         assert_eq!(count(u64::MAX), MOST);
-        assert!(PendingTable::need(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
+        assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
     }
 
     #[test]

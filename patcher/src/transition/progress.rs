@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use introspect::{Gva, Task};
 
-use crate::report::patch::{SwitchedBy, TaskReport};
+use crate::report::task::{SwitchedBy, TaskReport};
 
 /// Tasks that have exited are forgotten, oldest first, beyond this many: a guest that forks without end must not fill our memory.
 const MOST_EXITED: usize = 1024;

@@ -3,7 +3,7 @@
 //! Made in the pause for every task of the guest, of whom nearly all are clean by their stack: only the others are kept.
 
 use crate::guest::view::StackCheck;
-use crate::report::patch::SwitchedBy;
+use crate::report::task::SwitchedBy;
 use crate::transition::progress::{Blocked, Outcome};
 
 /// Where each of many tasks stands, by its number.

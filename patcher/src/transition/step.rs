@@ -7,18 +7,20 @@
 use introspect::task_list::cache::CachedTask;
 use introspect::{PatchState, Task};
 
-use crate::call::wake::{self, Kick, TaskWaker};
+use crate::call::irq_work::Kick;
+use crate::call::wake::{self, TaskWaker};
 use crate::error::PatchError;
 use crate::error::StepError;
 use crate::ftrace::site::SiteError;
+use crate::guest::code_set::CodeSet;
 use crate::guest::kernel_info::KernelInfo;
-use crate::guest::view::{CodeSet, GuestView, StackCheck};
-use crate::livepatch::func_stack::PatchedFunction;
+use crate::guest::view::{GuestView, StackCheck};
+use crate::livepatch::direction::Direction;
+use crate::livepatch::func::PatchedFunction;
 use crate::livepatch::patch::Patch;
 use crate::memory::PatchMemory;
 use crate::memory::write_batch::WriteBatch;
-use crate::report::patch::SwitchedBy;
-use crate::transition::Direction;
+use crate::report::task::SwitchedBy;
 use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::preconditions::{self, NO_STATE};
 use crate::transition::progress::Outcome;
@@ -357,7 +359,7 @@ impl<'a> StepContext<'a> {
 
     /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
     fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> StackChecks {
-        let watch = direction.watch(self.patch);
+        let watch = self.patch.code_to_leave(direction);
         let stand = |at| match self.look.patch_state(at) {
             _ if !ask(self.state(at)) => StackCheck::Clear(SwitchedBy::Stack),
             Some(PatchState::Invalid(state)) => StackCheck::Unknown(format!(

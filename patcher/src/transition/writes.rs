@@ -4,9 +4,9 @@ use introspect::{Task, TaskKind};
 
 use crate::error::PatchError;
 use crate::error::StepError;
-use crate::livepatch::func_stack::PatchedFunction;
+use crate::livepatch::direction::Direction;
+use crate::livepatch::func::PatchedFunction;
 use crate::memory::write_batch::WriteBatch;
-use crate::transition::Direction;
 use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::preconditions::NO_STATE;
 use crate::x86::{EncodeError, SITE_LEN};

@@ -8,9 +8,11 @@ use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r1
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use introspect::Gva;
 
-use crate::transition::pending_tasks::{FACTOR, PendingTable};
 use crate::x86::EncodeError;
 use crate::x86::fitted;
+
+/// Knuth's multiplicative hash: 2^32 over the golden ratio.
+const FACTOR: u32 = 0x9e37_79b1;
 
 /// How a stub learns whether the running task has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +31,34 @@ impl StateSource {
             StateSource::PatchState(_) => 48,
             StateSource::PendingTasks(_) => 112,
         }
+    }
+}
+
+/// Where a table lies, as its stubs need to know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingTable {
+    /// The slots.
+    pub slots: Gva,
+    /// How many there are: a power of two.
+    pub count: u64,
+    /// A word that is 0 while those in the table get the old code, and 1 while they get the new.
+    pub back: Gva,
+}
+
+impl PendingTable {
+    /// The slot at which the search for a task begins.
+    #[must_use]
+    pub fn first(self, task: Gva) -> u64 {
+        // What identifies a task_struct is in its lower half.
+        let [a, b, c, d, ..] = task.0.to_le_bytes();
+        let low = u32::from_le_bytes([a, b, c, d]);
+        u64::from(low.wrapping_mul(FACTOR) >> self.shift())
+    }
+
+    /// By how much the stub shifts a 32-bit hash.
+    #[must_use]
+    pub fn shift(self) -> u32 {
+        32 - self.count.max(2).ilog2()
     }
 }
 

@@ -6,8 +6,9 @@ pub mod layout;
 pub mod modinfo;
 pub mod sections;
 
+use crate::module::KlpPatch;
 use crate::module::error::ModuleError;
-use crate::module::file::klp::{KlpLayout, KlpPatch};
+use crate::module::file::klp::KlpLayout;
 use crate::module::file::layout::{SectionLayout, Sizes};
 
 /// A livepatch module as read from its file, not yet bound to a guest.

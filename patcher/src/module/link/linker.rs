@@ -4,10 +4,11 @@
 use introspect::{Gva, GvaRange};
 use object::elf;
 
+use crate::module::KlpPatch;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Relocation, Section};
-use crate::module::file::klp::{KlpPatch, ModuleOffset};
+use crate::module::file::klp::ModuleOffset;
 use crate::module::file::layout::Region;
 use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;

@@ -12,9 +12,9 @@ pub mod return_thunks;
 pub mod symbols;
 pub mod verify;
 
+use crate::module::KlpPatch;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
-use crate::module::file::klp::KlpPatch;
 use crate::module::file::layout::Bases;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::image::{Buffer, Image};

@@ -1,0 +1,63 @@
+//! A stand-in for `klp_transition_patch` during outpatch's transitions: a `struct klp_patch` of zeroes
+//! with empty lists, so that the guest's own livepatching answers -EBUSY and code that walks it finds
+//! nothing.
+
+use introspect::{Gva, Kernel};
+
+use crate::error::PatchError;
+use crate::guest::kernel_info::KernelInfo;
+use crate::machine::Machine;
+use crate::memory::write_batch::WriteBatch;
+use crate::memory::{Allocation, PatchMemory, Request};
+
+/// Allocates memory for the dummy patch; `None` in a guest without livepatching, which needs none.
+///
+/// # Errors
+/// [`PatchError::Memory`].
+pub fn allocate<M: Machine>(
+    machine: &mut M,
+    kernel: &Kernel,
+    info: &KernelInfo,
+    memory: &mut PatchMemory,
+) -> Result<Option<Allocation>, PatchError> {
+    let Some(klp) = &info.klp else {
+        return Ok(None);
+    };
+    let request = Request {
+        len: klp.patch_size,
+        align: 64,
+    };
+    memory
+        .take_data(machine, kernel, &info.areas, request)
+        .map(Some)
+}
+
+/// Allocates the dummy patch and fills it, in memory that the guest does not map yet; its address.
+///
+/// # Errors
+/// [`PatchError`], with nothing allocated.
+pub fn place<M: Machine>(
+    machine: &mut M,
+    kernel: &Kernel,
+    info: &KernelInfo,
+    memory: &mut PatchMemory,
+) -> Result<Option<Gva>, PatchError> {
+    let allocation = allocate(machine, kernel, info, memory)?;
+    let (Some(klp), Some(allocation)) = (&info.klp, allocation) else {
+        return Ok(None);
+    };
+    let at = allocation.range.start;
+    let mut writes = WriteBatch::new();
+    let zeroes = vec![0; usize::try_from(klp.patch_size).unwrap_or_default()];
+    memory.plan_hidden(allocation, at, &zeroes, &mut writes);
+    for list in &klp.patch_lists {
+        let head = list.of(at);
+        let link = head.0.to_le_bytes();
+        memory.plan_hidden(allocation, head, &[link, link].concat(), &mut writes);
+    }
+    if let Err(error) = writes.commit(machine) {
+        memory.give_back(allocation);
+        return Err(error);
+    }
+    Ok(Some(at))
+}
