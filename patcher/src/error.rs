@@ -14,7 +14,7 @@ use introspect::{FindError, Gva, NotReady, ReadError, SymbolError, TasksError, U
 use crate::ftrace::ops::FtraceOpsError;
 use crate::ftrace::site::SiteError;
 use crate::machine::MachineError;
-use crate::memory::PatchMemoryError;
+use crate::memory::error::PatchMemoryError;
 use crate::module::{LinkError, ModuleError, TargetError};
 use crate::x86::EncodeError;
 

@@ -5,11 +5,10 @@
 //! switches itself off. Follows `kernel/trace/ftrace.c: referenced_filters, ops_references_ip, ftrace_hash_rec_update`, and knows
 //! nothing of what stands at an entry.
 
+use introspect::SymbolError;
 use introspect::btf::{Btf, BtfError};
 use introspect::memory::kernel::{Field, KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
-
-use crate::error::PatchError;
 
 /// More steps, from one `ftrace_ops` to the next or along a chain of a hash, than it takes in any kernel: there is a cycle.
 const MOST_STEPS: u32 = 1 << 18;
@@ -63,6 +62,12 @@ pub enum FtraceOpsError {
     /// It could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The kernel lacks a symbol.
+    #[error(transparent)]
+    Symbol(#[from] SymbolError),
+    /// The kernel's types lack something.
+    #[error(transparent)]
+    Types(#[from] BtfError),
     /// It goes round, or is larger than any kernel's.
     #[error("the kernel's list of ftrace_ops and their filters makes no sense at {0}")]
     Endless(Gva),
@@ -72,8 +77,8 @@ impl FtraceOps {
     /// From a kernel's symbols and types.
     ///
     /// # Errors
-    /// [`PatchError::Guest`] naming what the kernel lacks.
-    pub fn new(kernel: &Kernel) -> Result<FtraceOps, PatchError> {
+    /// [`FtraceOpsError`] naming what the kernel lacks.
+    pub fn new(kernel: &Kernel) -> Result<FtraceOps, FtraceOpsError> {
         let btf = &kernel.btf;
         Ok(FtraceOps {
             head: kernel.symbols.address("ftrace_ops_list")?,

@@ -6,8 +6,6 @@
 //! The mapping is made once and stays for the guest's life. To take it away would need the guest's TLBs flushed, by guest code;
 //! to leave it costs nothing: the next patch uses the same window.
 
-use std::fmt;
-
 use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 use vm_memory::GuestAddress;
@@ -34,15 +32,6 @@ pub enum Usage {
     Code,
     /// Readable and writable.
     Data,
-}
-
-impl fmt::Display for Usage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Usage::Code => "code",
-            Usage::Data => "data",
-        })
-    }
 }
 
 /// One hidden slot and its place in the guest's address space.

@@ -5,6 +5,7 @@
 //! touches what the guest sees: that is planned here and carried out by the transition.
 
 pub mod cave;
+pub mod error;
 pub mod hidden_window;
 pub mod range_alloc;
 pub mod write_batch;
@@ -16,6 +17,7 @@ use crate::error::PatchError;
 use crate::error::StepError;
 use crate::machine::Machine;
 use crate::memory::cave::TextMap;
+use crate::memory::error::PatchMemoryError;
 use crate::memory::hidden_window::{HiddenWindow, Usage, WINDOW};
 use crate::memory::range_alloc::RangeAllocator;
 use crate::memory::write_batch::WriteBatch;
@@ -31,40 +33,6 @@ pub struct PatchAreas {
     pub text: TextMap,
     /// `level2_fixmap_pgt`, the page table that maps hidden windows.
     pub fixmap_table: Gva,
-}
-
-/// Why the guest has no memory for a patch, or no longer has what outpatch used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PatchMemoryError {
-    /// More bytes in one piece, or a larger alignment, than a hidden window has.
-    #[error("the patch needs {bytes} bytes of {usage} in one piece; at most {WINDOW} are possible")]
-    TooLarge {
-        /// The bytes, or the alignment.
-        bytes: u64,
-        /// What they are for.
-        usage: Usage,
-    },
-    /// Every hidden window that a guest is given is in use.
-    #[error("all {max} hidden windows of the guest are in use; revert a patch first")]
-    NoWindow {
-        /// How many there are.
-        max: usize,
-    },
-    /// The guest uses every page table entry that could map a hidden window.
-    #[error("the guest uses every entry of level2_fixmap_pgt that could map the patch")]
-    NoEntry,
-    /// The guest changed a page table entry that maps a hidden window.
-    #[error("the guest took the page table entry at {0} for something else")]
-    EntryTaken(Gva),
-    /// The guest wrote to the padding of its text that the patch was to use.
-    #[error("the padding of the kernel's text at {0} is no longer padding")]
-    PaddingTaken(Gva),
-    /// A mapping that was written leads nowhere.
-    #[error(
-        "the guest's page tables do not lead to {0}: level2_fixmap_pgt is not where it should be"
-    )]
-    NotMapped(Gva),
 }
 
 /// How much room a patch needs.
@@ -162,7 +130,7 @@ impl PatchMemory {
         if need.len > WINDOW {
             return Err(PatchMemoryError::TooLarge {
                 bytes: need.len,
-                usage,
+                max: WINDOW,
             }
             .into());
         }
@@ -188,7 +156,7 @@ impl PatchMemory {
             .ok_or_else(|| {
                 PatchMemoryError::TooLarge {
                     bytes: need.align,
-                    usage,
+                    max: WINDOW,
                 }
                 .into()
             })
