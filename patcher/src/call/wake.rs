@@ -77,25 +77,26 @@ impl TaskWaker {
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
-        places: &mut PatchMemory,
-        facts: &KernelInfo,
+        patch_memory: &mut PatchMemory,
+        info: &KernelInfo,
     ) -> Result<TaskWaker, PatchError> {
         let irq_work = IrqWorkInfo::new(&guest.kernel)?;
-        let info = WakeInfo::new(&guest.kernel)?;
+        let wake = WakeInfo::new(&guest.kernel)?;
         let code_need = Request {
             len: CODE_ROOM,
             align: 64,
         };
-        let code = places.take_code(machine, &guest.kernel, &facts.areas, code_need)?;
+        let code = patch_memory.take_code(machine, &guest.kernel, &info.areas, code_need)?;
         let data_need = Request {
             len: (LIST + ENTRY * (MOST + 1)) as u64,
             align: 64,
         };
         // The data last: nothing after it can fail.
-        let prepared = routine(code.range.start, &info)
+        let prepared = routine(code.range.start, &wake)
             .map_err(PatchError::from)
             .and_then(|code_bytes| {
-                let data = places.take_data(machine, &guest.kernel, &facts.areas, data_need)?;
+                let data =
+                    patch_memory.take_data(machine, &guest.kernel, &info.areas, data_need)?;
                 Ok((code_bytes, data))
             });
         match prepared {
@@ -103,7 +104,7 @@ impl TaskWaker {
                 guest.unwinder.add_transient(code.range);
                 Ok(TaskWaker {
                     irq_work,
-                    info,
+                    info: wake,
                     code,
                     code_bytes,
                     data,
@@ -111,7 +112,7 @@ impl TaskWaker {
                 })
             }
             Err(error) => {
-                places.give_back(code);
+                patch_memory.free(code);
                 Err(error)
             }
         }
@@ -131,16 +132,16 @@ impl TaskWaker {
     /// [`ReadError`].
     pub fn plan(
         &self,
-        look: &GuestView<'_>,
-        places: &PatchMemory,
+        view: &GuestView<'_>,
+        patch_memory: &PatchMemory,
         tasks: &[&Task],
         plan: &mut WriteBatch,
     ) -> Result<Option<Kick>, ReadError> {
-        let memory = &look.memory;
-        let Some((vcpu, cpu)) = look.interruptible_vcpu() else {
+        let memory = &view.memory;
+        let Some((vcpu, cpu)) = view.interruptible_vcpu() else {
             return Ok(None);
         };
-        let head = self.irq_work.list_head(look.kernel, cpu);
+        let head = self.irq_work.list_head(view.kernel, cpu);
         let (Some(head), Some(kick)) = (head, self.irq_work.kick(memory, vcpu)?) else {
             return Ok(None);
         };
@@ -164,9 +165,9 @@ impl TaskWaker {
         let queued = self.irq_work.queued(self.code.range.start, first);
         let bytes = [queued, list].concat();
         if !self.used {
-            places.plan_fill(memory, self.code, &self.code_bytes, plan)?;
+            patch_memory.plan_fill(memory, self.code, &self.code_bytes, plan)?;
         }
-        places.plan_fill(memory, self.data, &bytes, plan)?;
+        patch_memory.plan_fill(memory, self.data, &bytes, plan)?;
         plan.write_kernel(memory, head, &work.0.to_le_bytes())?;
         Ok(Some(kick))
     }

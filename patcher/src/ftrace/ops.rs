@@ -98,7 +98,7 @@ impl FtraceOps {
     ///
     /// # Errors
     /// [`FtraceOpsError`].
-    pub fn account(&self, memory: &KernelMemory<'_>, ip: Gva) -> Result<u64, FtraceOpsError> {
+    pub fn record_flags(&self, memory: &KernelMemory<'_>, ip: Gva) -> Result<u64, FtraceOpsError> {
         let mut walk = Walk {
             memory,
             left: MOST_STEPS,
@@ -289,8 +289,8 @@ mod tests {
             self.machine.put(Mock::FREE, &ops.0.to_le_bytes());
         }
 
-        fn account(&self) -> Result<u64, FtraceOpsError> {
-            tracers().account(&self.machine.kernel_memory(), IP)
+        fn record_flags(&self) -> Result<u64, FtraceOpsError> {
+            tracers().record_flags(&self.machine.kernel_memory(), IP)
         }
     }
 
@@ -298,18 +298,18 @@ mod tests {
     fn counts_those_whose_filter_has_it() {
         for bits in [0, 1, 4] {
             let mut memory = Memory::new();
-            assert_eq!(memory.account(), Ok(0));
+            assert_eq!(memory.record_flags(), Ok(0));
             let (none, its) = (memory.hash(bits, &[]), memory.hash(bits, &[OTHER, IP]));
             let others = memory.hash(bits, &[OTHER]);
             memory.ops(1, 0, others, none);
             memory.ops(0, 0, its, none);
             memory.ops(1, 0, none, its);
             memory.ops(1, 0, its, its);
-            assert_eq!(memory.account(), Ok(0), "{bits} bits");
+            assert_eq!(memory.record_flags(), Ok(0), "{bits} bits");
             memory.ops(1, 0, its, others);
             memory.ops(1, 0, none, Gva(0));
             memory.ops(1, 0, Gva(0), others);
-            assert_eq!(memory.account(), Ok(3), "{bits} bits");
+            assert_eq!(memory.record_flags(), Ok(3), "{bits} bits");
         }
     }
 
@@ -318,7 +318,7 @@ mod tests {
         let mut memory = Memory::new();
         let waiting = memory.put(&[0, 0, 0, 1]);
         memory.ops(1, 0, waiting, Gva(0));
-        assert_eq!(memory.account(), Ok(0));
+        assert_eq!(memory.record_flags(), Ok(0));
     }
 
     #[test]
@@ -326,9 +326,9 @@ mod tests {
         let mut memory = Memory::new();
         let its = memory.hash(2, &[IP]);
         memory.ops(1 | SAVE_REGS, 5, its, Gva(0));
-        assert_eq!(memory.account(), Ok(1 | REGS | TRAMP));
+        assert_eq!(memory.record_flags(), Ok(1 | REGS | TRAMP));
         memory.ops(1 | 1 << 17, 5, its, Gva(0));
-        assert_eq!(memory.account(), Ok(2 | REGS | DIRECT));
+        assert_eq!(memory.record_flags(), Ok(2 | REGS | DIRECT));
     }
 
     #[test]
@@ -339,18 +339,18 @@ mod tests {
         memory
             .machine
             .put(Mock::FREE + memory.used - 32, &ops.0.to_le_bytes());
-        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(ops)));
+        assert_eq!(memory.record_flags(), Err(FtraceOpsError::Endless(ops)));
 
         let mut memory = Memory::new();
         let ring = memory.put(&[DATA.0 + 8, 0, 0]);
         let buckets = memory.put(&[ring.0]);
         let hash = memory.put(&[0, buckets.0, 1, 0]);
         memory.ops(1, 0, hash, Gva(0));
-        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(ring)));
+        assert_eq!(memory.record_flags(), Err(FtraceOpsError::Endless(ring)));
 
         let mut memory = Memory::new();
         let wide = memory.put(&[64, 0, 1, 0]);
         memory.ops(1, 0, wide, Gva(0));
-        assert_eq!(memory.account(), Err(FtraceOpsError::Endless(wide)));
+        assert_eq!(memory.record_flags(), Err(FtraceOpsError::Endless(wide)));
     }
 }

@@ -106,7 +106,7 @@ impl Site {
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn is_wanted(
+    pub fn has_users(
         &self,
         memory: &KernelMemory<'_>,
         types: &FtraceLayout,
@@ -118,7 +118,7 @@ impl Site {
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn is_fenced(
+    pub fn is_disabled(
         &self,
         memory: &KernelMemory<'_>,
         types: &FtraceLayout,
@@ -130,7 +130,7 @@ impl Site {
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn fence(
+    pub fn disable(
         &self,
         memory: &KernelMemory<'_>,
         types: &FtraceLayout,
@@ -139,11 +139,11 @@ impl Site {
     }
 
     /// Where to write, and what, so that ftrace takes the site up again, with what its record is to say of those who trace it
-    /// ([`crate::ftrace::ops::FtraceOps::account`]).
+    /// ([`crate::ftrace::ops::FtraceOps::record_flags`]).
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn unfence(
+    pub fn enable(
         &self,
         memory: &KernelMemory<'_>,
         types: &FtraceLayout,
@@ -371,15 +371,15 @@ mod tests {
         let mut machine = machine();
         put(&mut machine, 0x108, &u64::from(TOUCHED).to_le_bytes());
         let site = find(&machine, 0x100).unwrap();
-        let (at, bytes) = site.fence(&machine.kernel_memory(), &types()).unwrap();
+        let (at, bytes) = site.disable(&machine.kernel_memory(), &types()).unwrap();
         assert_eq!(at, DATA.add(0x108));
         assert_eq!(bytes, u64::from(TOUCHED | DISABLED).to_le_bytes());
         put(&mut machine, 0x108, &bytes);
         let memory = machine.kernel_memory();
-        assert!(site.is_fenced(&memory, &types()).unwrap());
-        assert!(!site.is_wanted(&memory, &types()).unwrap());
+        assert!(site.is_disabled(&memory, &types()).unwrap());
+        assert!(!site.has_users(&memory, &types()).unwrap());
         for tracers in [0, 2] {
-            let (at, bytes) = site.unfence(&memory, &types(), tracers).unwrap();
+            let (at, bytes) = site.enable(&memory, &types(), tracers).unwrap();
             assert_eq!(at, DATA.add(0x108));
             assert_eq!(bytes, (u64::from(TOUCHED) | tracers).to_le_bytes());
         }

@@ -30,8 +30,8 @@ impl CodeSet {
     }
 
     /// Marks everybody whose stack is known already to be free of this code, ahead of a look.
-    pub fn mark_ahead(&self, task_cache: &mut TaskCache) {
-        task_cache.tag(self.mark(), |stack| self.first_hit(stack).is_none());
+    pub fn tag_ahead(&self, task_cache: &mut TaskCache) {
+        task_cache.tag(self.mark(), |stack| self.first_frame_in(stack).is_none());
     }
 
     pub(super) fn mark(&self) -> NonZeroU64 {
@@ -47,7 +47,7 @@ impl CodeSet {
 
     /// The first frame of `stack` in any of the pieces, with the piece's name.
     #[must_use]
-    pub fn first_hit<'s>(&self, stack: &'s Stack) -> Option<(&'s Frame, &str)> {
+    pub fn first_frame_in<'s>(&self, stack: &'s Stack) -> Option<(&'s Frame, &str)> {
         stack
             .frames
             .iter()

@@ -32,7 +32,7 @@ pub struct Guest {
     /// Tasks and their stacks, as last seen.
     pub task_cache: TaskCache,
     /// What patching needs, or why this kernel cannot be patched.
-    pub facts: Result<KernelInfo, PatchError>,
+    pub info: Result<KernelInfo, PatchError>,
 }
 
 impl Guest {
@@ -60,12 +60,12 @@ impl Guest {
     fn read(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Guest, PatchError> {
         let kernel = Kernel::find(memory, vcpus)?;
         let unwinder = Unwinder::new(&kernel, &kernel.memory(memory))?;
-        let facts = KernelInfo::new(&kernel);
+        let info = KernelInfo::new(&kernel);
         Ok(Guest {
             kernel,
             unwinder,
             task_cache: TaskCache::new(),
-            facts,
+            info,
         })
     }
 
@@ -73,15 +73,15 @@ impl Guest {
     ///
     /// # Errors
     /// Why this kernel cannot be patched.
-    pub fn facts(&self) -> Result<&KernelInfo, PatchError> {
-        self.facts.as_ref().map_err(Clone::clone)
+    pub fn info(&self) -> Result<&KernelInfo, PatchError> {
+        self.info.as_ref().map_err(Clone::clone)
     }
 
     /// Looks at the paused guest.
     ///
     /// # Errors
     /// [`StepError`].
-    pub fn look<'a>(
+    pub fn view<'a>(
         &'a mut self,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
@@ -116,12 +116,12 @@ impl Guest {
         }
     }
 
-    /// Walks stacks while the guest runs, and looks for the code of `watch` on them, so that the next look is short.
-    pub fn walk_ahead(&mut self, memory: &dyn PhysMemory, watch: &CodeSet) {
+    /// Walks stacks while the guest runs, and looks for the code of `codes` on them, so that the next look is short.
+    pub fn prewalk(&mut self, memory: &dyn PhysMemory, codes: &CodeSet) {
         let memory = self.kernel.memory(memory);
         self.task_cache
             .prewalk(&self.kernel, &self.unwinder, &memory);
-        watch.mark_ahead(&mut self.task_cache);
+        codes.tag_ahead(&mut self.task_cache);
     }
 
     /// Names of the modules that the guest has loaded. Only while paused.

@@ -131,23 +131,23 @@ impl<'a> GuestView<'a> {
 
     /// Where task number `at` stands.
     #[must_use]
-    pub fn standing(&self, at: usize, watch: &CodeSet) -> StackCheck {
+    pub fn check(&self, at: usize, codes: &CodeSet) -> StackCheck {
         // A running task's stack is never kept, and so never marked.
-        if self.task_cache.is_tagged(at, watch.mark()) {
+        if self.task_cache.is_tagged(at, codes.mark()) {
             return StackCheck::Clear(SwitchedBy::Stack);
         }
         match self.cached().get(at) {
-            Some(seen) => self.standing_of(seen, watch),
+            Some(seen) => self.standing_of(seen, codes),
             None => StackCheck::Unknown("it is not there".into()),
         }
     }
 
-    fn standing_of(&self, seen: &'a CachedTask, watch: &CodeSet) -> StackCheck {
+    fn standing_of(&self, seen: &'a CachedTask, codes: &CodeSet) -> StackCheck {
         let stack = self.stack(seen);
         if let Verdict::Unreliable(reason) = &stack.verdict {
             return StackCheck::Unknown(self.unreliable(&stack, &reason.to_string()));
         }
-        if let Some((frame, name)) = watch.first_hit(&stack) {
+        if let Some((frame, name)) = codes.first_frame_in(&stack) {
             return StackCheck::Blocked(self.inside(frame, name));
         }
         match self.vcpu_of(&seen.task) {
@@ -191,22 +191,22 @@ impl<'a> GuestView<'a> {
         Ok(())
     }
 
-    /// No vCPU is in any of `watch`, for certain.
+    /// No vCPU is in any of `codes`, for certain.
     ///
     /// # Errors
     /// [`StepError::Busy`].
-    pub fn no_vcpu_in(&self, watch: &CodeSet) -> Result<(), StepError> {
+    pub fn no_vcpu_in(&self, codes: &CodeSet) -> Result<(), StepError> {
         let each = self.task_cache.running();
-        none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, watch))))
+        none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, codes))))
     }
 
-    /// No task is in any of `watch`, for certain.
+    /// No task is in any of `codes`, for certain.
     ///
     /// # Errors
     /// [`StepError::Busy`] with the first that is, or may be.
-    pub fn no_task_in(&self, watch: &CodeSet) -> Result<(), StepError> {
+    pub fn no_task_in(&self, codes: &CodeSet) -> Result<(), StepError> {
         let each = self.cached().iter().enumerate();
-        none_blocked(each.map(|(at, seen)| (&seen.task, self.standing(at, watch))))
+        none_blocked(each.map(|(at, seen)| (&seen.task, self.check(at, codes))))
     }
 
     fn inside(&self, frame: &Frame, name: &str) -> String {
@@ -243,7 +243,7 @@ impl<'a> GuestView<'a> {
 fn none_blocked<'t>(
     mut each: impl Iterator<Item = (&'t Task, StackCheck)>,
 ) -> Result<(), StepError> {
-    let found = each.find_map(|(task, standing)| match standing {
+    let found = each.find_map(|(task, check)| match check {
         StackCheck::Clear(_) => None,
         StackCheck::Blocked(why) | StackCheck::Unknown(why) => Some((task, why)),
     });

@@ -56,7 +56,7 @@ pub fn place<M: Machine>(
         memory.plan_hidden(allocation, head, &[link, link].concat(), &mut writes);
     }
     if let Err(error) = writes.commit(machine) {
-        memory.give_back(allocation);
+        memory.free(allocation);
         return Err(error);
     }
     Ok(Some(at))

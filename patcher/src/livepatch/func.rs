@@ -25,15 +25,15 @@ pub struct PatchedFunction {
     /// Which of several of that name.
     pub sympos: u64,
     /// The original's body, and parts of it that lie elsewhere (`.cold`).
-    pub body: Vec<GvaRange>,
+    pub original: Vec<GvaRange>,
     /// Who serves it with this patch.
     pub new: Target,
     /// Who serves it without.
-    pub below: Target,
+    pub previous: Target,
     /// The code of that one, where it is a patch's.
-    pub below_code: Vec<GvaRange>,
+    pub previous_code: Vec<GvaRange>,
     /// A newer patch serves it: to this one nothing comes, and its entry is the other's.
-    pub covered_by: Option<Gva>,
+    pub superseded_by: Option<Gva>,
     /// The original's entry.
     pub site: Site,
     /// The stub that its entry goes through in a transition.
@@ -61,8 +61,8 @@ impl PatchedFunction {
     ///
     /// # Errors
     /// [`EncodeError`].
-    pub fn to_below(&self) -> Result<[u8; SITE_LEN], EncodeError> {
-        self.to(self.below)
+    pub fn to_previous(&self) -> Result<[u8; SITE_LEN], EncodeError> {
+        self.to(self.previous)
     }
 
     fn to(&self, callee: Target) -> Result<[u8; SITE_LEN], EncodeError> {
@@ -84,18 +84,18 @@ impl PatchedFunction {
     /// The code that a task must not be in to move to this patch: as `transition.c: klp_check_stack_func` has it, what served until
     /// now; and the original too where it is not what is moved to, as a forced task may still be there.
     pub fn old_code(&self) -> impl Iterator<Item = &GvaRange> {
-        let body = match (self.new, self.below) {
+        let original = match (self.new, self.previous) {
             (Target::Original, Target::Patched(_)) => &[],
-            _ => self.body.as_slice(),
+            _ => self.original.as_slice(),
         };
-        body.iter().chain(&self.below_code)
+        original.iter().chain(&self.previous_code)
     }
 
     /// The original's code, where that is what this patch makes serve: a task must not be in it to move back.
     #[must_use]
     pub fn original_again(&self) -> &[GvaRange] {
         match self.new {
-            Target::Original => &self.body,
+            Target::Original => &self.original,
             Target::Patched(_) => &[],
         }
     }

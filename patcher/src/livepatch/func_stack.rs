@@ -12,21 +12,24 @@ use crate::livepatch::func::Target;
 use crate::livepatch::patch::Patch;
 
 /// The newest of `patches` that has a function of this body, and its part of it.
-pub fn top<'p>(patches: &'p [Patch], body: &GvaRange) -> Option<(&'p Patch, &'p PatchedFunction)> {
+pub fn newest<'p>(
+    patches: &'p [Patch],
+    original: &GvaRange,
+) -> Option<(&'p Patch, &'p PatchedFunction)> {
     patches.iter().rev().find_map(|patch| {
-        let mut redirects = patch.redirects.iter();
-        let redirect = redirects.find(|redirect| redirect.body.contains(body))?;
-        Some((patch, redirect))
+        let mut functions = patch.functions.iter();
+        let function = functions.find(|function| function.original.contains(original))?;
+        Some((patch, function))
     })
 }
 
 /// What a new patch needs to know of a function that other patches have: who serves it now, and where that lies.
-pub fn below(patches: &[Patch], body: &GvaRange) -> (Target, Vec<GvaRange>) {
-    match top(patches, body) {
+pub fn previous(patches: &[Patch], original: &GvaRange) -> (Target, Vec<GvaRange>) {
+    match newest(patches, original) {
         None => (Target::Original, Vec::new()),
-        Some((patch, redirect)) => match redirect.new {
+        Some((patch, function)) => match function.new {
             Target::Original => (Target::Original, Vec::new()),
-            Target::Patched(code) => (redirect.new, patch.function_code(code)),
+            Target::Patched(code) => (function.new, patch.function_code(code)),
         },
     }
 }
@@ -34,41 +37,41 @@ pub fn below(patches: &[Patch], body: &GvaRange) -> (Target, Vec<GvaRange>) {
 /// Every function that `patches` have, by the newest of each.
 pub fn all(patches: &[Patch]) -> Vec<&PatchedFunction> {
     let mut all: Vec<&PatchedFunction> = Vec::new();
-    let newest_first = patches.iter().rev().flat_map(|patch| &patch.redirects);
-    for redirect in newest_first {
-        if !all.iter().any(|known| known.site.at == redirect.site.at) {
-            all.push(redirect);
+    let newest_first = patches.iter().rev().flat_map(|patch| &patch.functions);
+    for function in newest_first {
+        if !all.iter().any(|known| known.site.at == function.site.at) {
+            all.push(function);
         }
     }
     all
 }
 
 /// Notes at each function of the patch `at` whether a newer one serves it.
-pub fn note_covers(patches: &mut [Patch], at: usize) {
+pub fn update_superseded(patches: &mut [Patch], at: usize) {
     let (older, newer) = patches.split_at_mut(at.saturating_add(1));
     let Some(patch) = older.last_mut() else {
         return;
     };
-    for redirect in &mut patch.redirects {
-        let newest = redirect
-            .body
+    for function in &mut patch.functions {
+        let newest = function
+            .original
             .first()
-            .and_then(|body| top(newer, body))
+            .and_then(|original| newest(newer, original))
             .map(|(_, other)| other.code_of(other.new));
-        redirect.covered_by = newest;
+        function.superseded_by = newest;
     }
 }
 
 /// Takes a patch that is gone out of the stacks of the others.
 pub fn forget(patches: &mut [Patch], gone: &Patch) {
-    for redirect in patches.iter_mut().flat_map(|patch| &mut patch.redirects) {
+    for function in patches.iter_mut().flat_map(|patch| &mut patch.functions) {
         let was_below = gone
-            .redirects
+            .functions
             .iter()
-            .find(|old| old.site.at == redirect.site.at && old.new == redirect.below);
+            .find(|old| old.site.at == function.site.at && old.new == function.previous);
         if let Some(old) = was_below {
-            redirect.below = old.below;
-            redirect.below_code.clone_from(&old.below_code);
+            function.previous = old.previous;
+            function.previous_code.clone_from(&old.previous_code);
         }
     }
 }

@@ -30,7 +30,7 @@ pub struct Patch {
     /// The module, linked for its place.
     pub image: Image,
     /// Its functions.
-    pub redirects: Vec<PatchedFunction>,
+    pub functions: Vec<PatchedFunction>,
     /// Its code and stubs.
     pub code: Allocation,
     /// What stands in `code`.
@@ -84,32 +84,32 @@ impl Patch {
     /// The code that a task must have left before it can be switched to the new functions.
     #[must_use]
     fn old_code(&self) -> CodeSet {
-        let mut watch = CodeSet::new();
-        for redirect in &self.redirects {
-            for part in redirect.old_code() {
-                watch.add(*part, redirect.name.clone());
+        let mut codes = CodeSet::new();
+        for function in &self.functions {
+            for part in function.old_code() {
+                codes.add(*part, function.name.clone());
             }
         }
-        watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
-        watch
+        codes.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        codes
     }
 
     /// The code that a task must have left before it can be switched back to the old functions.
     #[must_use]
     pub fn new_code(&self) -> CodeSet {
-        let mut watch = CodeSet::new();
+        let mut codes = CodeSet::new();
         for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
             let range = GvaRange::new(function.address, function.address.add(function.size));
-            watch.add(range, format!("{} of {}", function.name, self.name()));
+            codes.add(range, format!("{} of {}", function.name, self.name()));
         }
-        for redirect in &self.redirects {
-            for part in redirect.original_again() {
-                watch.add(*part, redirect.name.clone());
+        for function in &self.functions {
+            for part in function.original_again() {
+                codes.add(*part, function.name.clone());
             }
         }
         // Whatever else there is: its read-only data is no place for a frame either.
-        watch.add(self.code.range, self.name());
-        watch
+        codes.add(self.code.range, self.name());
+        codes
     }
 
     /// The code that a task must have left before it can be switched in this direction.
@@ -124,19 +124,19 @@ impl Patch {
     /// Its stubs.
     #[must_use]
     pub fn stub_code(&self) -> CodeSet {
-        let mut watch = CodeSet::new();
-        watch.add(self.stubs, format!("the entry stubs of {}", self.name()));
-        watch
+        let mut codes = CodeSet::new();
+        codes.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        codes
     }
 
     /// The code of the patches that it takes the place of: nobody must be in it when they go.
     #[must_use]
     pub fn replaced_code(&self) -> CodeSet {
-        let mut watch = CodeSet::new();
+        let mut codes = CodeSet::new();
         for old in self.replaces.iter().filter(|old| !old.stays) {
-            watch.add(old.code.range, old.name.clone());
+            codes.add(old.code.range, old.name.clone());
         }
-        watch
+        codes
     }
 
     /// Takes what the unwinder knows of it out again.
@@ -163,13 +163,13 @@ impl Patch {
             replace: self.image.replace,
             signal: self.transition.as_ref().is_some_and(Transition::signals),
             functions: self
-                .redirects
+                .functions
                 .iter()
-                .filter(|redirect| redirect.new != Target::Original)
-                .map(|redirect| FunctionReport {
+                .filter(|function| function.new != Target::Original)
+                .map(|function| FunctionReport {
                     object: "vmlinux".into(),
-                    name: redirect.name.clone(),
-                    sympos: redirect.sympos,
+                    name: function.name.clone(),
+                    sympos: function.sympos,
                     patched: self.phase != PatchPhase::Reverted,
                 })
                 .collect(),

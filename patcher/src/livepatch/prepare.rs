@@ -38,39 +38,31 @@ const STUB_ALIGN: u64 = 16;
 pub fn prepare<M: Machine>(
     machine: &mut M,
     guest: &mut Guest,
-    places: &mut PatchMemory,
+    patch_memory: &mut PatchMemory,
     module: &LivepatchModule,
     others: &[Patch],
 ) -> Result<Patch, PatchError> {
-    let facts = guest.facts()?.clone();
+    let info = guest.info()?.clone();
     let kernel = &guest.kernel;
     let (klp, olds) = {
         let memory = kernel.memory(machine.memory());
         let klp = module.patch(&GuestTarget::new(kernel, &memory).klp_layout()?)?;
-        let olds = old_functions(kernel, &memory, &facts, &klp, others)?;
+        let olds = old_functions(kernel, &memory, &info, &klp, others)?;
         (klp, olds)
     };
     let mut taken = Vec::new();
     let functions = olds.len() as u64;
     let pieces = take_pieces(
         machine,
-        (kernel, &facts),
-        places,
+        (kernel, &info),
+        patch_memory,
         (module.sizes(), functions),
         &mut taken,
     );
-    let built = pieces.and_then(|pieces| {
-        build(
-            machine,
-            guest,
-            &facts,
-            (module, &klp, others),
-            olds,
-            &pieces,
-        )
-    });
+    let built = pieces
+        .and_then(|pieces| build(machine, guest, &info, (module, &klp, others), olds, &pieces));
     if built.is_err() {
-        taken.into_iter().for_each(|piece| places.give_back(piece));
+        taken.into_iter().for_each(|piece| patch_memory.free(piece));
     }
     built
 }
@@ -78,24 +70,24 @@ pub fn prepare<M: Machine>(
 /// Takes room for a module of these sizes with so many functions; `taken` is all that was taken, also when that fails half way.
 fn take_pieces<M: Machine>(
     machine: &mut M,
-    (kernel, facts): (&Kernel, &KernelInfo),
-    places: &mut PatchMemory,
+    (kernel, info): (&Kernel, &KernelInfo),
+    patch_memory: &mut PatchMemory,
     (sizes, functions): (Sizes, u64),
     taken: &mut Vec<Allocation>,
 ) -> Result<Pieces, PatchError> {
-    let mut take_data = |machine: &mut M, places: &mut PatchMemory, need| {
-        let piece = places.take_data(machine, kernel, &facts.areas, need)?;
+    let mut take_data = |machine: &mut M, patch_memory: &mut PatchMemory, need| {
+        let piece = patch_memory.take_data(machine, kernel, &info.areas, need)?;
         taken.push(piece);
         Ok::<_, PatchError>(piece)
     };
-    let table = match facts.klp {
+    let table = match info.klp {
         Some(_) => None,
         None => {
             let tasks = kernel.symbols.address("nr_threads")?;
             let tasks = kernel.memory(machine.memory()).u32(tasks)?;
             Some(take_data(
                 machine,
-                places,
+                patch_memory,
                 pending_tasks::table_request(tasks.into()),
             )?)
         }
@@ -106,16 +98,16 @@ fn take_pieces<M: Machine>(
     };
     let data = match sizes.data {
         0 => None,
-        _ => Some(take_data(machine, places, data_need)?),
+        _ => Some(take_data(machine, patch_memory, data_need)?),
     };
-    let ask = ask(facts, table)?;
+    let ask = ask(info, table)?;
     let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
     let stubs_len = ask.stub_room() * functions;
     let need = Request {
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
-    let code = places.take_code(machine, kernel, &facts.areas, need)?;
+    let code = patch_memory.take_code(machine, kernel, &info.areas, need)?;
     taken.push(code);
     Ok(Pieces {
         code,
@@ -128,11 +120,11 @@ fn take_pieces<M: Machine>(
 }
 
 /// How the stubs of a patch with this table, if it has one, learn who has moved.
-fn ask(facts: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
+fn ask(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
     if let Some(table) = table {
         return Ok(StateSource::PendingTasks(pending_tasks::table_in(table)));
     }
-    let offset = facts.klp.as_ref().map(|klp| klp.patch_state.offset);
+    let offset = info.klp.as_ref().map(|klp| klp.patch_state.offset);
     let offset = offset.and_then(|offset| u32::try_from(offset).ok());
     offset
         .map(StateSource::PatchState)
@@ -146,7 +138,7 @@ fn ask(facts: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, Pat
 pub fn fill<M: Machine>(
     machine: &mut M,
     kernel: &Kernel,
-    places: &PatchMemory,
+    patch_memory: &PatchMemory,
     patch: &Patch,
 ) -> Result<(), PatchError> {
     let Some(data) = patch.data else {
@@ -154,7 +146,7 @@ pub fn fill<M: Machine>(
     };
     let mut plan = WriteBatch::new();
     let memory = kernel.memory(machine.memory());
-    places.plan_fill(&memory, data, &patch.image.data, &mut plan)?;
+    patch_memory.plan_fill(&memory, data, &patch.image.data, &mut plan)?;
     plan.commit(machine).map(drop)
 }
 
@@ -171,7 +163,7 @@ struct Pieces {
 fn build<M: Machine>(
     machine: &M,
     guest: &mut Guest,
-    facts: &KernelInfo,
+    info: &KernelInfo,
     (module, klp, others): (&LivepatchModule, &KlpPatch, &[Patch]),
     olds: Vec<PatchedFunction>,
     pieces: &Pieces,
@@ -192,17 +184,17 @@ fn build<M: Machine>(
     };
     let stubs_start = code_base.add(pieces.stubs_at);
     let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
-    let redirects = redirects(&image, olds, stubs.start, pieces.ask);
+    let functions = functions(&image, olds, stubs.start, pieces.ask);
     let replaces = match image.replace {
         true => others.iter().map(replaced).collect(),
         false => Vec::new(),
     };
-    let code_bytes = code_bytes(&image, &redirects, facts, (pieces.ask, pieces.stubs_at))?;
+    let code_bytes = code_bytes(&image, &functions, info, (pieces.ask, pieces.stubs_at))?;
     let region = add_region(&mut guest.unwinder, &image)?;
     guest.unwinder.add_transient(stubs);
     Ok(Patch {
         image,
-        redirects,
+        functions,
         code: pieces.code,
         code_bytes,
         data: pieces.data,
@@ -223,14 +215,14 @@ fn build<M: Machine>(
 fn old_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &KernelInfo,
+    info: &KernelInfo,
     patch: &KlpPatch,
     others: &[Patch],
 ) -> Result<Vec<PatchedFunction>, PatchError> {
     let mut olds: Vec<PatchedFunction> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);
-        let old = old_function(kernel, memory, facts, name, others)?;
+        let old = old_function(kernel, memory, info, name, others)?;
         if olds.iter().any(|other| other.site.at == old.site.at) {
             return Err(ModuleError::Twice(old.name).into());
         }
@@ -242,13 +234,13 @@ fn old_functions(
         let original_again: Vec<PatchedFunction> = left
             .map(|old| PatchedFunction {
                 new: Target::Original,
-                below: old.new,
-                below_code: func_stack::below(
+                previous: old.new,
+                previous_code: func_stack::previous(
                     others,
-                    old.body.first().unwrap_or(&GvaRange::default()),
+                    old.original.first().unwrap_or(&GvaRange::default()),
                 )
                 .1,
-                covered_by: None,
+                superseded_by: None,
                 ..old.clone()
             })
             .collect();
@@ -261,25 +253,25 @@ fn old_functions(
 fn old_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &KernelInfo,
+    info: &KernelInfo,
     (name, sympos): (&str, u64),
     others: &[Patch],
 ) -> Result<PatchedFunction, PatchError> {
     let found = module::resolve_function(&kernel.symbols, name, sympos)?;
-    let site = match func_stack::top(others, &found.range) {
+    let site = match func_stack::newest(others, &found.range) {
         // What stands there is ours, and the pause makes sure that it still does.
         Some((_, newest)) => newest.site,
-        None => free_site(kernel, memory, facts, name, found.range.start)?,
+        None => free_site(kernel, memory, info, name, found.range.start)?,
     };
-    let (below, below_code) = func_stack::below(others, &found.range);
+    let (previous, previous_code) = func_stack::previous(others, &found.range);
     Ok(PatchedFunction {
         name: name.into(),
         sympos,
-        body: found.ranges().collect(),
+        original: found.ranges().collect(),
         new: Target::Original,
-        below,
-        below_code,
-        covered_by: None,
+        previous,
+        previous_code,
+        superseded_by: None,
         site,
         stub: Gva::NULL,
     })
@@ -288,7 +280,7 @@ fn old_function(
 fn free_site(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &KernelInfo,
+    info: &KernelInfo,
     name: &str,
     entry: Gva,
 ) -> Result<Site, PatchError> {
@@ -297,7 +289,7 @@ fn free_site(
         Some((symbol, offset)) => format!("{}+{offset:#x}", symbol.name),
         None => at.to_string(),
     };
-    let site = Site::find(memory, &facts.ftrace, facts.ftrace_pages, entry, name_of);
+    let site = Site::find(memory, &info.ftrace, info.ftrace_pages, entry, name_of);
     site.map_err(|source| PatchError::Site {
         function: name.into(),
         at: entry,
@@ -306,7 +298,7 @@ fn free_site(
 }
 
 /// Gives the old functions their stubs, and those that the module replaces their new ones.
-fn redirects(
+fn functions(
     image: &Image,
     mut olds: Vec<PatchedFunction>,
     stubs: Gva,
@@ -332,19 +324,19 @@ fn replaced(other: &Patch) -> Replaced {
 /// The image's code with the stubs behind it, filled up with INT3.
 fn code_bytes(
     image: &Image,
-    redirects: &[PatchedFunction],
-    facts: &KernelInfo,
+    functions: &[PatchedFunction],
+    info: &KernelInfo,
     (ask, stubs_at): (StateSource, u64),
 ) -> Result<Vec<u8>, PatchError> {
     let filler = INT3;
     let mut bytes = image.code.clone();
     bytes.resize(usize::try_from(stubs_at).unwrap_or_default(), filler);
-    for redirect in redirects {
+    for function in functions {
         let (old, new) = (
-            redirect.code_of(redirect.below),
-            redirect.code_of(redirect.new),
+            function.code_of(function.previous),
+            function.code_of(function.new),
         );
-        let mut stub = entry_stub::stub(redirect.stub, facts.current, ask, old, new)?;
+        let mut stub = entry_stub::stub(function.stub, info.current, ask, old, new)?;
         stub.resize(usize::try_from(ask.stub_room()).unwrap_or_default(), filler);
         bytes.append(&mut stub);
     }
@@ -355,10 +347,10 @@ fn code_bytes(
 ///
 /// # Errors
 /// [`PatchError`].
-pub fn renew_stubs(patch: &mut Patch, facts: &KernelInfo) -> Result<(), PatchError> {
+pub fn renew_stubs(patch: &mut Patch, info: &KernelInfo) -> Result<(), PatchError> {
     let stubs_at = patch.stubs.start.since(patch.code.range.start);
-    let ask = ask(facts, patch.table)?;
-    let bytes = code_bytes(&patch.image, &patch.redirects, facts, (ask, stubs_at))?;
+    let ask = ask(info, patch.table)?;
+    let bytes = code_bytes(&patch.image, &patch.functions, info, (ask, stubs_at))?;
     patch.stubs_changed |= bytes != patch.code_bytes;
     patch.code_bytes = bytes;
     Ok(())

@@ -114,7 +114,7 @@ impl HiddenWindow {
     ///
     /// # Errors
     /// [`ReadError`].
-    pub fn is_intact(&self, memory: &KernelMemory<'_>) -> Result<bool, ReadError> {
+    pub fn is_unchanged(&self, memory: &KernelMemory<'_>) -> Result<bool, ReadError> {
         let expected = if self.mapped { self.entry_value() } else { 0 };
         // The processor may set accessed and dirty bits; ours are set already.
         Ok(memory.u64(self.entry)? == expected)
@@ -122,7 +122,7 @@ impl HiddenWindow {
 
     /// Whether the guest's own tables lead from the window's first address to the slot: the proof that the table was the right one.
     #[must_use]
-    pub fn is_reached(&self, memory: &KernelMemory<'_>) -> bool {
+    pub fn is_mapped(&self, memory: &KernelMemory<'_>) -> bool {
         memory
             .translate(self.room.range().start)
             .is_ok_and(|mapping| mapping.gpa == self.gpa && mapping.page_size == WINDOW)
@@ -157,8 +157,8 @@ mod tests {
         let mut window = choose(&machine, table, Usage::Data, gpa).unwrap();
         assert_eq!(window.room.range().start, Gva(TABLE_BASE + 401 * WINDOW));
 
-        assert!(window.is_intact(&machine.kernel_memory()).unwrap());
-        assert!(!window.is_reached(&machine.kernel_memory()));
+        assert!(window.is_unchanged(&machine.kernel_memory()).unwrap());
+        assert!(!window.is_mapped(&machine.kernel_memory()));
         let mut plan = WriteBatch::new();
         window
             .plan_mapping(&machine.kernel_memory(), &mut plan)
@@ -167,8 +167,8 @@ mod tests {
         plan.commit(&mut machine).unwrap();
         window.mapped = true;
         let memory = machine.kernel_memory();
-        assert!(window.is_intact(&memory).unwrap());
-        assert!(window.is_reached(&memory));
+        assert!(window.is_unchanged(&memory).unwrap());
+        assert!(window.is_mapped(&memory));
         let mapping = memory.translate(window.room.range().start).unwrap();
         assert!(mapping.writable && !mapping.executable);
 
@@ -207,6 +207,6 @@ mod tests {
             machine.put(directory + index * 8, &1u64.to_le_bytes());
         }
         assert!(choose(&machine, table, Usage::Data, gpa).is_none());
-        assert!(!window.is_intact(&machine.kernel_memory()).unwrap());
+        assert!(!window.is_unchanged(&machine.kernel_memory()).unwrap());
     }
 }

@@ -186,13 +186,13 @@ impl PatchMemory {
     }
 
     /// Gives a piece back. What the guest can see of it has been put back before.
-    pub fn give_back(&mut self, piece: Allocation) {
+    pub fn free(&mut self, piece: Allocation) {
         let room = match piece.window {
             None => self.cave.as_mut().and_then(Option::as_mut),
             Some(at) => self.windows.get_mut(at).map(|window| &mut window.room),
         };
         if let Some(room) = room {
-            room.give_back(piece.range);
+            room.free(piece.range);
         }
     }
 
@@ -263,7 +263,7 @@ impl PatchMemory {
     /// [`StepError`].
     pub fn check(&self, memory: &KernelMemory<'_>, code: Allocation) -> Result<(), StepError> {
         for window in &self.windows {
-            if !window.is_intact(memory)? {
+            if !window.is_unchanged(memory)? {
                 return Err(PatchMemoryError::EntryTaken(window.entry).into());
             }
         }
@@ -290,11 +290,7 @@ impl PatchMemory {
     /// # Errors
     /// [`PatchMemoryError`].
     pub fn check_mapping(&self, memory: &KernelMemory<'_>) -> Result<(), PatchError> {
-        match self
-            .windows
-            .iter()
-            .find(|window| !window.is_reached(memory))
-        {
+        match self.windows.iter().find(|window| !window.is_mapped(memory)) {
             None => Ok(()),
             Some(window) => Err(PatchMemoryError::NotMapped(window.room.range().start).into()),
         }

@@ -57,7 +57,7 @@ impl RangeAllocator {
     }
 
     /// Gives back what [`take`](Self::take) gave.
-    pub fn give_back(&mut self, range: GvaRange) {
+    pub fn free(&mut self, range: GvaRange) {
         self.taken.retain(|taken| *taken != range);
     }
 }
@@ -80,7 +80,7 @@ mod tests {
             (a.start, b.start, c.start),
             (Gva(0x1010), Gva(0x1030), Gva(0x1050))
         );
-        room.give_back(b);
+        room.free(b);
         assert_eq!(room.take(0x21, 16).unwrap().start, Gva(0x1070));
         assert_eq!(room.take(0x10, 16).unwrap().start, Gva(0x1030));
         assert_eq!(room.take(0x10, 16).unwrap().start, Gva(0x1040));
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(room.take(1, 1 << 63), None);
         let all = room.take(0xfc, 1).unwrap();
         assert_eq!(room.take(0, 1), None);
-        room.give_back(all);
+        room.free(all);
         assert!(room.is_free());
     }
 
@@ -104,8 +104,8 @@ mod tests {
         for _ in 0..1000 {
             let a = room.take(100, 16).unwrap();
             let b = room.take(40, 16).unwrap();
-            room.give_back(a);
-            room.give_back(b);
+            room.free(a);
+            room.free(b);
         }
         assert!(room.is_free());
     }

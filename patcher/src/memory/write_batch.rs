@@ -19,7 +19,7 @@ use crate::machine::{Machine, MachineError};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Writes {
     /// Where each goes, and where its bytes are.
-    places: Vec<(GuestAddress, Range<usize>)>,
+    patch_memory: Vec<(GuestAddress, Range<usize>)>,
     bytes: Vec<u8>,
 }
 
@@ -27,22 +27,22 @@ impl Writes {
     fn push(&mut self, gpa: GuestAddress, bytes: &[u8]) {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
-        self.places.push((gpa, start..self.bytes.len()));
+        self.patch_memory.push((gpa, start..self.bytes.len()));
     }
 
     fn iter(&self) -> impl DoubleEndedIterator<Item = (GuestAddress, &[u8])> {
         let bytes = |place: &Range<usize>| self.bytes.get(place.clone()).unwrap_or_default();
-        self.places
+        self.patch_memory
             .iter()
             .map(move |(gpa, place)| (*gpa, bytes(place)))
     }
 
     /// Takes back all but the first `len`.
     fn truncate(&mut self, len: usize) {
-        if let Some((_, place)) = self.places.get(len) {
+        if let Some((_, place)) = self.patch_memory.get(len) {
             self.bytes.truncate(place.start);
         }
-        self.places.truncate(len);
+        self.patch_memory.truncate(len);
     }
 }
 
@@ -74,7 +74,7 @@ impl WriteBatch {
         gva: Gva,
         bytes: &[u8],
     ) -> Result<(), ReadError> {
-        let before = self.writes.places.len();
+        let before = self.writes.patch_memory.len();
         let (mut at, mut rest) = (gva, bytes);
         while !rest.is_empty() {
             let (gpa, left) = match memory.locate(at) {
@@ -96,7 +96,7 @@ impl WriteBatch {
     /// How many writes there are.
     #[cfg(test)]
     pub fn len(&self) -> usize {
-        self.writes.places.len()
+        self.writes.patch_memory.len()
     }
 
     /// Carries the plan out. Only while `machine` is paused.

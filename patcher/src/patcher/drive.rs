@@ -37,15 +37,15 @@ impl Patcher {
         direction: Direction,
         mode: Mode,
     ) -> Result<(), PatchError> {
-        let at_once = match mode {
+        let in_one_pause = match mode {
             Mode::PerTask => 0,
             Mode::Auto => AUTO_LOOKS,
             Mode::StopMachine => AT_ONCE_LOOKS,
         };
         self.renew_stack(at, direction)?;
         let mut refusal = None;
-        for look in 0..at_once {
-            if look > 0 {
+        for view in 0..in_one_pause {
+            if view > 0 {
                 sleep(AT_ONCE_WAIT);
             }
             match self.begin_once(machine, at, direction, true) {
@@ -65,9 +65,9 @@ impl Patcher {
             return Ok(());
         }
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
-        func_stack::note_covers(&mut self.patches, at);
+        func_stack::update_superseded(&mut self.patches, at);
         let patch = self.patches.get_mut(at).ok_or_else(no_kernel)?;
-        prepare::renew_stubs(patch, guest.facts()?)
+        prepare::renew_stubs(patch, guest.info()?)
     }
 
     fn begin_once<M: Machine>(
@@ -75,12 +75,12 @@ impl Patcher {
         machine: &mut M,
         at: usize,
         direction: Direction,
-        at_once: bool,
+        in_one_pause: bool,
     ) -> Result<(), PatchError> {
         let mut transition = Some(Transition::new(direction));
         let (step, pause) = patiently(|| {
-            self.carry_out_for(machine, at, &mut transition, |scene| {
-                scene.begin(direction, at_once)
+            self.carry_out_for(machine, at, &mut transition, |context| {
+                context.begin(direction, in_one_pause)
             })
         })?;
         if let Some(transition) = &mut transition {
@@ -95,7 +95,7 @@ impl Patcher {
     }
 
     /// Turns the running transition of a patch round.
-    pub(super) fn turn_round<M: Machine>(
+    pub(super) fn reverse<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
@@ -103,7 +103,7 @@ impl Patcher {
         let from = self.direction(at).ok_or_else(no_kernel)?;
         let to = from.back();
         let (step, pause) =
-            patiently(|| self.carry_out(machine, at, |scene| scene.turn_round(from, to)))?;
+            patiently(|| self.carry_out(machine, at, |context| context.reverse(from, to)))?;
         if let Some(patch) = self.patches.get_mut(at) {
             patch.phase = to.phase();
             if let Some(transition) = &mut patch.transition {
@@ -124,7 +124,7 @@ impl Patcher {
             return;
         };
         let tasks = guest.task_cache.tasks().iter().map(|seen| &seen.task);
-        transition.enter(tasks, step.findings);
+        transition.enter(tasks, step.outcomes);
         if !step.finished {
             return;
         }
@@ -164,8 +164,8 @@ impl Patcher {
         }
         if let Some(patch) = self.patches.first_mut() {
             patch
-                .redirects
-                .retain(|redirect| redirect.new != Target::Original);
+                .functions
+                .retain(|function| function.new != Target::Original);
         }
     }
 
@@ -180,9 +180,9 @@ impl Patcher {
             // Somebody may be in its code for ever: it stays where it is, and what is known of it stays known.
             return;
         }
-        self.places.give_back(patch.code);
+        self.patch_memory.free(patch.code);
         let pieces = patch.data.into_iter().chain(patch.table);
-        pieces.for_each(|data| self.places.give_back(data));
+        pieces.for_each(|data| self.patch_memory.free(data));
         if let Some(guest) = &mut self.guest {
             patch.forget(&mut guest.unwinder);
         }
@@ -220,8 +220,8 @@ impl Patcher {
         transition.pauses.merge(&meter);
         let step = match done {
             Ok(mut step) => {
-                if step.unmoved.is_some() {
-                    transition.unmoved = step.unmoved.take();
+                if step.pending.is_some() {
+                    transition.pending = step.pending.take();
                 }
                 step
             }
@@ -246,37 +246,37 @@ impl Patcher {
         make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
     ) -> Result<Step, StepError> {
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
-        let facts = guest.facts()?.clone();
+        let info = guest.info()?.clone();
         let patch = self.patches.get(at).ok_or_else(no_kernel)?;
         if self.walks_in_the_pause {
             guest.task_cache = TaskCache::new();
         } else {
-            guest.walk_ahead(machine.memory(), &patch.code_to_leave(transition.direction));
+            guest.prewalk(machine.memory(), &patch.code_to_leave(transition.direction));
         }
         let signals = transition.signals();
         let mut paused = PauseGuard::begin(machine, meter)?;
         let mut mapping = crate::memory::write_batch::WriteBatch::new();
         let (step, tasks, walked) = {
-            let look = guest.look(paused.memory(), &paused.vcpus)?;
-            self.places.plan_mapping(&look.memory, &mut mapping)?;
-            let scene = StepContext {
-                look: &look,
-                facts: &facts,
-                places: &self.places,
+            let view = guest.view(paused.memory(), &paused.vcpus)?;
+            self.patch_memory.plan_mapping(&view.memory, &mut mapping)?;
+            let context = StepContext {
+                view: &view,
+                info: &info,
+                patch_memory: &self.patch_memory,
                 dummy: self.dummy,
                 patch,
                 alone: self.patches.len() == 1,
                 signal: self.waker.as_ref().filter(|_| signals),
-                unmoved: transition.unmoved.as_ref(),
+                pending: transition.pending.as_ref(),
             };
-            let step = make(&scene);
-            (step, look.cached().len(), look.walked())
+            let step = make(&context);
+            (step, view.cached().len(), view.walked())
         };
         paused.saw(tasks, walked);
         let step = step?;
         let mapped = paused.commit(&mapping)?;
         let reached = self
-            .places
+            .patch_memory
             .check_mapping(&guest.kernel.memory(paused.memory()));
         let written = match reached.and_then(|()| paused.commit(&step.plan)) {
             Ok(written) => written,
@@ -284,12 +284,14 @@ impl Patcher {
         };
         // Before the guest runs: its own wakeups send no interrupt to a CPU whose idle task has TIF_NEED_RESCHED already
         // (`kernel/sched/core.c: resched_curr`), which would sleep on without ours.
-        let mut nudges = step.nudge.iter();
-        if let Err(error) = nudges.try_for_each(|vcpu| paused.interrupt(*vcpu, RESCHEDULE_VECTOR)) {
+        let mut reschedules = step.reschedule.iter();
+        if let Err(error) =
+            reschedules.try_for_each(|vcpu| paused.interrupt(*vcpu, RESCHEDULE_VECTOR))
+        {
             let error = paused.undo(&written, error.into());
             return Err(paused.undo(&mapped, error).into());
         }
-        self.places.mapped();
+        self.patch_memory.mapped();
         if let (Some(waker), Some(_)) = (&mut self.waker, step.wake) {
             waker.used = true;
         }

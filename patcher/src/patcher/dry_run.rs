@@ -27,7 +27,7 @@ use crate::transition::step::{Step, StepContext};
 /// A patch as it would be, ready for the pause in which it would begin.
 pub struct DryRun {
     patch: Patch,
-    places: PatchMemory,
+    patch_memory: PatchMemory,
     dummy: Option<Gva>,
     alone: bool,
 }
@@ -40,24 +40,25 @@ impl DryRun {
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
-        (places, dummy): (&PatchMemory, Option<Gva>),
+        (patch_memory, dummy): (&PatchMemory, Option<Gva>),
         module: &LivepatchModule,
         others: &[Patch],
     ) -> Result<DryRun, PatchError> {
         let mut machine = DryRunMachine::new(machine);
-        let mut places = places.clone();
+        let mut patch_memory = patch_memory.clone();
         let dummy = match dummy {
             Some(dummy) => Some(dummy),
             None => {
-                let (kernel, info) = (&guest.kernel, guest.facts()?);
-                let allocation = dummy_patch::allocate(&mut machine, kernel, info, &mut places)?;
+                let (kernel, info) = (&guest.kernel, guest.info()?);
+                let allocation =
+                    dummy_patch::allocate(&mut machine, kernel, info, &mut patch_memory)?;
                 allocation.map(|allocation| allocation.range.start)
             }
         };
-        let patch = prepare::prepare(&mut machine, guest, &mut places, module, others)?;
+        let patch = prepare::prepare(&mut machine, guest, &mut patch_memory, module, others)?;
         Ok(DryRun {
             patch,
-            places,
+            patch_memory,
             dummy,
             alone: others.is_empty(),
         })
@@ -73,25 +74,25 @@ impl DryRun {
         memory: &dyn PhysMemory,
         vcpus: &[VcpuRegs],
     ) -> Result<(Vec<Task>, Step, usize), StepError> {
-        let facts = guest.facts()?.clone();
-        let look = guest.look(memory, vcpus)?;
-        let scene = StepContext {
-            look: &look,
-            facts: &facts,
-            places: &self.places,
+        let info = guest.info()?.clone();
+        let view = guest.view(memory, vcpus)?;
+        let context = StepContext {
+            view: &view,
+            info: &info,
+            patch_memory: &self.patch_memory,
             dummy: self.dummy,
             patch: &self.patch,
             alone: self.alone,
             signal: None,
-            unmoved: None,
+            pending: None,
         };
-        let step = scene.begin(Direction::Apply, false)?;
-        Ok((look.tasks().cloned().collect(), step, look.walked()))
+        let step = context.begin(Direction::Apply, false)?;
+        Ok((view.tasks().cloned().collect(), step, view.walked()))
     }
 
     /// The code that tasks must have left.
     #[must_use]
-    pub fn watch(&self) -> CodeSet {
+    pub fn codes(&self) -> CodeSet {
         self.patch.code_to_leave(Direction::Apply)
     }
 
@@ -103,23 +104,23 @@ impl DryRun {
     /// What is to be said of it.
     #[must_use]
     pub fn report(&self, tasks: &[Task], step: Step, pauses: PauseReport) -> CheckReport {
-        let mut ledger = Progress::default();
-        ledger.enter(Duration::ZERO, tasks.iter().zip(step.findings));
-        let mut tasks = ledger.reports();
+        let mut progress = Progress::default();
+        progress.enter(Duration::ZERO, tasks.iter().zip(step.outcomes));
+        let mut tasks = progress.reports();
         for task in &mut tasks {
             // No transition began.
             task.after_ms = None;
             task.since_ms = None;
         }
         let patch = &self.patch;
-        let functions = patch.redirects.iter().map(|redirect| {
-            let body = redirect.body.first().copied().unwrap_or_default();
+        let functions = patch.functions.iter().map(|function| {
+            let original = function.original.first().copied().unwrap_or_default();
             FoundFunction {
                 object: "vmlinux".into(),
-                name: redirect.name.clone(),
-                sympos: redirect.sympos,
-                address: body.start.to_string(),
-                size: body.len(),
+                name: function.name.clone(),
+                sympos: function.sympos,
+                address: original.start.to_string(),
+                size: original.len(),
             }
         });
         let symbols = patch.image.imports.iter().map(|import| FoundSymbol {

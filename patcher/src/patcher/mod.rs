@@ -38,7 +38,7 @@ const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::fr
 #[derive(Debug, Default)]
 pub struct Patcher {
     guest: Option<Guest>,
-    places: PatchMemory,
+    patch_memory: PatchMemory,
     /// The dummy patch, once it is placed.
     dummy: Option<Gva>,
     patches: Vec<Patch>,
@@ -103,7 +103,13 @@ impl Patcher {
         let module = self.welcome(machine, file)?;
         let name = module.name().to_string();
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
-        let patch = prepare::prepare(machine, guest, &mut self.places, &module, &self.patches)?;
+        let patch = prepare::prepare(
+            machine,
+            guest,
+            &mut self.patch_memory,
+            &module,
+            &self.patches,
+        )?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let begun = self
@@ -134,9 +140,9 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let at = self.position(name)?;
         match self.patches.get(at).map(|patch| patch.phase) {
-            Some(PatchPhase::Applying) => self.turn_round(machine, at),
+            Some(PatchPhase::Applying) => self.reverse(machine, at),
             Some(PatchPhase::Applied) => {
-                self.no_transition()?;
+                self.check_no_transition()?;
                 self.begin(machine, at, Direction::Revert, mode)
             }
             _ => Err(PatchError::InTransition(name.into())),
@@ -149,7 +155,7 @@ impl Patcher {
     /// [`PatchError`]; the transition goes on as before.
     pub fn cancel<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
-        self.turn_round(machine, at)
+        self.reverse(machine, at)
     }
 
     /// Ends the running transition of patch `name` by moving every task now, wherever it is. What is given up: a task that is in an
@@ -161,7 +167,8 @@ impl Patcher {
     pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
         let direction = self.direction(at).ok_or_else(no_kernel)?;
-        let (step, _) = patiently(|| self.carry_out(machine, at, |scene| scene.force(direction)))?;
+        let (step, _) =
+            patiently(|| self.carry_out(machine, at, |context| context.force(direction)))?;
         tracing::warn!(patch = name, "a transition was forced");
         let (older, rest) = self.patches.split_at_mut(at);
         if let Some(patch) = rest.first_mut() {
@@ -203,14 +210,14 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let at = self.in_transition(name)?;
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
-        let facts = guest.facts()?.clone();
-        if facts.klp.is_none() {
+        let info = guest.info()?.clone();
+        if info.klp.is_none() {
             return Err(PatchError::Unsupported(
                 "the fake signal needs CONFIG_LIVEPATCH in the guest: without it no task switches on \
                  its way to user mode",
             ));
         }
-        if facts.tif.notify_signal.is_none() {
+        if info.tif.notify_signal.is_none() {
             return Err(PatchError::Unsupported(
                 "the fake signal needs TIF_NOTIFY_SIGNAL, which this kernel's code does not show",
             ));
@@ -219,8 +226,8 @@ impl Patcher {
             self.waker = Some(TaskWaker::prepare(
                 machine,
                 guest,
-                &mut self.places,
-                &facts,
+                &mut self.patch_memory,
+                &info,
             )?);
         }
         let patch = self.patches.get_mut(at);
@@ -241,7 +248,7 @@ impl Patcher {
         let Some(direction) = self.direction(at) else {
             return Ok(());
         };
-        let carried = self.carry_out(machine, at, |scene| scene.go_on(direction));
+        let carried = self.carry_out(machine, at, |context| context.try_complete(direction));
         let (looked, done) = match carried {
             Ok((step, pause)) => {
                 self.enter(at, direction, step);
@@ -293,18 +300,18 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<LivepatchModule, PatchError> {
-        self.no_transition()?;
+        self.check_no_transition()?;
         let module = module::parse(file)?;
         let name = module.name();
         if self.patches.iter().any(|patch| patch.name() == name) {
             return Err(PatchError::AlreadyApplied(name.into()));
         }
-        self.guest(machine)?.facts()?;
+        self.guest(machine)?.info()?;
         self.not_loaded(machine, name)?;
         Ok(module)
     }
 
-    fn no_transition(&self) -> Result<(), PatchError> {
+    fn check_no_transition(&self) -> Result<(), PatchError> {
         match self.patches.iter().find(|p| p.transition.is_some()) {
             None => Ok(()),
             Some(patch) => Err(PatchError::InTransition(patch.name().into())),
@@ -341,7 +348,7 @@ impl Patcher {
             self.patches.clear();
             self.waker = None;
             // What is hidden there stays, and is no longer the guest's to see.
-            self.places = PatchMemory::default();
+            self.patch_memory = PatchMemory::default();
             self.dummy = None;
         }
         error
@@ -351,10 +358,10 @@ impl Patcher {
     fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let patch = self.patches.get(at).ok_or_else(no_kernel)?;
-        prepare::fill(machine, &guest.kernel, &self.places, patch)?;
+        prepare::fill(machine, &guest.kernel, &self.patch_memory, patch)?;
         if self.dummy.is_none() {
-            let info = guest.facts()?;
-            self.dummy = dummy_patch::place(machine, &guest.kernel, info, &mut self.places)?;
+            let info = guest.info()?;
+            self.dummy = dummy_patch::place(machine, &guest.kernel, info, &mut self.patch_memory)?;
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ impl Patcher {
     /// # Errors
     /// [`PatchError`].
     pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
-        self.look(machine, |look| Ok(look.tasks().cloned().collect()))
+        self.view(machine, |view| Ok(view.tasks().cloned().collect()))
     }
 
     /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
@@ -36,11 +36,11 @@ impl Patcher {
         machine: &mut M,
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
-        let (task, stack, loaded) = self.look(machine, |look| {
-            let seen = look.cached().iter().find(|seen| seen.task.pid == pid);
+        let (task, stack, loaded) = self.view(machine, |view| {
+            let seen = view.cached().iter().find(|seen| seen.task.pid == pid);
             let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
-            let stack = look.stack(seen).into_owned();
-            Ok((seen.task.clone(), stack, look.loaded()))
+            let stack = view.stack(seen).into_owned();
+            Ok((seen.task.clone(), stack, view.loaded()))
         })?;
         Ok(self.names(loaded)?.stack(&task, &stack))
     }
@@ -50,10 +50,10 @@ impl Patcher {
     /// # Errors
     /// [`PatchError`].
     pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
-        let (stacks, loaded) = self.look(machine, |look| {
-            let stacks = look.stacks().into_iter().map(Cow::into_owned);
-            let each: Vec<(Task, Stack)> = look.tasks().cloned().zip(stacks).collect();
-            Ok((each, look.loaded()))
+        let (stacks, loaded) = self.view(machine, |view| {
+            let stacks = view.stacks().into_iter().map(Cow::into_owned);
+            let each: Vec<(Task, Stack)> = view.tasks().cloned().zip(stacks).collect();
+            Ok((each, view.loaded()))
         })?;
         let names = self.names(loaded)?;
         let each = stacks.iter();
@@ -114,7 +114,7 @@ impl Patcher {
     }
 
     /// One short pause for one question, asked again while the guest is busy.
-    fn look<M: Machine, T>(
+    fn view<M: Machine, T>(
         &mut self,
         machine: &mut M,
         question: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
@@ -146,8 +146,8 @@ impl Patcher {
             guest.task_cache = TaskCache::new();
             let mut paused = PauseGuard::begin(machine, pauses)?;
             let (answer, tasks, walked) = {
-                let look = guest.look(paused.memory(), &paused.vcpus)?;
-                (question(&look), look.cached().len(), look.walked())
+                let view = guest.view(paused.memory(), &paused.vcpus)?;
+                (question(&view), view.cached().len(), view.walked())
             };
             paused.saw(tasks, walked);
             Ok(answer?)
@@ -166,25 +166,25 @@ impl Patcher {
         let module = self.welcome(machine, file)?;
         let Patcher {
             guest,
-            places,
+            patch_memory,
             dummy,
             patches,
             pauses,
             ..
         } = self;
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
-        let trial = DryRun::prepare(machine, guest, (places, *dummy), &module, patches)?;
+        let dry_run = DryRun::prepare(machine, guest, (patch_memory, *dummy), &module, patches)?;
         let mut meter = PauseReport::default();
         let found = patiently(|| {
-            guest.walk_ahead(machine.memory(), &trial.watch());
+            guest.prewalk(machine.memory(), &dry_run.codes());
             let mut paused = PauseGuard::begin(machine, &mut meter)?;
-            let (tasks, step, walked) = trial.step(guest, paused.memory(), &paused.vcpus)?;
+            let (tasks, step, walked) = dry_run.step(guest, paused.memory(), &paused.vcpus)?;
             paused.saw(tasks.len(), walked);
             Ok((tasks, step))
         });
-        trial.forget(guest);
+        dry_run.forget(guest);
         pauses.merge(&meter);
         let (tasks, step) = found?;
-        Ok(trial.report(&tasks, step, meter))
+        Ok(dry_run.report(&tasks, step, meter))
     }
 }

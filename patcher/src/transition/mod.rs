@@ -1,7 +1,7 @@
 //! The transition of a guest's tasks from one patch state to the other, look by look.
 //!
 //! Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside. Here is what is kept of
-//! a transition from look to look; what one look comes to, [`scene`](crate::transition::step) knows.
+//! a transition from look to look; what one look comes to, [`context`](crate::transition::step) knows.
 
 pub mod pending_tasks;
 pub mod preconditions;
@@ -37,11 +37,11 @@ pub struct Transition {
     /// What it cost so far.
     pub pauses: PauseReport,
     /// Who has not moved, in a guest that does not know it itself.
-    pub unmoved: Option<PendingTasks>,
+    pub pending: Option<PendingTasks>,
     began: Instant,
-    ledger: Progress,
+    progress: Progress,
     /// How many looks there were since it began or turned round, up to [`PAUSE_SHARE`].
-    looks: u32,
+    views: u32,
     /// The time from the last look to the next, if the pauses are short.
     wait: Duration,
     /// When the next look is due.
@@ -58,10 +58,10 @@ impl Transition {
         Transition {
             direction,
             pauses: PauseReport::default(),
-            unmoved: None,
+            pending: None,
             began: now,
-            ledger: Progress::default(),
-            looks: 0,
+            progress: Progress::default(),
+            views: 0,
             wait: FIRST_WAIT,
             due: now,
             signal: None,
@@ -89,26 +89,27 @@ impl Transition {
     }
 
     /// Enters what a step found, once it is carried out.
-    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, findings: Vec<Outcome>) {
-        self.ledger.enter(self.began.elapsed(), tasks.zip(findings));
+    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, outcomes: Vec<Outcome>) {
+        self.progress
+            .enter(self.began.elapsed(), tasks.zip(outcomes));
     }
 
     /// Turns round: everybody may have to move again.
     pub fn turn(&mut self, direction: Direction) {
         self.direction = direction;
-        self.ledger.restart();
+        self.progress.restart();
         self.hurry();
     }
 
     fn hurry(&mut self) {
-        self.looks = 0;
+        self.views = 0;
         self.wait = FIRST_WAIT;
     }
 
     /// Notes a look that paused the guest for `pause`, and when the next is due.
     pub fn looked(&mut self, pause: Duration) {
-        self.looks = (self.looks + 1).min(PAUSE_SHARE);
-        let wait = self.wait.max(pause * self.looks);
+        self.views = (self.views + 1).min(PAUSE_SHARE);
+        let wait = self.wait.max(pause * self.views);
         self.wait = (self.wait * 2).min(LONGEST_WAIT);
         self.wait_for(wait);
     }
@@ -134,7 +135,7 @@ impl Transition {
     #[must_use]
     pub fn so_far(&self) -> TransitionSummary {
         TransitionSummary {
-            tasks: self.ledger.reports(),
+            tasks: self.progress.reports(),
             ms: self.ms(),
             pauses: self.pauses.clone(),
         }
@@ -145,7 +146,7 @@ impl Transition {
     pub fn end(self) -> TransitionSummary {
         TransitionSummary {
             ms: self.ms(),
-            tasks: self.ledger.into_reports(),
+            tasks: self.progress.into_reports(),
             pauses: self.pauses,
         }
     }

@@ -66,15 +66,15 @@ impl PendingTasks {
         tasks: impl IntoIterator<Item = Gva>,
     ) -> Result<PendingTasks, PatchError> {
         let table = table_in(piece);
-        let mut unmoved = PendingTasks {
+        let mut pending = PendingTasks {
             piece,
             table,
             direction,
             slots: vec![0; usize::try_from(table.count).unwrap_or_default()],
         };
         for (used, task) in (0..).zip(tasks) {
-            let free = unmoved.search(task, 0).filter(|_| used < table.count / 2);
-            match free.and_then(|at| unmoved.slots.get_mut(at)) {
+            let free = pending.search(task, 0).filter(|_| used < table.count / 2);
+            match free.and_then(|at| pending.slots.get_mut(at)) {
                 Some(slot) => *slot = task.0,
                 None => {
                     return Err(PatchError::TooManyTasks {
@@ -83,7 +83,7 @@ impl PendingTasks {
                 }
             }
         }
-        Ok(unmoved)
+        Ok(pending)
     }
 
     /// Which way they go.
@@ -115,7 +115,7 @@ impl PendingTasks {
     }
 
     /// Takes `task` out; what is to be written for that, and where.
-    pub fn take_out(&mut self, task: Gva) -> Option<(Gva, [u8; 8])> {
+    pub fn remove(&mut self, task: Gva) -> Option<(Gva, [u8; 8])> {
         let at = self.search(task, task.0)?;
         *self.slots.get_mut(at)? = GONE;
         Some((self.table.slots.add(SLOT * at as u64), GONE.to_le_bytes()))
@@ -160,22 +160,22 @@ mod tests {
     #[test]
     fn whoever_is_put_in_is_found_until_taken_out() {
         let all: Vec<Gva> = (0..512).map(task).collect();
-        let mut unmoved = PendingTasks::new(piece(0), Direction::Apply, all.clone()).unwrap();
+        let mut pending = PendingTasks::new(piece(0), Direction::Apply, all.clone()).unwrap();
         let found =
-            |unmoved: &PendingTasks| all.iter().filter(|task| unmoved.contains(**task)).count();
-        assert_eq!(found(&unmoved), 512);
-        assert!(!unmoved.contains(task(512)) && !unmoved.contains(Gva(GONE)));
+            |pending: &PendingTasks| all.iter().filter(|task| pending.contains(**task)).count();
+        assert_eq!(found(&pending), 512);
+        assert!(!pending.contains(task(512)) && !pending.contains(Gva(GONE)));
         // Every other goes; those that were put in behind it stay within reach.
         for gone in all.iter().step_by(2) {
-            let before = unmoved.bytes();
-            let (at, now) = unmoved.take_out(*gone).unwrap();
-            let at = usize::try_from(at.since(unmoved.piece().range.start)).unwrap();
+            let before = pending.bytes();
+            let (at, now) = pending.remove(*gone).unwrap();
+            let at = usize::try_from(at.since(pending.piece().range.start)).unwrap();
             assert_eq!(before[at..at + 8], gone.0.to_le_bytes());
-            assert_eq!(unmoved.bytes()[at..at + 8], now);
-            assert_eq!(unmoved.take_out(*gone), None);
+            assert_eq!(pending.bytes()[at..at + 8], now);
+            assert_eq!(pending.remove(*gone), None);
         }
-        assert_eq!(found(&unmoved), 256);
-        let stay = |task: &&Gva| unmoved.contains(**task);
+        assert_eq!(found(&pending), 256);
+        let stay = |task: &&Gva| pending.contains(**task);
         assert_eq!(all.iter().skip(1).step_by(2).filter(stay).count(), 256);
     }
 

@@ -20,18 +20,22 @@ fn busy(what: impl Into<String>) -> StepError {
 ///
 /// # Errors
 /// [`StepError`].
-pub fn no_transition(memory: &KernelMemory<'_>, klp: &KlpInfo, ours: Gva) -> Result<(), StepError> {
+pub fn check_no_transition(
+    memory: &KernelMemory<'_>,
+    klp: &KlpInfo,
+    ours: Gva,
+) -> Result<(), StepError> {
     if memory.i32(klp.target_state)? != NO_STATE || memory.pointer(klp.transition_patch)? != ours {
         return Err(busy("the guest has a livepatch transition of its own"));
     }
-    no_sched_hook(memory, klp)
+    check_sched_hook(memory, klp)
 }
 
 /// The transition that we began is still what the guest sees.
 ///
 /// # Errors
 /// [`StepError`].
-pub fn our_transition(
+pub fn check_our_transition(
     memory: &KernelMemory<'_>,
     klp: &KlpInfo,
     target: i32,
@@ -44,11 +48,11 @@ pub fn our_transition(
             "something in the guest changed klp_target_state to {state} and klp_transition_patch to {patch} during our transition"
         ))));
     }
-    no_sched_hook(memory, klp)
+    check_sched_hook(memory, klp)
 }
 
 /// The scheduler's own switching is off: with our empty patch it would switch sleepers unchecked.
-fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), StepError> {
+fn check_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), StepError> {
     match klp.sched_key {
         // The count is the first member of every static key.
         Some(key) if memory.i32(key)? != 0 => Err(busy(
@@ -62,9 +66,9 @@ fn no_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), StepErr
 ///
 /// # Errors
 /// [`StepError`].
-pub fn no_locks(memory: &KernelMemory<'_>, facts: &KernelInfo) -> Result<(), StepError> {
-    for (name, mutex) in &facts.mutexes {
-        if facts.mutex.is_held(memory, *mutex)? {
+pub fn check_locks(memory: &KernelMemory<'_>, info: &KernelInfo) -> Result<(), StepError> {
+    for (name, mutex) in &info.mutexes {
+        if info.mutex.is_held(memory, *mutex)? {
             return Err(busy(format!("{name} is held")));
         }
     }
@@ -75,12 +79,12 @@ pub fn no_locks(memory: &KernelMemory<'_>, facts: &KernelInfo) -> Result<(), Ste
 ///
 /// # Errors
 /// [`StepError`].
-pub fn no_poke(
+pub fn check_text_poke(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    facts: &KernelInfo,
+    info: &KernelInfo,
 ) -> Result<(), StepError> {
-    let poking = match &facts.poke {
+    let poking = match &info.poke {
         TextPokeInfo::Batch { refs } => memory.u32(*refs)? != 0,
         TextPokeInfo::Array { entries, refs } => {
             let mut any = memory.u32(*entries)? != 0;

@@ -44,7 +44,7 @@ struct Row {
 pub struct Progress {
     rows: Vec<Row>,
     index: HashMap<Key, usize>,
-    looks: u64,
+    views: u64,
 }
 
 impl Progress {
@@ -52,18 +52,18 @@ impl Progress {
     pub fn enter<'t>(
         &mut self,
         after: Duration,
-        findings: impl IntoIterator<Item = (&'t Task, Outcome)>,
+        outcomes: impl IntoIterator<Item = (&'t Task, Outcome)>,
     ) {
-        self.looks += 1;
+        self.views += 1;
         let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
-        for (task, finding) in findings {
-            self.enter_one(after_ms, task, finding);
+        for (task, outcome) in outcomes {
+            self.enter_one(after_ms, task, outcome);
         }
         self.close(after_ms);
     }
 
-    fn enter_one(&mut self, after_ms: u64, task: &Task, finding: Outcome) {
-        let looks = self.looks;
+    fn enter_one(&mut self, after_ms: u64, task: &Task, outcome: Outcome) {
+        let views = self.views;
         let key = (task.addr, task.pid);
         let known = self.index.get(&key).copied();
         let at = known.unwrap_or(self.rows.len());
@@ -87,11 +87,11 @@ impl Progress {
         let Some(row) = self.rows.get_mut(at) else {
             return;
         };
-        row.seen = looks;
+        row.seen = views;
         row.report.comm.clone_from(&task.comm);
         row.report.kind = task.kind;
         row.report.state = task.state_letter();
-        match finding {
+        match outcome {
             Outcome::Blocked(blocked) => {
                 let Blocked { why, signalled } = *blocked;
                 if row.report.blocker.as_ref() != Some(&why) {
@@ -121,14 +121,14 @@ impl Progress {
     /// Marks those that this look no longer saw.
     fn close(&mut self, after_ms: u64) {
         for row in &mut self.rows {
-            if row.seen != self.looks && row.report.switched_by.is_none() {
+            if row.seen != self.views && row.report.switched_by.is_none() {
                 row.report.switched_by = Some(SwitchedBy::Exited);
                 row.report.after_ms = Some(after_ms);
                 row.report.blocker = None;
                 row.report.since_ms = None;
             }
         }
-        let gone = |row: &Row| row.seen != self.looks;
+        let gone = |row: &Row| row.seen != self.views;
         let mut surplus = self
             .rows
             .iter()
@@ -140,10 +140,10 @@ impl Progress {
         }
         // Rows move: build the index anew.
         let keys: HashMap<usize, Key> = self.index.drain().map(|(key, at)| (at, key)).collect();
-        let looks = self.looks;
+        let views = self.views;
         let rows = std::mem::take(&mut self.rows);
         for (at, row) in rows.into_iter().enumerate() {
-            if row.seen != looks && surplus > 0 {
+            if row.seen != views && surplus > 0 {
                 surplus -= 1;
                 continue;
             }
@@ -209,8 +209,8 @@ mod tests {
             task(2, 11, TaskKind::User),
             task(3, 0, TaskKind::Idle),
         ];
-        let mut ledger = Progress::default();
-        ledger.enter(
+        let mut progress = Progress::default();
+        progress.enter(
             ms(0),
             [
                 (&a, blocked("in f")),
@@ -218,14 +218,14 @@ mod tests {
                 (&idle, blocked("in f")),
             ],
         );
-        assert!(ledger.reports().iter().all(|r| r.blocker.is_some()));
+        assert!(progress.reports().iter().all(|r| r.blocker.is_some()));
 
         // The pid of b lives on in another task.
         let born = task(2, 12, TaskKind::User);
         let there = || Outcome::Switched(None);
-        ledger.enter(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
+        progress.enter(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
         let by_pid = |pid| {
-            let reports = ledger.reports();
+            let reports = progress.reports();
             let report = reports.into_iter().find(|r| r.pid == pid).unwrap();
             (report.switched_by, report.after_ms)
         };
@@ -238,11 +238,11 @@ mod tests {
     #[test]
     fn waiting_come_first_and_first_way_stays() {
         let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
-        let mut ledger = Progress::default();
+        let mut progress = Progress::default();
         let stack = Outcome::Switched(Some(SwitchedBy::Stack));
-        ledger.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
-        ledger.enter(ms(9), [(&a, Outcome::Switched(None)), (&b, blocked("y"))]);
-        let reports = ledger.reports();
+        progress.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
+        progress.enter(ms(9), [(&a, Outcome::Switched(None)), (&b, blocked("y"))]);
+        let reports = progress.reports();
         assert_eq!(reports[0].blocker.as_deref(), Some("y"));
         assert_eq!(
             (reports[1].switched_by, reports[1].after_ms),
@@ -259,37 +259,37 @@ mod tests {
                 signalled,
             }))
         };
-        let mut ledger = Progress::default();
+        let mut progress = Progress::default();
         for (at, why, signalled) in [
             (0, "f", false),
             (3, "f", true),
             (7, "g", true),
             (9, "g", true),
         ] {
-            ledger.enter(ms(at), [(&a, in_frame(why, signalled))]);
+            progress.enter(ms(at), [(&a, in_frame(why, signalled))]);
         }
-        let report = &ledger.reports()[0];
+        let report = &progress.reports()[0];
         assert_eq!(report.blocker.as_deref(), Some("g"));
         assert_eq!((report.since_ms, report.signals), (Some(7), 3));
-        ledger.enter(ms(10), [(&a, Outcome::Switched(None))]);
-        let report = &ledger.reports()[0];
+        progress.enter(ms(10), [(&a, Outcome::Switched(None))]);
+        let report = &progress.reports()[0];
         assert_eq!((report.since_ms, report.signals), (None, 3));
     }
 
     #[test]
     fn forgets_exited_beyond_bound() {
-        let mut ledger = Progress::default();
+        let mut progress = Progress::default();
         let stays = task(1, 1, TaskKind::User);
         for pid in 2..5000 {
             let child = task(2, pid, TaskKind::User);
-            ledger.enter(
+            progress.enter(
                 ms(0),
                 [(&stays, blocked("x")), (&child, Outcome::Switched(None))],
             );
         }
-        let reports = ledger.reports();
+        let reports = progress.reports();
         assert!(reports.len() <= MOST_EXITED + 2);
         assert_eq!(reports[0].pid, 1);
-        assert_eq!(ledger.index.len(), ledger.rows.len());
+        assert_eq!(progress.index.len(), progress.rows.len());
     }
 }

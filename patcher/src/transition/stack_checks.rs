@@ -20,48 +20,48 @@ impl StackChecks {
     /// Asks where each of `len` tasks stands.
     pub(super) fn ask(len: usize, stand: impl Fn(usize) -> StackCheck) -> StackChecks {
         let each = (0..len).map(|at| (at, stand(at)));
-        let others = each.filter(|(_, standing)| *standing != MOST).collect();
+        let others = each.filter(|(_, check)| *check != MOST).collect();
         StackChecks { len, others }
     }
 
     /// Whether everybody is clean.
-    pub(super) fn are_clean(&self) -> bool {
-        self.others.iter().all(|(_, standing)| is_clean(standing))
+    pub(super) fn are_clear(&self) -> bool {
+        self.others.iter().all(|(_, check)| is_clear(check))
     }
 
     /// Whether task number `at` is.
-    pub(super) fn is_clean(&self, at: usize) -> bool {
+    pub(super) fn is_clear(&self, at: usize) -> bool {
         let other = self.others.binary_search_by_key(&at, |(other, _)| *other);
         let other = other.ok().and_then(|found| self.others.get(found));
-        other.is_none_or(|(_, standing)| is_clean(standing))
+        other.is_none_or(|(_, check)| is_clear(check))
     }
 
     /// Those who may not be, with their numbers.
-    pub(super) fn unclean(&self) -> impl Iterator<Item = (usize, &StackCheck)> {
-        let others = self.others.iter().map(|(at, standing)| (*at, standing));
-        others.filter(|(_, standing)| !is_clean(standing))
+    pub(super) fn not_clear(&self) -> impl Iterator<Item = (usize, &StackCheck)> {
+        let others = self.others.iter().map(|(at, check)| (*at, check));
+        others.filter(|(_, check)| !is_clear(check))
     }
 
     /// What to enter for each.
-    pub(super) fn into_findings(self) -> Vec<Outcome> {
+    pub(super) fn into_outcomes(self) -> Vec<Outcome> {
         let most = || Outcome::from(MOST);
-        let mut findings: Vec<Outcome> = std::iter::repeat_with(most).take(self.len).collect();
-        for (at, standing) in self.others {
-            if let Some(finding) = findings.get_mut(at) {
-                *finding = standing.into();
+        let mut outcomes: Vec<Outcome> = std::iter::repeat_with(most).take(self.len).collect();
+        for (at, check) in self.others {
+            if let Some(outcome) = outcomes.get_mut(at) {
+                *outcome = check.into();
             }
         }
-        findings
+        outcomes
     }
 }
 
-fn is_clean(standing: &StackCheck) -> bool {
-    matches!(standing, StackCheck::Clear(_))
+fn is_clear(check: &StackCheck) -> bool {
+    matches!(check, StackCheck::Clear(_))
 }
 
 impl From<StackCheck> for Outcome {
-    fn from(standing: StackCheck) -> Outcome {
-        match standing {
+    fn from(check: StackCheck) -> Outcome {
+        match check {
             StackCheck::Clear(way) => Outcome::Switched(Some(way)),
             StackCheck::Blocked(why) | StackCheck::Unknown(why) => {
                 Outcome::Blocked(Box::new(Blocked {
@@ -89,18 +89,18 @@ mod tests {
         for len in 0..=all.len() {
             let asked = StackChecks::ask(len, |at| all[at].clone());
             let all = &all[..len];
-            assert_eq!(asked.are_clean(), all.iter().all(is_clean));
-            for (at, standing) in all.iter().enumerate() {
-                assert_eq!(asked.is_clean(at), is_clean(standing), "{at} of {len}");
+            assert_eq!(asked.are_clear(), all.iter().all(is_clear));
+            for (at, check) in all.iter().enumerate() {
+                assert_eq!(asked.is_clear(at), is_clear(check), "{at} of {len}");
             }
-            let unclean: Vec<_> = all
+            let not_clear: Vec<_> = all
                 .iter()
                 .enumerate()
-                .filter(|(_, s)| !is_clean(s))
+                .filter(|(_, s)| !is_clear(s))
                 .collect();
-            assert!(asked.unclean().eq(unclean), "{len}");
-            let findings: Vec<Outcome> = all.iter().cloned().map(Outcome::from).collect();
-            assert_eq!(asked.into_findings(), findings);
+            assert!(asked.not_clear().eq(not_clear), "{len}");
+            let outcomes: Vec<Outcome> = all.iter().cloned().map(Outcome::from).collect();
+            assert_eq!(asked.into_outcomes(), outcomes);
         }
     }
 }

@@ -34,26 +34,26 @@ pub struct Step {
     /// The writes.
     pub plan: WriteBatch,
     /// For each task of the look.
-    pub findings: Vec<Outcome>,
+    pub outcomes: Vec<Outcome>,
     /// With these writes the transition is over.
     pub finished: bool,
     /// vCPUs to send a reschedule interrupt, which they take once the guest runs.
-    pub nudge: Vec<u32>,
+    pub reschedule: Vec<u32>,
     /// The interrupt that wakes sleepers, to send once it does.
     pub wake: Option<Kick>,
     /// Who has not moved then, in a guest that does not know it itself.
-    pub unmoved: Option<PendingTasks>,
+    pub pending: Option<PendingTasks>,
 }
 
 /// The guest, what is known of it, and the patch: what every step needs.
 #[derive(Clone, Copy)]
 pub struct StepContext<'a> {
     /// The look.
-    pub look: &'a GuestView<'a>,
+    pub view: &'a GuestView<'a>,
     /// The kernel.
-    pub facts: &'a KernelInfo,
+    pub info: &'a KernelInfo,
     /// Where things lie.
-    pub places: &'a PatchMemory,
+    pub patch_memory: &'a PatchMemory,
     /// The stand-in for `klp_transition_patch`, where there is such a thing.
     pub dummy: Option<introspect::Gva>,
     /// The patch.
@@ -63,35 +63,36 @@ pub struct StepContext<'a> {
     /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
     pub signal: Option<&'a TaskWaker>,
     /// Who has not moved, in a transition of a guest that does not know it itself.
-    pub unmoved: Option<&'a PendingTasks>,
+    pub pending: Option<&'a PendingTasks>,
 }
 
 impl<'a> StepContext<'a> {
     /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
-    /// to move. When nobody is left, no task ever sees a transition at all; `at_once` wants that or nothing.
+    /// to move. When nobody is left, no task ever sees a transition at all; `in_one_pause` wants that or nothing.
     ///
     /// # Errors
     /// [`StepError`]; nothing is to be written.
-    pub fn begin(&self, direction: Direction, at_once: bool) -> Result<Step, StepError> {
+    pub fn begin(&self, direction: Direction, in_one_pause: bool) -> Result<Step, StepError> {
         let before = self.transition_patch(direction.back());
-        if let Some(klp) = &self.facts.klp {
-            preconditions::no_transition(&self.look.memory, klp, before.unwrap_or_default())?;
+        if let Some(klp) = &self.info.klp {
+            preconditions::check_no_transition(&self.view.memory, klp, before.unwrap_or_default())?;
         }
-        self.text_is_still()?;
-        self.no_states()?;
-        self.sites_are_as_before(direction)?;
+        self.check_text()?;
+        self.check_patch_states()?;
+        self.check_sites_before(direction)?;
         if direction == Direction::Apply {
-            self.places.check(&self.look.memory, self.patch.code)?;
+            self.patch_memory
+                .check(&self.view.memory, self.patch.code)?;
         }
-        let standings = self.standings(direction, |_| true);
-        let at_last = standings.are_clean()
-            && self.look.every_vcpu_has_a_task().is_ok()
-            && self.replaced_are_left().is_ok();
-        if !at_last && at_once {
-            return Err(self.not_at_once(&standings));
+        let checks = self.checks(direction, |_| true);
+        let at_last = checks.are_clear()
+            && self.view.every_vcpu_has_a_task().is_ok()
+            && self.check_replaced_code().is_ok();
+        if !at_last && in_one_pause {
+            return Err(self.not_at_once(&checks));
         }
         if at_last {
-            let mut step = Step::new(standings.into_findings());
+            let mut step = Step::new(checks.into_outcomes());
             self.plan_code(direction, &mut step.plan)?;
             self.plan_end(direction, &mut step.plan)?;
             self.plan_globals(NO_STATE, self.transition_patch(direction), &mut step.plan)?;
@@ -101,19 +102,19 @@ impl<'a> StepContext<'a> {
         let mut step = Step::new(Vec::new());
         self.plan_code(direction, &mut step.plan)?;
         self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
-        for (at, task) in self.look.tasks().enumerate() {
-            if standings.is_clean(at) {
+        for (at, task) in self.view.tasks().enumerate() {
+            if checks.is_clear(at) {
                 self.plan_state(task, direction.target(), &mut step.plan)?;
             } else {
                 self.plan_state(task, direction.initial(), &mut step.plan)?;
                 self.plan_pending(task, true, &mut step.plan)?;
             }
         }
-        let unmoved = self.those(|at| !standings.is_clean(at));
-        self.plan_unmoved(direction, unmoved, &mut step)?;
+        let pending = self.addresses_of(|at| !checks.is_clear(at));
+        self.plan_pending_tasks(direction, pending, &mut step)?;
         self.plan_sites(&mut step.plan, PatchedFunction::to_stub)?;
-        step.findings = standings.into_findings();
-        self.nudge(&mut step);
+        step.outcomes = checks.into_outcomes();
+        self.reschedule(&mut step);
         Ok(step)
     }
 
@@ -121,15 +122,15 @@ impl<'a> StepContext<'a> {
     ///
     /// # Errors
     /// [`StepError`]; nothing is to be written.
-    pub fn go_on(&self, direction: Direction) -> Result<Step, StepError> {
-        self.is_ours(direction)?;
+    pub fn try_complete(&self, direction: Direction) -> Result<Step, StepError> {
+        self.check_ours(direction)?;
         let target = direction.target();
-        let standings = self.standings(direction, |state| state != target);
-        let mut step = Step::new(self.findings(&standings, target, None));
-        if step.findings.iter().all(is_there) {
-            match self.may_end(direction) {
+        let checks = self.checks(direction, |state| state != target);
+        let mut step = Step::new(self.outcomes(&checks, target, None));
+        if step.outcomes.iter().all(is_there) {
+            match self.can_complete(direction) {
                 Ok(()) => {
-                    self.plan_no_states(&mut step.plan)?;
+                    self.plan_states_idle(&mut step.plan)?;
                     self.plan_end(direction, &mut step.plan)?;
                     let patch = self.transition_patch(direction);
                     self.plan_globals(NO_STATE, patch, &mut step.plan)?;
@@ -140,27 +141,27 @@ impl<'a> StepContext<'a> {
                 Err(fail) => return Err(fail),
             }
         }
-        for (at, task) in self.look.tasks().enumerate() {
+        for (at, task) in self.view.tasks().enumerate() {
             if self.state(at) == target {
                 continue;
             }
-            if standings.is_clean(at) {
+            if checks.is_clear(at) {
                 self.plan_state(task, target, &mut step.plan)?;
                 self.plan_pending(task, false, &mut step.plan)?;
             } else {
                 self.plan_flags(task, true, self.signal_flag(task), &mut step.plan)?;
             }
         }
-        let moved = self.those(|at| standings.is_clean(at));
-        self.plan_moved(moved, &mut step)?;
+        let moved = self.addresses_of(|at| checks.is_clear(at));
+        self.plan_switched(moved, &mut step)?;
         self.wake_sleepers(&mut step)?;
-        self.nudge(&mut step);
+        self.reschedule(&mut step);
         Ok(step)
     }
 
     /// The flag of the fake signal, if `task` is sent one ([`signal`]).
     fn signal_flag(&self, task: &Task) -> u64 {
-        let flag = self.facts.tif.notify_signal.unwrap_or_default();
+        let flag = self.info.tif.notify_signal.unwrap_or_default();
         let sent = self.signal.is_some() && signal::call(task).flag;
         if sent { flag } else { 0 }
     }
@@ -170,12 +171,12 @@ impl<'a> StepContext<'a> {
         let Some(waker) = self.signal else {
             return Ok(());
         };
-        let memory = &self.look.memory;
+        let memory = &self.view.memory;
         // One list of sleepers is out at a time.
         let idle = waker.is_idle(memory)?;
         let mut sleepers = Vec::new();
-        for (at, task) in self.look.tasks().enumerate() {
-            let Some(Outcome::Blocked(blocked)) = step.findings.get_mut(at) else {
+        for (at, task) in self.view.tasks().enumerate() {
+            let Some(Outcome::Blocked(blocked)) = step.outcomes.get_mut(at) else {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
@@ -187,10 +188,10 @@ impl<'a> StepContext<'a> {
             return Ok(());
         }
         let tasks: Vec<&Task> = sleepers.iter().map(|(_, task)| *task).collect();
-        step.wake = waker.plan(self.look, self.places, &tasks, &mut step.plan)?;
+        step.wake = waker.plan(self.view, self.patch_memory, &tasks, &mut step.plan)?;
         if step.wake.is_some() {
             for (at, _) in sleepers {
-                if let Some(Outcome::Blocked(blocked)) = step.findings.get_mut(at) {
+                if let Some(Outcome::Blocked(blocked)) = step.outcomes.get_mut(at) {
                     blocked.signalled = true;
                 }
             }
@@ -203,34 +204,34 @@ impl<'a> StepContext<'a> {
     /// # Errors
     /// [`StepError`]; nothing is to be written.
     pub fn force(&self, direction: Direction) -> Result<Step, StepError> {
-        self.is_ours(direction)?;
+        self.check_ours(direction)?;
         // Whoever is just storing a state, or handing it to a child, is let finish.
-        self.look.no_vcpu_in(&self.switching())?;
+        self.view.no_vcpu_in(&self.switching())?;
         let target = direction.target();
         let moved = |at| match self.state(at) == target {
             true => Outcome::Switched(None),
             false => Outcome::Switched(Some(SwitchedBy::Forced)),
         };
-        let mut step = Step::new((0..self.look.cached().len()).map(moved).collect());
-        for (at, task) in self.look.tasks().enumerate() {
+        let mut step = Step::new((0..self.view.cached().len()).map(moved).collect());
+        for (at, task) in self.view.tasks().enumerate() {
             if self.state(at) != target {
                 self.plan_state(task, target, &mut step.plan)?;
                 self.plan_pending(task, false, &mut step.plan)?;
             }
         }
-        self.plan_moved(self.those(|_| true), &mut step)?;
+        self.plan_switched(self.addresses_of(|_| true), &mut step)?;
         Ok(step)
     }
 
     /// Somebody is in the way of moving all in this pause. Whoever is in the old code is named rather than one of whom that is not
     /// known: the latter has often gone on by the next pause.
-    fn not_at_once(&self, standings: &StackChecks) -> StepError {
+    fn not_at_once(&self, checks: &StackChecks) -> StepError {
         let (mut inside, mut unsure) = (Vec::new(), Vec::new());
-        for (at, standing) in standings.unclean() {
-            let Some(CachedTask { task, .. }) = self.look.cached().get(at) else {
+        for (at, check) in checks.not_clear() {
+            let Some(CachedTask { task, .. }) = self.view.cached().get(at) else {
                 continue;
             };
-            match standing {
+            match check {
                 StackCheck::Clear(_) => {}
                 StackCheck::Blocked(why) => inside.push((task, why)),
                 StackCheck::Unknown(why) => unsure.push((task, why)),
@@ -250,24 +251,24 @@ impl<'a> StepContext<'a> {
     ///
     /// # Errors
     /// [`StepError`]; nothing is to be written.
-    pub fn turn_round(&self, from: Direction, to: Direction) -> Result<Step, StepError> {
-        self.is_ours(from)?;
+    pub fn reverse(&self, from: Direction, to: Direction) -> Result<Step, StepError> {
+        self.check_ours(from)?;
         // Whoever is just storing the old target would store it after us.
-        self.look.no_vcpu_in(&self.switching())?;
+        self.view.no_vcpu_in(&self.switching())?;
         let target = to.target();
-        let standings = self.standings(to, |state| state != target);
-        let mut step = Step::new(self.findings(&standings, target, Some(SwitchedBy::NotSwitched)));
+        let checks = self.checks(to, |state| state != target);
+        let mut step = Step::new(self.outcomes(&checks, target, Some(SwitchedBy::NotSwitched)));
         self.plan_globals(target, self.dummy, &mut step.plan)?;
-        for (at, task) in self.look.tasks().enumerate() {
-            let clean = standings.is_clean(at);
+        for (at, task) in self.view.tasks().enumerate() {
+            let clean = checks.is_clear(at);
             if clean && self.state(at) != target {
                 self.plan_state(task, target, &mut step.plan)?;
             }
             self.plan_pending(task, !clean, &mut step.plan)?;
         }
-        let unmoved = self.those(|at| !standings.is_clean(at));
-        self.plan_unmoved(to, unmoved, &mut step)?;
-        self.nudge(&mut step);
+        let pending = self.addresses_of(|at| !checks.is_clear(at));
+        self.plan_pending_tasks(to, pending, &mut step)?;
+        self.reschedule(&mut step);
         Ok(step)
     }
 
@@ -282,22 +283,22 @@ impl<'a> StepContext<'a> {
     }
 
     /// The transition is the one we began, and the entries are as we left them.
-    fn is_ours(&self, direction: Direction) -> Result<(), StepError> {
-        let memory = &self.look.memory;
-        if let (Some(klp), Some(dummy)) = (&self.facts.klp, self.dummy) {
-            preconditions::our_transition(memory, klp, direction.target(), dummy)?;
+    fn check_ours(&self, direction: Direction) -> Result<(), StepError> {
+        let memory = &self.view.memory;
+        if let (Some(klp), Some(dummy)) = (&self.info.klp, self.dummy) {
+            preconditions::check_our_transition(memory, klp, direction.target(), dummy)?;
         }
-        self.sites_hold(|redirect| Ok(redirect.to_stub()?))
+        self.check_sites(|function| Ok(function.to_stub()?))
     }
 
-    fn text_is_still(&self) -> Result<(), StepError> {
-        preconditions::no_locks(&self.look.memory, self.facts)?;
-        preconditions::no_poke(self.look.kernel, &self.look.memory, self.facts)
+    fn check_text(&self) -> Result<(), StepError> {
+        preconditions::check_locks(&self.view.memory, self.info)?;
+        preconditions::check_text_poke(self.view.kernel, &self.view.memory, self.info)
     }
 
-    fn no_states(&self) -> Result<(), StepError> {
+    fn check_patch_states(&self) -> Result<(), StepError> {
         let other = |(at, _): &(usize, &Task)| self.state(*at) != NO_STATE;
-        match self.look.tasks().enumerate().find(other) {
+        match self.view.tasks().enumerate().find(other) {
             None => Ok(()),
             Some((_, task)) => Err(StepError::Busy(format!(
                 "{} ({}) has a patch state already",
@@ -306,31 +307,31 @@ impl<'a> StepContext<'a> {
         }
     }
 
-    fn sites_are_as_before(&self, direction: Direction) -> Result<(), StepError> {
+    fn check_sites_before(&self, direction: Direction) -> Result<(), StepError> {
         match direction {
-            Direction::Apply => self.sites_hold(|redirect| Ok(redirect.to_below()?)),
-            Direction::Revert => self.sites_hold(|redirect| Ok(redirect.to_new()?)),
+            Direction::Apply => self.check_sites(|function| Ok(function.to_previous()?)),
+            Direction::Revert => self.check_sites(|function| Ok(function.to_new()?)),
         }
     }
 
-    fn sites_hold(
+    fn check_sites(
         &self,
         expected: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], PatchError>,
     ) -> Result<(), StepError> {
-        let (memory, types) = (&self.look.memory, &self.facts.ftrace);
-        for redirect in &self.patch.redirects {
-            let site = &redirect.site;
-            let bytes = match redirect.covered_by {
+        let (memory, types) = (&self.view.memory, &self.info.ftrace);
+        for function in &self.patch.functions {
+            let site = &function.site;
+            let bytes = match function.superseded_by {
                 Some(newer) => x86::jump(site.at, newer).map_err(PatchError::from)?,
-                None => expected(redirect)?,
+                None => expected(function)?,
             };
-            let fenced = bytes != site.nop;
+            let disabled = bytes != site.nop;
             let as_expected = site.holds(memory, bytes)?
-                && site.is_fenced(memory, types)? == fenced
-                && (fenced || !site.is_wanted(memory, types)?);
+                && site.is_disabled(memory, types)? == disabled
+                && (disabled || !site.has_users(memory, types)?);
             if !as_expected {
                 return Err(StepError::Failed(PatchError::Site {
-                    function: redirect.name.clone(),
+                    function: function.name.clone(),
                     at: site.at,
                     source: SiteError::Changed,
                 }));
@@ -340,93 +341,93 @@ impl<'a> StepContext<'a> {
     }
 
     /// The tasks of these numbers of the look.
-    fn those(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = introspect::Gva> {
-        let each = self.look.tasks().enumerate();
+    fn addresses_of(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = introspect::Gva> {
+        let each = self.view.tasks().enumerate();
         each.filter(move |(at, _)| which(*at))
             .map(|(_, task)| task.addr)
     }
 
     /// The patch state of task number `at` of the look.
     fn state(&self, at: usize) -> i32 {
-        match (self.unmoved, self.look.cached().get(at)) {
-            (Some(unmoved), Some(seen)) if unmoved.contains(seen.task.addr) => {
-                unmoved.direction().initial()
+        match (self.pending, self.view.cached().get(at)) {
+            (Some(pending), Some(seen)) if pending.contains(seen.task.addr) => {
+                pending.direction().initial()
             }
-            (Some(unmoved), _) => unmoved.direction().target(),
-            (None, _) => number(self.look.patch_state(at)),
+            (Some(pending), _) => pending.direction().target(),
+            (None, _) => number(self.view.patch_state(at)),
         }
     }
 
     /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
-    fn standings(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> StackChecks {
-        let watch = self.patch.code_to_leave(direction);
-        let stand = |at| match self.look.patch_state(at) {
+    fn checks(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> StackChecks {
+        let codes = self.patch.code_to_leave(direction);
+        let stand = |at| match self.view.patch_state(at) {
             _ if !ask(self.state(at)) => StackCheck::Clear(SwitchedBy::Stack),
             Some(PatchState::Invalid(state)) => StackCheck::Unknown(format!(
                 "its patch_state is {state}, which no kernel writes"
             )),
-            _ => self.look.standing(at, &watch),
+            _ => self.view.check(at, &codes),
         };
-        StackChecks::ask(self.look.cached().len(), stand)
+        StackChecks::ask(self.view.cached().len(), stand)
     }
 
     /// What to enter for each task, where those in state `target` got there by `way`.
-    fn findings(
+    fn outcomes(
         &self,
-        standings: &StackChecks,
+        checks: &StackChecks,
         target: i32,
         switched_by: Option<SwitchedBy>,
     ) -> Vec<Outcome> {
-        let mut findings = standings.clone().into_findings();
-        for (at, finding) in findings.iter_mut().enumerate() {
+        let mut outcomes = checks.clone().into_outcomes();
+        for (at, outcome) in outcomes.iter_mut().enumerate() {
             if self.state(at) == target {
-                *finding = Outcome::Switched(switched_by);
+                *outcome = Outcome::Switched(switched_by);
             }
         }
-        findings
+        outcomes
     }
 
     /// Code in which a task's state and flag are being changed.
     fn switching(&self) -> CodeSet {
-        let mut watch = CodeSet::new();
-        for (code, name) in self.facts.klp.iter().flat_map(|klp| &klp.switching) {
-            watch.add(*code, *name);
+        let mut codes = CodeSet::new();
+        for (code, name) in self.info.klp.iter().flat_map(|klp| &klp.switching) {
+            codes.add(*code, *name);
         }
-        watch
+        codes
     }
 
     /// Everybody is there. Is nobody in code that must not be pulled away?
-    fn may_end(&self, direction: Direction) -> Result<(), StepError> {
-        self.look.every_vcpu_has_a_task()?;
-        self.look.no_vcpu_in(&self.switching())?;
+    fn can_complete(&self, direction: Direction) -> Result<(), StepError> {
+        self.view.every_vcpu_has_a_task()?;
+        self.view.no_vcpu_in(&self.switching())?;
         if direction == Direction::Revert && self.patch.forced {
             // Whoever is in the new code may stay: it is not taken away.
-            self.text_is_still()?;
+            self.check_text()?;
         } else if direction == Direction::Apply {
-            self.replaced_are_left()?;
+            self.check_replaced_code()?;
         } else {
             // A task that has moved can still be in a stub, on its way to the old function.
-            self.look.no_task_in(&self.patch.new_code())?;
-            self.text_is_still()?;
+            self.view.no_task_in(&self.patch.new_code())?;
+            self.check_text()?;
         }
         Ok(())
     }
 
     /// Nobody is in the code of patches that go with this one's coming.
-    fn replaced_are_left(&self) -> Result<(), StepError> {
+    fn check_replaced_code(&self) -> Result<(), StepError> {
         if self.patch.replaces.is_empty() {
             return Ok(());
         }
-        self.look.no_task_in(&self.patch.replaced_code())?;
-        self.text_is_still()
+        self.view.no_task_in(&self.patch.replaced_code())?;
+        self.check_text()
     }
 
     /// A reschedule interrupt sends a vCPU in user mode through the kernel's exit path, and an idle one round its loop.
-    fn nudge(&self, step: &mut Step) {
-        let waiting = self.look.tasks().zip(&step.findings);
-        step.nudge = waiting
-            .filter(|(_, finding)| matches!(finding, Outcome::Blocked(_)))
-            .filter_map(|(task, _)| self.look.vcpu_of(task))
+    fn reschedule(&self, step: &mut Step) {
+        let waiting = self.view.tasks().zip(&step.outcomes);
+        step.reschedule = waiting
+            .filter(|(_, outcome)| matches!(outcome, Outcome::Blocked(_)))
+            .filter_map(|(task, _)| self.view.vcpu_of(task))
             .filter(|vcpu| vcpu.online)
             .map(|vcpu| vcpu.index)
             .collect();
@@ -434,14 +435,14 @@ impl<'a> StepContext<'a> {
 }
 
 impl Step {
-    fn new(findings: Vec<Outcome>) -> Step {
+    fn new(outcomes: Vec<Outcome>) -> Step {
         Step {
             plan: WriteBatch::new(),
-            findings,
+            outcomes,
             finished: false,
-            nudge: Vec::new(),
+            reschedule: Vec::new(),
             wake: None,
-            unmoved: None,
+            pending: None,
         }
     }
 }
@@ -456,6 +457,6 @@ fn number(state: Option<PatchState>) -> i32 {
     }
 }
 
-fn is_there(finding: &Outcome) -> bool {
-    matches!(finding, Outcome::Switched(_))
+fn is_there(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Switched(_))
 }

@@ -21,8 +21,8 @@ impl StepContext<'_> {
         plan: &mut WriteBatch,
     ) -> Result<(), StepError> {
         if direction == Direction::Apply || self.patch.stubs_changed {
-            let (memory, patch) = (&self.look.memory, self.patch);
-            self.places
+            let (memory, patch) = (&self.view.memory, self.patch);
+            self.patch_memory
                 .plan_fill(memory, patch.code, &patch.code_bytes, plan)?;
         }
         Ok(())
@@ -34,19 +34,20 @@ impl StepContext<'_> {
         direction: Direction,
         plan: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        let memory = &self.look.memory;
+        let memory = &self.view.memory;
         match direction {
             Direction::Apply => {
                 self.plan_sites(plan, PatchedFunction::to_new)?;
                 for old in self.patch.replaces.iter().filter(|old| !old.stays) {
-                    self.places.plan_clear(memory, old.code, plan)?;
+                    self.patch_memory.plan_clear(memory, old.code, plan)?;
                 }
                 Ok(())
             }
             Direction::Revert => {
-                self.plan_sites(plan, PatchedFunction::to_below)?;
+                self.plan_sites(plan, PatchedFunction::to_previous)?;
                 if !self.patch.forced {
-                    self.places.plan_clear(memory, self.patch.code, plan)?;
+                    self.patch_memory
+                        .plan_clear(memory, self.patch.code, plan)?;
                 }
                 Ok(())
             }
@@ -60,17 +61,17 @@ impl StepContext<'_> {
         plan: &mut WriteBatch,
         bytes: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], EncodeError>,
     ) -> Result<(), StepError> {
-        let memory = &self.look.memory;
-        let served = |redirect: &&PatchedFunction| redirect.covered_by.is_none();
-        for redirect in self.patch.redirects.iter().filter(served) {
-            let site = &redirect.site;
-            let bytes = bytes(redirect).map_err(PatchError::from)?;
-            let types = &self.facts.ftrace;
+        let memory = &self.view.memory;
+        let served = |function: &&PatchedFunction| function.superseded_by.is_none();
+        for function in self.patch.functions.iter().filter(served) {
+            let site = &function.site;
+            let bytes = bytes(function).map_err(PatchError::from)?;
+            let types = &self.info.ftrace;
             let (flags, value) = if bytes == site.nop {
-                let tracers = self.facts.tracers.account(memory, site.at);
-                site.unfence(memory, types, tracers.map_err(PatchError::from)?)?
+                let tracers = self.info.tracers.record_flags(memory, site.at);
+                site.enable(memory, types, tracers.map_err(PatchError::from)?)?
             } else {
-                site.fence(memory, types)?
+                site.disable(memory, types)?
             };
             plan.write_kernel(memory, flags, &value)?;
             plan.write_kernel(memory, site.at, &bytes)?;
@@ -84,10 +85,10 @@ impl StepContext<'_> {
         patch: Option<introspect::Gva>,
         plan: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        let Some(klp) = &self.facts.klp else {
+        let Some(klp) = &self.info.klp else {
             return Ok(());
         };
-        let memory = &self.look.memory;
+        let memory = &self.view.memory;
         let patch = patch.unwrap_or_default().0;
         plan.write_kernel(memory, klp.target_state, &target.to_le_bytes())?;
         plan.write_kernel(memory, klp.transition_patch, &patch.to_le_bytes())?;
@@ -95,12 +96,12 @@ impl StepContext<'_> {
     }
 
     /// Nobody has a state, and nobody is to change it.
-    pub(super) fn plan_no_states(&self, plan: &mut WriteBatch) -> Result<(), StepError> {
-        if self.facts.klp.is_none() {
+    pub(super) fn plan_states_idle(&self, plan: &mut WriteBatch) -> Result<(), StepError> {
+        if self.info.klp.is_none() {
             // Nor does any stub ask any more.
             return Ok(());
         }
-        for task in self.look.tasks() {
+        for task in self.view.tasks() {
             self.plan_pending(task, false, plan)?;
             self.plan_state(task, NO_STATE, plan)?;
         }
@@ -108,40 +109,40 @@ impl StepContext<'_> {
     }
 
     /// Writes down who has yet to move, in a guest that has no states of its own. Nobody may be in a stub, looking somebody up.
-    pub(super) fn plan_unmoved(
+    pub(super) fn plan_pending_tasks(
         &self,
         direction: Direction,
-        unmoved: impl IntoIterator<Item = introspect::Gva>,
+        pending: impl IntoIterator<Item = introspect::Gva>,
         step: &mut Step,
     ) -> Result<(), StepError> {
         let Some(piece) = self.patch.table else {
             return Ok(());
         };
-        self.look.no_task_in(&self.patch.stub_code())?;
-        let unmoved = PendingTasks::new(piece, direction, unmoved)?;
-        let memory = &self.look.memory;
-        (self.places).plan_fill(memory, piece, &unmoved.bytes(), &mut step.plan)?;
-        step.unmoved = Some(unmoved);
+        self.view.no_task_in(&self.patch.stub_code())?;
+        let pending = PendingTasks::new(piece, direction, pending)?;
+        let memory = &self.view.memory;
+        (self.patch_memory).plan_fill(memory, piece, &pending.bytes(), &mut step.plan)?;
+        step.pending = Some(pending);
         Ok(())
     }
 
     /// Writes down, likewise, that these have moved.
-    pub(super) fn plan_moved(
+    pub(super) fn plan_switched(
         &self,
         moved: impl IntoIterator<Item = introspect::Gva>,
         step: &mut Step,
     ) -> Result<(), StepError> {
-        let Some(mut unmoved) = self.unmoved.cloned() else {
+        let Some(mut pending) = self.pending.cloned() else {
             return Ok(());
         };
-        let memory = &self.look.memory;
+        let memory = &self.view.memory;
         for task in moved {
-            if let Some((at, bytes)) = unmoved.take_out(task) {
+            if let Some((at, bytes)) = pending.remove(task) {
                 let plan = &mut step.plan;
-                (self.places).plan_part(memory, unmoved.piece(), at, &bytes, plan)?;
+                (self.patch_memory).plan_part(memory, pending.piece(), at, &bytes, plan)?;
             }
         }
-        step.unmoved = Some(unmoved);
+        step.pending = Some(pending);
         Ok(())
     }
 
@@ -151,11 +152,11 @@ impl StepContext<'_> {
         state: i32,
         plan: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        let Some(klp) = &self.facts.klp else {
+        let Some(klp) = &self.info.klp else {
             return Ok(());
         };
         let at = klp.patch_state.of(task.addr);
-        plan.write_kernel(&self.look.memory, at, &state.to_le_bytes())?;
+        plan.write_kernel(&self.view.memory, at, &state.to_le_bytes())?;
         Ok(())
     }
 
@@ -177,7 +178,7 @@ impl StepContext<'_> {
         others: u64,
         plan: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        let (Some(klp), tif) = (&self.facts.klp, &self.facts.tif) else {
+        let (Some(klp), tif) = (&self.info.klp, &self.info.tif) else {
             // The flag has no meaning there: the guest's exit to user mode would go round for ever.
             return Ok(());
         };
@@ -195,7 +196,7 @@ impl StepContext<'_> {
             flags | others | resched
         };
         if wanted(task.tif) != task.tif {
-            let memory = &self.look.memory;
+            let memory = &self.view.memory;
             // The whole word is written: the other flags are not to be those of any earlier moment.
             let flags = wanted(memory.field(task.addr, tif.flags)?);
             plan.write_kernel(memory, tif.flags.of(task.addr), &flags.to_le_bytes())?;

@@ -19,7 +19,7 @@ const FACTOR: u32 = 0x9e37_79b1;
 pub enum StateSource {
     /// By `task_struct.patch_state`, at this offset: 0 gets the old code, any other the new, as the kernel's own handler chooses.
     PatchState(u32),
-    /// By the table of those who have not, as [`unmoved`](crate::transition::pending_tasks) has it.
+    /// By the table of those who have not, as [`pending`](crate::transition::pending_tasks) has it.
     PendingTasks(PendingTable),
 }
 
@@ -129,7 +129,7 @@ fn assemble(
     a.assemble(at.0)
 }
 
-/// The search of [`unmoved`](crate::transition::pending_tasks), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
+/// The search of [`pending`](crate::transition::pending_tasks), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
 /// kernel's image is.
 fn look_up(
     a: &mut CodeAssembler,
