@@ -147,6 +147,10 @@ pub enum PatchError {
     #[error(transparent)]
     Encode(#[from] EncodeError),
 
+    /// outpatch itself is wrong somewhere.
+    #[error("internal error: {0}; this is a bug in outpatch")]
+    Internal(&'static str),
+
     /// More tasks have to switch than the patch has a table for (guests without livepatching).
     #[error(
         "more than {max} tasks have not switched, and the guest had fewer when the patch was placed; try again"
@@ -228,7 +232,9 @@ impl PatchError {
             PatchError::Site { source, .. } => site_kind(source),
             PatchError::Memory(error) => memory_kind(error),
             PatchError::Encode(EncodeError::OutOfReach { .. }) => ErrorKind::Unsupported,
-            PatchError::Encode(EncodeError::Assembler { .. }) => ErrorKind::Internal,
+            PatchError::Encode(EncodeError::Assembler { .. }) | PatchError::Internal(_) => {
+                ErrorKind::Internal
+            }
             PatchError::AlreadyApplied(_)
             | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)

@@ -86,7 +86,7 @@ impl Guest {
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<GuestView<'a>, StepError> {
-        self.is_there(memory, vcpus)?;
+        self.check_running(memory, vcpus)?;
         self.refresh(memory);
         let Guest {
             kernel,
@@ -101,7 +101,11 @@ impl Guest {
     ///
     /// # Errors
     /// [`PatchError::AnotherKernel`].
-    pub fn is_there(&self, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<(), PatchError> {
+    pub fn check_running(
+        &self,
+        memory: &dyn PhysMemory,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), PatchError> {
         match self.kernel.is_running(&self.kernel.memory(memory), vcpus) {
             true => Ok(()),
             false => Err(PatchError::AnotherKernel(self.kernel.release.clone())),

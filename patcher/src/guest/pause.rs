@@ -70,7 +70,7 @@ impl<'a, M: Machine> PauseGuard<'a, M> {
     }
 
     /// For the report: so many tasks were looked at in this pause, and so many stacks walked.
-    pub fn saw(&mut self, tasks: usize, walked: usize) {
+    pub fn note(&mut self, tasks: usize, walked: usize) {
         self.saw = (tasks as u64, walked as u64);
     }
 

@@ -63,7 +63,7 @@ pub fn update_superseded(patches: &mut [Patch], at: usize) {
 }
 
 /// Takes a patch that is gone out of the stacks of the others.
-pub fn forget(patches: &mut [Patch], gone: &Patch) {
+pub fn remove(patches: &mut [Patch], gone: &Patch) {
     for function in patches.iter_mut().flat_map(|patch| &mut patch.functions) {
         let was_below = gone
             .functions

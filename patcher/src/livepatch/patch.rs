@@ -51,8 +51,6 @@ pub struct Patch {
     pub phase: PatchPhase,
     /// A transition of it was forced: nobody knows any more who is in its code, so that stays.
     pub forced: bool,
-    /// The transition that runs.
-    pub transition: Option<Transition>,
     /// The last one that ended.
     pub past: TransitionSummary,
 }
@@ -140,7 +138,7 @@ impl Patch {
     }
 
     /// Takes what the unwinder knows of it out again.
-    pub fn forget(&self, unwinder: &mut Unwinder) {
+    pub fn remove_from(&self, unwinder: &mut Unwinder) {
         unwinder.remove_transient(self.stubs);
         if let Some(region) = self.region {
             unwinder.remove_region(region);
@@ -149,8 +147,8 @@ impl Patch {
 
     /// What is to be said of it.
     #[must_use]
-    pub fn status(&self) -> PatchStatus {
-        let past = match &self.transition {
+    pub fn status(&self, transition: Option<&Transition>) -> PatchStatus {
+        let past = match transition {
             Some(running) => running.so_far(),
             None => self.past.clone(),
         };
@@ -158,10 +156,10 @@ impl Patch {
             name: self.name().into(),
             phase: self.phase,
             enabled: matches!(self.phase, PatchPhase::Applying | PatchPhase::Applied),
-            transition: self.transition.is_some(),
+            transition: transition.is_some(),
             force: self.forced,
             replace: self.image.replace,
-            signal: self.transition.as_ref().is_some_and(Transition::signals),
+            signal: transition.is_some_and(Transition::signals),
             functions: self
                 .functions
                 .iter()

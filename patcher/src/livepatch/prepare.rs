@@ -205,7 +205,6 @@ fn build<M: Machine>(
         region,
         phase: PatchPhase::Applying,
         forced: false,
-        transition: None,
         past: TransitionSummary::default(),
     })
 }
@@ -347,7 +346,7 @@ fn code_bytes(
 ///
 /// # Errors
 /// [`PatchError`].
-pub fn renew_stubs(patch: &mut Patch, info: &KernelInfo) -> Result<(), PatchError> {
+pub fn update_stubs(patch: &mut Patch, info: &KernelInfo) -> Result<(), PatchError> {
     let stubs_at = patch.stubs.start.since(patch.code.range.start);
     let ask = ask(info, patch.table)?;
     let bytes = code_bytes(&patch.image, &patch.functions, info, (ask, stubs_at))?;

@@ -1,153 +1,169 @@
-//! The pauses of a transition: each a look, a step, its writes, and the guest running again.
+//! The steps of a transition: each is one pause in which the guest is read, a step planned, its
+//! writes made and its interrupts sent, before the guest runs again.
 
 use std::thread::sleep;
 use std::time::Duration;
 
 use introspect::task_list::cache::TaskCache;
 
-use crate::error::PatchError;
-use crate::error::StepError;
+use crate::error::{PatchError, StepError};
 use crate::guest::pause::PauseGuard;
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::Target;
-use crate::livepatch::func_stack::{self};
+use crate::livepatch::func_stack;
 use crate::livepatch::prepare;
 use crate::machine::Machine;
+use crate::memory::write_batch::WriteBatch;
+use crate::patcher::{Patcher, Running, no_kernel, no_patch, retry_while_busy};
 use crate::report::patch::{Mode, PatchPhase};
 use crate::report::pause::PauseReport;
 use crate::transition::Transition;
 use crate::transition::step::{Step, StepContext};
 
-use crate::patcher::{Patcher, no_kernel, patiently};
-
-/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), which has not changed since
-/// x86-64 has it; a guest that gets it without need does nothing.
+/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h:
+/// RESCHEDULE_VECTOR`), the same since x86-64 has it. A guest that gets it without need does nothing.
 const RESCHEDULE_VECTOR: u8 = 0xfd;
-/// How often all tasks are tried to be moved in one pause, where that is wanted or nothing; and where it is only preferred.
-const AT_ONCE_LOOKS: u32 = 20;
-const AUTO_LOOKS: u32 = 3;
+/// How often all tasks are tried to be switched in one pause: where nothing else will do, and where
+/// it is only preferred.
+const STOP_MACHINE_TRIES: u32 = 20;
+const AUTO_TRIES: u32 = 3;
 /// The time between two such tries.
-const AT_ONCE_WAIT: Duration = Duration::from_millis(2);
+const STOP_MACHINE_WAIT: Duration = Duration::from_millis(2);
 
 impl Patcher {
-    pub(super) fn begin<M: Machine>(
+    /// Starts a transition of patch `at` (`klp_init_transition`, `klp_start_transition`).
+    pub(super) fn start<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
         direction: Direction,
         mode: Mode,
     ) -> Result<(), PatchError> {
-        let in_one_pause = match mode {
+        let tries = match mode {
             Mode::PerTask => 0,
-            Mode::Auto => AUTO_LOOKS,
-            Mode::StopMachine => AT_ONCE_LOOKS,
+            Mode::Auto => AUTO_TRIES,
+            Mode::StopMachine => STOP_MACHINE_TRIES,
         };
-        self.renew_stack(at, direction)?;
+        self.update_stubs(at, direction)?;
         let mut refusal = None;
-        for view in 0..in_one_pause {
-            if view > 0 {
-                sleep(AT_ONCE_WAIT);
+        for attempt in 0..tries {
+            if attempt > 0 {
+                sleep(STOP_MACHINE_WAIT);
             }
-            match self.begin_once(machine, at, direction, true) {
+            match self.start_once(machine, at, direction, true) {
                 Err(error @ PatchError::NotAtOnce { .. }) => refusal = Some(error),
-                done => return done,
+                result => return result,
             }
         }
         match (mode, refusal) {
             (Mode::StopMachine, Some(refusal)) => Err(refusal),
-            _ => self.begin_once(machine, at, direction, false),
+            _ => self.start_once(machine, at, direction, false),
         }
     }
 
-    /// What other patches have come to be to this one since it was applied.
-    fn renew_stack(&mut self, at: usize, direction: Direction) -> Result<(), PatchError> {
+    /// Makes the stubs of a patch that is to be reverted lead to what now serves its functions
+    /// without it: other patches may have come or gone.
+    fn update_stubs(&mut self, at: usize, direction: Direction) -> Result<(), PatchError> {
         if direction == Direction::Apply {
             return Ok(());
         }
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         func_stack::update_superseded(&mut self.patches, at);
-        let patch = self.patches.get_mut(at).ok_or_else(no_kernel)?;
-        prepare::renew_stubs(patch, guest.info()?)
+        let patch = self.patches.get_mut(at).ok_or_else(no_patch)?;
+        prepare::update_stubs(patch, guest.info()?)
     }
 
-    fn begin_once<M: Machine>(
+    fn start_once<M: Machine>(
         &mut self,
         machine: &mut M,
         at: usize,
         direction: Direction,
         in_one_pause: bool,
     ) -> Result<(), PatchError> {
-        let mut transition = Some(Transition::new(direction));
-        let (step, pause) = patiently(|| {
-            self.carry_out_for(machine, at, &mut transition, |context| {
-                context.begin(direction, in_one_pause)
-            })
-        })?;
-        if let Some(transition) = &mut transition {
-            transition.looked(pause);
-        }
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.transition = transition;
-            patch.phase = direction.phase();
-        }
-        self.enter(at, direction, step);
-        Ok(())
-    }
-
-    /// Turns the running transition of a patch round.
-    pub(super) fn reverse<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-    ) -> Result<(), PatchError> {
-        let from = self.direction(at).ok_or_else(no_kernel)?;
-        let to = from.back();
-        let (step, pause) =
-            patiently(|| self.carry_out(machine, at, |context| context.reverse(from, to)))?;
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.phase = to.phase();
-            if let Some(transition) = &mut patch.transition {
-                transition.turn(to);
-                transition.looked(pause);
+        self.running = Some(Running {
+            at,
+            transition: Transition::new(direction),
+        });
+        let started = retry_while_busy(|| {
+            self.run_step(machine, |context| context.start(direction, in_one_pause))
+        });
+        match started {
+            Ok((step, pause)) => {
+                self.enter_phase(direction, pause);
+                self.record(step);
+                Ok(())
+            }
+            Err(error) => {
+                self.running = None;
+                Err(error)
             }
         }
-        self.enter(at, to, step);
+    }
+
+    /// Reverses the running transition (`klp_reverse_transition`).
+    pub(super) fn reverse<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+        let running = self.running.as_ref().ok_or_else(no_patch)?;
+        let from = running.transition.direction;
+        let to = from.back();
+        let (step, pause) =
+            retry_while_busy(|| self.run_step(machine, |context| context.reverse(from, to)))?;
+        if let Some(running) = &mut self.running {
+            running.transition.reverse(to);
+        }
+        self.enter_phase(to, pause);
+        self.record(step);
         Ok(())
     }
 
-    /// Enters what a step found of those who were seen in its look, and ends the transition if the step did.
-    pub(super) fn enter(&mut self, at: usize, direction: Direction, step: Step) {
-        let (Some(guest), Some(patch)) = (&self.guest, self.patches.get_mut(at)) else {
+    /// The step that makes the running transition go in `direction` was taken, in a pause of this
+    /// length.
+    fn enter_phase(&mut self, direction: Direction, pause: Duration) {
+        let Some(running) = &mut self.running else {
             return;
         };
-        let Some(transition) = &mut patch.transition else {
-            return;
-        };
-        let tasks = guest.task_cache.tasks().iter().map(|seen| &seen.task);
-        transition.enter(tasks, step.outcomes);
-        if !step.finished {
-            return;
+        running.transition.observed(pause);
+        if let Some(patch) = self.patches.get_mut(running.at) {
+            patch.phase = direction.phase();
         }
-        patch.past = patch
-            .transition
-            .take()
-            .map(Transition::end)
-            .unwrap_or_default();
+    }
+
+    /// Records what a step that was taken found of each task, and ends the transition if the step
+    /// completed it (`klp_complete_transition`).
+    pub(super) fn record(&mut self, step: Step) {
+        let (Some(guest), Some(running)) = (&self.guest, &mut self.running) else {
+            return;
+        };
+        let tasks = guest.task_cache.tasks().iter().map(|cached| &cached.task);
+        running.transition.record(tasks, step.outcomes);
+        if step.finished
+            && let Some(Running { at, transition }) = self.running.take()
+        {
+            self.finish(at, transition);
+        }
+    }
+
+    fn finish(&mut self, at: usize, transition: Transition) {
+        let Some(patch) = self.patches.get_mut(at) else {
+            return;
+        };
+        let direction = transition.direction;
+        patch.past = transition.end();
         match direction {
             Direction::Apply => {
                 patch.phase = PatchPhase::Applied;
-                self.drop_replaced(at);
+                self.remove_replaced(at);
             }
             Direction::Revert => {
                 patch.phase = PatchPhase::Reverted;
-                self.reverted = Some(patch.status());
-                self.drop_patch(at);
+                self.reverted = Some(patch.status(None));
+                self.remove_patch(at);
             }
         }
     }
 
-    /// The patches that patch `at` has taken the place of go, and with them the functions that it has only for their sake.
-    fn drop_replaced(&mut self, at: usize) {
+    /// Removes the patches that patch `at` has replaced, and the functions that it has only to make
+    /// the original serve again (`klp_unpatch_replaced_patches`, `klp_discard_nops`).
+    fn remove_replaced(&mut self, at: usize) {
         let Some(patch) = self.patches.get_mut(at) else {
             return;
         };
@@ -158,9 +174,9 @@ impl Patcher {
         for _ in 0..at {
             if let Some(old) = self.patches.first_mut() {
                 old.phase = PatchPhase::Reverted;
-                self.reverted = Some(old.status());
+                self.reverted = Some(old.status(None));
             }
-            self.drop_patch(0);
+            self.remove_patch(0);
         }
         if let Some(patch) = self.patches.first_mut() {
             patch
@@ -169,68 +185,54 @@ impl Patcher {
         }
     }
 
-    /// Forgets a patch that is no longer in the guest.
-    pub(super) fn drop_patch(&mut self, at: usize) {
+    /// Removes a patch that is no longer in the guest from the list, and frees its memory.
+    pub(super) fn remove_patch(&mut self, at: usize) {
         if at >= self.patches.len() {
             return;
         }
         let patch = self.patches.remove(at);
-        func_stack::forget(&mut self.patches, &patch);
+        func_stack::remove(&mut self.patches, &patch);
         if patch.forced {
-            // Somebody may be in its code for ever: it stays where it is, and what is known of it stays known.
+            // Tasks may stay in its code: its memory is never freed, and the unwinder keeps it.
             return;
         }
         self.patch_memory.free(patch.code);
-        let pieces = patch.data.into_iter().chain(patch.table);
-        pieces.for_each(|data| self.patch_memory.free(data));
+        let allocations = patch.data.into_iter().chain(patch.table);
+        allocations.for_each(|data| self.patch_memory.free(data));
         if let Some(guest) = &mut self.guest {
-            patch.forget(&mut guest.unwinder);
+            patch.remove_from(&mut guest.unwinder);
         }
     }
 
-    /// One look at the guest for the patch's running transition: as [`carry_out_for`](Self::carry_out_for).
-    pub(super) fn carry_out<M: Machine>(
+    /// Takes one step of the running transition: a pause in which `plan` makes a step of what the
+    /// guest's memory shows, its writes and interrupts, and the guest running again with its sleepers
+    /// woken. Returns the step and the length of the pause.
+    pub(super) fn run_step<M: Machine>(
         &mut self,
         machine: &mut M,
-        at: usize,
-        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
-    ) -> Result<(Step, Duration), StepError> {
-        let mut transition = self.patches.get_mut(at).and_then(|p| p.transition.take());
-        let done = self.carry_out_for(machine, at, &mut transition, make);
-        if let Some(patch) = self.patches.get_mut(at) {
-            patch.transition = transition;
-        }
-        done
-    }
-
-    /// One pause: a look, the step that `make` makes of it, its writes and interrupts, and the guest running again, its sleepers woken.
-    fn carry_out_for<M: Machine>(
-        &mut self,
-        machine: &mut M,
-        at: usize,
-        transition: &mut Option<Transition>,
-        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
+        plan: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
     ) -> Result<(Step, Duration), StepError> {
         let mut meter = PauseReport::default();
-        let Some(transition) = transition else {
-            return Err(StepError::Failed(no_kernel()));
-        };
-        let done = self.in_pause(machine, at, transition, &mut meter, make);
+        let result = self.in_pause(machine, &mut meter, plan);
         self.pauses.merge(&meter);
-        transition.pauses.merge(&meter);
-        let step = match done {
-            Ok(mut step) => {
-                if step.pending.is_some() {
-                    transition.pending = step.pending.take();
-                }
-                step
+        if let Some(running) = &mut self.running {
+            running.transition.pauses.merge(&meter);
+        }
+        let mut step = match result {
+            Ok(step) => step,
+            Err(StepError::Failed(error)) => {
+                return Err(StepError::Failed(self.forget_replaced_kernel(error)));
             }
-            Err(StepError::Failed(error)) => return Err(StepError::Failed(self.lost(error))),
             Err(busy) => return Err(busy),
         };
-        if let Some(start) = step.wake {
-            // The list is out: whatever comes to it first works it off, the next tick at the latest.
-            if let Err(error) = machine.interrupt(start.vcpu, start.vector) {
+        if let Some(running) = &mut self.running
+            && step.pending.is_some()
+        {
+            running.transition.pending = step.pending.take();
+        }
+        if let Some(kick) = step.wake {
+            // The work is queued: without the interrupt the guest runs it on its next tick.
+            if let Err(error) = machine.interrupt(kick.vcpu, kick.vector) {
                 tracing::warn!(%error, "sleepers are woken later");
             }
         }
@@ -240,14 +242,13 @@ impl Patcher {
     fn in_pause<M: Machine>(
         &mut self,
         machine: &mut M,
-        at: usize,
-        transition: &Transition,
         meter: &mut PauseReport,
-        make: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
+        plan: impl FnOnce(&StepContext<'_>) -> Result<Step, StepError>,
     ) -> Result<Step, StepError> {
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let info = guest.info()?.clone();
-        let patch = self.patches.get(at).ok_or_else(no_kernel)?;
+        let Running { at, transition } = self.running.as_ref().ok_or_else(no_patch)?;
+        let patch = self.patches.get(*at).ok_or_else(no_patch)?;
         if self.walks_in_the_pause {
             guest.task_cache = TaskCache::new();
         } else {
@@ -255,7 +256,7 @@ impl Patcher {
         }
         let signals = transition.signals();
         let mut paused = PauseGuard::begin(machine, meter)?;
-        let mut mapping = crate::memory::write_batch::WriteBatch::new();
+        let mut mapping = WriteBatch::new();
         let (step, tasks, walked) = {
             let view = guest.view(paused.memory(), &paused.vcpus)?;
             self.patch_memory.plan_mapping(&view.memory, &mut mapping)?;
@@ -269,10 +270,10 @@ impl Patcher {
                 signal: self.waker.as_ref().filter(|_| signals),
                 pending: transition.pending.as_ref(),
             };
-            let step = make(&context);
+            let step = plan(&context);
             (step, view.cached().len(), view.walked())
         };
-        paused.saw(tasks, walked);
+        paused.note(tasks, walked);
         let step = step?;
         let mapped = paused.commit(&mapping)?;
         let reached = self
@@ -282,12 +283,11 @@ impl Patcher {
             Ok(written) => written,
             Err(error) => return Err(paused.undo(&mapped, error).into()),
         };
-        // Before the guest runs: its own wakeups send no interrupt to a CPU whose idle task has TIF_NEED_RESCHED already
-        // (`kernel/sched/core.c: resched_curr`), which would sleep on without ours.
-        let mut reschedules = step.reschedule.iter();
-        if let Err(error) =
-            reschedules.try_for_each(|vcpu| paused.interrupt(*vcpu, RESCHEDULE_VECTOR))
-        {
+        // Before the guest runs: its own wakeups send no interrupt to a CPU whose idle task has
+        // TIF_NEED_RESCHED already (`kernel/sched/core.c: resched_curr`), and without ours that CPU
+        // would sleep on.
+        let mut vcpus = step.reschedule.iter();
+        if let Err(error) = vcpus.try_for_each(|vcpu| paused.interrupt(*vcpu, RESCHEDULE_VECTOR)) {
             let error = paused.undo(&written, error.into());
             return Err(paused.undo(&mapped, error).into());
         }
@@ -296,7 +296,7 @@ impl Patcher {
             waker.used = true;
         }
         if let Err(error) = paused.resume() {
-            // What was written stands; the machine says the rest with its next answer.
+            // What was written stands; the machine reports the rest with its next answer.
             tracing::error!(%error, "the guest could not be resumed");
         }
         Ok(step)

@@ -86,7 +86,7 @@ impl DryRun {
             signal: None,
             pending: None,
         };
-        let step = context.begin(Direction::Apply, false)?;
+        let step = context.start(Direction::Apply, false)?;
         Ok((view.tasks().cloned().collect(), step, view.walked()))
     }
 
@@ -97,15 +97,15 @@ impl DryRun {
     }
 
     /// Takes what it has in the unwinder out again.
-    pub fn forget(&self, guest: &mut Guest) {
-        self.patch.forget(&mut guest.unwinder);
+    pub fn remove_from(&self, guest: &mut Guest) {
+        self.patch.remove_from(&mut guest.unwinder);
     }
 
     /// What is to be said of it.
     #[must_use]
     pub fn report(&self, tasks: &[Task], step: Step, pauses: PauseReport) -> CheckReport {
         let mut progress = Progress::default();
-        progress.enter(Duration::ZERO, tasks.iter().zip(step.outcomes));
+        progress.record(Duration::ZERO, tasks.iter().zip(step.outcomes));
         let mut tasks = progress.reports();
         for task in &mut tasks {
             // No transition began.

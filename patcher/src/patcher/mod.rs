@@ -1,4 +1,8 @@
-//! The front: all that is known of one guest, and what can be done to it. What can be asked of it: `questions`.
+//! [`Patcher`]: a patching session for one guest.
+//!
+//! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
+//! which order things are done; what a pause reads and writes is decided in
+//! [`transition`](crate::transition). Must not know how the guest is stopped: that is [`Machine`]'s.
 
 mod drive;
 mod dry_run;
@@ -7,11 +11,10 @@ mod queries;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use introspect::{Kernel, NotReady};
+use introspect::{Gva, Kernel, NotReady};
 
 use crate::call::wake::TaskWaker;
-use crate::error::PatchError;
-use crate::error::StepError;
+use crate::error::{PatchError, StepError};
 use crate::guest::Guest;
 use crate::guest::pause::PauseGuard;
 use crate::livepatch::direction::Direction;
@@ -23,31 +26,42 @@ use crate::memory::PatchMemory;
 use crate::module::{self, LivepatchModule};
 use crate::report::patch::{Mode, PatchPhase, PatchStatus};
 use crate::report::pause::PauseReport;
-use introspect::Gva;
+use crate::transition::Transition;
 
-/// How often a busy guest is looked at again before the caller is told.
-const TRIES: u32 = 100;
-/// The time between two such looks grows from the first to the second of these.
+/// How often a busy guest is tried before the caller is told.
+const MAX_TRIES: u32 = 100;
+/// The time between two tries grows from the first to the second of these.
 const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
 
 /// Patches one guest.
 ///
-/// No call waits for the guest's tasks: [`apply`](Self::apply) and [`revert`](Self::revert) begin a transition, and
-/// [`poll`](Self::poll) drives it, called again whenever that is [`due`](Self::due). Between two calls the
-/// guest runs. A guest that is in the middle of a change of its own is looked at again for a second or so before a call gives up.
+/// No call waits for the guest's tasks: [`apply`](Self::apply) and [`revert`](Self::revert) start a
+/// transition, and [`poll`](Self::poll) drives it whenever that is [`due`](Self::due). Between two
+/// calls the guest runs. A guest that is in the middle of a change of its own is tried again for a
+/// second or so before a call gives up.
 #[derive(Debug, Default)]
 pub struct Patcher {
     guest: Option<Guest>,
     patch_memory: PatchMemory,
-    /// The dummy patch, once it is placed.
+    /// The dummy patch of `klp_transition_patch`, once it is placed.
     dummy: Option<Gva>,
+    /// The patches in the guest, oldest first: the kernel's `klp_patches`.
     patches: Vec<Patch>,
-    /// What wakes sleepers, once somebody was to be woken.
+    running: Option<Running>,
+    /// The routine that wakes sleepers, once a transition needed it.
     waker: Option<TaskWaker>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
     walks_in_the_pause: bool,
+}
+
+/// The transition that is running. There is one at a time, as in the kernel (`klp_transition_patch`).
+#[derive(Debug)]
+struct Running {
+    /// Its patch, by position in the list of patches.
+    at: usize,
+    transition: Transition,
 }
 
 impl Patcher {
@@ -57,16 +71,17 @@ impl Patcher {
         Patcher::default()
     }
 
-    /// One that walks stacks in the pause only: for measuring what [walking ahead](introspect::task_list::cache) is worth.
+    /// A patcher that walks stacks in pauses only: for measuring what
+    /// [walking them before](introspect::task_list::cache) saves.
     #[must_use]
-    pub fn without_walking_ahead() -> Patcher {
+    pub fn without_prewalk() -> Patcher {
         Patcher {
             walks_in_the_pause: true,
             ..Patcher::default()
         }
     }
 
-    /// The guest's kernel; found at the first call, remembered after.
+    /// The guest's kernel. It is found at the first call and remembered.
     ///
     /// # Errors
     /// [`PatchError::NotReady`] early in boot.
@@ -74,7 +89,7 @@ impl Patcher {
         self.guest(machine).map(|guest| &guest.kernel)
     }
 
-    /// The banner of the guest's kernel; no pause once it is known.
+    /// The banner of the guest's kernel (`linux_banner`). Stops nothing once the kernel is known.
     ///
     /// # Errors
     /// [`PatchError::NotReady`] early in boot.
@@ -90,7 +105,7 @@ impl Patcher {
         Ok(self.guest.insert(guest))
     }
 
-    /// Begins to apply the livepatch module in `file`; the name under which it goes from now on.
+    /// Starts to apply the livepatch module in `file`; returns the name of the patch.
     ///
     /// # Errors
     /// [`PatchError`], with the guest as it was.
@@ -100,25 +115,20 @@ impl Patcher {
         file: &[u8],
         mode: Mode,
     ) -> Result<String, PatchError> {
-        let module = self.welcome(machine, file)?;
+        let module = self.validate(machine, file)?;
         let name = module.name().to_string();
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
-        let patch = prepare::prepare(
-            machine,
-            guest,
-            &mut self.patch_memory,
-            &module,
-            &self.patches,
-        )?;
+        let memory = &mut self.patch_memory;
+        let patch = prepare::prepare(machine, guest, memory, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
-        let begun = self
-            .ready(machine, at)
-            .and_then(|()| self.begin(machine, at, Direction::Apply, mode));
-        if let Err(error) = begun {
-            // Where the undo failed the guest may still lead there.
+        let started = self
+            .fill_hidden_memory(machine, at)
+            .and_then(|()| self.start(machine, at, Direction::Apply, mode));
+        if let Err(error) = started {
+            // Where the undo failed, the guest may still lead to the patch.
             if !matches!(error, PatchError::Undo { .. }) {
-                self.drop_patch(at);
+                self.remove_patch(at);
             }
             return Err(error);
         }
@@ -128,7 +138,7 @@ impl Patcher {
         Ok(name)
     }
 
-    /// Begins to revert the applied patch `name`, or turns its running transition round.
+    /// Starts to revert the applied patch `name`, or reverses the transition that applies it.
     ///
     /// # Errors
     /// [`PatchError`], with the guest as it was.
@@ -140,46 +150,50 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let at = self.position(name)?;
         match self.patches.get(at).map(|patch| patch.phase) {
-            Some(PatchPhase::Applying) => self.reverse(machine, at),
+            Some(PatchPhase::Applying) => self.reverse(machine),
             Some(PatchPhase::Applied) => {
                 self.check_no_transition()?;
-                self.begin(machine, at, Direction::Revert, mode)
+                self.start(machine, at, Direction::Revert, mode)
             }
             _ => Err(PatchError::InTransition(name.into())),
         }
     }
 
-    /// Turns the running transition of patch `name` round, whichever way it goes: those who have moved are to move back.
+    /// Reverses the running transition of patch `name`, whichever way it goes: tasks that have
+    /// switched switch back.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on as before.
     pub fn cancel<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
-        let at = self.in_transition(name)?;
-        self.reverse(machine, at)
+        self.running(name)?;
+        self.reverse(machine)
     }
 
-    /// Ends the running transition of patch `name` by moving every task now, wherever it is. What is given up: a task that is in an
-    /// old function goes on in it, and calls new ones from there, or the other way round. The patch's code stays in the guest for
-    /// ever, as nobody knows who is still in it; it can be reverted, not removed.
+    /// Completes the running transition of patch `name` by switching every task now, wherever it is
+    /// (`kernel/livepatch/transition.c: klp_force_transition`).
+    ///
+    /// The price is consistency: a task that is in an original function stays in it and calls new
+    /// ones from there, or the reverse. As it is no longer known which tasks are in the patch's code,
+    /// that code is never freed; the patch can be reverted, but not removed.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on as before.
     pub fn force<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
-        let at = self.in_transition(name)?;
-        let direction = self.direction(at).ok_or_else(no_kernel)?;
+        let Running { at, transition } = self.running(name)?;
+        let (at, direction) = (*at, transition.direction);
         let (step, _) =
-            patiently(|| self.carry_out(machine, at, |context| context.force(direction)))?;
+            retry_while_busy(|| self.run_step(machine, |context| context.force(direction)))?;
         tracing::warn!(patch = name, "a transition was forced");
         let (older, rest) = self.patches.split_at_mut(at);
         if let Some(patch) = rest.first_mut() {
             patch.forced = true;
-            // Nor does anybody know who is in those that it takes the place of (`klp_force_transition`).
+            // Nor is it known which tasks are in the code of patches that it replaces.
             if patch.image.replace {
                 patch.replaces.iter_mut().for_each(|old| old.stays = true);
                 older.iter_mut().for_each(|old| old.forced = true);
             }
         }
-        self.enter(at, direction, step);
+        self.record(step);
         Ok(())
     }
 
@@ -188,33 +202,33 @@ impl Patcher {
         found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))
     }
 
-    fn in_transition(&self, name: &str) -> Result<usize, PatchError> {
+    /// The running transition, which must be of patch `name`.
+    fn running(&mut self, name: &str) -> Result<&mut Running, PatchError> {
         let at = self.position(name)?;
-        match self.direction(at) {
-            Some(_) => Ok(at),
-            None => Err(PatchError::NoTransition(name.into())),
-        }
+        let running = self.running.as_mut().filter(|running| running.at == at);
+        running.ok_or_else(|| PatchError::NoTransition(name.into()))
     }
 
-    /// From `after` the start of the running transition of patch `name` on, sends the fake signal to the tasks that keep the old state:
-    /// user tasks come by the kernel/user boundary, and the system calls that they sleep in restart or return EINTR, as with the
-    /// kernel's own; kthreads are woken. Stopped and traced tasks get nothing.
+    /// Sends the fake signal, from `after` the start of the running transition of patch `name`, to
+    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls in
+    /// which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads are
+    /// woken. Stopped and traced tasks get nothing.
     ///
     /// # Errors
-    /// [`PatchError`]; the transition goes on without.
+    /// [`PatchError`]; the transition goes on without the signal.
     pub fn signal<M: Machine>(
         &mut self,
         machine: &mut M,
         name: &str,
         after: Duration,
     ) -> Result<(), PatchError> {
-        let at = self.in_transition(name)?;
+        self.running(name)?;
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let info = guest.info()?.clone();
         if info.klp.is_none() {
             return Err(PatchError::Unsupported(
-                "the fake signal needs CONFIG_LIVEPATCH in the guest: without it no task switches on \
-                 its way to user mode",
+                "the fake signal needs CONFIG_LIVEPATCH in the guest: without it no task switches \
+                 on its way to user mode",
             ));
         }
         if info.tif.notify_signal.is_none() {
@@ -223,68 +237,63 @@ impl Patcher {
             ));
         }
         if self.waker.is_none() {
-            self.waker = Some(TaskWaker::prepare(
-                machine,
-                guest,
-                &mut self.patch_memory,
-                &info,
-            )?);
+            let memory = &mut self.patch_memory;
+            self.waker = Some(TaskWaker::prepare(machine, guest, memory, &info)?);
         }
-        let patch = self.patches.get_mut(at);
-        if let Some(transition) = patch.and_then(|patch| patch.transition.as_mut()) {
-            transition.signal_after(after);
-        }
+        self.running(name)?.transition.signal_after(after);
         Ok(())
     }
 
-    /// Looks at the transition that runs, if any, and drives it on; to be called when that is [`due`](Self::due).
+    /// Tries to complete the transition that is running, if any
+    /// (`kernel/livepatch/transition.c: klp_try_complete_transition`). To be called when that is
+    /// [`due`](Self::due).
     ///
     /// # Errors
-    /// [`PatchError`]; the transition goes on, and can be polled again or turned round.
+    /// [`PatchError`]; the transition goes on, and can be polled again or reversed.
     pub fn poll<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
-        let Some(at) = self.running() else {
+        let Some(running) = &self.running else {
             return Ok(());
         };
-        let Some(direction) = self.direction(at) else {
-            return Ok(());
-        };
-        let carried = self.carry_out(machine, at, |context| context.try_complete(direction));
-        let (looked, done) = match carried {
-            Ok((step, pause)) => {
-                self.enter(at, direction, step);
-                (Some(pause), Ok(()))
-            }
-            Err(StepError::Busy(what)) => {
-                tracing::debug!(what, "the guest is busy");
-                (Some(Duration::ZERO), Ok(()))
-            }
-            Err(StepError::Failed(error)) => (None, Err(error)),
-        };
-        let running = self.patches.get_mut(at).and_then(|p| p.transition.as_mut());
-        if let Some(transition) = running {
-            match looked {
-                Some(pause) => transition.looked(pause),
-                None => transition.failed(),
+        let direction = running.transition.direction;
+        let (pause, result) =
+            match self.run_step(machine, |context| context.try_complete(direction)) {
+                Ok((step, pause)) => {
+                    self.record(step);
+                    (Some(pause), Ok(()))
+                }
+                Err(StepError::Busy(what)) => {
+                    tracing::debug!(what, "the guest is busy");
+                    (Some(Duration::ZERO), Ok(()))
+                }
+                Err(StepError::Failed(error)) => (None, Err(error)),
+            };
+        if let Some(running) = &mut self.running {
+            match pause {
+                Some(pause) => running.transition.observed(pause),
+                None => running.transition.failed(),
             }
         }
-        done
+        result
     }
 
-    /// When the transition that runs is to be looked at again: not before, so that the guest gets on. `None`: none runs.
+    /// When to [`poll`](Self::poll) next; not before, so that the guest makes progress. `None`: no
+    /// transition is running.
     #[must_use]
     pub fn due(&self) -> Option<Instant> {
-        let transition = self.patches.get(self.running()?)?.transition.as_ref()?;
-        Some(transition.due())
+        self.running
+            .as_ref()
+            .map(|running| running.transition.due())
     }
 
-    fn running(&self) -> Option<usize> {
-        self.patches.iter().position(|p| p.transition.is_some())
-    }
-
-    /// Every patch that is in the guest, and the last one that was reverted; stops nothing.
+    /// Every patch that is in the guest, and the last one that was reverted. Stops nothing.
     #[must_use]
     pub fn status(&self) -> Vec<PatchStatus> {
-        let present = self.patches.iter().map(Patch::status);
+        let transition = |at| {
+            let running = self.running.as_ref().filter(|running| running.at == at);
+            running.map(|running| &running.transition)
+        };
+        let patches = self.patches.iter().enumerate();
+        let present = patches.map(|(at, patch)| patch.status(transition(at)));
         present.chain(self.reverted.clone()).collect()
     }
 
@@ -294,8 +303,9 @@ impl Patcher {
         &self.pauses
     }
 
-    /// The module in `file`, when nothing is in its way before its contents are looked at.
-    fn welcome<M: Machine>(
+    /// Parses `file`; refuses it if a transition is running, or a patch or a module of that name is
+    /// loaded.
+    fn validate<M: Machine>(
         &mut self,
         machine: &mut M,
         file: &[u8],
@@ -307,31 +317,32 @@ impl Patcher {
             return Err(PatchError::AlreadyApplied(name.into()));
         }
         self.guest(machine)?.info()?;
-        self.not_loaded(machine, name)?;
+        self.check_not_loaded(machine, name)?;
         Ok(module)
     }
 
     fn check_no_transition(&self) -> Result<(), PatchError> {
-        match self.patches.iter().find(|p| p.transition.is_some()) {
-            None => Ok(()),
-            Some(patch) => Err(PatchError::InTransition(patch.name().into())),
-        }
+        let Some(running) = &self.running else {
+            return Ok(());
+        };
+        let patch = self.patches.get(running.at);
+        let name = patch.map_or_else(String::new, |patch| patch.name().into());
+        Err(PatchError::InTransition(name))
     }
 
-    fn direction(&self, at: usize) -> Option<Direction> {
-        let transition = self.patches.get(at)?.transition.as_ref()?;
-        Some(transition.direction)
-    }
-
-    /// The guest's own module of that name would patch the same functions.
-    fn not_loaded<M: Machine>(&mut self, machine: &mut M, name: &str) -> Result<(), PatchError> {
+    /// A module of the guest's own with that name would patch the same functions.
+    fn check_not_loaded<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        name: &str,
+    ) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
-        if let Err(error) = guest.is_there(paused.memory(), &paused.vcpus) {
+        if let Err(error) = guest.check_running(paused.memory(), &paused.vcpus) {
             drop(paused);
-            return Err(self.lost(error));
+            return Err(self.forget_replaced_kernel(error));
         }
-        // What the walk ahead of the first look needs to know.
+        // The prewalk of the first step needs to know the modules.
         guest.refresh(paused.memory());
         let loaded = guest.loaded_modules(paused.memory())?;
         if loaded.contains(name) {
@@ -340,42 +351,48 @@ impl Patcher {
         Ok(())
     }
 
-    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other errors change nothing.
-    fn lost(&mut self, error: PatchError) -> PatchError {
+    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other errors
+    /// change nothing.
+    fn forget_replaced_kernel(&mut self, error: PatchError) -> PatchError {
         if matches!(error, PatchError::AnotherKernel(_)) {
             tracing::warn!(%error, patches = self.patches.len(), "the guest's kernel is gone");
             self.guest = None;
             self.patches.clear();
+            self.running = None;
             self.waker = None;
-            // What is hidden there stays, and is no longer the guest's to see.
+            // What is hidden there stays, and the new kernel does not see it.
             self.patch_memory = PatchMemory::default();
             self.dummy = None;
         }
         error
     }
 
-    /// What the patch and a transition need in hidden memory is there.
-    fn ready<M: Machine>(&mut self, machine: &mut M, at: usize) -> Result<(), PatchError> {
+    /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps them.
+    fn fill_hidden_memory<M: Machine>(
+        &mut self,
+        machine: &mut M,
+        at: usize,
+    ) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
-        let patch = self.patches.get(at).ok_or_else(no_kernel)?;
+        let patch = self.patches.get(at).ok_or_else(no_patch)?;
         prepare::fill(machine, &guest.kernel, &self.patch_memory, patch)?;
         if self.dummy.is_none() {
-            let info = guest.info()?;
-            self.dummy = dummy_patch::place(machine, &guest.kernel, info, &mut self.patch_memory)?;
+            let (kernel, info) = (&guest.kernel, guest.info()?);
+            self.dummy = dummy_patch::place(machine, kernel, info, &mut self.patch_memory)?;
         }
         Ok(())
     }
 }
 
-/// Asks again while the guest is busy.
-fn patiently<T>(mut ask: impl FnMut() -> Result<T, StepError>) -> Result<T, PatchError> {
+/// Tries again while the guest is busy.
+fn retry_while_busy<T>(mut attempt: impl FnMut() -> Result<T, StepError>) -> Result<T, PatchError> {
     let mut wait = TRY_WAIT.0;
     let mut tries = 1;
     loop {
-        match ask() {
-            Ok(answer) => return Ok(answer),
+        match attempt() {
+            Ok(value) => return Ok(value),
             Err(StepError::Failed(error)) => return Err(error),
-            Err(StepError::Busy(what)) if tries >= TRIES => {
+            Err(StepError::Busy(what)) if tries >= MAX_TRIES => {
                 return Err(PatchError::Busy { what, tries });
             }
             Err(StepError::Busy(_)) => {}
@@ -388,4 +405,9 @@ fn patiently<T>(mut ask: impl FnMut() -> Result<T, StepError>) -> Result<T, Patc
 
 fn no_kernel() -> PatchError {
     PatchError::NotReady(NotReady::NoImage)
+}
+
+/// A position in the list of patches that is none: a bug.
+fn no_patch() -> PatchError {
+    PatchError::Internal("the patch is not in the list of patches")
 }

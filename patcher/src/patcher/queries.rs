@@ -13,7 +13,7 @@ use crate::guest::symbolize::{LoadedModules, Symbolizer};
 use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::patcher::dry_run::DryRun;
-use crate::patcher::{Patcher, no_kernel, patiently};
+use crate::patcher::{Patcher, no_kernel, retry_while_busy};
 use crate::report::check::CheckReport;
 use crate::report::pause::PauseReport;
 use crate::report::stack::TaskStack;
@@ -122,7 +122,7 @@ impl Patcher {
         let had_patches = !self.patches.is_empty();
         match self.look_once(machine, &question) {
             Err(error @ PatchError::AnotherKernel(_)) => {
-                let error = self.lost(error);
+                let error = self.forget_replaced_kernel(error);
                 if had_patches {
                     return Err(error);
                 }
@@ -141,7 +141,7 @@ impl Patcher {
         self.guest(machine)?;
         let Patcher { guest, pauses, .. } = self;
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
-        patiently(|| {
+        retry_while_busy(|| {
             // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
             guest.task_cache = TaskCache::new();
             let mut paused = PauseGuard::begin(machine, pauses)?;
@@ -149,7 +149,7 @@ impl Patcher {
                 let view = guest.view(paused.memory(), &paused.vcpus)?;
                 (question(&view), view.cached().len(), view.walked())
             };
-            paused.saw(tasks, walked);
+            paused.note(tasks, walked);
             Ok(answer?)
         })
     }
@@ -163,7 +163,7 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<CheckReport, PatchError> {
-        let module = self.welcome(machine, file)?;
+        let module = self.validate(machine, file)?;
         let Patcher {
             guest,
             patch_memory,
@@ -175,14 +175,14 @@ impl Patcher {
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
         let dry_run = DryRun::prepare(machine, guest, (patch_memory, *dummy), &module, patches)?;
         let mut meter = PauseReport::default();
-        let found = patiently(|| {
+        let found = retry_while_busy(|| {
             guest.prewalk(machine.memory(), &dry_run.codes());
             let mut paused = PauseGuard::begin(machine, &mut meter)?;
             let (tasks, step, walked) = dry_run.step(guest, paused.memory(), &paused.vcpus)?;
-            paused.saw(tasks.len(), walked);
+            paused.note(tasks.len(), walked);
             Ok((tasks, step))
         });
-        dry_run.forget(guest);
+        dry_run.remove_from(guest);
         pauses.merge(&meter);
         let (tasks, step) = found?;
         Ok(dry_run.report(&tasks, step, meter))

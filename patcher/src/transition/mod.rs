@@ -89,13 +89,13 @@ impl Transition {
     }
 
     /// Enters what a step found, once it is carried out.
-    pub fn enter<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, outcomes: Vec<Outcome>) {
+    pub fn record<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, outcomes: Vec<Outcome>) {
         self.progress
-            .enter(self.began.elapsed(), tasks.zip(outcomes));
+            .record(self.began.elapsed(), tasks.zip(outcomes));
     }
 
     /// Turns round: everybody may have to move again.
-    pub fn turn(&mut self, direction: Direction) {
+    pub fn reverse(&mut self, direction: Direction) {
         self.direction = direction;
         self.progress.restart();
         self.hurry();
@@ -107,7 +107,7 @@ impl Transition {
     }
 
     /// Notes a look that paused the guest for `pause`, and when the next is due.
-    pub fn looked(&mut self, pause: Duration) {
+    pub fn observed(&mut self, pause: Duration) {
         self.views = (self.views + 1).min(PAUSE_SHARE);
         let wait = self.wait.max(pause * self.views);
         self.wait = (self.wait * 2).min(LONGEST_WAIT);

@@ -49,7 +49,7 @@ pub struct Progress {
 
 impl Progress {
     /// Enters the findings of one look, made `after` the start of the transition, for each of its tasks.
-    pub fn enter<'t>(
+    pub fn record<'t>(
         &mut self,
         after: Duration,
         outcomes: impl IntoIterator<Item = (&'t Task, Outcome)>,
@@ -57,12 +57,12 @@ impl Progress {
         self.views += 1;
         let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
         for (task, outcome) in outcomes {
-            self.enter_one(after_ms, task, outcome);
+            self.record_one(after_ms, task, outcome);
         }
         self.close(after_ms);
     }
 
-    fn enter_one(&mut self, after_ms: u64, task: &Task, outcome: Outcome) {
+    fn record_one(&mut self, after_ms: u64, task: &Task, outcome: Outcome) {
         let views = self.views;
         let key = (task.addr, task.pid);
         let known = self.index.get(&key).copied();
@@ -210,7 +210,7 @@ mod tests {
             task(3, 0, TaskKind::Idle),
         ];
         let mut progress = Progress::default();
-        progress.enter(
+        progress.record(
             ms(0),
             [
                 (&a, blocked("in f")),
@@ -223,7 +223,7 @@ mod tests {
         // The pid of b lives on in another task.
         let born = task(2, 12, TaskKind::User);
         let there = || Outcome::Switched(None);
-        progress.enter(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
+        progress.record(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
         let by_pid = |pid| {
             let reports = progress.reports();
             let report = reports.into_iter().find(|r| r.pid == pid).unwrap();
@@ -240,8 +240,8 @@ mod tests {
         let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
         let mut progress = Progress::default();
         let stack = Outcome::Switched(Some(SwitchedBy::Stack));
-        progress.enter(ms(0), [(&a, stack), (&b, blocked("x"))]);
-        progress.enter(ms(9), [(&a, Outcome::Switched(None)), (&b, blocked("y"))]);
+        progress.record(ms(0), [(&a, stack), (&b, blocked("x"))]);
+        progress.record(ms(9), [(&a, Outcome::Switched(None)), (&b, blocked("y"))]);
         let reports = progress.reports();
         assert_eq!(reports[0].blocker.as_deref(), Some("y"));
         assert_eq!(
@@ -266,12 +266,12 @@ mod tests {
             (7, "g", true),
             (9, "g", true),
         ] {
-            progress.enter(ms(at), [(&a, in_frame(why, signalled))]);
+            progress.record(ms(at), [(&a, in_frame(why, signalled))]);
         }
         let report = &progress.reports()[0];
         assert_eq!(report.blocker.as_deref(), Some("g"));
         assert_eq!((report.since_ms, report.signals), (Some(7), 3));
-        progress.enter(ms(10), [(&a, Outcome::Switched(None))]);
+        progress.record(ms(10), [(&a, Outcome::Switched(None))]);
         let report = &progress.reports()[0];
         assert_eq!((report.since_ms, report.signals), (None, 3));
     }
@@ -282,7 +282,7 @@ mod tests {
         let stays = task(1, 1, TaskKind::User);
         for pid in 2..5000 {
             let child = task(2, pid, TaskKind::User);
-            progress.enter(
+            progress.record(
                 ms(0),
                 [(&stays, blocked("x")), (&child, Outcome::Switched(None))],
             );

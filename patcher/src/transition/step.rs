@@ -72,7 +72,7 @@ impl<'a> StepContext<'a> {
     ///
     /// # Errors
     /// [`StepError`]; nothing is to be written.
-    pub fn begin(&self, direction: Direction, in_one_pause: bool) -> Result<Step, StepError> {
+    pub fn start(&self, direction: Direction, in_one_pause: bool) -> Result<Step, StepError> {
         let before = self.transition_patch(direction.back());
         if let Some(klp) = &self.info.klp {
             preconditions::check_no_transition(&self.view.memory, klp, before.unwrap_or_default())?;

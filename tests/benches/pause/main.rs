@@ -116,7 +116,7 @@ struct Row {
 impl Row {
     fn measure(core: &CoreFile, module: &[u8], name: &str) -> Result<Row> {
         let mut machine = CoreMachine::load(core)?;
-        let (plain, _) = median(&mut machine, module, name, Patcher::without_walking_ahead)?;
+        let (plain, _) = median(&mut machine, module, name, Patcher::without_prewalk)?;
         let (quiet, back) = median(&mut machine, module, name, Patcher::new)?;
         let counters = switch_counters(&machine, core)?;
         machine.on_pause(move |memory| {
