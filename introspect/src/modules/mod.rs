@@ -14,6 +14,7 @@ use crate::addr::{Gva, GvaRange};
 use crate::kernel::Kernel;
 use crate::kernel::layout::{Extent, ModuleMemoryLayout};
 use crate::memory::kernel::{KernelMemory, ReadError};
+use crate::memory::list::{ListEntries, ListError};
 use crate::modules::symbols::ModuleSymbols;
 use crate::symbols::SymbolError;
 
@@ -95,19 +96,18 @@ pub struct Module {
 /// # Errors
 /// [`ModulesError`].
 pub fn list(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Vec<Module>, ModulesError> {
-    let layout = &kernel.layout.module;
-    let next = kernel.layout.list_next;
     let head = kernel.symbols.address("modules")?;
-    let mut found = Vec::new();
-    let mut node = memory.pointer(next.of(head))?;
-    for _ in 0..MAX_MODULES {
-        if node == head {
-            return Ok(found);
-        }
-        found.extend(module(kernel, memory, layout.list.container(node))?);
-        node = memory.pointer(next.of(node))?;
+    let link = kernel.layout.module.list;
+    let next = kernel.layout.list_next;
+    let mut modules = Vec::new();
+    for addr in ListEntries::new(memory, next, head, link, MAX_MODULES) {
+        let addr = addr.map_err(|error| match error {
+            ListError::Read(error) => ModulesError::Read(error),
+            ListError::Endless => ModulesError::Endless(MAX_MODULES),
+        })?;
+        modules.extend(module(kernel, memory, addr)?);
     }
-    Err(ModulesError::Endless(MAX_MODULES))
+    Ok(modules)
 }
 
 /// Reads a module; `None` while it is unformed.

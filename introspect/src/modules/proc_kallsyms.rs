@@ -15,6 +15,7 @@ use crate::addr::Gva;
 use crate::btf::BtfError;
 use crate::kernel::Kernel;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::memory::list::{ListEntries, ListError};
 use crate::modules::{self, ModulesError};
 use crate::symbols::{Symbol, SymbolError};
 
@@ -125,24 +126,16 @@ impl RuntimeCode<'_, '_> {
         }
     }
 
-    /// The structures on the list at `head`, by their link.
-    fn list(
-        &self,
-        head: Gva,
-        list: &'static str,
-        link: Field,
-    ) -> Result<impl Iterator<Item = Gva>, ListingError> {
+    /// The entries of the list at `head`, whose `struct list_head` is `link`. All are found before
+    /// the first of them is read.
+    fn list(&self, head: Gva, list: &'static str, link: Field) -> Result<Vec<Gva>, ListingError> {
         let next = self.kernel.layout.list_next;
-        let mut found = Vec::new();
-        let mut node = self.memory.pointer(next.of(head))?;
-        while node != head {
-            if found.len() >= MAX_ENTRIES {
-                return Err(ListingError::Endless { list });
-            }
-            found.push(link.container(node));
-            node = self.memory.pointer(next.of(node))?;
-        }
-        Ok(found.into_iter())
+        ListEntries::new(self.memory, next, head, link, MAX_ENTRIES)
+            .collect::<Result<_, _>>()
+            .map_err(|error| match error {
+                ListError::Read(error) => ListingError::Read(error),
+                ListError::Endless => ListingError::Endless { list },
+            })
     }
 
     /// `kernel/trace/ftrace.c: ftrace_get_trampoline_kallsym`.
