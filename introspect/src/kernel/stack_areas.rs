@@ -8,7 +8,6 @@ use crate::btf::{Btf, BtfError};
 use crate::kernel::percpu::PerCpu;
 use crate::memory::kernel::{Field, KernelMemory};
 use crate::symbols::{SymbolError, Symbols};
-use crate::unwind::stack_memory::{MAX_STACK, ReadMemory, StackArea, StackType};
 
 const PAGE: u64 = 4096;
 
@@ -41,6 +40,39 @@ pub enum StackAreaError {
         size: u64,
     },
 }
+
+/// What a stack is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StackType {
+    /// A task's own.
+    Task,
+    /// A CPU's interrupt stack.
+    Irq,
+    /// One of a CPU's exception stacks (IST, or FRED's levels).
+    Exception,
+    /// A CPU's entry trampoline stack.
+    Entry,
+}
+
+impl StackType {
+    /// Whether something else may have been interrupted to get here. Task and entry stacks are where entries from user mode
+    /// arrive, so nothing lies behind them.
+    pub(crate) fn interrupts(self) -> bool {
+        matches!(self, StackType::Irq | StackType::Exception)
+    }
+}
+
+/// One stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StackArea {
+    /// What it is for.
+    pub kind: StackType,
+    /// Where it lies.
+    pub range: GvaRange,
+}
+
+/// No stack is larger (`THREAD_SIZE` with KASAN is 32 KiB).
+pub const MAX_STACK: u64 = 64 << 10;
 
 /// Where a kernel's stacks lie.
 #[derive(Clone, Debug)]
@@ -168,11 +200,5 @@ fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, StackAreaError> {
             let hot = symbols.address("pcpu_hot").map_err(|_| missing)?;
             Ok(btf.field("pcpu_hot.hardirq_stack_ptr")?.of(hot))
         }
-    }
-}
-
-impl ReadMemory for KernelMemory<'_> {
-    fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
-        self.read(at, buf).map_err(|error| error.gva)
     }
 }

@@ -15,7 +15,6 @@ use crate::kernel::Kernel;
 use crate::kernel::layout::{Extent, ModuleMemoryLayout};
 use crate::memory::kernel::{KernelMemory, ReadError};
 use crate::memory::list::{ListEntries, ListError};
-use crate::modules::symbols::ModuleSymbols;
 use crate::symbols::SymbolError;
 
 /// No guest has more modules: a distribution builds some 4000, and a guest loads some hundreds.
@@ -182,21 +181,5 @@ impl Module {
     #[must_use]
     pub fn contains(&self, gva: Gva) -> bool {
         self.text.iter().any(|text| text.contains(gva))
-    }
-
-    /// The module's own symbols.
-    ///
-    /// # Errors
-    /// [`ModulesError`] when they cannot be read.
-    pub fn symbols(
-        &self,
-        kernel: &Kernel,
-        memory: &KernelMemory<'_>,
-    ) -> Result<ModuleSymbols, ModulesError> {
-        let layout = kernel.layout.module.symbols;
-        let Some(layout) = layout.filter(|_| !self.kallsyms.is_null()) else {
-            return Ok(ModuleSymbols::default());
-        };
-        Ok(ModuleSymbols::read(memory, layout, self)?)
     }
 }

@@ -10,9 +10,10 @@
 use std::collections::HashMap;
 
 use crate::addr::{Gva, GvaRange};
+use crate::kernel::Kernel;
 use crate::kernel::layout::{ExportsLayout, ModuleSymbolsLayout};
 use crate::memory::kernel::{KernelMemory, ReadError};
-use crate::modules::Module;
+use crate::modules::{Module, ModulesError};
 use crate::symbols::Symbol;
 
 /// Symbols of the largest drivers: about 100,000.
@@ -50,8 +51,26 @@ struct Entry {
     defined: bool,
 }
 
+impl Module {
+    /// The module's own symbols.
+    ///
+    /// # Errors
+    /// [`ModulesError`] when they cannot be read.
+    pub fn symbols(
+        &self,
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+    ) -> Result<ModuleSymbols, ModulesError> {
+        let layout = kernel.layout.module.symbols;
+        let Some(layout) = layout.filter(|_| !self.kallsyms.is_null()) else {
+            return Ok(ModuleSymbols::default());
+        };
+        Ok(ModuleSymbols::read(memory, layout, self)?)
+    }
+}
+
 impl ModuleSymbols {
-    pub(crate) fn read(
+    fn read(
         memory: &KernelMemory<'_>,
         layout: ModuleSymbolsLayout,
         module: &Module,

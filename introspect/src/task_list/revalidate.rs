@@ -8,8 +8,8 @@ use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::parallel;
 use crate::task::reader::TaskReader;
-use crate::task_list::TasksError;
 use crate::task_list::entry::{CachedTask, TaskSummary};
+use crate::task_list::error::TasksError;
 use crate::task_list::fingerprint::Fingerprint;
 
 /// So many tasks are compared in one go, and are what a thread takes next.
