@@ -255,13 +255,24 @@ fn a_structure_inside_itself_ends() {
 
 proptest! {
     #[test]
-    fn no_corruption_panics(at in any::<prop::sample::Index>(), junk in proptest::collection::vec(any::<u8>(), 1..32)) {
+    fn no_corruption_panics(
+        at in any::<prop::sample::Index>(),
+        junk in proptest::collection::vec(any::<u8>(), 1..32),
+    ) {
         let mut bytes = sample();
         let at = at.index(bytes.len());
         let len = junk.len().min(bytes.len() - at);
         bytes[at..at + len].copy_from_slice(&junk[..len]);
         if let Ok(btf) = Btf::parse(bytes) {
-            for path in ["outer.first", "outer.inner.p", "outer.many", "outer.flag", "bad.it", "outer.only_here"] {
+            let paths = [
+                "outer.first",
+                "outer.inner.p",
+                "outer.many",
+                "outer.flag",
+                "bad.it",
+                "outer.only_here",
+            ];
+            for path in paths {
                 let _ = btf.member(path);
             }
             let _ = btf.enum_value("WIDE_HUGE");

@@ -1,10 +1,13 @@
-//! The kernel's own counts of its tasks, and the lock that guards the task list.
+//! The kernel's own counts of its tasks, and the lock under which they and the lists change.
+//!
+//! Knows `tasklist_lock`, `total_forks` and `nr_threads`; must not know the lists themselves.
 
 use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::task_list::error::TasksError;
 
-/// The lists change under `tasklist_lock` held for writing; readers do them no harm.
+/// Fails while `tasklist_lock` is held for writing: only then do the lists change. Readers of the
+/// lock do no harm.
 fn check_lock(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<(), TasksError> {
     let lock = kernel.symbols.address("tasklist_lock")?;
     if kernel.layout.lock.rwlock_writer.is_held(memory, lock)? {
@@ -13,49 +16,53 @@ fn check_lock(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<(), TasksErr
     Ok(())
 }
 
-/// How many tasks were ever put on the lists, and how many are on them: while neither changes, nobody came to the lists and nobody left.
+/// How many tasks were ever put on the lists, and how many are on them. While neither number
+/// changes, no task has joined the lists and none has left.
 ///
-/// Both are counted in the section under `tasklist_lock` that puts a task there (`kernel/fork.c: copy_process`, `total_forks` and
-/// `nr_threads`) or takes it off (`kernel/exit.c: __unhash_process`, `nr_threads`), and the first never falls. Another thread can
-/// take the place of its process's first one without being counted (`fs/exec.c: de_thread`), which is on the lists as well then and is
-/// taken off, and counted, next.
+/// Both are counted in the section under `tasklist_lock` that puts a task there (`kernel/fork.c:
+/// copy_process`, `total_forks` and `nr_threads`) or takes it off (`kernel/exit.c:
+/// __unhash_process`, `nr_threads`), and the first never falls. Another thread can take the place
+/// of its process's first one without being counted (`fs/exec.c: de_thread`). The old first thread
+/// is then still on the lists, and is taken off, and counted, next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TaskCounts {
-    born: u64,
-    living: u32,
+    total_forks: u64,
+    nr_threads: u32,
 }
 
 impl TaskCounts {
-    /// As it stands between two changes of the lists; none where the kernel does not count.
+    /// The counts between two changes of the lists; `None` where the kernel has no such variables.
     ///
     /// # Errors
     /// [`TasksError::Busy`] when the lists are being changed.
-    pub(crate) fn take(
+    pub(crate) fn read(
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
     ) -> Result<Option<TaskCounts>, TasksError> {
-        let count = || -> Result<Option<TaskCounts>, TasksError> {
-            let [born, living] =
+        let read = || -> Result<Option<TaskCounts>, TasksError> {
+            let [total_forks, nr_threads] =
                 ["total_forks", "nr_threads"].map(|name| kernel.symbols.address(name).ok());
-            let (Some(born), Some(living)) = (born, living) else {
+            let (Some(total_forks), Some(nr_threads)) = (total_forks, nr_threads) else {
                 return Ok(None);
             };
             Ok(Some(TaskCounts {
-                born: memory.pointer(born)?.0,
-                living: memory.u32(living)?,
+                total_forks: memory.pointer(total_forks)?.0,
+                nr_threads: memory.u32(nr_threads)?,
             }))
         };
-        let before = count()?;
+        let before = read()?;
         check_lock(kernel, memory)?;
-        // Whoever held the lock in between, in a guest that runs, has counted by now.
-        match count()? {
+        // In a guest that runs, any lock holder in between has counted by now.
+        match read()? {
             after if after == before => Ok(after),
             _ => Err(TasksError::Busy("tasklist_lock")),
         }
     }
 }
 
-/// `nr_threads` changes with the lists, under the same lock. It does not count the boot CPU's idle task, which heads them.
+/// Compares `found`, the number of tasks on the lists, with `nr_threads`, which changes with the
+/// lists under the same lock. `nr_threads` leaves out the boot CPU's idle task, which heads the
+/// list of processes.
 pub(crate) fn check_count(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,

@@ -1,47 +1,50 @@
 //! Why the task list cannot be read.
 
 use crate::addr::Gva;
-use crate::kernel::stack_areas::StackAreaError;
+use crate::kernel::StackAreaError;
 use crate::memory::kernel::ReadError;
 use crate::symbols::SymbolError;
 
-/// More tasks than any guest has: a kernel with 128 GiB allows itself about so many (`kernel/fork.c: set_max_threads`). They take
-/// some 300 MiB here, and task structures in a hostile guest can overlap.
+/// The most tasks that are read. A kernel with 128 GiB allows itself about this many
+/// (`kernel/fork.c: set_max_threads`). They take some 300 MiB here, and the task structures of a
+/// hostile guest can overlap.
 pub const MAX_TASKS: usize = 1 << 20;
 
-/// Why the tasks cannot be told now.
+/// Why the task list cannot be read.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TasksError {
-    /// The lists are being changed: resume the guest for a moment and look again.
+    /// This lock is held for writing, so the lists are being changed. Resume the guest for a moment
+    /// and try again.
     #[error("{0} is held for writing")]
     Busy(&'static str),
     /// Memory that the lists lead to cannot be read.
-    #[error("cannot read the list of tasks: {0}")]
+    #[error("cannot read the task list: {0}")]
     Read(#[from] ReadError),
     /// A symbol is missing.
-    #[error("cannot find the list of tasks: {0}")]
+    #[error("cannot find the task list: {0}")]
     Symbol(#[from] SymbolError),
-    /// The stacks of CPUs could not be found, and so not which task is on which.
+    /// The stacks of the CPUs are not known, and so neither is which task runs on which CPU.
     #[error(transparent)]
-    Places(#[from] StackAreaError),
-    /// A task is on the lists twice: a cycle.
-    #[error("the list of tasks leads back to {0}")]
+    StackAreas(#[from] StackAreaError),
+    /// The task at this address is on the lists twice: a list has a cycle.
+    #[error("the task list has a cycle: it leads back to the task at {0}")]
     Cycle(Gva),
-    /// A process whose list of threads does not lead from its first one past the list's head and back.
+    /// The thread list of the process whose first thread is at this address does not lead through
+    /// the list's head and back to that thread.
     #[error(
-        "the list of threads of the process {0} does not lead past its head and back to the first of them"
+        "thread list of process {0} is corrupt: it does not pass through `signal->thread_head`"
     )]
     Leaderless(Gva),
-    /// More tasks than a kernel can have.
+    /// The lists have more than [`MAX_TASKS`] tasks.
     #[error("more than {MAX_TASKS} tasks")]
     TooMany,
-    /// The kernel counts its tasks, and the lists hold another number.
+    /// The number of tasks on the lists is not the kernel's own count.
     #[error("the lists hold {found} tasks and the kernel counts {counted}")]
     Miscounted {
         /// Tasks on the lists.
         found: u64,
-        /// What `nr_threads` says.
+        /// `nr_threads`, plus the boot CPU's idle task, which it does not count.
         counted: u64,
     },
 }

@@ -4,7 +4,7 @@
 //! were found. Follows `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c: stack_access_ok`.
 
 use crate::addr::Gva;
-use crate::kernel::stack_areas::{MAX_STACK, StackArea, StackType};
+use crate::kernel::{MAX_STACK, StackArea, StackType};
 use crate::memory::kernel::KernelMemory;
 use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;

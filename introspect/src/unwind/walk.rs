@@ -130,7 +130,7 @@ mod tests {
 
     use super::*;
     use crate::addr::Gva;
-    use crate::kernel::stack_areas::{StackArea, StackType};
+    use crate::kernel::{StackArea, StackType};
     use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
     use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
     use crate::unwind::orc::Encoding;

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use introspect::kernel::FindError;
 use introspect::modules;
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 use introspect::unwind::{Unwinder, UnwinderError};
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 

@@ -9,8 +9,7 @@ use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 
-use introspect::task_list::TasksError;
-use introspect::task_list::cache::{CachedTask, TaskCache};
+use introspect::task_list::{CachedTask, TaskCache, TasksError};
 use introspect::unwind::Unwinder;
 use introspect::{
     Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
@@ -164,7 +163,7 @@ impl<'a> GuestView<'a> {
     #[must_use]
     pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
         let seen = self.cached().iter();
-        let known: Vec<_> = seen.map(|seen| (seen, seen.known_stack())).collect();
+        let known: Vec<_> = seen.map(|seen| (seen, seen.cached_stack())).collect();
         let others = known.iter().filter(|(_, known)| known.is_none());
         let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
         let walked = self.unwinder.stacks(&self.memory, &others, self.vcpus);

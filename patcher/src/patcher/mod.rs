@@ -52,7 +52,7 @@ impl Patcher {
         Patcher::default()
     }
 
-    /// One that walks stacks in the pause only: for measuring what [walking ahead](introspect::task_list::cache) is worth.
+    /// One that walks stacks in the pause only: for measuring what [walking ahead](introspect::task_list::TaskCache) is worth.
     #[must_use]
     pub fn without_walking_ahead() -> Patcher {
         Patcher {
