@@ -34,6 +34,7 @@ pub struct Bits {
 
 /// A member of a structure, found by its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Member {
     /// Offset in bytes from the start of the outermost structure.
     pub offset: u64,

@@ -19,6 +19,7 @@ const MAX_CODE: u64 = 512;
 
 /// Where a kernel with `CONFIG_LIVEPATCH` keeps the state of a transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KlpState {
     /// The number of the bit `TIF_PATCH_PENDING` in `thread_info.flags`, below 64.
     pub pending_bit: u32,

@@ -10,6 +10,7 @@ use crate::memory::kernel::{Field, KernelMemory, ReadError};
 
 /// Every field, by the structure that it is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Layout {
     /// `struct task_struct` and what is inside it.
     pub task: TaskLayout,
@@ -25,6 +26,7 @@ pub struct Layout {
 
 /// Fields of `struct task_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TaskLayout {
     /// `thread_info.flags`: the TIF bits.
     pub thread_flags: Field,
@@ -70,6 +72,7 @@ pub struct TaskLayout {
 
 /// Fields of `struct signal_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SignalLayout {
     /// `thread_head`: the head of the list of the process's threads.
     pub thread_head: Field,
@@ -77,6 +80,7 @@ pub struct SignalLayout {
 
 /// Fields of `struct module`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleLayout {
     /// `state`: an `enum module_state`.
     pub state: Field,
@@ -124,6 +128,7 @@ pub struct Extent {
 
 /// Fields of `struct mod_kallsyms`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleSymbolsLayout {
     /// `symtab`: the pointer to the ELF symbols.
     pub symtab: Field,
@@ -140,6 +145,7 @@ pub struct ModuleSymbolsLayout {
 /// The fields that lead to the symbols that a module exports to all modules (`EXPORT_SYMBOL`), and
 /// from 7.x on to all symbols that it exports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportsLayout {
     /// `module.syms`: the pointer to an array of `struct kernel_symbol`.
     pub symbols: Field,
@@ -155,6 +161,7 @@ pub struct ExportsLayout {
 
 /// Fields of `struct mod_arch_specific` that lead to unwind data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleOrcLayout {
     /// `num_orcs`: the number of ORC entries.
     pub count: Field,
@@ -166,6 +173,7 @@ pub struct ModuleOrcLayout {
 
 /// The words that say whether a lock is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LockLayout {
     /// A `struct mutex`: it is held, or is being handed over.
     pub mutex: LockWord,

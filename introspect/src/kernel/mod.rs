@@ -31,8 +31,10 @@ pub use layout::{
     ModuleOrcLayout, ModuleSymbolsLayout, SignalLayout, TaskLayout,
 };
 pub use percpu::{PerCpu, PerCpuError, PerCpuKind};
-pub use stack_areas::{MAX_STACK, StackArea, StackAreaError, StackAreas, StackType};
+pub use stack_areas::{StackArea, StackAreaError, StackAreas, StackType};
 pub use tif::ThreadFlags;
+
+pub(crate) use stack_areas::MAX_STACK;
 
 /// The most bytes of vmcoreinfo that are read; the kernel has one page of it
 /// (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
@@ -83,6 +85,7 @@ pub struct Kernel {
 
 /// The ranges of the core kernel's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TextRanges {
     /// `[_stext, _etext)`: all code but that of initialization.
     pub core: GvaRange,

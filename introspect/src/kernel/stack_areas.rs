@@ -74,7 +74,7 @@ pub struct StackArea {
 }
 
 /// The most bytes of a stack (`THREAD_SIZE` with KASAN is 32 KiB).
-pub const MAX_STACK: u64 = 64 << 10;
+pub(crate) const MAX_STACK: u64 = 64 << 10;
 
 /// Where the stacks of a kernel lie.
 #[derive(Clone, Debug)]

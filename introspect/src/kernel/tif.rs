@@ -13,6 +13,7 @@ const MAX_CODE: u64 = 4096;
 
 /// TIF bits, as bit numbers below 64. `None` where the code does not show one beyond doubt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ThreadFlags {
     /// `TIF_NEED_RESCHED`.
     pub need_resched: Option<u32>,

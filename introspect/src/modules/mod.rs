@@ -67,6 +67,7 @@ pub enum ModuleState {
 
 /// Where a module's ORC unwind data lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleOrc {
     /// The address of `orc_unwind_ip`: the addresses that the entries are for.
     pub ips: Gva,
