@@ -68,7 +68,7 @@ impl Member {
     }
 }
 
-/// What is left of [`MAX_STEPS`].
+/// The steps that are left of [`MAX_STEPS`].
 struct Steps(usize);
 
 impl Steps {

@@ -12,13 +12,13 @@ use crate::memory::kernel::{Field, KernelMemory, ReadError};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Layout {
-    /// `struct task_struct` and what is inside it.
+    /// Fields of `struct task_struct`, and of the structures inside it.
     pub task: TaskLayout,
-    /// `struct signal_struct`.
+    /// Fields of `struct signal_struct`, which the threads of a process share.
     pub signal: SignalLayout,
-    /// `struct module`.
+    /// Fields of `struct module`.
     pub module: ModuleLayout,
-    /// `struct list_head`'s `next`.
+    /// `list_head.next`.
     pub list_next: Field,
     /// The words that say whether a lock is held.
     pub lock: LockLayout,
@@ -204,7 +204,7 @@ impl Layout {
     /// Resolves every field from BTF.
     ///
     /// # Errors
-    /// [`BtfError`], naming the first type or member that is missing.
+    /// [`BtfError`], with the first type or member that is missing.
     pub fn resolve(btf: &Btf) -> Result<Layout, BtfError> {
         Ok(Layout {
             task: task(btf)?,

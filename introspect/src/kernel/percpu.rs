@@ -9,7 +9,7 @@ use crate::addr::Gva;
 use crate::memory::kernel::{KernelMemory, ReadError};
 use crate::symbols::{SymbolError, Symbols};
 
-/// `NR_CPUS` of the largest kernels.
+/// `NR_CPUS` of the largest kernels: no mask has more bits.
 const MAX_CPUS: u32 = 8192;
 
 /// What the symbol of a per-CPU variable is, which decides how the kernel's code addresses it.
@@ -92,7 +92,7 @@ impl PerCpu {
     /// changes at once, so no lock is needed.
     ///
     /// # Errors
-    /// [`ReadError`].
+    /// [`ReadError`] when the mask cannot be read.
     pub fn online(&self, memory: &KernelMemory<'_>) -> Result<Vec<u32>, ReadError> {
         let mut cpus = set_bits(memory, self.online_mask)?;
         cpus.retain(|cpu| self.cpus.binary_search(cpu).is_ok());

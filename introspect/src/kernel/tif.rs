@@ -15,9 +15,10 @@ const MAX_CODE: u64 = 4096;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ThreadFlags {
-    /// `TIF_NEED_RESCHED`.
+    /// `TIF_NEED_RESCHED`: the task is to call the scheduler.
     pub need_resched: Option<u32>,
-    /// `TIF_NOTIFY_SIGNAL`.
+    /// `TIF_NOTIFY_SIGNAL`: the task is to handle work as if it had a signal, the fake signal of a
+    /// transition included.
     pub notify_signal: Option<u32>,
 }
 

@@ -113,7 +113,7 @@ struct Tokens {
     tokens: Vec<String>,
 }
 
-/// The names and their count.
+/// Where the names are, and how many.
 #[derive(Debug)]
 struct Names {
     /// Offset of `kallsyms_num_syms`.
@@ -123,7 +123,7 @@ struct Names {
     count: usize,
 }
 
-/// What is left of [`MAX_STEPS`].
+/// The steps that are left of [`MAX_STEPS`].
 #[derive(Debug)]
 pub(crate) struct Steps(Cell<usize>);
 

@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn by_name() {
+    fn lookups_by_name_return_one_or_all() {
         let symbols = symbols();
         assert_eq!(symbols.address("once"), Ok(Gva(0x1060)));
         assert_eq!(
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn by_address_as_the_kernel_answers() {
+    fn lookups_by_address_answer_as_the_kernel_does() {
         let symbols = symbols();
         let at = |gva| symbols.at(Gva(gva)).map(|(s, offset)| (s.name, offset));
         assert_eq!(at(0x1004), Some(("_text", 4)));
