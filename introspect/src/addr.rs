@@ -1,14 +1,16 @@
-//! Typed addresses: a guest virtual address is not a guest physical one, and neither is a number.
+//! Typed addresses: a guest virtual address is neither a guest physical address nor a number.
 //!
-//! Guest physical addresses are vm-memory's [`GuestAddress`](vm_memory::GuestAddress); host addresses never appear in this crate.
+//! Guest physical addresses are vm-memory's [`GuestAddress`](vm_memory::GuestAddress). Host
+//! addresses never appear in this crate.
 
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-/// A guest virtual address (*gva*), as the guest kernel itself would use it.
+/// A guest virtual address (*gva*), as the guest kernel itself uses it.
 ///
-/// Arithmetic wraps: kernel addresses live at the top of the address space and the kernel's own per-CPU arithmetic wraps too.
+/// Arithmetic wraps: kernel addresses are at the top of the address space, and the kernel's own
+/// per-CPU arithmetic wraps too.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Gva(pub u64);
 
@@ -34,7 +36,7 @@ impl Gva {
         Gva(self.0.wrapping_add_signed(bytes))
     }
 
-    /// How far `self` lies behind `base`, modulo 2^64.
+    /// The distance from `base` up to `self` in bytes, modulo 2^64.
     #[must_use]
     pub const fn since(self, base: Gva) -> u64 {
         self.0.wrapping_sub(base.0)
@@ -65,7 +67,7 @@ impl fmt::LowerHex for Gva {
     }
 }
 
-/// As a string: a 64-bit address does not survive a JSON number.
+/// As a string: a JSON number cannot hold every 64-bit address.
 impl Serialize for Gva {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -75,9 +77,9 @@ impl Serialize for Gva {
 /// A half-open range `[start, end)` of guest virtual addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct GvaRange {
-    /// First address in the range.
+    /// The first address in the range.
     pub start: Gva,
-    /// First address behind the range.
+    /// The first address after the range.
     pub end: Gva,
 }
 
@@ -94,7 +96,7 @@ impl GvaRange {
         self.start.0 <= gva.0 && gva.0 < self.end.0
     }
 
-    /// Length in bytes.
+    /// The length in bytes; 0 for a range whose end is below its start.
     #[must_use]
     pub const fn len(&self) -> u64 {
         self.end.0.saturating_sub(self.start.0)

@@ -68,15 +68,13 @@ mod vcpu;
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};
 pub use core_dump::{CoreError, CoreFile, RawRange};
-pub use kernel::klp::KlpState;
-pub use kernel::layout::Layout;
-pub use kernel::percpu::{PerCpu, PerCpuKind};
-pub use kernel::tif::ThreadFlags;
-pub use kernel::{FindError, Kernel, NotReady, TextRanges};
+pub use kernel::{
+    FindError, Kernel, KlpState, Layout, NotReady, PerCpu, PerCpuKind, TextRanges, ThreadFlags,
+};
 pub use memory::kernel::{Field, KernelMemory, ReadCause, ReadError};
 pub use memory::paging::{AddressSpace, Mapping, Unmapped};
 pub use memory::{OutOfBounds, PhysMemory};
-pub use modules::proc_kallsyms::KallsymsEntry;
+pub use modules::KallsymsEntry;
 pub use symbols::{Symbol, SymbolError, Symbols};
 pub use task::{PatchState, Task, TaskKind};
 pub use task_list::TasksError;

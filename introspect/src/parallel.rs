@@ -1,51 +1,56 @@
-//! One piece of work for many items, over as many threads as it is worth.
+//! One piece of work for many items, on as many threads as pay off.
 //!
 //! Knows nothing of guests.
 
-use std::{
-    sync::{Mutex, OnceLock, PoisonError},
-    thread,
-};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread;
 
-/// More threads than this gain little: they wait for the same memory.
-const MOST: usize = 8;
+/// The most threads that are used: more of them gain little, as they wait for the same memory.
+const MAX_THREADS: usize = 8;
 
-/// What `work` makes of `items`, in their order: it is given them in parts of at least `least`, each in a thread of its own where the
-/// machine has a processor for it. A part for which there is no thread is done in this one.
-pub(crate) fn spread<T: Sync, R: Send>(
+/// The results of `work` for `items`, in the order of the items.
+///
+/// `work` gets the items in chunks of at least `min_chunk`, each on a thread of its own where the
+/// machine has a processor for it. The calling thread does the chunks of a thread that panicked or
+/// could not be started.
+pub(crate) fn map<T: Sync, R: Send>(
     items: &[T],
-    least: usize,
+    min_chunk: usize,
     work: impl Fn(&[T]) -> Vec<R> + Sync,
 ) -> Vec<R> {
-    let threads = threads(items.len(), least);
-    let part = items.len().div_ceil(threads).max(1);
-    let parts = || items.chunks(part).enumerate();
-    let done = over(threads, parts(), |parts| {
-        parts.map(|(n, part)| (n, work(part))).collect::<Vec<_>>()
+    let threads = threads(items.len(), min_chunk);
+    let chunk = items.len().div_ceil(threads).max(1);
+    let chunks = || items.chunks(chunk).enumerate();
+    let done = for_each(threads, chunks(), |taken| {
+        taken.map(|(n, chunk)| (n, work(chunk))).collect::<Vec<_>>()
     });
     let mut done: Vec<_> = done.into_iter().flatten().flatten().collect();
     done.sort_unstable_by_key(|(n, _)| *n);
     let mut done = done.into_iter().peekable();
-    let each = parts().flat_map(|(n, part)| match done.next_if(|(of, _)| *of == n) {
-        Some((_, done)) => done,
-        // Its thread ended in a panic.
-        None => work(part),
+    let results = chunks().flat_map(|(n, chunk)| match done.next_if(|(of, _)| *of == n) {
+        Some((_, results)) => results,
+        // Its thread panicked.
+        None => work(chunk),
     });
-    each.collect()
+    results.collect()
 }
 
-/// How many threads so many items are worth, if each is to have at least `least`; one at the least.
-pub(crate) fn threads(items: usize, least: usize) -> usize {
-    // Asking for them costs some system calls, and reads some files.
+/// The number of threads to use for `items` when each should have at least `min_chunk` of them: at
+/// least one, at most [`MAX_THREADS`] and the number of processors.
+pub(crate) fn threads(items: usize, min_chunk: usize) -> usize {
+    // Finding the number costs some system calls, and reads some files.
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     let processors = || thread::available_parallelism().map_or(1, usize::from);
-    match items / least.max(1) {
+    match items / min_chunk.max(1) {
         0 | 1 => 1,
-        worth => worth.min(MOST).min(*PROCESSORS.get_or_init(processors)),
+        wanted => wanted
+            .min(MAX_THREADS)
+            .min(*PROCESSORS.get_or_init(processors)),
     }
 }
 
-/// Parts that several threads take one after the other, each when it is done with the last: one that starts late takes fewer.
+/// A queue of parts that several threads share. Each thread takes the next part when it is done
+/// with its last one, so a thread that starts late takes fewer.
 pub(crate) struct Parts<'q, I>(&'q Mutex<I>);
 
 impl<I: Iterator> Iterator for Parts<'_, I> {
@@ -56,9 +61,12 @@ impl<I: Iterator> Iterator for Parts<'_, I> {
     }
 }
 
-/// What `work` makes of the parts it takes, in so many threads, of which this is one. None of a thread that ended in a panic; one that
-/// could not be started leaves the parts to the others.
-pub(crate) fn over<I: Iterator + Send, R: Send>(
+/// Runs `work` once on each of `threads` threads, the calling one included, and lets them take
+/// `parts` from one queue until none is left.
+///
+/// The result is what each thread returned, `None` for one that panicked: the part that it had
+/// taken is lost. If a thread cannot be started, the others take its parts.
+pub(crate) fn for_each<I: Iterator + Send, R: Send>(
     threads: usize,
     parts: I,
     work: impl Fn(Parts<'_, I>) -> R + Sync,
@@ -67,9 +75,9 @@ pub(crate) fn over<I: Iterator + Send, R: Send>(
     thread::scope(|scope| {
         let start = |_| thread::Builder::new().spawn_scoped(scope, move || work(Parts(parts)));
         let others: Vec<_> = (1..threads).flat_map(start).collect();
-        let ours = Some(work(Parts(parts)));
+        let own = Some(work(Parts(parts)));
         let others = others.into_iter().map(|thread| thread.join().ok());
-        std::iter::once(ours).chain(others).collect()
+        std::iter::once(own).chain(others).collect()
     })
 }
 
@@ -85,7 +93,7 @@ mod tests {
             let items: Vec<usize> = (0..len).collect();
             for threads in [1, 2, 3, 8, 200] {
                 let taken = AtomicUsize::new(0);
-                let done = over(threads, items.chunks(3).enumerate(), |parts| {
+                let done = for_each(threads, items.chunks(3).enumerate(), |parts| {
                     let each = parts.inspect(|_| {
                         taken.fetch_add(1, Ordering::Relaxed);
                     });
@@ -103,13 +111,13 @@ mod tests {
     }
 
     #[test]
-    fn the_order_is_kept_whatever_becomes_of_a_thread() {
+    fn the_order_is_kept_even_if_a_thread_panics() {
         let this = thread::current().id();
         for len in [0, 1, 2, 7, 8, 9, 100] {
             let items: Vec<usize> = (0..len).collect();
             let squares: Vec<usize> = items.iter().map(|n| n * n).collect();
             for panics in [false, true] {
-                let done = spread(&items, 1, |part| {
+                let done = map(&items, 1, |part| {
                     assert!(!panics || thread::current().id() == this, "on purpose");
                     part.iter().map(|n| n * n).collect()
                 });
@@ -119,10 +127,10 @@ mod tests {
     }
 
     #[test]
-    fn few_items_stay_in_this_thread() {
+    fn few_items_stay_on_this_thread() {
         let this = thread::current().id();
         let items = [(); 199];
-        let ids = spread(&items, 100, |part| {
+        let ids = map(&items, 100, |part| {
             part.iter().map(|()| thread::current().id()).collect()
         });
         assert_eq!(ids, [this; 199]);

@@ -4,7 +4,7 @@ use vm_memory::GuestAddress;
 
 use crate::memory::{OutOfBounds, PhysMemory};
 
-/// RAM from physical 0 on.
+/// RAM that starts at physical address 0.
 #[derive(Debug)]
 pub(crate) struct Ram(pub(crate) Vec<u8>);
 
@@ -24,13 +24,13 @@ impl Ram {
 
 impl PhysMemory for Ram {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
-        let unbacked = OutOfBounds {
+        let out_of_bounds = OutOfBounds {
             gpa,
             len: buf.len(),
         };
-        let start = usize::try_from(gpa.0).map_err(|_| unbacked)?;
-        let end = start.checked_add(buf.len()).ok_or(unbacked)?;
-        buf.copy_from_slice(self.0.get(start..end).ok_or(unbacked)?);
+        let start = usize::try_from(gpa.0).map_err(|_| out_of_bounds)?;
+        let end = start.checked_add(buf.len()).ok_or(out_of_bounds)?;
+        buf.copy_from_slice(self.0.get(start..end).ok_or(out_of_bounds)?);
         Ok(())
     }
 }

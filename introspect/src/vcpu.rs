@@ -1,14 +1,14 @@
-//! What introspection needs of a stopped vCPU: its registers, as plain data.
+//! The registers of a stopped vCPU that introspection needs, as plain data.
 //!
-//! Knows nothing of KVM: the VMM fills this in, and so can a core file.
+//! Knows nothing of KVM: a VMM fills them in from its hypervisor, a core file from its notes.
 
 use serde::Serialize;
 
 /// The registers of one vCPU at the moment it stopped.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-#[allow(missing_docs)] // The names are the architecture's.
+#[allow(missing_docs)] // Most fields are registers under the architecture's names.
 pub struct VcpuRegs {
-    /// Index of the vCPU in the VMM (0-based); its APIC id in the guest.
+    /// Index of the vCPU in the VMM, from 0; also its APIC id in the guest.
     pub index: u32,
     pub rax: u64,
     pub rbx: u64,
@@ -40,10 +40,12 @@ pub struct VcpuRegs {
     pub lstar: u64,
     pub idt_base: u64,
     pub idt_limit: u16,
-    /// `MSR_IA32_FRED_CONFIG` where the vCPU has FRED switched on.
+    /// `MSR_IA32_FRED_CONFIG`; `None` unless FRED is enabled on the vCPU.
     pub fred_config: Option<u64>,
-    /// The vCPU runs (false: it waits for INIT/SIPI and has no kernel state worth reading).
+    /// Whether the vCPU has been started. If not, it waits for INIT/SIPI and its registers say
+    /// nothing about the kernel.
     pub online: bool,
-    /// The vCPU runs a guest of its own (nested) or is in SMM: these registers are not the guest kernel's.
+    /// Whether the vCPU runs a nested guest or is in SMM: these registers are then not those of the
+    /// guest's kernel.
     pub foreign: bool,
 }

@@ -7,8 +7,8 @@
 //! Knows how one error becomes another: every conversion of the crate stands here.
 
 use introspect::btf::BtfError;
+use introspect::modules::ListingError;
 use introspect::modules::ModulesError;
-use introspect::modules::proc_kallsyms::ListingError;
 use introspect::{FindError, Gva, NotReady, ReadError, SymbolError, TasksError, UnwinderError};
 
 use crate::ftrace::ops::FtraceOpsError;

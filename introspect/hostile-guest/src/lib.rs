@@ -12,10 +12,9 @@ use std::fs;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use introspect::modules::list;
-use introspect::modules::proc_kallsyms::modules_and_runtime;
-use introspect::symbols::kallsyms::Window;
-use introspect::task_list::cache::TaskCache;
+use introspect::modules::{list, modules_and_runtime};
+use introspect::symbols::kallsyms::ImagePart;
+use introspect::task_list::TaskCache;
 use introspect::unwind::orc::Encoding;
 use introspect::unwind::orc_table::OrcTable;
 use introspect::{
@@ -124,7 +123,7 @@ pub fn kallsyms(data: &[u8]) -> usize {
         }
         _ => return 0,
     };
-    let window = Window { start, bytes };
+    let window = ImagePart { start, bytes };
     introspect::symbols::kallsyms::parse(window, covers).map_or(0, |symbols| {
         symbols
             .iter()

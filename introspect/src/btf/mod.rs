@@ -1,8 +1,9 @@
-//! BTF: the kernel's own description of its types, as it lies in guest memory.
+//! BTF: the kernel's own description of its types, parsed from guest memory.
 //!
-//! Follows `include/uapi/linux/btf.h` and `Documentation/bpf/btf.rst`, kinds 1 to 19 (5.10 has 1 to 13). Answers questions about
-//! structures by path, `task_struct.thread.sp` say, also through members that have no name. Which questions to ask is
-//! [`layout`](crate::kernel::layout)'s business.
+//! Follows `include/uapi/linux/btf.h` and `Documentation/bpf/btf.rst`, kinds 1 to 19 (5.10 has 1 to
+//! 13). Finds members of structures by path, for example `task_struct.thread.sp`, also through
+//! members that have no name. Which members are needed is the business of
+//! [`Layout`](crate::kernel::Layout).
 
 mod raw;
 
@@ -11,41 +12,44 @@ use crate::memory::kernel::Field;
 
 pub use crate::btf::raw::BtfError;
 
-/// Typedefs and qualifiers in front of a type, and arrays in arrays: no real type has nearly so many.
+/// The most typedefs and qualifiers around a type, and dimensions of an array: no real type has
+/// nearly so many.
 const MAX_DEPTH: usize = 64;
-/// Steps to answer one question: members looked at, typedefs followed. Bounds what nested unnamed structures, long chains of
-/// typedefs and many structures of one name can cost together; `task_struct` needs some hundreds.
+/// The most steps of one lookup: members examined, typedefs followed. Bounds the cost of nested
+/// unnamed structures, long chains of typedefs and many structures of one name together;
+/// `task_struct` needs some hundreds.
 const MAX_STEPS: usize = 1 << 16;
-/// All names of structures, unions and enumerations together; the largest kernels have 3 MiB. They are sorted, and types can
-/// share one long name.
+/// The most bytes of the names of structures, unions and enumerations together; the largest kernels
+/// have 3 MiB. They are sorted, and types can share one long name.
 const MAX_NAMES: usize = 32 << 20;
 
-/// A bit field: which bits of the bytes that its [`Member`] covers.
+/// The bits of a bit field within the bytes that its [`Member`] covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bits {
-    /// The lowest bit, counted from the lowest bit of the first byte.
+    /// Its lowest bit, counted from the lowest bit of the first byte.
     pub shift: u32,
-    /// How many bits.
+    /// Its width in bits.
     pub width: u32,
 }
 
 /// A member of a structure, found by its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Member {
-    /// Bytes from the start of the outermost structure.
+    /// Offset in bytes from the start of the outermost structure.
     pub offset: u64,
-    /// Bytes, all elements of an array together.
+    /// Size in bytes; of an array, all elements together.
     pub size: u64,
-    /// For a bit field: which bits.
+    /// The bits of a bit field; `None` for any other member.
     pub bits: Option<Bits>,
-    /// For an array: how many elements.
+    /// The number of elements of an array; `None` for any other member.
     pub count: Option<u64>,
-    /// The BTF id of its type.
+    /// The BTF id of its type, without typedefs and qualifiers.
     pub type_id: u32,
 }
 
 impl Member {
-    /// Where it lies, without what it is.
+    /// Its offset and size, without its type.
     #[must_use]
     pub const fn field(&self) -> Field {
         Field {
@@ -54,7 +58,7 @@ impl Member {
         }
     }
 
-    /// Bytes of one element of an array, or of all that is not an array.
+    /// The size in bytes of one element of an array; of any other member, its size.
     #[must_use]
     pub fn element(&self) -> u64 {
         match self.count {
@@ -64,11 +68,11 @@ impl Member {
     }
 }
 
-/// What is left of [`MAX_STEPS`].
+/// The steps that are left of [`MAX_STEPS`].
 struct Steps(usize);
 
 impl Steps {
-    /// Takes one, for type `id`.
+    /// Takes one step, for type `id`.
     fn take(&mut self, id: u32) -> Result<(), BtfError> {
         self.0 = self.0.checked_sub(1).ok_or(BtfError::Malformed(id))?;
         Ok(())
@@ -79,15 +83,16 @@ impl Steps {
 #[derive(Debug)]
 pub struct Btf {
     raw: raw::Raw,
-    /// Ids of what has both members or values and a name, in order of name.
+    /// The ids of the types that have a name, and members, enumerators or variables, in order of
+    /// name.
     named: Vec<u32>,
 }
 
 impl Btf {
-    /// Takes the bytes of a `.BTF` section (not of a module's: those build on the core kernel's).
+    /// Parses the bytes of a `.BTF` section (not of a module's: those extend the core kernel's).
     ///
     /// # Errors
-    /// [`BtfError`] when the bytes are not BTF, or of a kind not known.
+    /// [`BtfError`] when the bytes are not BTF, or have a type of unknown kind.
     pub fn parse(bytes: Vec<u8>) -> Result<Btf, BtfError> {
         let raw = raw::Raw::parse(bytes)?;
         let wanted = |kind| {
@@ -114,19 +119,20 @@ impl Btf {
         Ok(Btf { raw, named })
     }
 
-    /// How many types there are.
+    /// The number of types.
     #[must_use]
     pub fn len(&self) -> usize {
         self.raw.len()
     }
 
-    /// Whether there are none.
+    /// Whether there is no type.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Every structure, union, enumeration or section of that name: different files of the kernel may use one name twice.
+    /// Every structure, union, enumeration or section named `name`: different files of the kernel
+    /// may use one name twice.
     fn named(&self, name: &str) -> impl Iterator<Item = (u32, Type)> {
         let own = |id: u32| {
             self.raw
@@ -149,16 +155,16 @@ impl Btf {
             .filter(|(_, found)| matches!(found.kind, Kind::Struct | Kind::Union))
     }
 
-    /// Whether there is a structure or union of that name.
+    /// Whether there is a structure or union named `name`.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
         self.aggregates(name).next().is_some()
     }
 
-    /// Bytes of the structure or union of that name.
+    /// The size in bytes of the structure or union named `name`.
     ///
     /// # Errors
-    /// [`BtfError::NoType`].
+    /// [`BtfError::NoType`] when there is none.
     pub fn size_of(&self, name: &str) -> Result<u64, BtfError> {
         self.aggregates(name)
             .next()
@@ -166,10 +172,11 @@ impl Btf {
             .ok_or_else(|| BtfError::NoType(name.to_owned()))
     }
 
-    /// The member that a path leads to: a structure or union, then members, `"task_struct.thread.sp"`.
+    /// The member that a path leads to: a structure or union, then members, for example
+    /// `"task_struct.thread.sp"`.
     ///
     /// # Errors
-    /// [`BtfError`], naming the type or the member that is missing.
+    /// [`BtfError`], with the type or the member that is missing.
     pub fn member(&self, path: &str) -> Result<Member, BtfError> {
         let mut parts = path.split('.');
         let name = parts.next().unwrap_or_default();
@@ -187,15 +194,16 @@ impl Btf {
         Err(error)
     }
 
-    /// [`member`](Self::member), where it lies only.
+    /// The offset and size of a [`member`](Self::member).
     ///
     /// # Errors
-    /// [`BtfError`], naming the type or the member that is missing.
+    /// [`BtfError`], with the type or the member that is missing.
     pub fn field(&self, path: &str) -> Result<Field, BtfError> {
         self.member(path).map(|member| member.field())
     }
 
-    /// Where the first of several paths leads: a field that has had more than one name.
+    /// The first of several paths that leads to a member: for a field that has had more than one
+    /// name.
     ///
     /// # Errors
     /// The error of the first path, when none leads anywhere.
@@ -234,7 +242,7 @@ impl Btf {
         Ok(member)
     }
 
-    /// What the member at `bit` of the structure at `base` is.
+    /// Describes the member at `bit` of the structure at `base`.
     fn describe(
         &self,
         base: u64,
@@ -248,7 +256,7 @@ impl Btf {
         let mut size = size;
         let mut bits = None;
         if found.bits != 0 {
-            // The smallest bytes that hold all of the field.
+            // The fewest bytes that hold the whole bit field.
             let shift = u32::try_from(bit % 8).unwrap_or(0);
             size = u64::from((shift + found.bits).div_ceil(8)).next_power_of_two();
             bits = Some(Bits {
@@ -268,7 +276,7 @@ impl Btf {
         })
     }
 
-    /// A member by name, also inside members that have none: its bit offset and itself.
+    /// Finds a member by name, also inside members that have none: its bit offset and itself.
     fn find_member(
         &self,
         id: u32,
@@ -293,7 +301,7 @@ impl Btf {
         Ok(None)
     }
 
-    /// Past typedefs and qualifiers.
+    /// The type that typedefs and qualifiers lead to.
     fn strip(&self, id: u32, steps: &mut Steps) -> Result<u32, BtfError> {
         let mut at = id;
         for _ in 0..MAX_DEPTH {
@@ -306,7 +314,8 @@ impl Btf {
         Err(BtfError::Malformed(id))
     }
 
-    /// Bytes of a type, and how many elements when it is an array (of arrays: all of them).
+    /// The size of a type in bytes, and the number of elements of an array (of arrays: in all
+    /// dimensions).
     fn extent(&self, id: u32, steps: &mut Steps) -> Result<(u64, Option<u64>), BtfError> {
         let mut at = self.strip(id, steps)?;
         let mut count: Option<u64> = None;
@@ -338,7 +347,8 @@ impl Btf {
             .ok_or_else(|| BtfError::NoType(enumerator.to_owned()))
     }
 
-    /// The per-CPU variables that BTF knows: name, offset in the per-CPU area, bytes. 5.10 has none.
+    /// The per-CPU variables in BTF: name, offset in the per-CPU area in bytes, size in bytes. 5.10
+    /// has none.
     pub fn percpu_vars(&self) -> impl Iterator<Item = (String, u32, u32)> {
         self.named(".data..percpu")
             .filter(|(_, found)| found.kind == Kind::DataSec)

@@ -1,44 +1,46 @@
-//! The encoding of BTF: header, type records, strings. Knows which bytes mean what, and nothing of names in the kernel.
+//! The encoding of BTF: header, type records, strings. Knows which bytes mean what, and nothing of
+//! names in the kernel.
 
-/// `struct btf_header` up to and including `str_len`.
+/// The size in bytes of `struct btf_header` up to and including `str_len`.
 const HEADER: usize = 24;
 const MAGIC: u16 = 0xeb9f;
-/// Types of the largest kernels: about 130,000.
+/// The most types that are read: the largest kernels have about 130,000.
 const MAX_TYPES: usize = 1 << 19;
-/// `KSYM_NAME_LEN`, the kernel's own bound (`kernel/bpf/btf.c: btf_name_valid_identifier`). What is longer is no name: to look
-/// for its end would be to read all strings, once for each type that has it.
+/// The most bytes of a name: `KSYM_NAME_LEN`, the kernel's own bound (`kernel/bpf/btf.c:
+/// btf_name_valid_identifier`). A longer string is no name: to search its end would be to read all
+/// strings, once for each type that has it.
 const MAX_NAME: usize = 512;
 
-/// BTF that is not as it should be, or lacks what was asked for.
+/// BTF is malformed, or lacks a type or a member.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BtfError {
-    /// The header is not BTF's.
+    /// The bytes do not begin with a valid BTF header.
     #[error("not BTF: {0}")]
     Header(&'static str),
-    /// A type record is of a kind that this program does not know.
+    /// A type record has a kind that this program does not know.
     #[error("BTF type {id} is of unknown kind {kind}: the guest kernel is newer than this program")]
     UnknownKind {
-        /// Its id.
+        /// The id of the type.
         id: usize,
-        /// The kind.
+        /// Its `BTF_KIND_*` number.
         kind: u32,
     },
-    /// The type records end in the middle of one.
+    /// The type records end in the middle of this one.
     #[error("BTF type {0} is cut off")]
     Truncated(usize),
-    /// A type refers to itself, or to what cannot be.
-    #[error("BTF type {0} makes no sense")]
+    /// A type refers to itself, or to what it cannot.
+    #[error("BTF type {0} is malformed")]
     Malformed(u32),
-    /// The kernel has no such type, or enumerator.
+    /// The kernel has no type, or enumerator, of this name.
     #[error("the guest kernel has no type {0}")]
     NoType(String),
     /// The type has no such member.
     #[error("the guest kernel has no {path}: no member {field}")]
     NoField {
-        /// What was asked for.
+        /// The path that was searched.
         path: String,
-        /// The first part of it that is not there.
+        /// The first part of the path that does not exist.
         field: String,
     },
 }
@@ -53,7 +55,7 @@ pub(crate) enum Kind {
     Union,
     Enum,
     Forward,
-    /// Typedef, volatile, const, restrict, type tag: another type, by another name.
+    /// Typedef, volatile, const, restrict or type tag: another name for a type.
     Transparent,
     Function,
     Prototype,
@@ -86,7 +88,7 @@ impl Kind {
         })
     }
 
-    /// Bytes behind the common twelve.
+    /// The bytes of the record after the twelve that all records have.
     fn trailing(self, vlen: usize) -> usize {
         match self {
             Kind::Int | Kind::Variable | Kind::DeclTag => 4,
@@ -101,7 +103,8 @@ impl Kind {
         self == Kind::Transparent
     }
 
-    /// Bytes of a type of this kind that is not an array, of which the record says `size`.
+    /// The size in bytes of a type of this kind whose record says `size`. 0 for an array, whose
+    /// record does not say it.
     pub(crate) fn size(self, size: u32) -> u64 {
         match self {
             Kind::Int | Kind::Struct | Kind::Union | Kind::Enum | Kind::Enum64 | Kind::Float => {
@@ -116,7 +119,7 @@ impl Kind {
 /// One type record.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Type {
-    /// Offset of its name in the strings; 0 is no name.
+    /// Offset of its name in the strings; 0 for no name.
     pub(crate) name: u32,
     pub(crate) kind: Kind,
     flag: bool,
@@ -131,9 +134,9 @@ pub(crate) struct Type {
 pub(crate) struct RawMember {
     pub(crate) name: u32,
     pub(crate) type_id: u32,
-    /// Offset in bits.
+    /// Offset from the start of the structure, in bits.
     pub(crate) bit: u32,
-    /// Width of a bit field; 0 when it is none.
+    /// Width of a bit field in bits; 0 for any other member.
     pub(crate) bits: u32,
 }
 
@@ -216,7 +219,7 @@ impl Raw {
         strings.get(offset as usize..).unwrap_or_default()
     }
 
-    /// A string; empty when it is not one.
+    /// The string at `offset`; empty when there is no valid one.
     pub(crate) fn name(&self, offset: u32) -> &[u8] {
         let rest = self.strings_from(offset);
         let near = rest.get(..rest.len().min(MAX_NAME)).unwrap_or_default();
@@ -224,14 +227,15 @@ impl Raw {
         near.get(..len).unwrap_or_default()
     }
 
-    /// Whether the string at `offset` is `name`, at the cost of `name` however long the string is.
+    /// Whether the string at `offset` is `name`. Costs no more than the length of `name`, whatever
+    /// the length of the string.
     pub(crate) fn is_named(&self, offset: u32, name: &str) -> bool {
         self.strings_from(offset)
             .strip_prefix(name.as_bytes())
             .is_some_and(|rest| rest.first() == Some(&0))
     }
 
-    /// The trailing records of a type, each of so many words.
+    /// The records after that of a type, of `WORDS` words each.
     fn records<const WORDS: usize>(&self, of: &Type) -> impl Iterator<Item = [u32; WORDS]> {
         let start = of.at;
         (0..of.vlen).map_while(move |n| {
@@ -266,7 +270,7 @@ impl Raw {
         })
     }
 
-    /// Enumerators: name and value.
+    /// The name and value of each enumerator.
     pub(crate) fn enumerators(&self, of: Type) -> impl Iterator<Item = (u32, i64)> {
         let wide = of.kind == Kind::Enum64;
         let words = if wide { 3 } else { 2 };
@@ -296,7 +300,7 @@ impl Raw {
     }
 }
 
-/// Where every type record begins.
+/// The offset of every type record.
 fn index(bytes: &[u8], types: std::ops::Range<usize>) -> Result<Vec<u32>, BtfError> {
     let mut starts = Vec::new();
     let mut at = types.start;
@@ -315,7 +319,7 @@ fn index(bytes: &[u8], types: std::ops::Range<usize>) -> Result<Vec<u32>, BtfErr
     Ok(starts)
 }
 
-/// The record at `at`: `None` when it is cut off, its kind when that is not known.
+/// The record at `at`: `None` when it is cut off, its kind when that is unknown.
 fn record(bytes: &[u8], at: usize) -> Option<Result<Type, u32>> {
     let info = u32_at(bytes, at + 4)?;
     let kind = info >> 24 & 0x1f;

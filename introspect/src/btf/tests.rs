@@ -1,4 +1,4 @@
-//! BTF made here, and broken in each way.
+//! Builds BTF, and corrupts it in many ways.
 
 use proptest::prelude::*;
 
@@ -106,7 +106,7 @@ fn sample() -> Vec<u8> {
 }
 
 #[test]
-fn paths() {
+fn paths_lead_to_members() {
     let btf = Btf::parse(sample()).unwrap();
     let at = |path| btf.field(path).map(|f| (f.offset, f.size));
     assert_eq!(at("outer.first"), Ok((0, 4)));
@@ -133,7 +133,7 @@ fn paths() {
 }
 
 #[test]
-fn values_and_variables() {
+fn enumerators_and_percpu_variables_are_found() {
     let btf = Btf::parse(sample()).unwrap();
     assert_eq!(btf.enum_value("STATE_IDLE"), Ok(-1));
     assert_eq!(btf.enum_value("STATE_DONE"), Ok(7));
@@ -143,7 +143,7 @@ fn values_and_variables() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn the_error_names_what_is_missing() {
     let btf = Btf::parse(sample()).unwrap();
     assert_eq!(
         btf.field("nothing.a").unwrap_err().to_string(),
@@ -164,7 +164,7 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
-fn damage_is_named() {
+fn the_error_names_the_corruption() {
     let good = sample();
     assert!(matches!(Btf::parse(Vec::new()), Err(BtfError::Header(_))));
     assert!(matches!(
@@ -190,7 +190,8 @@ fn damage_is_named() {
     assert_eq!(Btf::parse(bad).unwrap_err(), BtfError::Truncated(1));
 }
 
-/// Ten seconds are a hundred times what each of these takes, and a fraction of what it would take without the bound.
+/// Ten seconds are a hundred times what each of these takes, and a fraction of what it would take
+/// without the bound.
 fn in_time<T>(work: impl FnOnce() -> T) -> T {
     let start = std::time::Instant::now();
     let out = work();
@@ -198,7 +199,7 @@ fn in_time<T>(work: impl FnOnce() -> T) -> T {
     out
 }
 
-/// `count` structures with no members, each of that name.
+/// `count` structures without members, all of one name.
 fn many_of_one_name(w: &mut Writer, name: &str, count: u32) {
     let name = w.name(name);
     for _ in 0..count {
@@ -226,7 +227,8 @@ fn long_names_shared_by_many_types_are_refused() {
 fn many_structures_of_one_name_do_not_multiply_the_cost_of_one() {
     let mut w = Writer::default();
     let (name, junk) = (w.name("task_struct"), w.name("junk"));
-    // Type 1 has as many members as can be; all others are `task_struct { struct { … }; }` around it.
+    // Type 1 has as many members as a type can have; all others are `task_struct { struct { … }; }`
+    // around it.
     w.words(&[0, 4 << 24 | 60_000, 8]);
     for _ in 0..60_000 {
         w.words(&[junk, 0, 0]);
@@ -253,13 +255,24 @@ fn a_structure_inside_itself_ends() {
 
 proptest! {
     #[test]
-    fn no_damage_panics(at in any::<prop::sample::Index>(), junk in proptest::collection::vec(any::<u8>(), 1..32)) {
+    fn no_corruption_panics(
+        at in any::<prop::sample::Index>(),
+        junk in proptest::collection::vec(any::<u8>(), 1..32),
+    ) {
         let mut bytes = sample();
         let at = at.index(bytes.len());
         let len = junk.len().min(bytes.len() - at);
         bytes[at..at + len].copy_from_slice(&junk[..len]);
         if let Ok(btf) = Btf::parse(bytes) {
-            for path in ["outer.first", "outer.inner.p", "outer.many", "outer.flag", "bad.it", "outer.only_here"] {
+            let paths = [
+                "outer.first",
+                "outer.inner.p",
+                "outer.many",
+                "outer.flag",
+                "bad.it",
+                "outer.only_here",
+            ];
+            for path in paths {
                 let _ = btf.member(path);
             }
             let _ = btf.enum_value("WIDE_HUGE");

@@ -1,6 +1,8 @@
-//! Looks for kallsyms in kernel images, a piece at a time: what is held at once, and what all of it costs, have bounds.
+//! Searches kernel images for kallsyms, a piece at a time: the memory that is held at once and the
+//! cost of the whole search are bounded.
 //!
-//! Knows where in an image the tables can be and how far apart; what they look like, [`kallsyms`](crate::symbols::kallsyms) knows.
+//! Knows where in an image the tables can be and how far apart. What they look like is the business
+//! of [`kallsyms`](crate::symbols::kallsyms).
 
 use vm_memory::GuestAddress;
 
@@ -9,21 +11,23 @@ use crate::kernel::locate::Candidate;
 use crate::memory::PhysMemory;
 use crate::memory::kernel::KernelMemory;
 use crate::symbols::Symbols;
-use crate::symbols::kallsyms::{self, DIGITS, KallsymsError, Steps, Window};
+use crate::symbols::kallsyms::{self, DIGITS, ImagePart, KallsymsError, Steps};
 
-/// The image is read so much at a time.
+/// Bytes of the image that are read at a time.
 const CHUNK: usize = 2 << 20;
-/// In front of the token table, and behind it, come at most so many bytes of other tables; stock kernels have about 5 MiB.
+/// The most bytes of other tables before the token table, and as many after it; stock kernels have
+/// about 5 MiB.
 const TABLES: usize = 10 << 20;
-/// Behind the token table of a stock kernel come no more than so many bytes: enough for the first look, which seldom needs another.
+/// The most bytes of tables after the token table of a stock kernel: enough for the first attempt,
+/// and a second one is seldom needed.
 const STOCK_TABLES: usize = 2 << 20;
-/// What has been searched is forgotten when it is so much.
-const FORGET: usize = 2 * CHUNK;
-/// So much of all images together is searched: a hostile guest can show several, as large as it likes. The data of one that is
-/// honest have some 40 MiB, and kallsyms is in their first half.
+/// Bytes that have been searched are dropped when there are this many.
+const MIN_DROPPED: usize = 2 * CHUNK;
+/// The most bytes of all images together that are searched: a hostile guest can show several, of
+/// any size. The data of an honest image have some 40 MiB, and kallsyms is in their first half.
 const MAX_SEARCHED: usize = 128 << 20;
 
-/// What the search through all images of a guest has left.
+/// What is left of the budget for all images of a guest.
 #[derive(Debug)]
 pub(crate) struct Search {
     steps: Steps,
@@ -48,38 +52,39 @@ impl Search {
         let mut at = data(phys, candidate);
         let mut piece = Piece::new(at);
         let mut error = KallsymsError::NoTokens;
-        let mut behind = STOCK_TABLES;
+        let mut after = STOCK_TABLES;
         loop {
             let distance = at.since(candidate.base);
             let gpa = GuestAddress(candidate.phys.0.wrapping_add(distance));
-            let more = at < candidate.end && self.afford() && piece.append(phys, gpa);
+            let more = at < candidate.end && self.take_chunk() && piece.append(phys, gpa);
             at = at.add(CHUNK as u64);
-            if let Some(hit) = piece.hit(more, behind) {
-                match kallsyms::parse_from(piece.window(), image, hit, &self.steps) {
+            if let Some(hit) = piece.hit(more, after) {
+                match kallsyms::parse_from(piece.part(), image, hit, &self.steps) {
                     Ok(symbols) => return Ok(symbols),
                     Err(found) => error = found,
                 }
-                if behind == TABLES {
-                    piece.pass(hit);
+                if after == TABLES {
+                    piece.reject(hit);
                 }
-                behind = TABLES; // once in an image: to read little pays where it is enough
+                // Once in an image: reading little pays off where it is enough.
+                after = TABLES;
             }
             if !more || error == KallsymsError::Endless {
                 return Err(error);
             }
-            piece.forget();
+            piece.drop_searched();
         }
     }
 
-    /// Whether one more chunk may be searched.
-    fn afford(&mut self) -> bool {
+    /// Takes one chunk from the budget; false when that is spent.
+    fn take_chunk(&mut self) -> bool {
         let left = self.bytes.checked_sub(CHUNK);
         self.bytes = left.unwrap_or_default();
         left.is_some()
     }
 }
 
-/// Where the image's data begin.
+/// The address at which the image's data begin.
 fn data(phys: &dyn PhysMemory, candidate: Candidate) -> Gva {
     let memory = KernelMemory::new(phys, candidate.space);
     let code = |gva| {
@@ -90,7 +95,7 @@ fn data(phys: &dyn PhysMemory, candidate: Candidate) -> Gva {
     while start < candidate.end && code(start) {
         start = start.add(CHUNK as u64);
     }
-    // Before the kernel protects itself, all of it is executable.
+    // Until the kernel write-protects itself, the whole image is executable.
     if start < candidate.end {
         start
     } else {
@@ -98,11 +103,11 @@ fn data(phys: &dyn PhysMemory, candidate: Candidate) -> Gva {
     }
 }
 
-/// The piece of an image that is at hand.
+/// The piece of an image that is held.
 struct Piece {
     start: Gva,
     bytes: Vec<u8>,
-    /// What begins before this has been looked at.
+    /// Tables that begin before this offset have been tried.
     searched: usize,
 }
 
@@ -110,19 +115,19 @@ impl Piece {
     fn new(start: Gva) -> Piece {
         Piece {
             start,
-            bytes: Vec::with_capacity(2 * TABLES + FORGET + 2 * CHUNK),
+            bytes: Vec::with_capacity(2 * TABLES + MIN_DROPPED + 2 * CHUNK),
             searched: 0,
         }
     }
 
-    fn window(&self) -> Window<'_> {
-        Window {
+    fn part(&self) -> ImagePart<'_> {
+        ImagePart {
             start: self.start,
             bytes: &self.bytes,
         }
     }
 
-    /// Reads the next chunk; false when there is no memory there.
+    /// Reads the next chunk; false when there is no memory.
     fn append(&mut self, phys: &dyn PhysMemory, gpa: GuestAddress) -> bool {
         let len = self.bytes.len();
         self.bytes.resize(len + CHUNK, 0);
@@ -134,8 +139,9 @@ impl Piece {
         is_there
     }
 
-    /// Digits of a token table, once so much `behind` it is here too, or all that there is.
-    fn hit(&mut self, more: bool, behind: usize) -> Option<usize> {
+    /// The offset of a token table's digits, once `after` bytes that follow it are here too, or no
+    /// more can be read.
+    fn hit(&mut self, more: bool, after: usize) -> Option<usize> {
         let Some(hit) = kallsyms::digits(&self.bytes, self.searched) else {
             self.searched = self
                 .searched
@@ -143,18 +149,19 @@ impl Piece {
             return None;
         };
         self.searched = hit;
-        (!more || hit + behind <= self.bytes.len()).then_some(hit)
+        (!more || hit + after <= self.bytes.len()).then_some(hit)
     }
 
-    /// The digits at `hit` and all others here are of no kallsyms, as far as the tables behind them are here.
-    fn pass(&mut self, hit: usize) {
+    /// Records that the digits at `hit`, and all others here that have their tables here too, are
+    /// of no kallsyms.
+    fn reject(&mut self, hit: usize) {
         self.searched = (hit + 1).max(self.bytes.len().saturating_sub(TABLES));
     }
 
-    /// Lets go of what no table can need any more.
-    fn forget(&mut self) {
+    /// Drops bytes that no table can need any more.
+    fn drop_searched(&mut self) {
         let old = self.searched.saturating_sub(TABLES) / CHUNK * CHUNK;
-        if old >= FORGET {
+        if old >= MIN_DROPPED {
             self.bytes.drain(..old);
             self.searched -= old;
             self.start = self.start.add(old as u64);

@@ -1,36 +1,39 @@
-//! What livepatching from outside needs and BTF does not tell, read from the code of functions that use it.
+//! What a kernel keeps for livepatching and BTF does not have, read from the code of functions that
+//! use it.
 //!
-//! TIF bits are macros, so no type names them; they changed numbers around 6.17. The bit that a function clears or tests is an
-//! immediate in its code, at run time as in the file. Each is read together with something that is known otherwise
-//! (an address from kallsyms, an offset from BTF), and the two must agree.
+//! TIF bits are macros, so no type has them, and their numbers changed around 6.17. The bit that a
+//! function clears or tests is an immediate in its code, at run time as in the file. Each bit is
+//! read together with something that is known otherwise (an address from kallsyms, an offset from
+//! BTF), and the two must agree.
 
 use crate::addr::Gva;
 use crate::kernel::layout::Layout;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
 use crate::symbols::{SymbolError, Symbols};
 
-/// The function that every task passes through at its switch (`kernel/livepatch/transition.c`).
+/// The function that switches a task (`kernel/livepatch/transition.c`).
 const UPDATE: &str = "klp_update_patch_state";
 const TARGET: &str = "klp_target_state";
-/// It has about 100 bytes.
+/// The most bytes of its code that are read; it has about 100.
 const MAX_CODE: u64 = 512;
 
-/// What a kernel with `CONFIG_LIVEPATCH` has.
+/// Where a kernel with `CONFIG_LIVEPATCH` keeps the state of a transition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KlpState {
-    /// `TIF_PATCH_PENDING`, as a bit number.
+    /// The number of the bit `TIF_PATCH_PENDING` in `thread_info.flags`, below 64.
     pub pending_bit: u32,
-    /// `task_struct.patch_state`.
+    /// Where `task_struct.patch_state` lies.
     pub patch_state: Field,
-    /// `klp_target_state`.
+    /// The address of `klp_target_state`.
     pub target_state: Gva,
 }
 
-/// Why a kernel that has livepatching cannot be understood.
+/// Why the livepatch state of a kernel with `CONFIG_LIVEPATCH` cannot be located.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum LivepatchError {
-    /// A symbol is missing, or there are several.
+pub enum KlpError {
+    /// A symbol is missing, or is ambiguous.
     #[error(transparent)]
     Symbol(#[from] SymbolError),
     /// The code cannot be read.
@@ -39,37 +42,35 @@ pub enum LivepatchError {
     /// The code is not as expected.
     #[error("the code of {UPDATE} at {at} does not show {what}")]
     Code {
-        /// Where it is.
+        /// The address of the function.
         at: Gva,
-        /// What was looked for.
+        /// What the code should show.
         what: &'static str,
     },
-    /// Code and types say different things.
-    #[error(
-        "{UPDATE} stores at offset {code:#x}, but BTF says that task_struct.patch_state is at {btf:#x}"
-    )]
+    /// The code and BTF disagree on where `patch_state` is.
+    #[error("{UPDATE} stores at offset {code:#x}, but BTF has task_struct.patch_state at {btf:#x}")]
     Disagree {
-        /// The offset in the code.
+        /// The offset in the code, in bytes.
         code: u64,
-        /// The offset in BTF.
+        /// The offset in BTF, in bytes.
         btf: u64,
     },
 }
 
 impl KlpState {
-    /// `None` for a kernel without `CONFIG_LIVEPATCH`.
+    /// Reads it from the kernel's symbols, types and code; `None` without `CONFIG_LIVEPATCH`.
     pub(crate) fn find(
         symbols: &Symbols,
         layout: &Layout,
         memory: &KernelMemory<'_>,
-    ) -> Result<Option<KlpState>, LivepatchError> {
+    ) -> Result<Option<KlpState>, KlpError> {
         let Some(patch_state) = layout.task.patch_state.filter(|_| symbols.contains(UPDATE)) else {
             return Ok(None);
         };
         let range = symbols.range(UPDATE)?;
         let target_state = symbols.address(TARGET)?;
         let code = memory.bytes(range.start, range.len().min(MAX_CODE), 512)?;
-        let pending_bit = read(&code, range.start, target_state, patch_state)?;
+        let pending_bit = pending_bit(&code, range.start, target_state, patch_state)?;
         Ok(Some(KlpState {
             pending_bit,
             patch_state,
@@ -78,13 +79,13 @@ impl KlpState {
     }
 }
 
-/// Reads the bit from the function's code:
-/// `lock btr $bit,(%rdi)` (the test and clear of `task_thread_info(task)->flags`), then
-/// `mov klp_target_state(%rip),%eax` and `mov %eax,patch_state(%rdi)`.
-fn read(code: &[u8], start: Gva, target: Gva, state: Field) -> Result<u32, LivepatchError> {
-    let missing = |what| LivepatchError::Code { at: start, what };
-    // The flags are the first word of the task: (%rdi) has no displacement.
-    // On one CPU the kernel turns each lock prefix into one that does nothing (`alternatives_smp_unlock`).
+/// Reads the bit from the function's code: `lock btr $bit,(%rdi)` (the test and clear of
+/// `task_thread_info(task)->flags`), then `mov klp_target_state(%rip),%eax` and `mov
+/// %eax,patch_state(%rdi)`.
+fn pending_bit(code: &[u8], start: Gva, target: Gva, state: Field) -> Result<u32, KlpError> {
+    let missing = |what| KlpError::Code { at: start, what };
+    // The flags are the first word of the task, so (%rdi) has no displacement. On one CPU the
+    // kernel replaces each lock prefix by one that does nothing (`alternatives_smp_unlock`).
     let (clear, bit) = [
         &[0xf0, 0x48, 0x0f, 0xba, 0x37][..],
         &[0x3e, 0x48, 0x0f, 0xba, 0x37],
@@ -96,23 +97,23 @@ fn read(code: &[u8], start: Gva, target: Gva, state: Field) -> Result<u32, Livep
         let at = position(code, opcode)? + opcode.len();
         Some((at, *code.get(at)?))
     })
-    .ok_or(missing("how it clears its TIF bit"))?;
+    .ok_or(missing("the instruction that clears its TIF bit"))?;
     let load = loads_of(code, start, target)
         .find(|&at| at > clear)
-        .ok_or(missing("where it reads klp_target_state"))?;
+        .ok_or(missing("the instruction that reads klp_target_state"))?;
     let rest = code.get(load..).unwrap_or_default();
     let store = position(rest, &[0x89, 0x87]).map(|at| load + at + 2);
     let offset = store
         .and_then(|at| word(code, at))
-        .ok_or(missing("where it stores the patch state"))?;
+        .ok_or(missing("the instruction that stores the patch state"))?;
     if u64::from(offset) != state.offset {
-        return Err(LivepatchError::Disagree {
+        return Err(KlpError::Disagree {
             code: u64::from(offset),
             btf: state.offset,
         });
     }
     if bit >= 64 {
-        return Err(missing("a bit that the TIF flags have"));
+        return Err(missing("a TIF bit below 64"));
     }
     Ok(u32::from(bit))
 }
@@ -159,36 +160,36 @@ mod tests {
     }
 
     #[test]
-    fn the_bit_is_read_where_all_agrees() {
-        assert_eq!(read(&code(13, 0x145c), START, TARGET, STATE), Ok(13));
-        assert_eq!(read(&code(9, 0x145c), START, TARGET, STATE), Ok(9));
+    fn the_bit_is_read_where_code_and_types_agree() {
+        assert_eq!(pending_bit(&code(13, 0x145c), START, TARGET, STATE), Ok(13));
+        assert_eq!(pending_bit(&code(9, 0x145c), START, TARGET, STATE), Ok(9));
     }
 
     #[test]
-    fn one_cpu_locks_nothing() {
+    fn a_lock_prefix_replaced_on_one_cpu_is_understood() {
         let mut code = code(13, 0x145c);
         code[5] = 0x3e;
-        assert_eq!(read(&code, START, TARGET, STATE), Ok(13));
+        assert_eq!(pending_bit(&code, START, TARGET, STATE), Ok(13));
     }
 
     #[test]
     fn disagreement_is_an_error() {
         assert_eq!(
-            read(&code(13, 0x1460), START, TARGET, STATE),
-            Err(LivepatchError::Disagree {
+            pending_bit(&code(13, 0x1460), START, TARGET, STATE),
+            Err(KlpError::Disagree {
                 code: 0x1460,
                 btf: 0x145c
             })
         );
-        assert!(read(&code(64, 0x145c), START, TARGET, STATE).is_err());
-        assert!(read(&code(13, 0x145c), START, TARGET.add(4), STATE).is_err());
+        assert!(pending_bit(&code(64, 0x145c), START, TARGET, STATE).is_err());
+        assert!(pending_bit(&code(13, 0x145c), START, TARGET.add(4), STATE).is_err());
     }
 
     #[test]
     fn code_that_ends_early_is_an_error() {
         let code = code(13, 0x145c);
         for len in 0..code.len() - 1 {
-            assert!(read(&code[..len], START, TARGET, STATE).is_err());
+            assert!(pending_bit(&code[..len], START, TARGET, STATE).is_err());
         }
     }
 }

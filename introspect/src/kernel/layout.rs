@@ -1,187 +1,197 @@
-//! Where the fields lie that this program reads, resolved once from the guest's own BTF.
+//! Where the fields lie that introspection reads, resolved once from the guest's own BTF.
 //!
-//! Knows names of types and members, never numbers. A field that a generation lacks is an `Option`; the error for any other
-//! names what is missing. What only one other place needs, that place asks BTF for itself.
+//! Knows names of types and members, never numbers. A field that a generation lacks is an `Option`;
+//! the error for any other names what is missing. A field that only one other module needs is
+//! resolved there.
 
 use crate::addr::Gva;
 use crate::btf::{Btf, BtfError};
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
 
-/// Every field, by the structure it is in.
+/// Every field, by the structure that it is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Layout {
-    /// `struct task_struct` and what is inside it.
+    /// Fields of `struct task_struct`, and of the structures inside it.
     pub task: TaskLayout,
-    /// `struct signal_struct`.
+    /// Fields of `struct signal_struct`, which the threads of a process share.
     pub signal: SignalLayout,
-    /// `struct module`.
+    /// Fields of `struct module`.
     pub module: ModuleLayout,
-    /// `struct list_head`'s `next`.
+    /// `list_head.next`.
     pub list_next: Field,
-    /// Locks.
+    /// The words that say whether a lock is held.
     pub lock: LockLayout,
 }
 
-/// `struct task_struct`.
+/// Fields of `struct task_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TaskLayout {
     /// `thread_info.flags`: the TIF bits.
     pub thread_flags: Field,
-    /// The CPU it last ran on.
+    /// `thread_info.cpu`, or `cpu`: the CPU that the task runs on or last ran on.
     pub cpu: Field,
-    /// `__state`; `state`, 8 bytes, before 5.14.
+    /// `__state` (`state`, 8 bytes, before 5.14): why the task does not run; 0 if it can.
     pub state: Field,
-    /// `exit_state`.
+    /// `exit_state`: how far the task's exit is; 0 before it.
     pub exit_state: Field,
-    /// `stack`: the lowest address of its stack.
+    /// `stack`: the lowest address of the task's kernel stack.
     pub stack: Field,
-    /// `stack_refcount`.
+    /// `stack_refcount`: references to the kernel stack; 0 once it is freed.
     pub stack_refcount: Field,
     /// `flags`: the PF bits.
     pub flags: Field,
-    /// `on_cpu`: 4 bytes, or 1.
+    /// `on_cpu`, 4 bytes or 1: whether a CPU runs the task.
     pub on_cpu: Field,
-    /// `tasks`: the list of processes.
+    /// `tasks`: the link in the list of processes.
     pub tasks: Field,
-    /// `thread_node`: the list of a process's threads.
+    /// `thread_node`: the link in the list of the process's threads.
     pub thread_node: Field,
-    /// `pid`.
+    /// `pid`: the thread id.
     pub pid: Field,
-    /// `tgid`.
+    /// `tgid`: the process id.
     pub tgid: Field,
-    /// `comm`.
+    /// `comm`: the name, 16 bytes.
     pub comm: Field,
-    /// `signal`.
+    /// `signal`: the pointer to the process's `signal_struct`.
     pub signal: Field,
-    /// `nvcsw`: voluntary context switches.
+    /// `nvcsw`: the count of voluntary context switches.
     pub nvcsw: Field,
-    /// `nivcsw`: involuntary ones.
+    /// `nivcsw`: the count of involuntary context switches.
     pub nivcsw: Field,
     /// `stack_canary`: a random number.
     pub stack_canary: Option<Field>,
-    /// `start_time`: when it was made.
+    /// `start_time`: the time at which the task was created, in nanoseconds since boot.
     pub start_time: Option<Field>,
     /// `thread.sp`: the saved stack pointer.
     pub sp: Field,
-    /// `patch_state`.
+    /// `patch_state`: the livepatch state; with `CONFIG_LIVEPATCH` only.
     pub patch_state: Option<Field>,
 }
 
-/// `struct signal_struct`.
+/// Fields of `struct signal_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SignalLayout {
-    /// `thread_head`: the process's threads.
+    /// `thread_head`: the head of the list of the process's threads.
     pub thread_head: Field,
 }
 
-/// `struct module`.
+/// Fields of `struct module`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleLayout {
-    /// `state`.
+    /// `state`: an `enum module_state`.
     pub state: Field,
-    /// `list`.
+    /// `list`: the link in the list of modules.
     pub list: Field,
-    /// `name`.
+    /// `name`: the name, an array of bytes.
     pub name: Field,
-    /// Where its memory is described.
+    /// The fields that say where the module's code lies.
     pub memory: ModuleMemoryLayout,
-    /// `kallsyms`: pointer to its symbols.
+    /// `kallsyms`: the pointer to the module's `struct mod_kallsyms`.
     pub kallsyms: Option<Field>,
-    /// `struct mod_kallsyms`.
+    /// Fields of `struct mod_kallsyms`; with `CONFIG_KALLSYMS` only.
     pub symbols: Option<ModuleSymbolsLayout>,
-    /// `arch`'s unwind data.
+    /// Fields of `arch` that lead to the module's unwind data; with the ORC unwinder only.
     pub orc: Option<ModuleOrcLayout>,
 }
 
-/// How a module says where its text is.
+/// The fields that say where a module's code lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModuleMemoryLayout {
     /// `core_layout` and `init_layout` (up to 6.3).
     Layouts {
-        /// `core_layout`'s `base` and `text_size`.
+        /// `base` and `text_size` of `core_layout`.
         core: Extent,
-        /// `init_layout`'s.
+        /// `base` and `text_size` of `init_layout`.
         init: Extent,
     },
-    /// `mem[]`, one for each sort of memory (6.4 on).
+    /// `mem[]`, with an element for each type of memory (6.4 on).
     Memories {
-        /// `mem[MOD_TEXT]`'s `base` and `size`.
+        /// `base` and `size` of `mem[MOD_TEXT]`.
         core: Extent,
-        /// `mem[MOD_INIT_TEXT]`'s.
+        /// `base` and `size` of `mem[MOD_INIT_TEXT]`.
         init: Extent,
     },
 }
 
-/// A piece of memory that two fields describe.
+/// Two fields that describe a range of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Where it begins.
+    /// The address at which it begins.
     pub base: Field,
-    /// How many bytes.
+    /// Its length in bytes.
     pub size: Field,
 }
 
-/// `struct mod_kallsyms`.
+/// Fields of `struct mod_kallsyms`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleSymbolsLayout {
-    /// `symtab`: ELF symbols.
+    /// `symtab`: the pointer to the ELF symbols.
     pub symtab: Field,
-    /// `num_symtab`.
+    /// `num_symtab`: the number of symbols.
     pub count: Field,
-    /// `strtab`.
+    /// `strtab`: the pointer to the names.
     pub strtab: Field,
-    /// `typetab`: the letter of each.
+    /// `typetab`: the pointer to the letters, one byte a symbol.
     pub types: Field,
-    /// What the module exports.
+    /// The fields that lead to the symbols that the module exports.
     pub exports: ExportsLayout,
 }
 
-/// Where a module says what it exports to all (`EXPORT_SYMBOL`; from 7.x on, to whomever).
+/// The fields that lead to the symbols that a module exports to all modules (`EXPORT_SYMBOL`), and
+/// from 7.x on to all symbols that it exports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportsLayout {
-    /// `module.syms`.
+    /// `module.syms`: the pointer to an array of `struct kernel_symbol`.
     pub symbols: Field,
-    /// `module.num_syms`.
+    /// `module.num_syms`: the number of its elements.
     pub count: Field,
-    /// Bytes of a `struct kernel_symbol`.
+    /// The size of a `struct kernel_symbol` in bytes.
     pub size: u64,
-    /// `kernel_symbol.value_offset`.
+    /// `kernel_symbol.value_offset`: the distance from this field to the symbol.
     pub value: Field,
-    /// `kernel_symbol.name_offset`.
+    /// `kernel_symbol.name_offset`: the distance from this field to the name.
     pub name: Field,
 }
 
-/// `struct mod_arch_specific`: unwind data.
+/// Fields of `struct mod_arch_specific` that lead to unwind data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleOrcLayout {
-    /// `num_orcs`.
+    /// `num_orcs`: the number of ORC entries.
     pub count: Field,
-    /// `orc_unwind_ip`.
+    /// `orc_unwind_ip`: the pointer to their addresses.
     pub ips: Field,
-    /// `orc_unwind`.
+    /// `orc_unwind`: the pointer to the entries.
     pub entries: Field,
 }
 
-/// Locks.
+/// The words that say whether a lock is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LockLayout {
-    /// A `struct mutex`: somebody has it, or is being given it.
+    /// A `struct mutex`: it is held, or is being handed over.
     pub mutex: LockWord,
-    /// An `rwlock_t`: a writer has it.
+    /// An `rwlock_t`: it is held for writing.
     pub rwlock_writer: LockWord,
 }
 
-/// How a sort of lock says that it is held.
+/// How a type of lock shows that it is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockWord {
-    /// Its field that does.
+    /// The field that shows it.
     pub field: Field,
-    /// One of these bits is set in it while the lock is held.
+    /// At least one of these bits is set in the field while the lock is held.
     pub held: u64,
 }
 
 impl LockWord {
-    /// Whether the lock at `lock` is held. Constant.
+    /// Whether the lock at `lock` is held. Reads one word.
     ///
     /// # Errors
     /// [`ReadError`] when it cannot be read.
@@ -191,10 +201,10 @@ impl LockWord {
 }
 
 impl Layout {
-    /// Resolves every field.
+    /// Resolves every field from BTF.
     ///
     /// # Errors
-    /// [`BtfError`], naming the first type or member that is missing.
+    /// [`BtfError`], with the first type or member that is missing.
     pub fn resolve(btf: &Btf) -> Result<Layout, BtfError> {
         Ok(Layout {
             task: task(btf)?,
@@ -208,7 +218,7 @@ impl Layout {
     }
 }
 
-/// What `resolve` gives, where the kernel has the thing at all.
+/// The result of `resolve` where `has` is true.
 fn when<T>(
     has: bool,
     resolve: impl FnOnce() -> Result<T, BtfError>,
@@ -241,8 +251,9 @@ fn task(btf: &Btf) -> Result<TaskLayout, BtfError> {
     })
 }
 
-/// With `CONFIG_PREEMPT_RT` a mutex is an `rt_mutex`, and a writer of an `rwlock_t` says so by a bit of the count of readers
-/// (`include/linux/rwbase_rt.h: WRITER_BIAS`; up to 5.14 in the rt patches' `kernel/locking/rwlock-rt.c`).
+/// With `CONFIG_PREEMPT_RT` a mutex is an `rt_mutex`, and an `rwlock_t` that is held for writing
+/// shows it by a bit of the count of readers (`include/linux/rwbase_rt.h: WRITER_BIAS`; up to 5.14
+/// in the rt patches' `kernel/locking/rwlock-rt.c`).
 fn lock(btf: &Btf) -> Result<LockLayout, BtfError> {
     const ANY: u64 = u64::MAX;
     const WRITER_BIAS: u64 = 1 << 30;
@@ -307,8 +318,8 @@ fn module_memory(btf: &Btf) -> Result<ModuleMemoryLayout, BtfError> {
     };
     let base = btf.field("module_memory.base")?;
     let size = btf.field("module_memory.size")?;
-    let extent = |sort: &str| {
-        let index = btf.enum_value(sort)?.cast_unsigned();
+    let extent = |kind: &str| {
+        let index = btf.enum_value(kind)?.cast_unsigned();
         let inside = |field: Field| Field {
             offset: memories
                 .offset

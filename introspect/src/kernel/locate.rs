@@ -1,9 +1,11 @@
-//! From a vCPU's registers to where the kernel image lies: virtual and physical base, under KASLR and page table isolation.
+//! Locates the kernel image from a vCPU's registers: its virtual and physical base, under KASLR and
+//! page table isolation.
 //!
-//! A vCPU names addresses inside the image whatever it is doing: its system call entry (LSTAR), its interrupt gates, its FRED
-//! entry, and, in the kernel, its instruction pointer. From any of them the image's start is as far down as memory is mapped
-//! without a break, because nothing else is mapped below it (`arch/x86/mm/init_64.c: cleanup_highmap`). Knows nothing of what is
-//! in the image but that.
+//! A vCPU holds addresses inside the image whatever it does: its system call entry (LSTAR), its
+//! interrupt gates, its FRED entry, and, in the kernel, its instruction pointer. From any of them
+//! the image's start is as far down as memory is mapped without a gap, because nothing else is
+//! mapped below it (`arch/x86/mm/init_64.c: cleanup_highmap`). Must not know anything else about
+//! what is in the image.
 
 use vm_memory::GuestAddress;
 
@@ -13,49 +15,55 @@ use crate::memory::kernel::KernelMemory;
 use crate::memory::paging::AddressSpace;
 use crate::vcpu::VcpuRegs;
 
-/// `__START_KERNEL_map`, and `KERNEL_IMAGE_SIZE` behind it: no image lies elsewhere (`asm/page_64_types.h`).
-pub const IMAGE_WINDOW: GvaRange =
+/// From `__START_KERNEL_map` on, `KERNEL_IMAGE_SIZE` bytes: no image lies elsewhere
+/// (`asm/page_64_types.h`).
+pub(crate) const IMAGE_RANGE: GvaRange =
     GvaRange::new(Gva(0xffff_ffff_8000_0000), Gva(0xffff_ffff_c000_0000));
-/// Images begin at a multiple of this (`CONFIG_PHYSICAL_ALIGN`), and are mapped with pages of it.
+/// Images begin at a multiple of this (`CONFIG_PHYSICAL_ALIGN`), and are mapped with pages of this
+/// size.
 const STEP: u64 = 2 << 20;
-/// No image is longer: the largest of a stock kernel has about 64 MiB.
+/// The most bytes that an image may have: the largest of a stock kernel has about 64 MiB.
 const MAX_IMAGE: u64 = 256 << 20;
-/// Each place may cost a look at a whole image, and each vCPU of a hostile guest can show another.
+/// The most places that are tried. Each may cost a search of a whole image, and each vCPU of a
+/// hostile guest can show another.
 const MAX_CANDIDATES: usize = 4;
+/// The most entries of an interrupt descriptor table, and the bytes of one.
 const GATES: usize = 256;
 const GATE: usize = 16;
 
-/// A place where a kernel image seems to be.
+/// A place where a kernel image seems to lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// The tables that map it.
-    pub space: AddressSpace,
-    /// Where it begins (`_text`).
-    pub base: Gva,
-    /// The same in physical memory.
-    pub phys: GuestAddress,
-    /// Behind the last page of it that is mapped.
-    pub end: Gva,
+pub(crate) struct Candidate {
+    /// The page tables that map it.
+    pub(crate) space: AddressSpace,
+    /// The virtual address at which it begins (`_text`).
+    pub(crate) base: Gva,
+    /// The physical address of the same.
+    pub(crate) phys: GuestAddress,
+    /// The end of the last page of it that is mapped.
+    pub(crate) end: Gva,
 }
 
 impl Candidate {
-    /// Whether the two lead to the same image: vCPUs have each their own tables, and all map the kernel alike.
+    /// Whether the two are the same image: each vCPU has page tables of its own, and all map the
+    /// kernel alike.
     fn is_same(&self, other: &Candidate) -> bool {
         let place = |c: &Candidate| (c.base, c.phys, c.end, c.space.levels);
         place(self) == place(other)
     }
 }
 
-/// Every place that the vCPUs' registers lead to, most likely first, each once; none early in boot.
-#[must_use]
-pub fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
+/// Every place that the vCPUs' registers lead to, the most likely first, each once; empty early in
+/// boot.
+pub(crate) fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
     let mut found: Vec<Candidate> = Vec::new();
     for regs in vcpus.iter().filter(|regs| regs.online && !regs.foreign) {
         let Some(space) = AddressSpace::of_vcpu(regs) else {
             continue;
         };
-        // In user mode under page table isolation the vCPU is on the user's half, which maps the entry text and no more. The
-        // kernel's half of a kernel without isolation is some other page: what it leads to is then no image.
+        // Under page table isolation a vCPU in user mode is on the user's page tables, which map
+        // the entry text and no more. Without isolation, the page that would be the kernel's tables
+        // is some other page, and leads to no image.
         for space in [space.kernel_half(), space] {
             let memory = KernelMemory::new(phys, space);
             for hint in hints(&memory, regs) {
@@ -74,7 +82,7 @@ pub fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
     found
 }
 
-/// Addresses inside the image, by what the vCPU would do at its next entry to the kernel.
+/// Addresses inside the image: where the vCPU would continue at its next kernel entry.
 fn hints(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
     let mut hints = vec![Gva(regs.lstar)];
     hints.extend(regs.fred_config.map(|config| Gva(config & !0xfff)));
@@ -82,12 +90,12 @@ fn hints(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
         hints.push(Gva(regs.rip));
     }
     hints.extend(gates(memory, regs));
-    hints.retain(|hint| IMAGE_WINDOW.contains(*hint));
+    hints.retain(|hint| IMAGE_RANGE.contains(*hint));
     hints.dedup_by_key(|hint| hint.0 / STEP);
     hints
 }
 
-/// Where the interrupt gates lead (Intel SDM volume 3, figure 7-8).
+/// The entry points in the interrupt gates (Intel SDM volume 3, figure 7-8).
 fn gates(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
     let count = ((usize::from(regs.idt_limit) + 1) / GATE).min(GATES);
     let mut raw = vec![0; count * GATE];
@@ -105,11 +113,11 @@ fn gates(memory: &KernelMemory<'_>, regs: &VcpuRegs) -> Vec<Gva> {
         .collect()
 }
 
-/// The image around `hint`: contiguous in physical memory too.
+/// The image around `hint`: contiguous in virtual and in physical memory.
 fn image(memory: &KernelMemory<'_>, hint: Gva) -> Option<Candidate> {
     let frame = |gva| {
         let mapping = memory.translate(gva).ok()?;
-        IMAGE_WINDOW.contains(gva).then_some(mapping.gpa)
+        IMAGE_RANGE.contains(gva).then_some(mapping.gpa)
     };
     let mut base = Gva(hint.0 & !(STEP - 1));
     let mut phys = frame(base)?;
@@ -122,7 +130,8 @@ fn image(memory: &KernelMemory<'_>, hint: Gva) -> Option<Candidate> {
     }
     let mut end = base;
     for step in 0..MAX_IMAGE / STEP {
-        // Parts of the image are given back and unmapped once the guest has booted: the last mapped page counts.
+        // Parts of the image are freed and unmapped once the guest has booted: the last page that
+        // is mapped counts.
         let gva = base.add(step * STEP);
         if frame(gva).is_some_and(|gpa| gpa.0.wrapping_sub(phys.0) == step * STEP) {
             end = gva.add(STEP);
@@ -141,7 +150,7 @@ mod tests {
     use super::*;
     use crate::testing::Ram;
 
-    /// A vCPU whose tables at `root` map `entry` at the start of the image window.
+    /// A vCPU whose page tables at `root` map `entry` at the start of the image range.
     fn vcpu(ram: &mut Ram, root: u64, entry: u64) -> VcpuRegs {
         let at = |offset: u64| usize::try_from(root + offset).unwrap();
         ram.u64(at(8 * 511), (root + 0x1000) | 3);
@@ -151,7 +160,7 @@ mod tests {
             cr0: 1 << 31,
             efer: 1 << 10,
             cr3: root,
-            lstar: IMAGE_WINDOW.start.0 + 0x1000,
+            lstar: IMAGE_RANGE.start.0 + 0x1000,
             online: true,
             ..VcpuRegs::default()
         }
@@ -175,7 +184,7 @@ mod tests {
         assert_eq!(candidates(&ram, &vcpus).len(), MAX_CANDIDATES);
     }
 
-    /// What a dump that lacks the system call entry's MSR leaves to go by, with the vCPU in user mode.
+    /// The case of a dump that lacks the MSR of the system call entry, with the vCPU in user mode.
     #[test]
     fn interrupt_gates_alone_lead_to_the_image() {
         let mut ram = Ram::new(0x10_0000);

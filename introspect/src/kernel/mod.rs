@@ -1,26 +1,23 @@
-//! A guest's kernel: everything that is fixed once it has booted, found in one pause.
+//! `Kernel`: everything about a guest's kernel that is fixed once it has booted, found in one
+//! pause.
 //!
-//! Puts the parts together and cross-checks them; how each is found, its own module knows.
+//! Puts the parts together and cross-checks them. How each part is found is the business of its own
+//! module.
 
 mod kallsyms_search;
-pub mod klp;
-pub mod layout;
-pub mod locate;
-pub mod percpu;
-pub mod stack_areas;
-pub mod tif;
+mod klp;
+mod layout;
+mod locate;
+mod percpu;
+mod stack_areas;
+mod tif;
 
 use vm_memory::GuestAddress;
 
 use crate::addr::{Gva, GvaRange};
 use crate::btf::{Btf, BtfError};
 use crate::kernel::kallsyms_search::Search;
-use crate::kernel::klp::{KlpState, LivepatchError};
-use crate::kernel::layout::Layout;
-use crate::kernel::locate::{Candidate, IMAGE_WINDOW};
-use crate::kernel::percpu::{PerCpu, PerCpuError};
-use crate::kernel::stack_areas::{StackAreaError, StackAreas};
-use crate::kernel::tif::ThreadFlags;
+use crate::kernel::locate::{Candidate, IMAGE_RANGE};
 use crate::memory::PhysMemory;
 use crate::memory::kernel::{KernelMemory, ReadError};
 use crate::memory::paging::AddressSpace;
@@ -28,59 +25,76 @@ use crate::symbols::kallsyms::KallsymsError;
 use crate::symbols::{Symbol, SymbolError, Symbols};
 use crate::vcpu::VcpuRegs;
 
-/// It has a page (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
+pub use klp::{KlpError, KlpState};
+pub use layout::{
+    ExportsLayout, Extent, Layout, LockLayout, LockWord, ModuleLayout, ModuleMemoryLayout,
+    ModuleOrcLayout, ModuleSymbolsLayout, SignalLayout, TaskLayout,
+};
+pub use percpu::{PerCpu, PerCpuError, PerCpuKind};
+pub use stack_areas::{StackArea, StackAreaError, StackAreas, StackType};
+pub use tif::ThreadFlags;
+
+pub(crate) use stack_areas::MAX_STACK;
+
+/// The most bytes of vmcoreinfo that are read; the kernel has one page of it
+/// (`include/linux/vmcore_info.h: VMCOREINFO_BYTES`).
 const MAX_VMCOREINFO: usize = 64 << 10;
-/// The largest BTF of a stock kernel has 7 MiB.
+/// The most bytes of BTF that are read; the largest of a stock kernel has 7 MiB.
 const MAX_BTF: usize = 16 << 20;
+/// The most bytes of `linux_banner` that are read.
 const MAX_BANNER: usize = 512;
 
-/// A guest's kernel. Good as long as the guest is not reset.
+/// A guest's kernel. Valid until the guest is reset.
 #[derive(Debug)]
 pub struct Kernel {
-    /// `_text`, where the image begins in virtual memory.
+    /// `_text`: the virtual address at which the kernel image begins.
     pub base: Gva,
-    /// The same in physical memory; the whole image is contiguous there.
+    /// The physical address of the same; the whole image is contiguous there.
     pub phys: GuestAddress,
-    /// The kernel's `phys_base`: what added to a distance from `__START_KERNEL_map` gives a physical address, modulo 2^64.
+    /// The kernel's `phys_base`: added to a distance from `__START_KERNEL_map`, it gives a physical
+    /// address, modulo 2^64.
     pub phys_base: u64,
-    /// The kernel's own tables (`init_top_pgt`): unlike a task's, always there.
+    /// The kernel's own page tables (`init_top_pgt`). Unlike a task's, they always exist.
     pub space: AddressSpace,
-    /// `Linux version …`, without its line end.
+    /// The kernel's banner, `Linux version …`, without its line end.
     pub banner: String,
-    /// As `uname -r` says it.
+    /// The kernel's release, as `uname -r` prints it.
     pub release: String,
-    /// Symbols of the core kernel.
+    /// The symbols of the core kernel, without those of modules.
     pub symbols: Symbols,
-    /// Types of the core kernel.
+    /// The types of the core kernel, without those of modules.
     pub btf: Btf,
-    /// Fields of the structures that are read.
+    /// Where the fields lie that are read of the kernel's structures.
     pub layout: Layout,
-    /// Per-CPU areas.
+    /// Where each CPU keeps its per-CPU variables.
     pub percpu: PerCpu,
-    /// What livepatching needs; `None` for a kernel without it.
+    /// Where the kernel keeps its livepatch state; `None` without `CONFIG_LIVEPATCH`.
     pub livepatch: Option<KlpState>,
-    /// TIF bits.
+    /// The numbers of TIF bits that BTF does not have.
     pub tif: ThreadFlags,
-    /// Where the core kernel's code is.
+    /// Where the core kernel's code lies.
     pub text: TextRanges,
-    /// Where stacks are.
-    places: Result<StackAreas, StackAreaError>,
-    /// How to find the current task of a CPU: the per-CPU variable that points to it.
+    /// Where the stacks lie, or why that is not known.
+    stack_areas: Result<StackAreas, StackAreaError>,
+    /// The per-CPU variable that points to the current task of a CPU.
     current: Gva,
-    /// Random since this boot, where the kernel has it: the stack canary of the boot CPU's idle task.
+    /// A value that is random for each boot, and its address: the stack canary of the boot CPU's
+    /// idle task, where the kernel has one.
     boot_canary: Option<(Gva, u64)>,
 }
 
-/// Where the core kernel's code is.
+/// The ranges of the core kernel's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TextRanges {
-    /// `[_stext, _etext)`.
+    /// `[_stext, _etext)`: all code but that of initialization.
     pub core: GvaRange,
-    /// `[_sinittext, _einittext)`: given back after boot, but still on the stack of `swapper/0`.
+    /// `[_sinittext, _einittext)`: initialization code. It is freed after boot, but is still on the
+    /// stack of `swapper/0`.
     pub init: GvaRange,
-    /// `[__entry_text_start, __entry_text_end)`: entry from and exit to user mode.
+    /// `[__entry_text_start, __entry_text_end)`: kernel entry and exit.
     pub entry: GvaRange,
-    /// `[__sched_text_start, __sched_text_end)`: the scheduler, left out of `/proc/PID/stack`.
+    /// `[__sched_text_start, __sched_text_end)`: the scheduler, which `/proc/PID/stack` leaves out.
     pub sched: GvaRange,
 }
 
@@ -88,15 +102,15 @@ pub struct TextRanges {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FindError {
-    /// The guest has not booted so far: try again later.
+    /// The guest has not finished booting: try again later.
     #[error("the guest's kernel is not up yet: {0}")]
     NotReady(NotReady),
-    /// An image, but no symbols in it.
+    /// There is a kernel image, but no symbol table in it.
     #[error("kernel image at {base}: {error}")]
     Kallsyms {
-        /// Where the image is.
+        /// The virtual address of the image.
         base: Gva,
-        /// What is missing.
+        /// The table that is missing.
         error: KallsymsError,
     },
     /// A symbol that every kernel has is missing.
@@ -105,50 +119,54 @@ pub enum FindError {
     /// The kernel's types cannot be read, or lack something.
     #[error(transparent)]
     Btf(#[from] BtfError),
-    /// Memory that the kernel must have cannot be read.
+    /// Memory that every kernel has cannot be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Per-CPU variables cannot be found.
+    /// Per-CPU variables cannot be located.
     #[error(transparent)]
     PerCpu(#[from] PerCpuError),
-    /// Livepatching cannot be understood.
+    /// The kernel has livepatching, but its code is not as expected.
     #[error(transparent)]
-    KlpState(#[from] LivepatchError),
-    /// Two ways to the same thing lead to different places.
+    Klp(#[from] KlpError),
+    /// The kernel's variables and the page tables disagree on an address.
     #[error(
-        "the guest contradicts itself: {what} is {found:#x} by its own word, {expected:#x} by its page tables"
+        "inconsistent guest: \
+         {what} is {found:#x} in its variables, {expected:#x} in its page tables"
     )]
     Contradiction {
-        /// What.
+        /// The address that they disagree on.
         what: &'static str,
-        /// What the kernel's variable says.
+        /// The value in the kernel's variables.
         found: u64,
-        /// What the page tables say.
+        /// The value by the page tables.
         expected: u64,
     },
 }
 
-/// How far the guest is.
+/// Why a guest has no kernel to introspect yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NotReady {
-    /// No vCPU's registers lead to a kernel image: firmware, decompressor, or the first instructions.
+    /// No vCPU's registers lead to a kernel image: the guest runs firmware, the decompressor, or
+    /// the kernel's first instructions.
     #[error("no vCPU shows a kernel image")]
     NoImage,
-    /// The image is there, but its `system_state` is before `SYSTEM_RUNNING`.
+    /// There is an image, but its `system_state`, given here, is before `SYSTEM_RUNNING`.
     #[error("still booting (system_state is {0})")]
     Booting(u32),
 }
 
 impl Kernel {
-    /// Finds the kernel from memory and the registers of stopped vCPUs alone.
+    /// Finds the kernel, from memory and the registers of stopped vCPUs alone.
     ///
-    /// Reads the kernel's image from end to end, and its types. All that it keeps is fixed once the guest runs
-    /// (`system_state` is `SYSTEM_RUNNING`), so it depends on no lock; the vCPUs may run on while it reads, if one of the page tables that
-    /// their registers name stays. Linear in the image: hundreds of milliseconds for a stock kernel. Good as long as the guest is not reset.
+    /// Reads the kernel image from end to end, and its types. All that is kept is fixed once the
+    /// guest runs (`system_state` is `SYSTEM_RUNNING`), so no lock matters. The vCPUs may run
+    /// during the call, as long as one of the page tables that their registers name remains. Linear
+    /// in the image: hundreds of milliseconds for a stock kernel.
     ///
     /// # Errors
-    /// [`FindError::NotReady`] when it is too early; any other when it is no kernel that we understand.
+    /// [`FindError::NotReady`] when the guest has not booted; any other when its kernel is not
+    /// understood.
     pub fn find(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Kernel, FindError> {
         let mut error = FindError::NotReady(NotReady::NoImage);
         let mut search = Search::new();
@@ -177,7 +195,7 @@ impl Kernel {
         let memory = KernelMemory::new(phys, space);
         let phys_base = phys_base(candidate, &symbols, &memory)?;
         let btf = btf(&symbols, &memory)?;
-        ready(&symbols, &btf, &memory)?;
+        check_running(&symbols, &btf, &memory)?;
         let layout = Layout::resolve(&btf)?;
         let banner = memory.cstr(symbols.address("linux_banner")?, MAX_BANNER)?;
         let current = match symbols.address("pcpu_hot") {
@@ -188,7 +206,7 @@ impl Kernel {
         let percpu = PerCpu::find(&symbols, &memory)?;
         Ok(Kernel {
             boot_canary,
-            places: StackAreas::resolve(&symbols, &btf, &percpu),
+            stack_areas: StackAreas::resolve(&symbols, &btf, &percpu),
             base: candidate.base,
             phys: candidate.phys,
             phys_base,
@@ -206,13 +224,14 @@ impl Kernel {
         })
     }
 
-    /// Whether nothing shows that the guest runs another kernel than this one, of this boot: it can start one by itself (kexec). The
-    /// old one may lie untouched in memory then, but no vCPU enters it any more. A few reads, no lock.
+    /// Whether the guest still runs this kernel, of this boot, as far as can be seen: a guest can
+    /// start another one by itself (kexec). The old one may then lie unchanged in memory, but no
+    /// vCPU enters it again. A few reads, no lock.
     #[must_use]
     pub fn is_running(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
         let same_boot = self
             .boot_canary
-            .is_none_or(|(at, mark)| memory.u64(at) == Ok(mark));
+            .is_none_or(|(at, canary)| memory.u64(at) == Ok(canary));
         let banner = self.symbols.address("linux_banner").ok();
         let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
         let mut online = vcpus.iter().filter(|vcpu| vcpu.online && !vcpu.foreign);
@@ -221,10 +240,11 @@ impl Kernel {
             && online.all(|vcpu| self.may_be_run_by(memory, vcpu))
     }
 
-    /// Whether a vCPU's system calls lead into this kernel, and its tables, where they map it, to this image.
+    /// Whether a vCPU's system calls enter this kernel, and its page tables map this image, where
+    /// they map one at all.
     fn may_be_run_by(&self, memory: &KernelMemory<'_>, vcpu: &VcpuRegs) -> bool {
         let entry = self.symbols.address("entry_SYSCALL_64");
-        // Without a system call entry, as early in boot and with FRED, a vCPU says nothing.
+        // Early in boot and with FRED there is no system call entry, and the vCPU says nothing.
         let enters = vcpu.lstar == 0 || entry.is_ok_and(|entry| entry.0 == vcpu.lstar);
         let Some(space) = AddressSpace::of_vcpu(vcpu) else {
             return enters;
@@ -237,20 +257,21 @@ impl Kernel {
         enters && (images.peek().is_none() || images.any(|image| image == self.phys))
     }
 
-    /// The kernel's virtual memory, for one pause.
+    /// The kernel's virtual memory. Valid for one pause.
     #[must_use]
     pub fn memory<'m>(&self, phys: &'m dyn PhysMemory) -> KernelMemory<'m> {
         KernelMemory::new(phys, self.space)
     }
 
-    /// The core kernel's symbol that `gva` belongs to and the offset into it. Reads nothing; a binary search.
+    /// The symbol of the core kernel that `gva` belongs to, and the offset into it. Reads nothing
+    /// from the guest; a binary search.
     #[must_use]
     pub fn symbolize(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         self.symbols.at(gva)
     }
 
-    /// What the kernel has written down for readers of its crash dumps (`kernel/crash_core.c: vmcoreinfo_data`): lines of
-    /// `NAME=VALUE`. `None` for a kernel that cannot crash-dump.
+    /// What the kernel keeps for readers of its crash dumps (`kernel/crash_core.c:
+    /// vmcoreinfo_data`): lines of `NAME=VALUE`. `None` for a kernel without crash dumps.
     #[must_use]
     pub fn vmcoreinfo(&self, memory: &KernelMemory<'_>) -> Option<Vec<u8>> {
         let data = memory
@@ -268,7 +289,7 @@ impl Kernel {
         self.text.core.contains(gva) || self.text.init.contains(gva)
     }
 
-    /// Where an address in the image is in physical memory; `None` for one outside it.
+    /// The physical address of an address in the image; `None` outside the image.
     #[must_use]
     pub fn image_to_phys(&self, gva: Gva) -> Option<GuestAddress> {
         self.symbols
@@ -277,23 +298,24 @@ impl Kernel {
             .then(|| GuestAddress(self.phys.0.wrapping_add(gva.since(self.base))))
     }
 
-    /// Where this kernel's stacks are.
-    pub(crate) fn places(&self) -> Result<&StackAreas, StackAreaError> {
-        self.places.as_ref().map_err(Clone::clone)
+    /// Where this kernel's stacks lie.
+    pub(crate) fn stack_areas(&self) -> Result<&StackAreas, StackAreaError> {
+        self.stack_areas.as_ref().map_err(Clone::clone)
     }
 
-    /// The per-CPU variable that points to a CPU's current task: a symbol in the sense of [`PerCpu::address`].
+    /// The per-CPU variable that points to a CPU's current task: a symbol as [`PerCpu::address`]
+    /// takes it.
     #[must_use]
     pub fn current_variable(&self) -> Gva {
         self.current
     }
 
-    /// The task that `cpu` says it runs.
+    /// The task that `cpu` runs, by its own variable.
     ///
     /// # Errors
-    /// [`ReadError`]; also for a CPU that cannot be.
+    /// [`ReadError`], also for a CPU that is not possible.
     pub fn current_task(&self, memory: &KernelMemory<'_>, cpu: u32) -> Result<Gva, ReadError> {
-        // A CPU that cannot be has no area: its variable is nowhere.
+        // A CPU that is not possible has no per-CPU area.
         let variable = self.percpu.address(self.current, cpu).unwrap_or(Gva::NULL);
         memory.pointer(variable)
     }
@@ -310,7 +332,7 @@ impl TextRanges {
     }
 }
 
-/// The kernel's own tables, checked to map the image where the vCPU's do.
+/// The kernel's own page tables, after a check that they map the image where the vCPU's do.
 fn space(
     phys: &dyn PhysMemory,
     candidate: Candidate,
@@ -340,7 +362,7 @@ fn phys_base(
     let expected = candidate
         .phys
         .0
-        .wrapping_sub(candidate.base.since(IMAGE_WINDOW.start));
+        .wrapping_sub(candidate.base.since(IMAGE_RANGE.start));
     let found = memory.u64(symbols.address("phys_base")?)?;
     if found != expected {
         return Err(FindError::Contradiction {
@@ -361,8 +383,9 @@ fn btf(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<Btf, FindError> {
     )?)?)
 }
 
-/// Before `SYSTEM_RUNNING` code is still being patched and given back, and there may be one task.
-fn ready(symbols: &Symbols, btf: &Btf, memory: &KernelMemory<'_>) -> Result<(), FindError> {
+/// Fails before `SYSTEM_RUNNING`: until then code is still being patched and freed, and there may
+/// be only one task.
+fn check_running(symbols: &Symbols, btf: &Btf, memory: &KernelMemory<'_>) -> Result<(), FindError> {
     let state = memory.u32(symbols.address("system_state")?)?;
     if i64::from(state) < btf.enum_value("SYSTEM_RUNNING")? {
         return Err(FindError::NotReady(NotReady::Booting(state)));
@@ -370,7 +393,7 @@ fn ready(symbols: &Symbols, btf: &Btf, memory: &KernelMemory<'_>) -> Result<(), 
     Ok(())
 }
 
-/// `Linux version RELEASE (…`.
+/// The address and value of the boot CPU's idle task's stack canary.
 fn boot_canary(
     symbols: &Symbols,
     layout: &Layout,
@@ -383,6 +406,7 @@ fn boot_canary(
     Some((at, memory.u64(at).ok()?))
 }
 
+/// The third word of the banner: `Linux version RELEASE (…`.
 fn release(banner: &str) -> String {
     let mut words = banner.split_whitespace();
     words.nth(2).unwrap_or_default().to_owned()

@@ -1,18 +1,19 @@
-//! Where a kernel's stacks lie: those of tasks, and those that each CPU has of its own.
+//! Where a kernel's stacks lie: those of tasks, and those of each CPU.
 //!
-//! Knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; it must not know what is on the stacks. Follows
-//! `arch/x86/kernel/dumpstack_64.c` and `arch/x86/include/asm/{cpu_entry_area,processor}.h`.
+//! Knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; must not know what is on
+//! the stacks. Follows `arch/x86/kernel/dumpstack_64.c` and
+//! `arch/x86/include/asm/{cpu_entry_area,processor}.h`.
 
 use crate::addr::{Gva, GvaRange};
 use crate::btf::{Btf, BtfError};
 use crate::kernel::percpu::PerCpu;
 use crate::memory::kernel::{Field, KernelMemory};
 use crate::symbols::{SymbolError, Symbols};
-use crate::unwind::stack_memory::{MAX_STACK, ReadMemory, StackArea, StackType};
 
 const PAGE: u64 = 4096;
 
-/// The exception stacks of a CPU, by their members in `struct cea_exception_stacks`. Not each kernel has all.
+/// The exception stacks of a CPU, by their members in `struct cea_exception_stacks`. Some kernels
+/// lack some of them.
 const EXCEPTION_STACKS: &[&str] = &[
     "cea_exception_stacks.DF_stack",
     "cea_exception_stacks.NMI_stack",
@@ -22,7 +23,7 @@ const EXCEPTION_STACKS: &[&str] = &[
     "cea_exception_stacks.VC2_stack",
 ];
 
-/// Why the stacks of a kernel are not to be found.
+/// Why the stacks of a kernel cannot be located.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StackAreaError {
@@ -32,43 +33,76 @@ pub enum StackAreaError {
     /// A type or a member is missing.
     #[error("cannot find the kernel's stacks: {0}")]
     Type(#[from] BtfError),
-    /// A stack of a size that stacks do not have.
-    #[error("the kernel says that {what} is {size:#x} bytes")]
+    /// A stack has a size that no stack has.
+    #[error("{what} has {size:#x} bytes, which is no size of a stack")]
     Size {
-        /// Which stack.
+        /// Which of the stacks.
         what: &'static str,
-        /// Its size.
+        /// Its size in bytes.
         size: u64,
     },
 }
 
-/// Where a kernel's stacks lie.
+/// The kernel's `enum stack_type`: what a stack is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StackType {
+    /// The kernel stack of a task.
+    Task,
+    /// A CPU's interrupt stack.
+    Irq,
+    /// One of a CPU's exception stacks (IST, or FRED's levels).
+    Exception,
+    /// A CPU's entry trampoline stack.
+    Entry,
+}
+
+impl StackType {
+    /// Whether the code that was interrupted to get here may be on another stack. Kernel entries
+    /// from user mode arrive on task and entry stacks, so no other stack follows those.
+    pub(crate) fn interrupts(self) -> bool {
+        matches!(self, StackType::Irq | StackType::Exception)
+    }
+}
+
+/// One stack, as the kernel's `struct stack_info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StackArea {
+    /// The type of the stack.
+    pub kind: StackType,
+    /// Its addresses.
+    pub range: GvaRange,
+}
+
+/// The most bytes of a stack (`THREAD_SIZE` with KASAN is 32 KiB).
+pub(crate) const MAX_STACK: u64 = 64 << 10;
+
+/// Where the stacks of a kernel lie.
 #[derive(Clone, Debug)]
 pub struct StackAreas {
     thread_size: u64,
     irq_size: u64,
     exceptions: Vec<Field>,
-    /// `estacks` and the entry stack within `struct cpu_entry_area`.
+    /// The exception stacks and the entry stack within `struct cpu_entry_area`.
     estacks: Field,
     entry: Field,
     cpus: Vec<CpuPointers>,
 }
 
-/// Where one CPU keeps the pointers to its stacks.
+/// The addresses of one CPU's pointers to its stacks.
 #[derive(Clone, Copy, Debug)]
 struct CpuPointers {
     cpu: u32,
     /// `hardirq_stack_ptr`: the end of the interrupt stack, or the last word in it.
     irq: Gva,
-    /// `cea_exception_stacks`.
+    /// `cea_exception_stacks`: its exception stacks in its `struct cpu_entry_area`.
     estacks: Gva,
 }
 
 impl StackAreas {
-    /// Finds them.
+    /// Resolves them from the kernel's symbols and types.
     ///
     /// # Errors
-    /// What is missing.
+    /// [`StackAreaError`] for the first thing that is missing.
     pub(crate) fn resolve(
         symbols: &Symbols,
         btf: &Btf,
@@ -109,36 +143,36 @@ impl StackAreas {
         }
     }
 
-    /// The stacks that code on `cpu` may be on besides a task's: as many as can be found.
+    /// The stacks besides the task's that code on `cpu` may be on, as far as they can be read.
     #[must_use]
     pub fn of_cpu(&self, memory: &KernelMemory<'_>, cpu: u32) -> Vec<StackArea> {
         let Some(pointers) = self.cpus.iter().find(|pointers| pointers.cpu == cpu) else {
             return Vec::new();
         };
-        let mut spans = Vec::with_capacity(self.exceptions.len() + 2);
+        let mut areas = Vec::with_capacity(self.exceptions.len() + 2);
         if let Ok(pointer) = memory.pointer(pointers.irq)
             && let Some(top) = pointer.0.checked_next_multiple_of(PAGE)
         {
-            spans.push(StackArea {
+            areas.push(StackArea {
                 kind: StackType::Irq,
                 range: GvaRange::new(Gva(top).sub(self.irq_size), Gva(top)),
             });
         }
         if let Ok(estacks) = memory.pointer(pointers.estacks) {
-            spans.extend(self.exceptions.iter().map(|field| StackArea {
+            areas.extend(self.exceptions.iter().map(|field| StackArea {
                 kind: StackType::Exception,
-                range: part(estacks, *field),
+                range: field_range(estacks, *field),
             }));
-            spans.push(StackArea {
+            areas.push(StackArea {
                 kind: StackType::Entry,
-                range: part(self.estacks.container(estacks), self.entry),
+                range: field_range(self.estacks.container(estacks), self.entry),
             });
         }
-        spans
+        areas
     }
 }
 
-fn part(base: Gva, field: Field) -> GvaRange {
+fn field_range(base: Gva, field: Field) -> GvaRange {
     let start = field.of(base);
     GvaRange::new(start, start.add(field.size))
 }
@@ -151,8 +185,8 @@ fn checked(what: &'static str, size: u64) -> Result<u64, StackAreaError> {
     }
 }
 
-/// `THREAD_SIZE` is in no type that BTF has; the boot CPU's idle task has a stack of that size between two symbols
-/// (`include/asm-generic/vmlinux.lds.h: INIT_TASK_DATA`, renamed in 6.10).
+/// `THREAD_SIZE`. No type in BTF has it; the boot CPU's idle task has a stack of that size between
+/// two symbols (`include/asm-generic/vmlinux.lds.h: INIT_TASK_DATA`, renamed in 6.10).
 fn thread_size(symbols: &Symbols) -> Result<u64, StackAreaError> {
     let stack = symbols
         .between("__start_init_stack", "__end_init_stack")
@@ -160,7 +194,8 @@ fn thread_size(symbols: &Symbols) -> Result<u64, StackAreaError> {
     Ok(stack.len())
 }
 
-/// A per-CPU variable of its own, or a member of `pcpu_hot` (6.2 to 6.14).
+/// The per-CPU variable `hardirq_stack_ptr`, or the member of that name in `pcpu_hot` (6.2 to
+/// 6.14).
 fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, StackAreaError> {
     match symbols.address("hardirq_stack_ptr") {
         Ok(variable) => Ok(variable),
@@ -168,11 +203,5 @@ fn irq_pointer(symbols: &Symbols, btf: &Btf) -> Result<Gva, StackAreaError> {
             let hot = symbols.address("pcpu_hot").map_err(|_| missing)?;
             Ok(btf.field("pcpu_hot.hardirq_stack_ptr")?.of(hot))
         }
-    }
-}
-
-impl ReadMemory for KernelMemory<'_> {
-    fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
-        self.read(at, buf).map_err(|error| error.gva)
     }
 }

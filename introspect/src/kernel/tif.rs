@@ -1,21 +1,24 @@
-//! TIF bits that are not in BTF, read from code that uses them.
+//! The numbers of TIF bits, which BTF does not have, read from code that uses them.
 //!
-//! [`livepatch`](crate::kernel::klp) reads its own bit. Here is what else is of use, each seen in two functions or not believed.
+//! [`klp`](crate::kernel::klp) reads `TIF_PATCH_PENDING`. The others are here; each must show in
+//! two functions to be believed.
 
 use std::collections::BTreeSet;
 
 use crate::memory::kernel::KernelMemory;
 use crate::symbols::Symbols;
 
-/// All that are looked at have fewer bytes.
+/// The most bytes of a function that are read; all of these have fewer.
 const MAX_CODE: u64 = 4096;
 
-/// TIF bits, as bit numbers. `None` where the code does not show one beyond doubt.
+/// TIF bits, as bit numbers below 64. `None` where the code does not show one beyond doubt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ThreadFlags {
-    /// `TIF_NEED_RESCHED`.
+    /// `TIF_NEED_RESCHED`: the task is to call the scheduler.
     pub need_resched: Option<u32>,
-    /// `TIF_NOTIFY_SIGNAL`.
+    /// `TIF_NOTIFY_SIGNAL`: the task is to handle work as if it had a signal, the fake signal of a
+    /// transition included.
     pub notify_signal: Option<u32>,
 }
 
@@ -42,9 +45,10 @@ impl ThreadFlags {
     }
 }
 
-/// `kernel/task_work.c: task_work_add` sets one of two bits: TIF_NOTIFY_RESUME, the only one that `block/blk-cgroup.c:
-/// blkcg_schedule_throttle` sets, and TIF_NOTIFY_SIGNAL, the only one that a livepatch transition sets in kernels whose
-/// transition sends no SIGPENDING.
+/// Reads `TIF_NOTIFY_SIGNAL`. `kernel/task_work.c: task_work_add` sets one of two bits:
+/// TIF_NOTIFY_RESUME, the only one that `block/blk-cgroup.c: blkcg_schedule_throttle` sets, and
+/// TIF_NOTIFY_SIGNAL, the only one that a livepatch transition sets in kernels whose transition
+/// sends no SIGPENDING.
 fn notify_signal(add: &[u8], throttle: &[u8], klp: &[u8]) -> Option<u32> {
     let both = bits_set(add);
     let resume = bits_set(throttle);
@@ -56,7 +60,8 @@ fn notify_signal(add: &[u8], throttle: &[u8], klp: &[u8]) -> Option<u32> {
     (klp.is_empty() || klp == BTreeSet::from([signal])).then_some(signal)
 }
 
-/// The bits that code tests and sets in memory at a register, by a constant number: `lock bts $bit,(reg)`.
+/// The bits that code tests and sets in memory at a register, by an immediate: `lock bts
+/// $bit,(reg)`.
 fn bits_set(code: &[u8]) -> BTreeSet<u32> {
     let bit = |bytes: &[u8]| match *bytes {
         [0xf0, 0x48 | 0x49, 0x0f, 0xba, mode, bit] if mode & 0xf8 == 0x28 && bit < 64 => {
@@ -67,8 +72,9 @@ fn bits_set(code: &[u8]) -> BTreeSet<u32> {
     code.windows(6).filter_map(bit).collect()
 }
 
-/// `drivers/cpuidle/poll_state.c: poll_idle` tests the bit before its loop and in it (`test $mask,%al`). `resched_curr` tests it
-/// too, or, where there is a lazy one beside it, hands its number on (`mov $bit,%esi`).
+/// Reads `TIF_NEED_RESCHED`. `drivers/cpuidle/poll_state.c: poll_idle` tests the bit before its
+/// loop and in it (`test $mask,%al`). `resched_curr` tests it too, or, where there is a lazy one
+/// beside it, passes its number on (`mov $bit,%esi`).
 fn need_resched(poll: &[u8], resched: &[u8]) -> Option<u32> {
     let tests = |code: &[u8]| -> Vec<u8> {
         code.windows(2)
@@ -96,7 +102,7 @@ mod tests {
     const POLL: [u8; 8] = [0xa8, 0x10, 0x74, 0x02, 0xa8, 0x10, 0xf3, 0x90];
 
     #[test]
-    fn seen_in_both() {
+    fn a_bit_in_both_functions_is_believed() {
         assert_eq!(need_resched(&POLL, &[0x90, 0xa8, 0x10]), Some(4));
         assert_eq!(need_resched(&POLL, &[0xbe, 4, 0, 0, 0, 0xe9]), Some(4));
     }
@@ -121,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn not_believed() {
+    fn a_bit_that_is_in_doubt_is_not_believed() {
         assert_eq!(need_resched(&POLL, &[0xbe, 5, 0, 0, 0]), None);
         assert_eq!(need_resched(&POLL[..4], &[0xa8, 0x10]), None);
         let two = [0xa8, 0x10, 0xa8, 0x08];

@@ -4,6 +4,7 @@
 //! way to write: live memory, a core file and a test's byte array all plug in here.
 
 pub mod kernel;
+pub(crate) mod list;
 pub mod paging;
 pub(crate) mod prefetch;
 pub(crate) mod struct_reader;

@@ -71,7 +71,7 @@ impl<'a, 'm> StructReader<'a, 'm> {
     }
 
     /// Takes the structure at `base` as it is now, if it can be read; nothing is held if not.
-    pub(crate) fn hold(&self, base: Gva) {
+    pub(crate) fn load(&self, base: Gva) {
         self.base.set(None);
         let mut held = self.held.borrow_mut();
         if self.memory.gather(base, &self.parts, &mut held).is_ok() {
@@ -79,7 +79,7 @@ impl<'a, 'm> StructReader<'a, 'm> {
         }
     }
 
-    /// Sets `same` for structures at `bases` of which [`hold`](Self::hold) would certainly hold just the bytes that stand for them.
+    /// Sets `same` for structures at `bases` of which [`load`](Self::load) would certainly hold just the bytes that stand for them.
     pub(crate) fn compare(&self, bases: &[Gva], bytes: &[u8], same: &mut [bool]) {
         self.memory.compare(bases, &self.parts, bytes, same);
     }
@@ -90,7 +90,7 @@ impl<'a, 'm> StructReader<'a, 'm> {
     }
 
     /// What is held of the structure at `base`, if it is held.
-    pub(crate) fn of(&self, base: Gva) -> Option<Ref<'_, [u8]>> {
+    pub(crate) fn bytes(&self, base: Gva) -> Option<Ref<'_, [u8]>> {
         let held = Ref::map(self.held.borrow(), Vec::as_slice);
         (self.base.get() == Some(base)).then_some(held)
     }
@@ -249,7 +249,7 @@ mod tests {
         let records = StructReader::new(&memory, FIELDS);
         // The last bases have some or all fields where nothing is.
         for base in [0, 0x123, 0x1001, 0x18fc, 0x1ff0, 0x9000].map(Gva) {
-            records.hold(base);
+            records.load(base);
             for of in [base, Gva(0x321)] {
                 for offset in (0..0x90).chain(0x6f0..0x720) {
                     let at = of.add(offset);

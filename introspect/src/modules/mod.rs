@@ -1,116 +1,122 @@
-//! The guest's loaded modules: names, where their code is, and their own symbols.
+//! The guest's loaded modules: their names, code, unwind data and symbols.
 //!
 //! Follows `kernel/module/main.c` and `kallsyms.c`.
 //!
 //! # Locks
-//! None. The list changes under `module_mutex`, but by `list_add_rcu` and `list_del_rcu`: whoever walks it forwards sees every module
-//! once or not at all, at any instruction of a change. A module is in state `Unformed` from before it is linked until it is whole, and
-//! again from before it is taken apart: it is left out then. So the mutex, which is held for long around neither, need not be free.
+//! None. The list changes under `module_mutex`, but by `list_add_rcu` and `list_del_rcu`: a reader
+//! that walks it forwards sees every module once or not at all, at any instruction of a change. A
+//! module is in state `Unformed` from before it is linked until it is whole, and again from before
+//! it is taken apart; it is left out then. So the mutex, which is held for long around neither,
+//! need not be free.
 
-pub mod proc_kallsyms;
-pub mod symbols;
+mod proc_kallsyms;
+mod symbols;
 
 use crate::addr::{Gva, GvaRange};
-use crate::kernel::Kernel;
-use crate::kernel::layout::{Extent, ModuleMemoryLayout};
+use crate::kernel::{Extent, Kernel, ModuleMemoryLayout};
 use crate::memory::kernel::{KernelMemory, ReadError};
-use crate::modules::symbols::ModuleSymbols;
+use crate::memory::list::{ListEntries, ListError};
 use crate::symbols::SymbolError;
 
-/// No guest has more modules: a distribution builds some 4000, and a guest loads some hundreds.
+pub use proc_kallsyms::{KallsymsEntry, ListingError, modules_and_runtime};
+pub use symbols::ModuleSymbols;
+
+/// The most modules that are listed: a distribution builds some 4000, and a guest loads some
+/// hundreds.
 const MAX_MODULES: usize = 8192;
-/// No module has more code.
+/// The most bytes of code that a module may have.
 const MAX_TEXT: u64 = 256 << 20;
-/// `MODULE_NAME_LEN`.
+/// `MODULE_NAME_LEN`, in bytes.
 const MAX_NAME: usize = 56;
 
-/// Why the modules could not be listed.
+/// Why the modules cannot be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModulesError {
-    /// The kernel has no list of modules.
+    /// The kernel has no symbol for the list of modules.
     #[error(transparent)]
     Symbol(#[from] SymbolError),
-    /// The list leads out of memory.
-    #[error("the list of modules: {0}")]
+    /// The list, or a module on it, leads to memory that cannot be read.
+    #[error("cannot read the list of modules: {0}")]
     Read(#[from] ReadError),
-    /// The list has no end.
+    /// The list does not end within this number of modules.
     #[error("the list of modules does not end after {0} modules")]
     Endless(usize),
-    /// A module says that its code is where no code can be.
-    #[error("module {name} says that its code is {len:#x} bytes at {start}")]
+    /// A module has its code where no code can be.
+    #[error("module {name} has {len:#x} bytes of code at {start}, which is not possible")]
     BadText {
-        /// Its name.
+        /// The module's name.
         name: String,
-        /// Where.
+        /// The address of its code.
         start: Gva,
-        /// How long.
+        /// The length of its code in bytes.
         len: u64,
     },
 }
 
-/// `enum module_state`.
+/// The state of a module (`enum module_state`) that is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModuleState {
     /// Loaded and initialised.
     Live,
-    /// Its init function runs.
+    /// Loaded, while its init function has not returned.
     Coming,
     /// Being removed.
     Going,
 }
 
-/// A module's unwind data.
+/// Where a module's ORC unwind data lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ModuleOrc {
-    /// `orc_unwind_ip`.
+    /// The address of `orc_unwind_ip`: the addresses that the entries are for.
     pub ips: Gva,
-    /// `orc_unwind`.
+    /// The address of `orc_unwind`: the entries.
     pub entries: Gva,
-    /// How many of each.
+    /// The number of entries, and of their addresses.
     pub count: u32,
 }
 
 /// A loaded module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Module {
-    /// Its `struct module`.
+    /// The address of its `struct module`.
     pub addr: Gva,
-    /// Where in it the name is.
+    /// The address of its name in that structure.
     pub name_at: Gva,
-    /// Its name.
+    /// Its name, as `lsmod` shows it.
     pub name: String,
-    /// Its state.
+    /// Its state when it was read.
     pub state: ModuleState,
-    /// Its code: also that of its init function, while it has one.
+    /// The ranges of its code, that of its init functions included while it has them.
     pub text: Vec<GvaRange>,
-    /// Its unwind data.
+    /// Where its unwind data lie; `None` if it has none.
     pub orc: Option<ModuleOrc>,
-    /// Its `struct mod_kallsyms`.
+    /// The address of its `struct mod_kallsyms`; null if it has none.
     pub(crate) kallsyms: Gva,
 }
 
-/// Lists the modules, in the guest's own order: the newest first. Linear in their number, of which there is a limit.
+/// Lists the modules in the guest's own order, the newest first. Linear in their number, which is
+/// bounded.
 ///
 /// # Errors
-/// [`ModulesError`].
+/// [`ModulesError`] when the list cannot be read, or is not credible.
 pub fn list(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Vec<Module>, ModulesError> {
-    let layout = &kernel.layout.module;
-    let next = kernel.layout.list_next;
     let head = kernel.symbols.address("modules")?;
-    let mut found = Vec::new();
-    let mut node = memory.pointer(next.of(head))?;
-    for _ in 0..MAX_MODULES {
-        if node == head {
-            return Ok(found);
-        }
-        found.extend(module(kernel, memory, layout.list.container(node))?);
-        node = memory.pointer(next.of(node))?;
+    let link = kernel.layout.module.list;
+    let next = kernel.layout.list_next;
+    let mut modules = Vec::new();
+    for addr in ListEntries::new(memory, next, head, link, MAX_MODULES) {
+        let addr = addr.map_err(|error| match error {
+            ListError::Read(error) => ModulesError::Read(error),
+            ListError::Endless => ModulesError::Endless(MAX_MODULES),
+        })?;
+        modules.extend(module(kernel, memory, addr)?);
     }
-    Err(ModulesError::Endless(MAX_MODULES))
+    Ok(modules)
 }
 
-/// Reads a module; `None` while it is unformed.
+/// Reads a module; `None` while it is in state `Unformed`.
 fn module(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
@@ -154,7 +160,7 @@ fn module(
     }))
 }
 
-/// The code that an extent describes; `None` when there is none (any more).
+/// The code range that an extent describes; `None` for an empty one.
 fn code(
     memory: &KernelMemory<'_>,
     addr: Gva,
@@ -178,25 +184,9 @@ fn code(
 }
 
 impl Module {
-    /// Whether `gva` is this module's code.
+    /// Whether `gva` is in this module's code.
     #[must_use]
     pub fn contains(&self, gva: Gva) -> bool {
         self.text.iter().any(|text| text.contains(gva))
-    }
-
-    /// The module's own symbols.
-    ///
-    /// # Errors
-    /// [`ModulesError`] when they cannot be read.
-    pub fn symbols(
-        &self,
-        kernel: &Kernel,
-        memory: &KernelMemory<'_>,
-    ) -> Result<ModuleSymbols, ModulesError> {
-        let layout = kernel.layout.module.symbols;
-        let Some(layout) = layout.filter(|_| !self.kallsyms.is_null()) else {
-            return Ok(ModuleSymbols::default());
-        };
-        Ok(ModuleSymbols::read(memory, layout, self)?)
     }
 }

@@ -1,95 +1,103 @@
-//! Every symbol of the guest, as its `/proc/kallsyms` lists them: the kernel's, each module's, and those of code that the kernel
-//! made at run time.
+//! The symbols that the guest's `/proc/kallsyms` lists after the kernel's own: those of modules,
+//! and of code that the kernel generates at run time.
 //!
-//! Follows `kernel/kallsyms.c: update_iter_mod`. Behind the modules come ftrace's trampolines (`[__builtin__ftrace]`), BPF programs
-//! and trampolines (`[bpf]`, `kernel/bpf/core.c: bpf_get_kallsym`) and the pages of kprobes (`[__builtin__kprobes]`,
-//! `kernel/kprobes.c: kprobe_cache_get_kallsym`). One sort is left out: the names that ftrace keeps of a module's init functions
-//! that are gone (`ftrace_mod_maps`). They exist only where the module was loaded while functions were traced, name no code that
-//! there is, and the kernel's own listing of them shows the first twice and the last never.
+//! Follows `kernel/kallsyms.c: update_iter_mod`. After the modules come ftrace's trampolines
+//! (`[__builtin__ftrace]`), BPF programs and trampolines (`[bpf]`, `kernel/bpf/core.c:
+//! bpf_get_kallsym`) and the pages of kprobes (`[__builtin__kprobes]`, `kernel/kprobes.c:
+//! kprobe_cache_get_kallsym`). One kind is left out: the names that ftrace keeps of a module's
+//! freed init functions (`ftrace_mod_maps`). They exist only where the module was loaded while
+//! functions were traced, and name no existing code; and the kernel's own listing shows the first
+//! of them twice and the last never.
 //!
 //! # Locks
-//! None. Each of these lists is one that the guest's own readers walk under RCU alone: an entry is whole before it is linked in,
-//! and still leads on after it is taken out. In a pause each is seen as before a change or as after it.
+//! None. The guest's own readers walk each of these lists under RCU alone: an entry is whole before
+//! it is linked in, and still leads on after it is unlinked. In a pause each list is seen as before
+//! a change or as after it.
 
 use crate::addr::Gva;
 use crate::btf::BtfError;
 use crate::kernel::Kernel;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::memory::list::{ListEntries, ListError};
 use crate::modules::{self, ModulesError};
 use crate::symbols::{Symbol, SymbolError};
 
-/// What all modules together may have, in bytes here: thousands of them can name one and the same table. Half a million symbols
-/// take so much; a guest with every module of its distribution has some 300,000.
+/// The most bytes that the listed symbols of all modules may take here, as thousands of modules can
+/// share one table. That is half a million symbols; a guest with every module of its distribution
+/// has some 300,000.
 const MAX_LISTED: usize = 48 << 20;
-/// What they may have in the guest, in symbols: those without a name are read and not listed.
+/// The most symbols of all modules that are read. Symbols without a name are read and not listed.
 const MAX_READ: usize = 1 << 20;
-/// No list of these is longer.
+/// The most entries of each list of generated code.
 const MAX_ENTRIES: usize = 1 << 16;
-/// `KSYM_NAME_LEN`, the largest so far, less the NUL.
+/// The largest `KSYM_NAME_LEN` so far, without the NUL.
 const MAX_NAME: usize = 511;
 
 /// One line of `/proc/kallsyms`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KallsymsEntry {
-    /// Its address; for a per-CPU variable of a zero-based area, its offset.
+    /// The address; for a per-CPU variable of a zero-based area, the offset.
     pub gva: Gva,
-    /// The type's letter; for a module's symbol a capital where the module exports it.
+    /// The letter of its type, as `nm` shows it; for a module's symbol a capital if the module
+    /// exports it.
     pub letter: char,
-    /// Its name.
+    /// The name of the symbol.
     pub name: String,
-    /// The module, or what the kernel puts in its place; `None` for the kernel's own.
+    /// The module, or what the kernel shows in its place (`bpf`, say); `None` for the kernel's own.
     pub module: Option<String>,
 }
 
-/// Why the symbols could not be listed.
+/// Why the symbols cannot be listed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ListingError {
-    /// The modules.
+    /// The modules, or their symbols, cannot be read.
     #[error(transparent)]
     Modules(#[from] ModulesError),
-    /// A symbol is missing, or there are several.
+    /// A symbol is missing, or is ambiguous.
     #[error(transparent)]
     Symbol(#[from] SymbolError),
-    /// A type is missing.
+    /// A type or a member is missing.
     #[error(transparent)]
     Btf(#[from] BtfError),
-    /// A list leads out of memory.
+    /// A list leads to memory that cannot be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// More symbols than all modules of a guest can have.
-    #[error("with module {module}, the modules have more symbols than make sense")]
+    /// The modules have more symbols than those of any guest.
+    #[error("the modules up to {module} have more symbols than is credible")]
     TooMuch {
-        /// The one that was too much.
+        /// The module with which the bound is exceeded.
         module: String,
     },
-    /// A list has no end.
+    /// A list does not end.
     #[error("the list {list} does not end after {MAX_ENTRIES} entries")]
     Endless {
-        /// Its symbol.
+        /// The symbol of the list.
         list: &'static str,
     },
 }
 
-/// All that comes behind the kernel's own symbols ([`Kernel::symbols`], which never change), in the guest's order.
+/// All symbols that follow the kernel's own ([`Kernel::symbols`], which never change), in the
+/// guest's order.
 ///
-/// n log n in the number of symbols, of which there is a limit. What it can say wrong: see the head of this module.
+/// n log n in the number of symbols, which is bounded. For what is left out, see the head of this
+/// file: ftrace's names of freed init functions.
 ///
 /// # Errors
-/// [`ListingError`].
+/// [`ListingError`] when a list cannot be read, or is not credible.
 pub fn modules_and_runtime(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
 ) -> Result<Vec<KallsymsEntry>, ListingError> {
     let mut listed = Vec::new();
-    let (mut room, mut unread) = (MAX_LISTED, MAX_READ);
+    let (mut bytes_left, mut reads_left) = (MAX_LISTED, MAX_READ);
     for module in modules::list(kernel, memory)? {
         let symbols = module.symbols(kernel, memory)?;
         let size = |symbol: Symbol<'_>| size_of::<KallsymsEntry>() + symbol.name.len();
         let size = symbols.listed().map(size).sum();
-        (room, unread) = room
+        (bytes_left, reads_left) = bytes_left
             .checked_sub(size)
-            .zip(unread.checked_sub(symbols.cost()))
+            .zip(reads_left.checked_sub(symbols.cost()))
             .ok_or_else(|| ListingError::TooMuch {
                 module: module.name.clone(),
             })?;
@@ -100,23 +108,23 @@ pub fn modules_and_runtime(
             module: Some(module.name.clone()),
         }));
     }
-    let made = RuntimeCode { kernel, memory };
-    made.ftrace(&mut listed)?;
-    made.bpf(&mut listed)?;
+    let runtime = RuntimeCode { kernel, memory };
+    runtime.ftrace(&mut listed)?;
+    runtime.bpf(&mut listed)?;
     for cache in ["kprobe_insn_slots", "kprobe_optinsn_slots"] {
-        made.kprobes(cache, &mut listed)?;
+        runtime.kprobes(cache, &mut listed)?;
     }
     Ok(listed)
 }
 
-/// Code that the kernel makes at run time.
+/// Lists code that the kernel generates at run time.
 struct RuntimeCode<'k, 'm> {
     kernel: &'k Kernel,
     memory: &'k KernelMemory<'m>,
 }
 
 impl RuntimeCode<'_, '_> {
-    /// The variable, where the kernel has what it belongs to.
+    /// The address of a variable; `None` in a kernel without it.
     fn variable(&self, name: &str) -> Result<Option<Gva>, SymbolError> {
         match self.kernel.symbols.address(name) {
             Ok(gva) => Ok(Some(gva)),
@@ -125,24 +133,16 @@ impl RuntimeCode<'_, '_> {
         }
     }
 
-    /// The structures on the list at `head`, by their link.
-    fn list(
-        &self,
-        head: Gva,
-        list: &'static str,
-        link: Field,
-    ) -> Result<impl Iterator<Item = Gva>, ListingError> {
+    /// The entries of the list at `head`, whose `struct list_head` is `link`. All are found before
+    /// the first of them is read.
+    fn list(&self, head: Gva, list: &'static str, link: Field) -> Result<Vec<Gva>, ListingError> {
         let next = self.kernel.layout.list_next;
-        let mut found = Vec::new();
-        let mut node = self.memory.pointer(next.of(head))?;
-        while node != head {
-            if found.len() >= MAX_ENTRIES {
-                return Err(ListingError::Endless { list });
-            }
-            found.push(link.container(node));
-            node = self.memory.pointer(next.of(node))?;
-        }
-        Ok(found.into_iter())
+        ListEntries::new(self.memory, next, head, link, MAX_ENTRIES)
+            .collect::<Result<_, _>>()
+            .map_err(|error| match error {
+                ListError::Read(error) => ListingError::Read(error),
+                ListError::Endless => ListingError::Endless { list },
+            })
     }
 
     /// `kernel/trace/ftrace.c: ftrace_get_trampoline_kallsym`.
@@ -156,21 +156,26 @@ impl RuntimeCode<'_, '_> {
         for ops in self.list(head, LIST, field("ftrace_ops.list")?)? {
             let code = self.memory.pointer(trampoline.of(ops))?;
             if !code.is_null() {
-                listed.push(made(code, "ftrace_trampoline".into(), "__builtin__ftrace"));
+                listed.push(runtime_entry(
+                    code,
+                    "ftrace_trampoline".into(),
+                    "__builtin__ftrace",
+                ));
             }
         }
         Ok(())
     }
 
+    /// `kernel/bpf/core.c: bpf_get_kallsym`.
     fn bpf(&self, listed: &mut Vec<KallsymsEntry>) -> Result<(), ListingError> {
         const LIST: &str = "bpf_kallsyms";
         let Some(head) = self.variable(LIST)? else {
             return Ok(());
         };
         // `include/linux/filter.h: bpf_jit_kallsyms_enabled`.
-        let switch =
+        let sysctl =
             |name| Ok::<_, ListingError>(self.memory.u32(self.kernel.symbols.address(name)?)?);
-        if switch("bpf_jit_harden")? != 0 || switch("bpf_jit_kallsyms")? != 1 {
+        if sysctl("bpf_jit_harden")? != 0 || sysctl("bpf_jit_kallsyms")? != 1 {
             return Ok(());
         }
         let field = |path| self.kernel.btf.field(path);
@@ -178,11 +183,12 @@ impl RuntimeCode<'_, '_> {
         for symbol in self.list(head, LIST, field("bpf_ksym.lnode")?)? {
             let code = self.memory.pointer(start.of(symbol))?;
             let name = self.memory.cstr(name.of(symbol), MAX_NAME)?;
-            listed.push(made(code, name, "bpf"));
+            listed.push(runtime_entry(code, name, "bpf"));
         }
         Ok(())
     }
 
+    /// `kernel/kprobes.c: kprobe_cache_get_kallsym`.
     fn kprobes(
         &self,
         cache: &'static str,
@@ -200,14 +206,14 @@ impl RuntimeCode<'_, '_> {
         for page in self.list(head, cache, field("kprobe_insn_page.list")?)? {
             let code = self.memory.pointer(code.of(page))?;
             let name = self.memory.cstr(name, MAX_NAME)?;
-            listed.push(made(code, name, "__builtin__kprobes"));
+            listed.push(runtime_entry(code, name, "__builtin__kprobes"));
         }
         Ok(())
     }
 }
 
-/// The kernel calls all of these local text.
-fn made(gva: Gva, name: String, owner: &str) -> KallsymsEntry {
+/// An entry for generated code, which the kernel always shows as local text.
+fn runtime_entry(gva: Gva, name: String, owner: &str) -> KallsymsEntry {
     KallsymsEntry {
         gva,
         letter: 't',

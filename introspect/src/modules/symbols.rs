@@ -1,43 +1,46 @@
 //! The symbols of one module, copied out of the guest.
 //!
-//! Follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for each module (`struct mod_kallsyms`), its
-//! rule for which symbol an address belongs to (`find_kallsyms_symbol`), and how `/proc/kallsyms` shows each (`s_show`).
+//! Follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for each module
+//! (`struct mod_kallsyms`), the rule for which symbol an address belongs to
+//! (`find_kallsyms_symbol`), and how `/proc/kallsyms` shows each symbol (`s_show`).
 //!
 //! # Locks
-//! None. The guest's own readers take none but RCU's: the table of a module whose state is not `Unformed` is complete, and the
-//! pointer to it is replaced whole when the module's init section goes.
+//! None. The guest's own readers take none but RCU's: the table of a module that is not in state
+//! `Unformed` is complete, and the pointer to it is replaced in one write when the module's init
+//! section is freed.
 
 use std::collections::HashMap;
 
 use crate::addr::{Gva, GvaRange};
-use crate::kernel::layout::{ExportsLayout, ModuleSymbolsLayout};
-use crate::memory::kernel::{KernelMemory, ReadError};
-use crate::modules::Module;
+use crate::kernel::{ExportsLayout, Kernel, ModuleSymbolsLayout};
+use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::modules::{Module, ModulesError};
 use crate::symbols::Symbol;
 
-/// Symbols of the largest drivers: about 100,000.
+/// The most symbols of a module that are read; the largest drivers have about 100,000.
 const MAX_SYMBOLS: u64 = 1 << 18;
-/// `sizeof(Elf64_Sym)`.
+/// `sizeof(Elf64_Sym)`, in bytes.
 const SYMBOL: usize = 24;
-/// `KSYM_NAME_LEN`, the largest so far, less the NUL.
+/// The largest `KSYM_NAME_LEN` so far, without the NUL.
 const MAX_NAME: usize = 511;
-/// All names of a module together.
+/// The most bytes that all names of a module may take.
 const MAX_NAMES: usize = 16 << 20;
-/// No module exports more: some have a thousand.
+/// The most exports of a module that are read; some modules have a thousand.
 const MAX_EXPORTS: u64 = 1 << 14;
-/// `sizeof(struct kernel_symbol)` is 12 or less where offsets are used; no kernel's is above this.
+/// No kernel has a larger `sizeof(struct kernel_symbol)`; with offsets it is 12 or less.
 const MAX_EXPORT_SIZE: u64 = 64;
 
-/// A module's symbols.
+/// The symbols of one module.
 #[derive(Clone, Debug, Default)]
 pub struct ModuleSymbols {
     names: String,
-    /// In the table's own order.
+    /// In the order of the guest's table.
     entries: Vec<Entry>,
-    /// Those of `entries` that the module defines, in order of address; equal addresses in the table's order.
+    /// The entries that the module defines, by index and in order of address; equal addresses in
+    /// the order of the table.
     by_address: Vec<u32>,
     text: Vec<GvaRange>,
-    /// What it took to read: symbols and exports in the guest.
+    /// The number of symbols and exports that were read from the guest.
     cost: usize,
 }
 
@@ -50,8 +53,26 @@ struct Entry {
     defined: bool,
 }
 
+impl Module {
+    /// Reads the module's own symbols. Empty for a module without a symbol table.
+    ///
+    /// # Errors
+    /// [`ModulesError`] when they cannot be read.
+    pub fn symbols(
+        &self,
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+    ) -> Result<ModuleSymbols, ModulesError> {
+        let layout = kernel.layout.module.symbols;
+        let Some(layout) = layout.filter(|_| !self.kallsyms.is_null()) else {
+            return Ok(ModuleSymbols::default());
+        };
+        Ok(ModuleSymbols::read(memory, layout, self)?)
+    }
+}
+
 impl ModuleSymbols {
-    pub(crate) fn read(
+    fn read(
         memory: &KernelMemory<'_>,
         layout: ModuleSymbolsLayout,
         module: &Module,
@@ -77,7 +98,7 @@ impl ModuleSymbols {
                 continue;
             };
             let name = memory.cstr(strtab.add(u64::from(symbol.name)), MAX_NAME)?;
-            // Symbols that have no name are section symbols: the kernel leaves them out as well.
+            // Symbols without a name are section symbols: the kernel leaves them out as well.
             if name.is_empty() {
                 continue;
             }
@@ -109,7 +130,7 @@ impl ModuleSymbols {
         self.by_address = keyed.into_iter().map(|(_, at)| at).collect();
     }
 
-    /// What it took to read them, in symbols.
+    /// The number of symbols and exports that were read from the guest.
     pub(crate) fn cost(&self) -> usize {
         self.cost
     }
@@ -133,20 +154,21 @@ impl ModuleSymbols {
         self.addressed().map(|entry| self.symbol(entry))
     }
 
-    /// All symbols as `/proc/kallsyms` has them, in its order: also those that the module uses and others define, as long as the
-    /// guest keeps those (while the module's init runs, and in a livepatch module). The letter is a capital where the module
-    /// exports the symbol.
+    /// All symbols as `/proc/kallsyms` lists them, in its order: also those that the module uses
+    /// and others define, as long as the guest keeps those (while the module's init function runs,
+    /// and in a livepatch module). The letter is a capital if the module exports the symbol.
     pub fn listed(&self) -> impl ExactSizeIterator<Item = Symbol<'_>> {
         self.entries.iter().map(|entry| self.symbol(entry))
     }
 
-    /// Every symbol of that name that the module defines, in order of address.
+    /// Every symbol named `name` that the module defines, in order of address.
     pub fn all(&self, name: &str) -> impl Iterator<Item = Symbol<'_>> {
         self.iter().filter(move |symbol| symbol.name == name)
     }
 
-    /// The symbol that an address in the module's code belongs to and the offset into it: the highest not above it in the same
-    /// piece of code, and the first in the table of several at one address.
+    /// The symbol that an address in the module's code belongs to, and the offset into it: the
+    /// highest symbol not above the address in the same range of code, and of several at one
+    /// address the first in the table.
     #[must_use]
     pub fn at(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         let text = self.text.iter().find(|text| text.contains(gva))?;
@@ -154,8 +176,8 @@ impl ModuleSymbols {
             let entry = self.entries.get(at as usize);
             entry.map_or(Gva::NULL, |entry| entry.gva)
         };
-        let behind = self.by_address.partition_point(|at| address(at) <= gva);
-        let last = address(self.by_address.get(behind.checked_sub(1)?)?);
+        let after = self.by_address.partition_point(|at| address(at) <= gva);
+        let last = address(self.by_address.get(after.checked_sub(1)?)?);
         let first = self.by_address.partition_point(|at| address(at) < last);
         let entry = self
             .entries
@@ -165,8 +187,8 @@ impl ModuleSymbols {
     }
 }
 
-/// What the module exports to all, by name (`kernel/module/main.c: is_exported` looks at no other list). Names and values are
-/// given by their distance from the word that says it.
+/// What the module exports to all modules, by name (`kernel/module/main.c: is_exported` searches no
+/// other list). A name or value is the distance from the word that holds it.
 fn exports(
     memory: &KernelMemory<'_>,
     layout: ExportsLayout,
@@ -178,7 +200,7 @@ fn exports(
     let mut found = HashMap::new();
     for at in 0..count {
         let symbol = start.add(at * size);
-        let relative = |field: crate::memory::kernel::Field| {
+        let relative = |field: Field| {
             let word = field.of(symbol);
             Ok::<_, ReadError>(word.offset(i64::from(memory.i32(word)?)))
         };
@@ -188,7 +210,7 @@ fn exports(
     Ok(found)
 }
 
-/// The fields of an `Elf64_Sym` that matter.
+/// The fields of an `Elf64_Sym` that are used.
 struct ElfSymbol {
     name: u32,
     section: u16,
@@ -235,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_define_is_listed_but_owns_no_address() {
+    fn a_symbol_that_others_define_is_listed_but_owns_no_address() {
         let symbols = symbols();
         let listed: Vec<_> = symbols.listed().map(|s| (s.letter, s.name)).collect();
         assert_eq!(listed[0], ('t', "second"));

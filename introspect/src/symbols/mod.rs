@@ -1,37 +1,42 @@
 //! The kernel's symbols, indexed by address and by name.
 //!
-//! Knows nothing of how they are stored in the guest ([`kallsyms`](crate::symbols::kallsyms) does). Lookups answer as the kernel's own
-//! do (`kernel/kallsyms.c: get_symbol_pos`): the first of several names at one address, sizes that reach to the next address
-//! that has a name, and `__pfx_` symbols that own the padding before a function.
+//! Knows nothing of how they are stored in the guest ([`kallsyms`] does). Lookups answer as the
+//! kernel's own do (`kernel/kallsyms.c: get_symbol_pos`): the first of several names at one
+//! address, sizes that reach to the next address that has a name, and `__pfx_` symbols that own the
+//! padding before a function.
 
+#[doc(hidden)]
 pub mod kallsyms;
 
 use crate::addr::{Gva, GvaRange};
 
-/// One symbol.
+pub use kallsyms::KallsymsError;
+
+/// One symbol of the kernel or of a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Symbol<'s> {
-    /// Its name.
+    /// The name as the kernel has it.
     pub name: &'s str,
-    /// Its address; for a per-CPU variable of a zero-based area, its offset.
+    /// The address; for a per-CPU variable of a zero-based area, the offset.
     pub gva: Gva,
-    /// The letter that `nm` gives it. Says little: 7.x shows data as text. Classify by address.
+    /// The letter of its type, as `nm` shows it. It says little, as 7.x shows data as text:
+    /// classify symbols by address.
     pub letter: char,
 }
 
-/// A name that does not lead to one symbol.
+/// Why a name does not lead to one symbol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SymbolError {
-    /// No symbol has the name.
+    /// No symbol has this name.
     #[error("the guest kernel has no symbol {0}")]
     NotFound(String),
-    /// Several have it.
+    /// Several symbols have the name.
     #[error("the guest kernel has {count} symbols named {name}")]
     Ambiguous {
-        /// The name.
+        /// The name that was searched.
         name: String,
-        /// How many.
+        /// The number of symbols with that name.
         count: usize,
     },
 }
@@ -47,13 +52,13 @@ struct Entry {
 /// Every symbol of the core kernel.
 #[derive(Debug)]
 pub struct Symbols {
-    /// All names, one behind the other.
+    /// All names, one after the other.
     names: String,
     /// In order of address; equal addresses in the guest's own order.
     entries: Vec<Entry>,
     /// Indices into `entries` in order of name; equal names in order of address.
     by_name: Vec<u32>,
-    /// What the kernel image covers.
+    /// The virtual addresses of the kernel image.
     image: GvaRange,
 }
 
@@ -65,7 +70,7 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// Room for `count` symbols whose names take about `bytes`.
+    /// Reserves memory for `count` symbols whose names have about `bytes` in all.
     pub(crate) fn with_capacity(count: usize, bytes: usize) -> Builder {
         Builder {
             names: String::with_capacity(bytes),
@@ -73,7 +78,8 @@ impl Builder {
         }
     }
 
-    /// Adds one; `None` when a name is longer, or all are more, than the index can hold.
+    /// Adds a symbol; `None` when its name is longer, or all symbols are more, than the index can
+    /// hold.
     pub(crate) fn push(&mut self, gva: Gva, letter: u8, name: &str) -> Option<()> {
         let start = u32::try_from(self.names.len()).ok()?;
         let len = u16::try_from(name.len()).ok()?;
@@ -87,7 +93,7 @@ impl Builder {
         Some(())
     }
 
-    /// Sorts and indexes. `image` is what the kernel covers in virtual memory.
+    /// Sorts and indexes the symbols. `image` has the virtual addresses of the kernel image.
     pub(crate) fn build(self, image: GvaRange) -> Option<Symbols> {
         let Builder {
             mut names,
@@ -115,7 +121,7 @@ impl Builder {
     }
 }
 
-/// The first eight bytes of a name, so that most comparisons of the sort need not look at it.
+/// The first eight bytes of a name: most comparisons of the sort need no more.
 fn prefix(name: &str) -> u64 {
     let mut raw = [0; 8];
     for (to, from) in raw.iter_mut().zip(name.bytes()) {
@@ -125,19 +131,19 @@ fn prefix(name: &str) -> u64 {
 }
 
 impl Symbols {
-    /// How many symbols there are.
+    /// The number of symbols.
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether there are none.
+    /// Whether there is no symbol.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// The virtual memory that the kernel image covers, `[_text, _end)`.
+    /// The virtual addresses of the kernel image, `[_text, _end)`.
     #[must_use]
     pub fn image(&self) -> GvaRange {
         self.image
@@ -169,7 +175,7 @@ impl Symbols {
         self.entries.iter().map(|entry| self.symbol(entry))
     }
 
-    /// The indices of `by_name` whose names compare to the wanted one as `order` says, as a range of it.
+    /// The part of `by_name` whose names `order` finds equal to the wanted one.
     fn named(&self, order: impl Fn(&str) -> std::cmp::Ordering) -> &[u32] {
         let start = self
             .by_name
@@ -192,7 +198,8 @@ impl Symbols {
         })
     }
 
-    /// Every symbol of that name, in order of address: the n-th is the one that a livepatch calls `sympos` n.
+    /// Every symbol named `name`, in order of address: the n-th is the one that a livepatch selects
+    /// with `sympos` n.
     #[must_use]
     pub fn all(&self, name: &str) -> impl ExactSizeIterator<Item = Symbol<'_>> {
         self.resolve(self.named(|other| other.cmp(name)))
@@ -210,7 +217,7 @@ impl Symbols {
         }))
     }
 
-    /// The one symbol of that name.
+    /// The only symbol named `name`.
     ///
     /// # Errors
     /// [`SymbolError`] when there is none, or more than one.
@@ -226,7 +233,7 @@ impl Symbols {
         }
     }
 
-    /// The address of the one symbol of that name.
+    /// The address of the only symbol named `name`.
     ///
     /// # Errors
     /// [`SymbolError`] when there is none, or more than one.
@@ -234,13 +241,13 @@ impl Symbols {
         self.unique(name).map(|symbol| symbol.gva)
     }
 
-    /// Whether any symbol has the name.
+    /// Whether any symbol is named `name`.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
         self.all(name).next().is_some()
     }
 
-    /// The symbol that `gva` belongs to and the offset into it. `None` outside the kernel image.
+    /// The symbol that `gva` belongs to, and the offset into it. `None` outside the kernel image.
     #[must_use]
     pub fn at(&self, gva: Gva) -> Option<(Symbol<'_>, u64)> {
         let entry = self.covering(gva)?;
@@ -252,13 +259,14 @@ impl Symbols {
         if !self.image.contains(gva) {
             return None;
         }
-        let behind = self.entries.partition_point(|entry| entry.gva <= gva);
-        let last = self.entries.get(behind.checked_sub(1)?)?;
+        let after = self.entries.partition_point(|entry| entry.gva <= gva);
+        let last = self.entries.get(after.checked_sub(1)?)?;
         let first = self.entries.partition_point(|entry| entry.gva < last.gva);
         self.entries.get(first)
     }
 
-    /// The bytes of the symbol that `gva` belongs to, as kallsyms counts them: up to the next address that has a name.
+    /// The addresses of the symbol that `gva` belongs to, by the rule of kallsyms: up to the next
+    /// address that has a name.
     #[must_use]
     pub fn extent(&self, gva: Gva) -> Option<GvaRange> {
         let start = self.covering(gva)?.gva;
@@ -270,13 +278,13 @@ impl Symbols {
         Some(GvaRange::new(start, end))
     }
 
-    /// The size of the symbol that `gva` belongs to, as kallsyms counts it.
+    /// The size in bytes of the symbol that `gva` belongs to, by the rule of kallsyms.
     #[must_use]
     pub fn size(&self, gva: Gva) -> Option<u64> {
         self.extent(gva).map(|range| range.len())
     }
 
-    /// The bytes of the one symbol of that name.
+    /// The addresses of the only symbol named `name`.
     ///
     /// # Errors
     /// [`SymbolError`] when there is none, or more than one, or it lies outside the kernel image.
@@ -286,10 +294,10 @@ impl Symbols {
             .ok_or_else(|| SymbolError::NotFound(name.to_owned()))
     }
 
-    /// The range between two symbols, `_stext` and `_etext`, say.
+    /// The range between two symbols, for example `_stext` and `_etext`.
     ///
     /// # Errors
-    /// [`SymbolError`] when either is not there exactly once.
+    /// [`SymbolError`] when either does not exist, or exists more than once.
     pub fn between(&self, start: &str, end: &str) -> Result<GvaRange, SymbolError> {
         Ok(GvaRange::new(self.address(start)?, self.address(end)?))
     }
@@ -321,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn by_name() {
+    fn lookups_by_name_return_one_or_all() {
         let symbols = symbols();
         assert_eq!(symbols.address("once"), Ok(Gva(0x1060)));
         assert_eq!(
@@ -339,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn by_address_as_the_kernel_answers() {
+    fn lookups_by_address_answer_as_the_kernel_does() {
         let symbols = symbols();
         let at = |gva| symbols.at(Gva(gva)).map(|(s, offset)| (s.name, offset));
         assert_eq!(at(0x1004), Some(("_text", 4)));

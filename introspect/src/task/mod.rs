@@ -1,4 +1,4 @@
-//! What a task of the guest is, as plain data.
+//! A task of the guest, as plain data, and the kernel's constants for a task's state.
 
 pub(crate) mod reader;
 
@@ -6,7 +6,37 @@ use serde::{Deserialize, Serialize};
 
 use crate::addr::Gva;
 
-/// What sort of task this is; the transition treats each differently.
+// Bits of `Task::state` (`include/linux/sched.h`).
+
+/// The task waits, and a signal wakes it. A bit of [`Task::state`].
+pub const TASK_INTERRUPTIBLE: u64 = 0x1;
+/// The task waits, and no signal wakes it. A bit of [`Task::state`].
+pub const TASK_UNINTERRUPTIBLE: u64 = 0x2;
+/// The task is stopped by job control. A bit of [`Task::state`].
+pub const __TASK_STOPPED: u64 = 0x4;
+/// The task is stopped by its tracer. A bit of [`Task::state`].
+pub const __TASK_TRACED: u64 = 0x8;
+/// The task is a kernel thread that is parked (`kthread_park`). A bit of [`Task::state`].
+pub const TASK_PARKED: u64 = 0x40;
+/// The wait does not count as load. A bit of [`Task::state`].
+pub const TASK_NOLOAD: u64 = 0x400;
+/// The task is a kernel thread that waits for work. Two bits of [`Task::state`].
+pub const TASK_IDLE: u64 = TASK_UNINTERRUPTIBLE | TASK_NOLOAD;
+/// The task waits for a spinlock that sleeps (`PREEMPT_RT`). A bit of [`Task::state`] from 5.15 on;
+/// no older kernel uses it.
+pub const TASK_RTLOCK_WAIT: u64 = 0x1000;
+/// The task is frozen. A bit of [`Task::state`] from 6.1 on; no older kernel uses it.
+pub const TASK_FROZEN: u64 = 0x8000;
+
+// Bits of `Task::exit_state` (`include/linux/sched.h`).
+
+/// The task is being removed. A bit of [`Task::exit_state`].
+pub const EXIT_DEAD: u32 = 0x10;
+/// The task has exited, and its parent has not collected its status yet. A bit of
+/// [`Task::exit_state`].
+pub const EXIT_ZOMBIE: u32 = 0x20;
+
+/// The kind of a task. A livepatch transition treats each kind differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TaskKind {
@@ -16,21 +46,22 @@ pub enum TaskKind {
     Kthread,
     /// A per-CPU idle task (`swapper/N`).
     Idle,
-    /// A thread that never returns to user mode although it has the process's memory (`PF_IO_WORKER`, `PF_USER_WORKER`).
+    /// A thread that has a user process's memory but never returns to user mode (`PF_IO_WORKER`,
+    /// `PF_USER_WORKER`).
     Worker,
 }
 
-/// The livepatch state of a task (`task_struct.patch_state`), named as the kernel names it.
+/// The livepatch state of a task (`task_struct.patch_state`), under the kernel's names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PatchState {
-    /// -1: no transition concerns this task.
+    /// `KLP_TRANSITION_IDLE`, -1: no transition is running.
     Idle,
-    /// 0.
+    /// `KLP_TRANSITION_UNPATCHED`, 0: the task runs without the patch in transition.
     Unpatched,
-    /// 1.
+    /// `KLP_TRANSITION_PATCHED`, 1: the task runs with the patch in transition.
     Patched,
-    /// Anything else: the guest's memory is not what we think it is.
+    /// A value that the kernel never stores: this is no `task_struct`, or the guest is corrupt.
     Invalid(i32),
 }
 
@@ -48,15 +79,15 @@ impl From<i32> for PatchState {
 /// One task, as read in one pause.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Task {
-    /// Its `task_struct`.
+    /// The address of its `task_struct`.
     pub addr: Gva,
     /// Thread id (`task_struct.pid`); 0 for idle tasks.
     pub pid: i32,
     /// Process id (`task_struct.tgid`).
     pub tgid: i32,
-    /// The name, at most 15 bytes, non-UTF-8 replaced.
+    /// The name, at most 15 bytes; bytes that are not UTF-8 are replaced.
     pub comm: String,
-    /// What sort of task it is.
+    /// User thread, kernel thread, idle task or worker.
     pub kind: TaskKind,
     /// `task_struct.__state` (`state` before 5.14), raw.
     pub state: u64,
@@ -66,29 +97,25 @@ pub struct Task {
     pub flags: u32,
     /// `thread_info.flags`, raw.
     pub tif: u64,
-    /// `task_struct.on_cpu`: the scheduler says it runs (or is being switched) on a CPU.
+    /// `task_struct.on_cpu`: the task runs, or is being switched in or out, on a CPU.
     pub on_cpu: bool,
-    /// CPU whose idle task this is, or that last ran it, where known.
+    /// The CPU whose idle task this is, or that last ran the task; `None` if it cannot be read.
     pub cpu: Option<u32>,
-    /// Index of the vCPU whose registers are this task's, when one runs it.
+    /// Index of the vCPU that runs the task, and so holds its registers.
     pub vcpu: Option<u32>,
     /// Livepatch state; `None` in a kernel without `CONFIG_LIVEPATCH`.
     pub patch_state: Option<PatchState>,
-    /// `thread.sp`: the saved stack pointer, meaningful when not on a CPU.
+    /// `thread.sp`: the saved stack pointer, valid while the task is on no CPU.
     pub sp: Gva,
     /// `task_struct.stack`: the lowest address of its kernel stack.
     pub stack: Gva,
 }
 
 impl Task {
-    /// The letter `ps` shows for the state (`fs/proc/array.c: get_task_state`): `R S D T t X Z P I`.
+    /// The letter that `ps` shows for the state (`fs/proc/array.c: get_task_state`): one of
+    /// `R S D T t X Z P I`.
     #[must_use]
     pub fn state_letter(&self) -> char {
-        const EXIT_DEAD: u32 = 0x10;
-        const EXIT_ZOMBIE: u32 = 0x20;
-        /// From 5.15 and 6.1 on; no older kernel has these bits.
-        const TASK_RTLOCK_WAIT: u64 = 0x1000;
-        const TASK_FROZEN: u64 = 0x8000;
         if self.exit_state & EXIT_DEAD != 0 {
             return 'X';
         }
@@ -96,13 +123,13 @@ impl Task {
             return 'Z';
         }
         match self.state {
-            s if s & 0x402 == 0x402 => 'I',
-            s if s & 0x1 != 0 => 'S',
-            s if s & 0x2 != 0 => 'D',
-            s if s & 0x4 != 0 => 'T',
-            s if s & 0x8 != 0 => 't',
-            s if s & 0x40 != 0 => 'P',
-            // In a sleeping spinlock of PREEMPT_RT, or frozen: `include/linux/sched.h: __task_state_index` calls both so.
+            s if s & TASK_IDLE == TASK_IDLE => 'I',
+            s if s & TASK_INTERRUPTIBLE != 0 => 'S',
+            s if s & TASK_UNINTERRUPTIBLE != 0 => 'D',
+            s if s & __TASK_STOPPED != 0 => 'T',
+            s if s & __TASK_TRACED != 0 => 't',
+            s if s & TASK_PARKED != 0 => 'P',
+            // `include/linux/sched.h: __task_state_index` reports both as uninterruptible.
             s if s & (TASK_RTLOCK_WAIT | TASK_FROZEN) != 0 => 'D',
             _ => 'R',
         }

@@ -1,6 +1,7 @@
-//! One `task_struct` at a time.
+//! Reads one `task_struct`.
 //!
-//! Knows which fields are read of a task and what they say; must not know the lists that tasks are on.
+//! Knows which fields of a task are read and what they mean; must not know the lists that tasks are
+//! on.
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;
@@ -13,16 +14,17 @@ const PF_IO_WORKER: u32 = 0x10;
 const PF_USER_WORKER: u32 = 0x4000;
 const PF_KTHREAD: u32 = 0x20_0000;
 
-/// Reads one `task_struct`.
+/// Reads tasks one at a time.
 pub(crate) struct TaskReader<'a, 'm> {
     pub(crate) kernel: &'a Kernel,
     pub(crate) memory: &'a KernelMemory<'m>,
     pub(crate) fields: StructReader<'a, 'm>,
-    /// `PF_USER_WORKER` where the kernel has it: the bit meant something else before.
+    /// The flags of a [`TaskKind::Worker`]. `PF_USER_WORKER` counts only in a kernel that has it:
+    /// the bit had another meaning before.
     worker: u32,
 }
 
-/// As many bytes of a task's name are shown (`TASK_COMM_LEN`, without its end).
+/// Bytes of a task's name that are read (`TASK_COMM_LEN` without its NUL).
 const COMM: usize = 15;
 
 impl<'a, 'm> TaskReader<'a, 'm> {
@@ -32,7 +34,7 @@ impl<'a, 'm> TaskReader<'a, 'm> {
         TaskReader {
             kernel,
             memory,
-            fields: StructReader::new(memory, fields(kernel)),
+            fields: StructReader::new(memory, task_fields(kernel)),
             worker: if has_user_workers {
                 PF_IO_WORKER | PF_USER_WORKER
             } else {
@@ -41,11 +43,11 @@ impl<'a, 'm> TaskReader<'a, 'm> {
         }
     }
 
-    /// The task at `addr`, with no word of the vCPU that may run it.
+    /// The task whose `task_struct` is at `addr`. Its `vcpu` is left `None`.
     pub(crate) fn read(&self, addr: Gva) -> Result<Task, ReadError> {
         let layout = &self.kernel.layout.task;
         let task = &self.fields;
-        task.hold(addr);
+        task.load(addr);
         let word = |field| task.field(addr, field);
         let flags = task.u32(layout.flags.of(addr))?;
         Ok(Task {
@@ -89,8 +91,9 @@ impl<'a, 'm> TaskReader<'a, 'm> {
     }
 }
 
-/// What is read of every task.
-fn fields(kernel: &Kernel) -> Vec<Field> {
+/// Every field of a `task_struct` that is read. Those that show that a cached task is unchanged are
+/// fewer and chosen for another reason: `task_list/fingerprint.rs` lists them.
+fn task_fields(kernel: &Kernel) -> Vec<Field> {
     let task = &kernel.layout.task;
     let mut fields = vec![
         task.thread_flags,

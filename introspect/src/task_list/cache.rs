@@ -1,12 +1,14 @@
-//! All tasks and their stacks, kept from one look to the next: only what may have changed in between is read again.
+//! A cache of all tasks and their stacks: a pause reads again only what may have changed.
 //!
-//! A pause is paid for by the guest, so what can be learned before it is: [`TaskCache::prewalk`] lists and walks while the guest
-//! runs, and the look in the pause only makes sure of what it finds unchanged. What was learned of a task holds if a few fields of its
-//! `task_struct` still say the same: when it was born, how often it was switched out, that it is on no CPU, and what others may change
-//! of it ([`proof`](crate::task_list::fingerprint)); the other fields and the frames of its stack only it changes itself, by running. (Its name can be
-//! changed by another.) That nobody came and nobody left, the kernel's own counts say.
+//! The guest pays for a pause, so as much as possible is read before it. [`TaskCache::prewalk`]
+//! lists tasks and walks stacks while the guest runs, and [`TaskCache::refresh`] in the pause only
+//! revalidates. A cached task is valid while its [fingerprint](crate::task_list::fingerprint) is
+//! the same: a few fields of its `task_struct` that say when it was created, how often it was
+//! switched out, that it is on no CPU, and what other tasks may change of it. Only the task itself
+//! changes its other fields and the frames of its stack, by running. (Another task can change its
+//! name.) That no task has joined the lists and none has left, the kernel's own counts show.
 //!
-//! Knows the lists that tasks are on; it must not know what stacks look like.
+//! Knows the lists that tasks are on; must not know what is on their stacks.
 
 use std::{collections::HashMap, num::NonZeroU64};
 
@@ -15,39 +17,41 @@ use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::task::reader::TaskReader;
 use crate::task::{PatchState, Task, TaskKind};
-use crate::task_list::entry::{ListLinks, TaskSummary};
+use crate::task_list::counts::{TaskCounts, check_count};
+use crate::task_list::entry::{CachedTask, ListLinks, TaskSummary};
+use crate::task_list::error::{MAX_TASKS, TasksError};
 use crate::task_list::fingerprint::Fingerprint;
-use crate::task_list::on_cpu::RunningTask;
+use crate::task_list::on_cpu::{self, RunningTask};
 use crate::task_list::revalidate::CachedTasks;
-use crate::task_list::{MAX_TASKS, TaskCounts, TasksError, check_count, on_cpu};
 use crate::unwind::Unwinder;
 use crate::unwind::stack::{Frame, Stack};
 use crate::vcpu::VcpuRegs;
 
-pub use crate::task_list::entry::CachedTask;
+/// With more tasks, or more bytes of fingerprints, nothing is cached: a bound on the memory that is
+/// held for one guest.
+const MAX_CACHED: usize = 1 << 15;
+const MAX_FINGERPRINT_BYTES: usize = 32 << 20;
 
-/// Of more tasks, or more bytes of them, nothing is kept: a bound on what is held for one guest.
-const MOST_KEPT: usize = 1 << 15;
-const MOST_RAW: usize = 32 << 20;
-
-/// All tasks of a guest, as seen in the last look.
+/// All tasks of a guest, as of the last refresh.
 #[derive(Clone, Debug)]
 pub struct TaskCache {
-    seen: Vec<CachedTask>,
-    /// For each of them.
-    briefs: Vec<TaskSummary>,
-    /// Where in `seen` each is.
-    at: HashMap<Gva, usize>,
-    /// Those that a vCPU runs.
+    entries: Vec<CachedTask>,
+    /// The summary of each entry.
+    summaries: Vec<TaskSummary>,
+    /// The index in `entries` of each task.
+    index: HashMap<Gva, usize>,
+    /// The indices of the tasks that a vCPU runs.
     running: Vec<usize>,
-    /// So many of `seen` are on the lists; the others are idle, or have left them.
+    /// This many of `entries`, the first ones, are on the lists. The others are idle tasks, or have
+    /// left the lists.
     listed: usize,
-    /// What proves of each of those that it is the same, one behind the other; none when nothing is kept.
-    raw: Vec<u8>,
-    keep: bool,
-    /// Since before the lists were gone through.
-    census: Option<TaskCounts>,
-    /// Of the code that the stacks were walked by.
+    /// The fingerprints of the listed tasks, one after the other; empty when nothing is cached.
+    fingerprints: Vec<u8>,
+    /// Whether anything is cached for the next refresh.
+    caches: bool,
+    /// The kernel's counts from before the lists were walked.
+    counts: Option<TaskCounts>,
+    /// The generation of the unwinder's code map by which the stacks were walked.
     generation: u64,
 }
 
@@ -58,48 +62,59 @@ impl Default for TaskCache {
 }
 
 impl TaskCache {
-    /// One that has seen nothing yet.
+    /// An empty cache.
     #[must_use]
     pub fn new() -> TaskCache {
         TaskCache {
-            seen: Vec::new(),
-            briefs: Vec::new(),
-            at: HashMap::new(),
+            entries: Vec::new(),
+            summaries: Vec::new(),
+            index: HashMap::new(),
             running: Vec::new(),
             listed: 0,
-            raw: Vec::new(),
-            keep: true,
-            census: None,
+            fingerprints: Vec::new(),
+            caches: true,
+            counts: None,
             generation: 0,
         }
     }
 
-    /// One that keeps nothing from look to look.
-    pub(crate) fn once() -> TaskCache {
+    /// One that caches nothing for the next refresh.
+    pub(crate) fn uncached() -> TaskCache {
         TaskCache {
-            keep: false,
+            caches: false,
             ..TaskCache::new()
         }
     }
 
-    /// Lists tasks and walks the stacks of those that sleep, while the guest runs: what comes out is worth nothing but to be made
-    /// sure of in the next [`look`](Self::look). What cannot be read now is left to that.
+    /// An empty cache with this one's settings.
+    fn emptied(&self) -> TaskCache {
+        TaskCache {
+            caches: self.caches,
+            generation: self.generation,
+            ..TaskCache::new()
+        }
+    }
+
+    /// Lists tasks and walks the stacks of sleeping ones while the guest runs. The result is a hint
+    /// only: the next [`refresh`](Self::refresh) revalidates every entry. What cannot be read now
+    /// is left to it.
     pub fn prewalk(&mut self, kernel: &Kernel, unwinder: &Unwinder, memory: &KernelMemory<'_>) {
         if self.refresh(kernel, unwinder, memory, &[]).is_err() {
             return;
         }
-        for seen in &self.seen {
-            if !seen.task.on_cpu {
-                seen.stack(unwinder, memory, None);
+        for entry in &self.entries {
+            if !entry.task.on_cpu {
+                entry.stack(unwinder, memory, None);
             }
         }
     }
 
-    /// Sees all tasks, in a pause, each with the vCPU that runs it: as [`task_list::read`](crate::task_list::read) does, and what has not
-    /// changed since the last look is not worked out again. Linear in tasks.
+    /// Reads all tasks in a pause, each with the vCPU that runs it, as
+    /// [`task_list::read`](crate::task_list::read) does. Tasks that are unchanged since the last
+    /// refresh are not read again, nor are their stacks walked again. Linear in tasks.
     ///
     /// # Errors
-    /// As those of [`task_list::read`](crate::task_list::read); then the survey is empty.
+    /// As those of [`task_list::read`](crate::task_list::read); the cache is then empty.
     pub fn refresh(
         &mut self,
         kernel: &Kernel,
@@ -110,13 +125,14 @@ impl TaskCache {
         if self.generation != unwinder.generation() {
             let changed = unwinder.changed_since(self.generation);
             self.generation = unwinder.generation();
-            self.forget(changed.as_deref());
+            self.drop_stacks(changed.as_deref());
         }
         self.list_tasks(kernel, memory, vcpus)
     }
 
-    /// Forgets the stacks with any of this code on them; none: all stacks.
-    fn forget(&mut self, code: Option<&[GvaRange]>) {
+    /// Drops the stacks that have any of this code on them, and those that are unreliable. `None`
+    /// drops all stacks.
+    fn drop_stacks(&mut self, code: Option<&[GvaRange]>) {
         let is_touched = |stack: &Stack, code: &[GvaRange]| {
             let is_in_any = |frame: &Frame| code.iter().any(|code| frame.is_in(code));
             stack.frames.iter().any(is_in_any)
@@ -124,15 +140,15 @@ impl TaskCache {
         let stays = |stack: &Stack| {
             stack.is_reliable() && code.is_some_and(|code| !is_touched(stack, code))
         };
-        for (seen, brief) in self.seen.iter_mut().zip(&mut self.briefs) {
-            if !seen.known_stack().is_some_and(stays) {
-                seen.forget();
-                brief.mark = None;
+        for (entry, summary) in self.entries.iter_mut().zip(&mut self.summaries) {
+            if !entry.cached_stack().is_some_and(stays) {
+                entry.drop_stack();
+                summary.tag = None;
             }
         }
     }
 
-    /// The same without a word on stacks.
+    /// As [`refresh`](Self::refresh), without any check of the cached stacks.
     pub(crate) fn list_tasks(
         &mut self,
         kernel: &Kernel,
@@ -141,53 +157,50 @@ impl TaskCache {
     ) -> Result<(), TasksError> {
         let done = self.try_list(kernel, memory, vcpus);
         if done.is_err() {
-            *self = TaskCache {
-                keep: self.keep,
-                generation: self.generation,
-                ..TaskCache::new()
-            };
+            *self = self.emptied();
         }
         done
     }
 
-    /// Everybody, in the order of [`task_list::read`](crate::task_list::read).
+    /// All tasks, in the order of [`task_list::read`](crate::task_list::read).
     #[must_use]
     pub fn tasks(&self) -> &[CachedTask] {
-        &self.seen
+        &self.entries
     }
 
-    /// Those of them that a vCPU runs, in the order of vCPUs.
+    /// The tasks that a vCPU runs, in the order of vCPUs.
     pub fn running(&self) -> impl Iterator<Item = &CachedTask> {
-        self.running.iter().filter_map(|at| self.seen.get(*at))
+        self.running.iter().filter_map(|at| self.entries.get(*at))
     }
 
-    /// The patch state of number `at` of [`seen`](Self::seen).
+    /// The patch state of the task at index `at` of [`tasks`](Self::tasks).
     #[must_use]
     pub fn patch_state(&self, at: usize) -> Option<PatchState> {
-        self.briefs.get(at)?.patch_state
+        self.summaries.get(at)?.patch_state
     }
 
-    /// Marks everybody whose stack is known, can be relied on and is as `wanted`. A mark goes when the stack is no longer known to be the
-    /// same; a task has one at a time.
-    pub fn tag(&mut self, mark: NonZeroU64, wanted: impl Fn(&Stack) -> bool) {
-        let listed = self.seen.iter().zip(&mut self.briefs).take(self.listed);
-        for (seen, brief) in listed.filter(|(_, brief)| brief.mark != Some(mark)) {
-            let stack = seen.known_stack().filter(|stack| stack.is_reliable());
-            let stays = !seen.moves() && seen.task.vcpu.is_none();
-            brief.mark = stack.filter(|stack| stays && wanted(stack)).map(|_| mark);
+    /// Tags every listed task whose stack is cached and reliable, and for which `wanted` returns
+    /// true. A tag is removed as soon as the stack may have changed. A task has one tag at a time.
+    pub fn tag(&mut self, tag: NonZeroU64, wanted: impl Fn(&Stack) -> bool) {
+        let listed = self.entries.iter().zip(&mut self.summaries);
+        let listed = listed.take(self.listed);
+        for (entry, summary) in listed.filter(|(_, summary)| summary.tag != Some(tag)) {
+            let stack = entry.cached_stack().filter(|stack| stack.is_reliable());
+            let stays = !entry.may_change_unseen() && entry.task.vcpu.is_none();
+            summary.tag = stack.filter(|stack| stays && wanted(stack)).map(|_| tag);
         }
     }
 
-    /// Whether number `at` of [`seen`](Self::seen) has this mark.
+    /// Whether the task at index `at` of [`tasks`](Self::tasks) has this tag.
     #[must_use]
-    pub fn is_tagged(&self, at: usize, mark: NonZeroU64) -> bool {
-        self.briefs
+    pub fn is_tagged(&self, at: usize, tag: NonZeroU64) -> bool {
+        self.summaries
             .get(at)
-            .is_some_and(|brief| brief.mark == Some(mark))
+            .is_some_and(|summary| summary.tag == Some(tag))
     }
 
     pub(crate) fn into_tasks(self) -> Vec<Task> {
-        self.seen.into_iter().map(|seen| seen.task).collect()
+        self.entries.into_iter().map(|entry| entry.task).collect()
     }
 
     fn try_list(
@@ -196,95 +209,93 @@ impl TaskCache {
         memory: &KernelMemory<'_>,
         vcpus: &[VcpuRegs],
     ) -> Result<(), TasksError> {
-        let census = TaskCounts::take(kernel, memory)?;
-        // Where a task's birth does not show, another in its place, with its number, could be taken for it.
-        self.keep &= kernel.layout.task.start_time.is_some() && census.is_some();
+        let counts = TaskCounts::read(kernel, memory)?;
+        // Without start times a new task at the same address, with the same pid, could be taken for
+        // the old one.
+        self.caches &= kernel.layout.task.start_time.is_some() && counts.is_some();
         let reader = TaskReader::new(kernel, memory);
-        let proof = Fingerprint::new(kernel, memory);
-        if self.census != census || !self.renew(&reader, &proof)? {
-            self.list_anew(&reader, &proof)?;
-            self.census = census;
+        let fingerprint = Fingerprint::new(kernel, memory);
+        if self.counts != counts || !self.revalidate(&reader, &fingerprint)? {
+            self.walk_lists(&reader, &fingerprint)?;
+            self.counts = counts;
         }
-        self.idle(&reader)?;
-        let places = kernel.places()?;
-        let running = on_cpu::attribute(kernel, memory, places, vcpus);
-        self.attribute(&reader, &running);
+        self.add_idle_tasks(&reader)?;
+        let running = on_cpu::assign(kernel, memory, kernel.stack_areas()?, vcpus);
+        self.set_vcpus(&reader, &running);
         if let Ok(online) = kernel.percpu.online(memory) {
             let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();
-            self.settle_offline_idle(&online, all_known);
+            self.clear_offline_idle(&online, all_known);
         }
         Ok(())
     }
 
-    /// Goes through those that are known, of whom nobody has left the lists, and reads again what has changed of them. False: what is
-    /// known does not hold.
-    fn renew(
+    /// Revalidates the listed tasks, of which none has left the lists, and reads changed ones
+    /// again. False: the cache is not valid.
+    fn revalidate(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Fingerprint<'_, '_>,
+        fingerprint: &Fingerprint<'_, '_>,
     ) -> Result<bool, TasksError> {
-        let len = proof.len();
-        if self.listed == 0 || len == 0 || self.raw.len() != self.listed * len {
+        let len = fingerprint.len();
+        if self.listed == 0 || len == 0 || self.fingerprints.len() != self.listed * len {
             return Ok(false);
         }
-        for tail in self.briefs.drain(self.listed..) {
-            self.at.remove(&tail.addr);
+        for unlisted in self.summaries.drain(self.listed..) {
+            self.index.remove(&unlisted.addr);
         }
-        self.seen.truncate(self.listed);
-        let known = CachedTasks {
-            briefs: &mut self.briefs,
-            raw: &mut self.raw,
-            seen: &mut self.seen,
+        self.entries.truncate(self.listed);
+        let cached = CachedTasks {
+            summaries: &mut self.summaries,
+            fingerprints: &mut self.fingerprints,
+            entries: &mut self.entries,
         };
-        if !known.renew(reader.kernel, reader.memory, len)? {
+        if !cached.revalidate(reader.kernel, reader.memory, len)? {
             return Ok(false);
         }
         Ok(check_count(reader.kernel, reader.memory, self.listed).is_ok())
     }
 
-    /// Every thread of every process, from the boot CPU's idle task on.
-    fn list_anew(
+    /// Walks the lists: every thread of every process, from the boot CPU's idle task on.
+    ///
+    /// These circular lists are not walked by [`ListEntries`](crate::memory::list::ListEntries):
+    /// the links are read together with the rest of each task, and a task that was met before is
+    /// found by its address, so that a cycle is an error of its own.
+    fn walk_lists(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Fingerprint<'_, '_>,
+        fingerprint: &Fingerprint<'_, '_>,
     ) -> Result<(), TasksError> {
-        let old = std::mem::replace(
-            self,
-            TaskCache {
-                keep: self.keep,
-                generation: self.generation,
-                ..TaskCache::new()
-            },
-        );
-        let mut old = Old {
-            len: proof.len(),
-            survey: old,
+        let empty = self.emptied();
+        let mut old = OldCache {
+            len: fingerprint.len(),
+            cache: std::mem::replace(self, empty),
         };
-        if old.survey.raw.len() != old.survey.listed * old.len {
-            // One of them could not be read whole: the others are not where they seem.
-            old.survey.raw.clear();
+        if old.cache.fingerprints.len() != old.cache.listed * old.len {
+            // One of them could not be read whole: the others are not where their index says.
+            old.cache.fingerprints.clear();
         }
         let init_task = reader.kernel.symbols.address("init_task")?;
         let mut leader = init_task;
         loop {
-            let links = self.list(reader, proof, leader, &mut old)?;
-            self.list_threads(reader, proof, (leader, links), &mut old)?;
+            let links = self.list(reader, fingerprint, leader, &mut old)?;
+            self.list_threads(reader, fingerprint, (leader, links), &mut old)?;
             leader = reader.kernel.layout.task.tasks.container(links.process);
             if leader == init_task {
                 break;
             }
         }
-        self.listed = self.seen.len();
+        self.listed = self.entries.len();
         check_count(reader.kernel, reader.memory, self.listed)
     }
 
-    /// The other threads of a process: all around their list, on which its first one stands, too. The list's head is in what they share.
+    /// Adds the other threads of a process, all around their list. The walk begins at the first
+    /// thread (`leader`); the list's head is in the `signal_struct`, and must be met once.
     fn list_threads(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Fingerprint<'_, '_>,
+        fingerprint: &Fingerprint<'_, '_>,
         (leader, links): (Gva, ListLinks),
-        old: &mut Old,
+        old: &mut OldCache,
     ) -> Result<(), TasksError> {
         let layout = &reader.kernel.layout;
         let head = layout.signal.thread_head.of(links.signal);
@@ -294,7 +305,7 @@ impl TaskCache {
         while node != start {
             node = if node != head {
                 let thread = layout.task.thread_node.container(node);
-                self.list(reader, proof, thread, old)?.thread
+                self.list(reader, fingerprint, thread, old)?.thread
             } else if passed_head {
                 return Err(TasksError::Leaderless(leader));
             } else {
@@ -308,64 +319,64 @@ impl TaskCache {
         }
     }
 
-    /// One that is on the lists, and where they go on from it.
+    /// Adds a task that is on the lists, and returns its links.
     fn list(
         &mut self,
         reader: &TaskReader<'_, '_>,
-        proof: &Fingerprint<'_, '_>,
+        fingerprint: &Fingerprint<'_, '_>,
         addr: Gva,
-        old: &mut Old,
+        old: &mut OldCache,
     ) -> Result<ListLinks, TasksError> {
-        // Before the rest: whatever changes in between then shows.
-        let now = self.keep.then(|| proof.gather(addr)).flatten();
-        let known = now.as_ref().and_then(|now| old.take(addr, now));
-        let (mark, still, seen) = match known {
-            // Others have come and gone around it.
-            Some((known, mark)) => {
+        // Before the rest of the task, so that a change in between shows.
+        let now = self.caches.then(|| fingerprint.read(addr)).flatten();
+        let unchanged = now.as_ref().and_then(|now| old.move_out(addr, now));
+        let (tag, stable, entry) = match unchanged {
+            // Its neighbours on the lists may have changed.
+            Some((unchanged, tag)) => {
                 let links = ListLinks::read(reader, addr)?;
-                (mark, true, CachedTask { links, ..known })
+                (tag, true, CachedTask { links, ..unchanged })
             }
             None => {
-                let still = now.is_some() && proof.holds(addr);
-                let mut seen = CachedTask::read(reader, addr)?;
-                seen.kept = self.keep;
-                (None, still, seen)
+                let stable = now.is_some() && fingerprint.is_unchanged(addr);
+                let mut entry = CachedTask::read(reader, addr)?;
+                entry.caches_stack = self.caches;
+                (None, stable, entry)
             }
         };
         if let Some(now) = now {
-            self.raw.extend_from_slice(&now);
+            self.fingerprints.extend_from_slice(&now);
         }
-        let links = seen.links;
-        self.add(seen, still)?;
-        if let Some(brief) = self.briefs.last_mut() {
-            brief.mark = mark;
+        let links = entry.links;
+        self.add(entry, stable)?;
+        if let Some(summary) = self.summaries.last_mut() {
+            summary.tag = tag;
         }
-        if self.seen.len() > MOST_KEPT || self.raw.len() > MOST_RAW {
-            self.keep = false;
-            self.raw = Vec::new();
+        if self.entries.len() > MAX_CACHED || self.fingerprints.len() > MAX_FINGERPRINT_BYTES {
+            self.caches = false;
+            self.fingerprints = Vec::new();
         }
         Ok(links)
     }
 
-    fn add(&mut self, seen: CachedTask, still: bool) -> Result<(), TasksError> {
-        if self.seen.len() >= MAX_TASKS {
+    fn add(&mut self, entry: CachedTask, stable: bool) -> Result<(), TasksError> {
+        if self.entries.len() >= MAX_TASKS {
             return Err(TasksError::TooMany);
         }
-        let addr = seen.task.addr;
-        if self.at.insert(addr, self.seen.len()).is_some() {
+        let addr = entry.task.addr;
+        if self.index.insert(addr, self.entries.len()).is_some() {
             return Err(TasksError::Cycle(addr));
         }
-        self.push(seen, still);
+        self.push(entry, stable);
         Ok(())
     }
 
-    fn push(&mut self, seen: CachedTask, still: bool) {
-        self.briefs.push(seen.brief(still));
-        self.seen.push(seen);
+    fn push(&mut self, entry: CachedTask, stable: bool) {
+        self.summaries.push(entry.summary(stable));
+        self.entries.push(entry);
     }
 
-    /// Idle tasks are on no list; the boot CPU's is `init_task`.
-    fn idle(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
+    /// Adds the idle tasks, which are on no list, except the boot CPU's: that is `init_task`.
+    fn add_idle_tasks(&mut self, reader: &TaskReader<'_, '_>) -> Result<(), TasksError> {
         let percpu = &reader.kernel.percpu;
         let variable = reader.kernel.symbols.address("idle_threads")?;
         for cpu in percpu.cpus() {
@@ -376,47 +387,51 @@ impl TaskCache {
             if idle.is_null() {
                 continue;
             }
-            if !self.at.contains_key(&idle) {
+            if !self.index.contains_key(&idle) {
                 self.add(CachedTask::read(reader, idle)?, false)?;
             }
-            let known = self.at.get(&idle);
-            if let Some(seen) = known.and_then(|&at| self.seen.get_mut(at)) {
-                seen.task.kind = TaskKind::Idle;
-                seen.task.cpu = Some(*cpu);
+            let at = self.index.get(&idle);
+            if let Some(entry) = at.and_then(|&at| self.entries.get_mut(at)) {
+                entry.task.kind = TaskKind::Idle;
+                entry.task.cpu = Some(*cpu);
             }
         }
         Ok(())
     }
 
-    /// Says of each running task which vCPU runs it. A task that releases itself has left the lists and still runs.
-    fn attribute(&mut self, reader: &TaskReader<'_, '_>, running: &[RunningTask]) {
+    /// Sets the vCPU of each running task. A task that releases itself has left the lists and still
+    /// runs: it is added here.
+    fn set_vcpus(&mut self, reader: &TaskReader<'_, '_>, running: &[RunningTask]) {
         self.running.clear();
         for on in running {
-            if !self.at.contains_key(&on.task)
-                && let Ok(seen) = CachedTask::read(reader, on.task)
+            if !self.index.contains_key(&on.task)
+                && let Ok(entry) = CachedTask::read(reader, on.task)
             {
-                self.at.insert(on.task, self.seen.len());
-                self.push(seen, false);
+                self.index.insert(on.task, self.entries.len());
+                self.push(entry, false);
             }
-            let Some(&at) = self.at.get(&on.task) else {
+            let Some(&at) = self.index.get(&on.task) else {
                 continue;
             };
-            if let (Some(seen), Some(brief)) = (self.seen.get_mut(at), self.briefs.get_mut(at)) {
-                seen.task.vcpu = Some(on.vcpu);
-                seen.task.cpu = Some(on.cpu);
-                seen.forget();
-                brief.mark = None;
+            let entry = self.entries.get_mut(at);
+            if let (Some(entry), Some(summary)) = (entry, self.summaries.get_mut(at)) {
+                entry.task.vcpu = Some(on.vcpu);
+                entry.task.cpu = Some(on.cpu);
+                entry.drop_stack();
+                summary.tag = None;
                 self.running.push(at);
             }
         }
     }
 
-    /// `kernel/sched/core.c: init_idle` says of each idle task that it is on its CPU, also when that CPU has never started.
-    /// Where every vCPU that runs is accounted for, it runs nowhere. `online` rises. The boot CPU's, which is on the lists, has run.
-    fn settle_offline_idle(&mut self, online: &[u32], all_known: bool) {
-        let tail = self.seen.iter_mut().skip(self.listed);
-        for task in tail
-            .map(|seen| &mut seen.task)
+    /// Clears `on_cpu` of the idle tasks of offline CPUs. `kernel/sched/core.c: init_idle` sets it
+    /// for every idle task, also on a CPU that has never started. Where the task of every online
+    /// vCPU is known, such an idle task runs nowhere. `online` is in ascending order. The boot
+    /// CPU's idle task, which is on the lists, has run.
+    fn clear_offline_idle(&mut self, online: &[u32], all_known: bool) {
+        let unlisted = self.entries.iter_mut().skip(self.listed);
+        for task in unlisted
+            .map(|entry| &mut entry.task)
             .filter(|task| task.kind == TaskKind::Idle && task.vcpu.is_none())
         {
             let offline = |cpu| online.binary_search(&cpu).is_err();
@@ -427,26 +442,27 @@ impl TaskCache {
     }
 }
 
-/// What an earlier look knew.
-struct Old {
-    /// Bytes that prove each task.
+/// The cache of the last refresh, while a new one is filled.
+struct OldCache {
+    /// The length of a fingerprint in bytes.
     len: usize,
-    survey: TaskCache,
+    cache: TaskCache,
 }
 
-impl Old {
-    /// The task at `addr` with its mark, if it proves to be as it was.
-    fn take(&mut self, addr: Gva, now: &[u8]) -> Option<(CachedTask, Option<NonZeroU64>)> {
-        let at = *self.survey.at.get(&addr)?;
+impl OldCache {
+    /// Moves out the task at `addr` with its tag, if `now` is its fingerprint.
+    fn move_out(&mut self, addr: Gva, now: &[u8]) -> Option<(CachedTask, Option<NonZeroU64>)> {
+        let at = *self.cache.index.get(&addr)?;
         let start = at.checked_mul(self.len)?;
-        let before = self.survey.raw.get(start..start.checked_add(self.len)?)?;
-        let brief = self.survey.briefs.get(at)?;
-        if before != now || brief.anew {
+        let end = start.checked_add(self.len)?;
+        let before = self.cache.fingerprints.get(start..end)?;
+        let summary = self.cache.summaries.get(at)?;
+        if before != now || summary.stale {
             return None;
         }
-        let mark = brief.mark;
-        let mut seen = self.survey.seen.get_mut(at)?.take();
-        seen.settle();
-        Some((seen, mark))
+        let tag = summary.tag;
+        let mut entry = self.cache.entries.get_mut(at)?.move_out();
+        entry.reuse();
+        Some((entry, tag))
     }
 }

@@ -1,6 +1,7 @@
-//! One task as a [`survey`](crate::task_list::cache) knows it, with its stack.
+//! One entry of the [task cache](crate::task_list::TaskCache): a task with its stack.
 //!
-//! Knows when a stack that was walked may be taken for the task's still; must not know the lists that tasks are on.
+//! Knows when a stack that was walked may still be taken for the task's; must not know the lists
+//! that tasks are on.
 
 use std::{borrow::Cow, cell::OnceCell, num::NonZeroU64};
 
@@ -12,31 +13,35 @@ use crate::unwind::Unwinder;
 use crate::unwind::stack::{Stack, Verdict};
 use crate::vcpu::VcpuRegs;
 
-/// A stack of more frames is not kept.
-const MOST_FRAMES: usize = 32;
+/// A stack of more frames is not cached.
+const MAX_FRAMES: usize = 32;
 
-/// A task, and its stack once somebody asked for it.
+/// A task, and its stack once it was walked.
 #[derive(Clone, Debug)]
 pub struct CachedTask {
-    /// The task.
+    /// The task as it was read last.
     pub task: Task,
     pub(crate) stack: OnceCell<Stack>,
-    pub(crate) kept: bool,
+    /// Whether a stack that is walked is cached.
+    pub(crate) caches_stack: bool,
     pub(crate) links: ListLinks,
 }
 
-/// Of a task, what a look needs where nothing has changed: a pause is too short to fetch the rest.
+/// The part of an entry that a pause needs when nothing has changed: fetching the whole entry of
+/// each task would take too long.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TaskSummary {
     pub(crate) addr: Gva,
     pub(crate) patch_state: Option<PatchState>,
-    /// What the caller found out about its stack: while this is here, that is the same.
-    pub(crate) mark: Option<NonZeroU64>,
-    /// It may have run while it was read: nothing proves what was, and the next look reads it anew.
-    pub(crate) anew: bool,
+    /// What the caller knows of the task's stack; removed when the stack may have changed.
+    pub(crate) tag: Option<NonZeroU64>,
+    /// The task may have run while it was read, so no fingerprint vouches for what was read: the
+    /// next refresh reads it again.
+    pub(crate) stale: bool,
 }
 
-/// Where the lists go on from a task: its process's threads, the next process, and where the head of the threads is.
+/// The links out of a task: to the next thread of its process, to the next process, and to the
+/// `signal_struct`, which holds the head of the thread list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ListLinks {
     pub(crate) thread: Gva,
@@ -45,7 +50,7 @@ pub(crate) struct ListLinks {
 }
 
 impl ListLinks {
-    /// Of the task at `addr`, which is read together where the reader has taken it.
+    /// The links of the task at `addr`. Costs no read of the guest if `reader` has just read it.
     pub(crate) fn read(reader: &TaskReader<'_, '_>, addr: Gva) -> Result<ListLinks, ReadError> {
         let layout = &reader.kernel.layout;
         let next = |list| reader.fields.pointer(layout.list_next.of(list));
@@ -64,12 +69,12 @@ impl CachedTask {
             links: ListLinks::read(reader, addr)?,
             task,
             stack: OnceCell::new(),
-            kept: false,
+            caches_stack: false,
         })
     }
 
-    /// All of it; what stays behind is of no use.
-    pub(crate) fn take(&mut self) -> CachedTask {
+    /// Moves the entry out. What is left has no name and no stack, and must not be used.
+    pub(crate) fn move_out(&mut self) -> CachedTask {
         CachedTask {
             task: Task {
                 comm: std::mem::take(&mut self.task.comm),
@@ -80,63 +85,67 @@ impl CachedTask {
         }
     }
 
-    /// `still`: it was the same just before it was read ([`Fingerprint::holds`](crate::task_list::fingerprint::Proof::holds)).
-    pub(crate) fn brief(&self, still: bool) -> TaskSummary {
+    /// The summary of this entry, without a tag. `stable`: the fingerprint was equal in two
+    /// readings before the task was read
+    /// ([`is_unchanged`](crate::task_list::fingerprint::Fingerprint::is_unchanged)).
+    pub(crate) fn summary(&self, stable: bool) -> TaskSummary {
         TaskSummary {
             addr: self.task.addr,
             patch_state: self.task.patch_state,
-            mark: None,
-            anew: !still || self.task.on_cpu,
+            tag: None,
+            stale: !stable || self.task.on_cpu,
         }
     }
 
-    /// Whether its stack is known from before.
+    /// Whether its stack is cached.
     #[must_use]
     pub fn is_walked(&self) -> bool {
         self.stack.get().is_some()
     }
 
-    /// Its stack, if that is known from before.
+    /// Its stack, if it is cached.
     #[must_use]
-    pub fn known_stack(&self) -> Option<&Stack> {
+    pub fn cached_stack(&self) -> Option<&Stack> {
         self.stack.get()
     }
 
-    /// Its kernel stack ([`Unwinder::stack`]), walked once while it stays the same; `regs` are those of the vCPU that runs it.
+    /// Its kernel stack ([`Unwinder::stack`]), from the cache or walked now. `regs` are those of
+    /// the vCPU that runs the task.
     pub fn stack(
         &self,
         unwinder: &Unwinder,
         memory: &KernelMemory<'_>,
         regs: Option<&VcpuRegs>,
     ) -> Cow<'_, Stack> {
-        if let Some(known) = self.stack.get() {
-            return Cow::Borrowed(known);
+        if let Some(cached) = self.stack.get() {
+            return Cow::Borrowed(cached);
         }
         let walked = unwinder.stack(memory, &self.task, regs);
-        if self.kept && walked.frames.len() <= MOST_FRAMES {
+        if self.caches_stack && walked.frames.len() <= MAX_FRAMES {
             Cow::Borrowed(self.stack.get_or_init(|| walked))
         } else {
             Cow::Owned(walked)
         }
     }
 
-    /// Before another look at a task of which nothing has changed: what a running one does shows in no counter, and what could not
-    /// be relied on may have been something else than its stack.
-    pub(crate) fn settle(&mut self) {
+    /// Prepares an entry whose task is unchanged for another pause. Drops a stack that may be
+    /// wrong: what a running task does shows in no counter, and an unreliable stack may have been
+    /// something else.
+    pub(crate) fn reuse(&mut self) {
         let unreliable = |stack: &Stack| stack.verdict != Verdict::Reliable;
-        let moves = self.moves() || self.task.vcpu.is_some();
-        if moves || self.stack.get().is_some_and(unreliable) {
-            self.forget();
+        let changes = self.may_change_unseen() || self.task.vcpu.is_some();
+        if changes || self.stack.get().is_some_and(unreliable) {
+            self.drop_stack();
         }
         self.task.vcpu = None;
     }
 
-    /// Its stack may change though nothing that proves it does.
-    pub(crate) fn moves(&self) -> bool {
+    /// Whether its stack may change although its fingerprint does not.
+    pub(crate) fn may_change_unseen(&self) -> bool {
         self.task.on_cpu || self.task.exit_state != 0
     }
 
-    pub(crate) fn forget(&mut self) {
+    pub(crate) fn drop_stack(&mut self) {
         self.stack = OnceCell::new();
     }
 }

@@ -1,53 +1,54 @@
 //! Which task each vCPU runs.
 //!
-//! A vCPU's CPU is told by its GS base, its task by that CPU's `current_task`, and both are believed only if the stack pointer
-//! agrees: in the middle of a context switch it is another task's. What is not certain is left out; the task then counts as
-//! running with no registers of its own.
+//! The GS base of a vCPU says which CPU it is, and that CPU's `current_task` says which task it
+//! runs. Both are believed only if the stack pointer agrees: in the middle of a context switch it
+//! is on another task's stack. A vCPU whose task is not certain is left out; that task then counts
+//! as running with registers that are not known.
 
 use std::collections::HashMap;
 
-use crate::addr::Gva;
-use crate::kernel::Kernel;
-use crate::kernel::stack_areas::StackAreas;
+use crate::addr::{Gva, GvaRange};
+use crate::kernel::{Kernel, StackAreas};
 use crate::memory::kernel::KernelMemory;
 use crate::vcpu::VcpuRegs;
 
-/// One vCPU and what it runs.
+/// A vCPU and the task that it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RunningTask {
-    /// Index of the vCPU.
-    pub vcpu: u32,
-    /// The CPU that it is to the guest.
-    pub cpu: u32,
-    /// The task that it runs.
-    pub task: Gva,
+pub(crate) struct RunningTask {
+    /// Index of the vCPU in the VMM.
+    pub(crate) vcpu: u32,
+    /// The guest's number of this CPU.
+    pub(crate) cpu: u32,
+    /// The `task_struct` of the task that it runs.
+    pub(crate) task: Gva,
 }
 
-/// The vCPUs of which it is certain what they run.
-pub(crate) fn attribute(
+/// Assigns tasks to vCPUs, where it is certain which task a vCPU runs.
+pub(crate) fn assign(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    places: &StackAreas,
+    areas: &StackAreas,
     vcpus: &[VcpuRegs],
 ) -> Vec<RunningTask> {
     let found: Vec<RunningTask> = vcpus
         .iter()
         .filter(|vcpu| vcpu.online && !vcpu.foreign)
-        .filter_map(|vcpu| one(kernel, memory, places, vcpu))
+        .filter_map(|vcpu| task_of(kernel, memory, areas, vcpu))
         .collect();
     only_unique(found)
 }
 
-fn one(
+/// The task of one vCPU; `None` unless exactly one of the CPUs that it may be fits.
+fn task_of(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
-    places: &StackAreas,
+    areas: &StackAreas,
     vcpu: &VcpuRegs,
 ) -> Option<RunningTask> {
     let mut fitting = candidates(kernel, vcpu).into_iter().filter_map(|cpu| {
         let task = kernel.current_task(memory, cpu).ok()?;
         let stack = memory.pointer(kernel.layout.task.stack.of(task)).ok()?;
-        fits(memory, places, vcpu, cpu, stack).then_some(RunningTask {
+        fits(memory, areas, vcpu, cpu, stack).then_some(RunningTask {
             vcpu: vcpu.index,
             cpu,
             task,
@@ -57,8 +58,8 @@ fn one(
     fitting.next().is_none().then_some(found)
 }
 
-/// In user mode GS is the user's own, to be set at will; in the kernel it is the kernel's but for a few instructions of entry
-/// and exit.
+/// The CPUs that a vCPU may be. In user mode the GS base is set by the user program; in the kernel
+/// it is the kernel's, except in a few instructions of kernel entry and exit.
 fn candidates(kernel: &Kernel, vcpu: &VcpuRegs) -> Vec<u32> {
     let of_kernel_gs = kernel.percpu.cpu_of_gs(vcpu.kernel_gs_base);
     if vcpu.cpl != 0 {
@@ -70,24 +71,27 @@ fn candidates(kernel: &Kernel, vcpu: &VcpuRegs) -> Vec<u32> {
     both
 }
 
+/// Whether a vCPU's stack pointer allows that it is `cpu` and runs the task whose stack begins at
+/// `stack`.
 fn fits(
     memory: &KernelMemory<'_>,
-    places: &StackAreas,
+    areas: &StackAreas,
     vcpu: &VcpuRegs,
     cpu: u32,
     stack: Gva,
 ) -> bool {
     let sp = Gva(vcpu.rsp);
-    // System call entry and exit run on the user's stack pointer for a few instructions.
+    // For a few instructions of system call entry and exit the stack pointer is the user's.
     let is_user_address = sp.0 >> 63 == 0;
-    let on = |range: crate::GvaRange| range.contains(sp) || range.end == sp;
+    let on = |range: GvaRange| range.contains(sp) || range.end == sp;
     vcpu.cpl != 0
         || is_user_address
-        || on(places.task(stack).range)
-        || places.of_cpu(memory, cpu).iter().any(|span| on(span.range))
+        || on(areas.task(stack).range)
+        || areas.of_cpu(memory, cpu).iter().any(|area| on(area.range))
 }
 
-/// No two vCPUs are the same CPU or run the same task: where it seems so, neither is believed.
+/// Drops every vCPU that shares its CPU or its task with another one: no two can, so neither is
+/// believed.
 fn only_unique(found: Vec<RunningTask>) -> Vec<RunningTask> {
     let mut cpus: HashMap<u32, usize> = HashMap::new();
     let mut tasks: HashMap<Gva, usize> = HashMap::new();

@@ -1,82 +1,93 @@
-//! Making sure of many tasks that are known: each is as it was, or is read again.
+//! Revalidates many cached tasks: each is unchanged, or is read again.
 //!
-//! This is what a pause does for every task of the guest, so it is spread over threads: the guest's own processors have nothing else
-//! to do then. Knows what proves a task; must not know how the lists are walked.
+//! A pause does this for every task of the guest, so several threads share it: the processors that
+//! run the guest have nothing else to do then. Knows that a fingerprint shows whether a task is
+//! unchanged; must not know how the lists are walked.
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::parallel;
 use crate::task::reader::TaskReader;
-use crate::task_list::TasksError;
 use crate::task_list::entry::{CachedTask, TaskSummary};
+use crate::task_list::error::TasksError;
 use crate::task_list::fingerprint::Fingerprint;
 
-/// So many tasks are compared in one go, and are what a thread takes next.
-const PART: usize = 256;
-/// So many tasks take several times as long as starting a thread for them.
+/// Tasks that are compared in one go; a thread takes this many at a time.
+const BATCH: usize = 256;
+/// The least number of tasks for a thread: they take several times as long as starting it.
 const WORTH_A_THREAD: usize = 2048;
 
-/// Some tasks as they were seen: of each its brief, the bytes that prove it, and the rest.
+/// Entries of the cache: of each its summary, its fingerprint, and the rest.
 pub(crate) struct CachedTasks<'s> {
-    pub(crate) briefs: &'s mut [TaskSummary],
-    pub(crate) raw: &'s mut [u8],
-    pub(crate) seen: &'s mut [CachedTask],
+    pub(crate) summaries: &'s mut [TaskSummary],
+    pub(crate) fingerprints: &'s mut [u8],
+    pub(crate) entries: &'s mut [CachedTask],
 }
 
 impl CachedTasks<'_> {
-    /// Makes sure of all, each proved by `len` bytes. False: one of them is no longer where it was in the lists, or cannot be read.
-    pub(crate) fn renew(
+    /// Revalidates all, each against its fingerprint of `len` bytes. False: a task is no longer
+    /// where it was in the lists, or cannot be read.
+    pub(crate) fn revalidate(
         mut self,
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
         len: usize,
     ) -> Result<bool, TasksError> {
         let (phys, space) = (memory.phys(), memory.space());
-        let threads = parallel::threads(self.briefs.len(), WORTH_A_THREAD);
+        let threads = parallel::threads(self.summaries.len(), WORTH_A_THREAD);
         type Done = Result<bool, TasksError>;
-        let done = parallel::over::<_, Done>(threads, self.parts(PART, len), |parts| {
-            // Each thread remembers translations of its own.
+        let done = parallel::for_each::<_, Done>(threads, self.batches(BATCH, len), |batches| {
+            // Each thread caches translations of its own.
             let memory = KernelMemory::new(phys, space);
             let reader = TaskReader::new(kernel, &memory);
-            let proof = Fingerprint::new(kernel, &memory);
-            for part in parts {
-                if !part.renew_here(&reader, &proof)? {
+            let fingerprint = Fingerprint::new(kernel, &memory);
+            for batch in batches {
+                if !batch.revalidate_batch(&reader, &fingerprint)? {
                     return Ok(false);
                 }
             }
             Ok(true)
         });
-        for part in done {
-            // Of a thread that ended in a panic nothing is known.
-            if !part.unwrap_or(Ok(false))? {
+        for thread in done {
+            // A thread that panicked has no result.
+            if !thread.unwrap_or(Ok(false))? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// The same in parts of so many tasks.
-    fn parts<'p>(&'p mut self, tasks: usize, len: usize) -> impl Iterator<Item = CachedTasks<'p>> {
-        let each = self.briefs.chunks_mut(tasks);
-        let each = each.zip(self.raw.chunks_mut(tasks.saturating_mul(len)));
-        let each = each.zip(self.seen.chunks_mut(tasks));
-        each.map(|((briefs, raw), seen)| CachedTasks { briefs, raw, seen })
+    /// The same entries in batches of `tasks`.
+    fn batches<'p>(
+        &'p mut self,
+        tasks: usize,
+        len: usize,
+    ) -> impl Iterator<Item = CachedTasks<'p>> {
+        let each = self.summaries.chunks_mut(tasks);
+        let each = each.zip(self.fingerprints.chunks_mut(tasks.saturating_mul(len)));
+        let each = each.zip(self.entries.chunks_mut(tasks));
+        each.map(|((summaries, fingerprints), entries)| CachedTasks {
+            summaries,
+            fingerprints,
+            entries,
+        })
     }
 
-    fn renew_here(
+    fn revalidate_batch(
         self,
         reader: &TaskReader<'_, '_>,
-        proof: &Fingerprint<'_, '_>,
+        fingerprint: &Fingerprint<'_, '_>,
     ) -> Result<bool, TasksError> {
-        let addrs: Vec<Gva> = self.briefs.iter().map(|brief| brief.addr).collect();
+        let addrs: Vec<Gva> = self.summaries.iter().map(|summary| summary.addr).collect();
         let mut same = vec![false; addrs.len()];
-        proof.compare(&addrs, self.raw, &mut same);
-        let each = self.briefs.iter_mut().zip(self.raw.chunks_mut(proof.len()));
-        for (((brief, before), seen), same) in each.zip(self.seen).zip(same) {
-            if same && !brief.anew {
-                settle(brief, seen);
-            } else if !renew_one(reader, proof, brief, before, seen)? {
+        fingerprint.compare(&addrs, self.fingerprints, &mut same);
+        let fingerprints = self.fingerprints.chunks_mut(fingerprint.len());
+        let each = self.summaries.iter_mut().zip(fingerprints);
+        for (((summary, before), entry), same) in each.zip(self.entries).zip(same) {
+            if same && !summary.stale {
+                reuse(summary, entry);
+            } else if !revalidate_one(reader, fingerprint, summary, before, entry)? {
                 return Ok(false);
             }
         }
@@ -84,37 +95,39 @@ impl CachedTasks<'_> {
     }
 }
 
-/// One that proved to be as it was.
-fn settle(brief: &TaskSummary, seen: &mut CachedTask) {
-    if brief.mark.is_none() {
-        seen.settle();
+/// Reuses an entry whose task is unchanged. A tagged one needs nothing: its stack is reliable, and
+/// no vCPU runs its task.
+fn reuse(summary: &TaskSummary, entry: &mut CachedTask) {
+    if summary.tag.is_none() {
+        entry.reuse();
     }
 }
 
-/// Makes sure of one that is known, or reads it again. False: it is no longer where it was in the lists.
-fn renew_one(
+/// Revalidates one entry, or reads its task again. False: the task is no longer where it was in the
+/// lists, or cannot be read.
+fn revalidate_one(
     reader: &TaskReader<'_, '_>,
-    proof: &Fingerprint<'_, '_>,
-    brief: &mut TaskSummary,
+    fingerprint: &Fingerprint<'_, '_>,
+    summary: &mut TaskSummary,
     before: &mut [u8],
-    seen: &mut CachedTask,
+    entry: &mut CachedTask,
 ) -> Result<bool, TasksError> {
-    let Some(now) = proof.gather(brief.addr) else {
+    let Some(now) = fingerprint.read(summary.addr) else {
         return Ok(false);
     };
-    if *now == *before && !brief.anew {
-        settle(brief, seen);
+    if *now == *before && !summary.stale {
+        reuse(summary, entry);
         return Ok(true);
     }
-    let still = proof.holds(brief.addr);
-    let mut fresh = CachedTask::read(reader, brief.addr)?;
-    if fresh.links != seen.links {
+    let stable = fingerprint.is_unchanged(summary.addr);
+    let mut fresh = CachedTask::read(reader, summary.addr)?;
+    if fresh.links != entry.links {
         return Ok(false);
     }
-    // Only now: as long as the two differ, nobody takes the old stack for the new one.
+    // Not before this point: as long as the two differ, the old stack is not taken for the new one.
     before.copy_from_slice(&now);
-    fresh.kept = true;
-    *brief = fresh.brief(still);
-    *seen = fresh;
+    fresh.caches_stack = true;
+    *summary = fresh.summary(stable);
+    *entry = fresh;
     Ok(true)
 }

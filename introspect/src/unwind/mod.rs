@@ -19,10 +19,9 @@ pub mod walk;
 
 use crate::addr::{Gva, GvaRange};
 use crate::btf::BtfError;
-use crate::kernel::Kernel;
-use crate::kernel::stack_areas::{StackAreaError, StackAreas};
+use crate::kernel::{Kernel, StackAreaError, StackAreas};
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
-use crate::parallel::spread;
+use crate::parallel;
 use crate::symbols::{SymbolError, Symbols};
 use crate::task::{Task, TaskKind};
 use crate::unwind::code_map::{CodeClass, CodeMap, CodeRegion, CoreText, Overlap, RegionId};
@@ -113,7 +112,7 @@ impl Unwinder {
                 rules,
             }),
             modules: ModuleRegions::default(),
-            places: kernel.places()?.clone(),
+            places: kernel.stack_areas()?.clone(),
             sleeping,
             stack_refcount: kernel.layout.task.stack_refcount,
             init_task: symbols.address("init_task")?,
@@ -230,7 +229,7 @@ impl Unwinder {
         vcpus: &[VcpuRegs],
     ) -> Vec<Stack> {
         let (phys, space) = (memory.phys(), memory.space());
-        spread(tasks, WORTH_A_THREAD, |tasks| {
+        parallel::map(tasks, WORTH_A_THREAD, |tasks| {
             // Each thread remembers translations of its own.
             let memory = KernelMemory::new(phys, space);
             let of = |task: &&Task| {

@@ -3,7 +3,9 @@
 //! Knows ranges of addresses, their order and how to read each only once; it must not know registers, code or how the ranges
 //! were found. Follows `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c: stack_access_ok`.
 
-use crate::addr::{Gva, GvaRange};
+use crate::addr::Gva;
+use crate::kernel::{MAX_STACK, StackArea, StackType};
+use crate::memory::kernel::KernelMemory;
 use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;
 
@@ -16,38 +18,11 @@ pub trait ReadMemory {
     fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva>;
 }
 
-/// What a stack is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum StackType {
-    /// A task's own.
-    Task,
-    /// A CPU's interrupt stack.
-    Irq,
-    /// One of a CPU's exception stacks (IST, or FRED's levels).
-    Exception,
-    /// A CPU's entry trampoline stack.
-    Entry,
-}
-
-impl StackType {
-    /// Whether something else may have been interrupted to get here. Task and entry stacks are where entries from user mode
-    /// arrive, so nothing lies behind them.
-    fn interrupts(self) -> bool {
-        matches!(self, StackType::Irq | StackType::Exception)
+impl ReadMemory for KernelMemory<'_> {
+    fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
+        self.read(at, buf).map_err(|error| error.gva)
     }
 }
-
-/// One stack.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StackArea {
-    /// What it is for.
-    pub kind: StackType,
-    /// Where it lies.
-    pub range: GvaRange,
-}
-
-/// No stack is larger (`THREAD_SIZE` with KASAN is 32 KiB).
-pub const MAX_STACK: u64 = 64 << 10;
 
 /// How far below the top of its stack the outermost frame of a task may lie: a `pt_regs` and a first frame, with room.
 const NEAR_TOP: u64 = 512;
@@ -201,6 +176,7 @@ pub(crate) mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::addr::GvaRange;
 
     pub(crate) const TASK: Gva = Gva(0xffff_c900_0010_0000);
     pub(crate) const IRQ: Gva = Gva(0xffff_c900_0020_0000);

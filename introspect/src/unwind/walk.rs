@@ -130,12 +130,12 @@ mod tests {
 
     use super::*;
     use crate::addr::Gva;
+    use crate::kernel::{StackArea, StackType};
     use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
     use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
     use crate::unwind::orc::Encoding;
     use crate::unwind::orc_table::OrcTable;
     use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, span};
-    use crate::unwind::stack_memory::{StackArea, StackType};
 
     const TOP: Gva = TASK.add(SIZE);
     const KTHREAD_BEGIN: Gva = TEXT.add(0x200);

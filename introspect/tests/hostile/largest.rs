@@ -5,7 +5,7 @@ use introspect::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
 use introspect::modules;
-use introspect::modules::proc_kallsyms::{ListingError, modules_and_runtime};
+use introspect::modules::{ListingError, modules_and_runtime};
 
 use hostile_guest::image::{self, module_at, virt};
 use hostile_guest::{self, bounded};

@@ -5,9 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use introspect::modules::proc_kallsyms::{ListingError, modules_and_runtime};
-use introspect::modules::{self, ModulesError};
-use introspect::symbols::kallsyms::{KallsymsError, Window};
+use introspect::modules::{self, ListingError, ModulesError, modules_and_runtime};
+use introspect::symbols::kallsyms::{ImagePart, KallsymsError};
 use introspect::unwind::orc::Encoding;
 use introspect::unwind::orc_table::{OrcTable, OrcTableError};
 use introspect::{
@@ -177,7 +176,7 @@ fn kallsyms_cut_anywhere() {
     let covers = GvaRange::new(Gva(image::BASE), Gva(image::BASE).add(2 << 20));
     let parse = |bytes: &[u8]| {
         let start = Gva(virt(start));
-        let window = Window { start, bytes };
+        let window = ImagePart { start, bytes };
         bounded("kallsyms", || {
             introspect::symbols::kallsyms::parse(window, covers).map(|s| s.len())
         })

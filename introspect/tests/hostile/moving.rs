@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 use introspect::{OutOfBounds, PhysMemory, Stack, Task};
 use vm_memory::GuestAddress;
 

@@ -1,6 +1,6 @@
 //! What is kept of tasks and stacks from look to look is what a fresh look would find.
 
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 use introspect::{Gva, GvaRange, PhysMemory, Stack, TasksError, Unwinder};
 
 use crate::{memory, with};

@@ -3,7 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::num::NonZeroU64;
 
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 use introspect::{Frame, GvaRange, Stack};
 
 /// Code that a task must not be in, each piece with its name.

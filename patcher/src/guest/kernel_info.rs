@@ -2,7 +2,7 @@
 //!
 //! Names only; nothing here looks at what the guest does.
 
-use introspect::kernel::layout::LockWord;
+use introspect::kernel::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
 use crate::error::PatchError;

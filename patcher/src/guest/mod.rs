@@ -9,7 +9,7 @@ pub mod view;
 use std::collections::HashSet;
 
 use introspect::modules;
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 use introspect::unwind::Unwinder;
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 

@@ -3,8 +3,7 @@
 //! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it. Code of patches, which the
 //! guest cannot name, gets the patch's own symbols.
 
-use introspect::modules::symbols::ModuleSymbols;
-use introspect::modules::{self, Module};
+use introspect::modules::{self, Module, ModuleSymbols};
 use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};
 
 use crate::module::Image;

@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use introspect::task_list::cache::{CachedTask, TaskCache};
+use introspect::task_list::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
 use introspect::{
     Frame, Gva, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs, Verdict,
@@ -111,7 +111,7 @@ impl<'a> GuestView<'a> {
     #[must_use]
     pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
         let seen = self.cached().iter();
-        let known: Vec<_> = seen.map(|seen| (seen, seen.known_stack())).collect();
+        let known: Vec<_> = seen.map(|seen| (seen, seen.cached_stack())).collect();
         let others = known.iter().filter(|(_, known)| known.is_none());
         let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
         let walked = self.unwinder.stacks(&self.memory, &others, self.vcpus);

@@ -4,7 +4,7 @@
 use std::thread::sleep;
 use std::time::Duration;
 
-use introspect::task_list::cache::TaskCache;
+use introspect::task_list::TaskCache;
 
 use crate::error::{PatchError, StepError};
 use crate::guest::pause::PauseGuard;

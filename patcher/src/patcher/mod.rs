@@ -72,7 +72,7 @@ impl Patcher {
     }
 
     /// A patcher that walks stacks in pauses only: for measuring what
-    /// [walking them before](introspect::task_list::cache) saves.
+    /// [walking them before](introspect::task_list) saves.
     #[must_use]
     pub fn without_prewalk() -> Patcher {
         Patcher {

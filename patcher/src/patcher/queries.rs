@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use introspect::modules::proc_kallsyms;
-use introspect::task_list::cache::TaskCache;
+use introspect::modules;
+use introspect::task_list::TaskCache;
 use introspect::{KallsymsEntry, Kernel, Stack, Task, VcpuRegs};
 
 use crate::error::PatchError;
@@ -81,7 +81,7 @@ impl Patcher {
         self.guest(machine)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         let kernel = &self.guest.as_ref().ok_or_else(no_kernel)?.kernel;
-        let behind = proc_kallsyms::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
+        let behind = modules::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
         let behind = behind?;
         let core = kernel.symbols.iter().map(|symbol| KallsymsEntry {

@@ -4,7 +4,7 @@
 //! what to enter in the book. None of them writes. What happens between two looks is the guest's own doing: its entry code and idle
 //! loop flip tasks that carry TIF_PATCH_PENDING to `klp_target_state`, and its forks inherit.
 
-use introspect::task_list::cache::CachedTask;
+use introspect::task_list::CachedTask;
 use introspect::{PatchState, Task};
 
 use crate::call::irq_work::Kick;

@@ -6,7 +6,6 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use introspect::modules::proc_kallsyms;
 use introspect::{
     CoreFile, Gva, Kernel, OutOfBounds, PhysMemory, TasksError, Unwinder, modules, task_list,
 };
@@ -80,7 +79,7 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
 
     // What depends on no lock reads the same while somebody changes the list: forwards it leads on at any moment.
     let memory = kernel.memory(&core);
-    let listed = proc_kallsyms::modules_and_runtime(&kernel, &memory)?;
+    let listed = modules::modules_and_runtime(&kernel, &memory)?;
     let mutex = kernel.symbols.address("module_mutex")?;
     let owner = kernel.symbols.address("init_task")?;
     // A mutex begins with its owner, but for an rt_mutex.
@@ -97,7 +96,7 @@ pub fn readers_say_busy(path: &Path) -> Result<()> {
         "module_mutex is not seen held"
     );
     ensure!(
-        proc_kallsyms::modules_and_runtime(&kernel, &kernel.memory(&pane))? == listed,
+        modules::modules_and_runtime(&kernel, &kernel.memory(&pane))? == listed,
         "other symbols while module_mutex is held"
     );
     a_module_taken_apart_is_left_out(&core, &kernel)

@@ -1,4 +1,4 @@
-//! kallsyms tables made here in each layout, and broken in each way.
+//! Builds kallsyms tables in each layout, and corrupts them in many ways.
 
 use proptest::prelude::*;
 
@@ -38,7 +38,7 @@ fn align(out: &mut Vec<u8>, to: usize) {
     out.resize(out.len().next_multiple_of(to), 0);
 }
 
-/// The tables of `scripts/kallsyms.c`, uncompressed: every token is its own letter but one.
+/// The tables of `scripts/kallsyms.c`, uncompressed: every token but one is its own letter.
 fn tables(layout: Layout) -> Vec<u8> {
     let label = if layout == Layout::Relative { 4 } else { 8 };
     let first = usize::from(matches!(layout, Layout::Relative | Layout::NewUnsigned));
@@ -119,13 +119,13 @@ fn tables(layout: Layout) -> Vec<u8> {
 fn read(bytes: &[u8]) -> Result<Symbols, KallsymsError> {
     let start = Gva(START);
     parse(
-        Window { start, bytes },
+        ImagePart { start, bytes },
         GvaRange::new(Gva(BASE), Gva(BASE + 0x400_0000)),
     )
 }
 
 #[test]
-fn every_layout() {
+fn every_layout_is_read() {
     for layout in ALL {
         let symbols = read(&tables(layout)).unwrap_or_else(|e| panic!("{layout:?}: {e}"));
         assert_eq!(symbols.address("_text"), Ok(Gva(BASE)), "{layout:?}");
@@ -142,7 +142,7 @@ fn every_layout() {
 }
 
 #[test]
-fn a_damaged_table_is_named() {
+fn the_error_names_the_corrupt_table() {
     let good = tables(Layout::Old);
     assert_eq!(
         read(&good[..good.len() / 2]).unwrap_err(),
@@ -162,7 +162,7 @@ fn a_damaged_table_is_named() {
 }
 
 #[test]
-fn digits_are_found_wherever_they_are() {
+fn digits_are_found_at_any_offset() {
     for at in 0..50 {
         let mut bytes = vec![b'5'; at];
         bytes.extend(DIGITS);
@@ -172,7 +172,8 @@ fn digits_are_found_wherever_they_are() {
     }
 }
 
-/// Twenty seconds are far more than the bounds allow, and a fraction of what it would take without them.
+/// Twenty seconds are far more than the bounds allow, and a fraction of what it would take without
+/// them.
 fn in_time<T>(work: impl FnOnce() -> T) -> T {
     let start = std::time::Instant::now();
     let out = work();
@@ -181,7 +182,7 @@ fn in_time<T>(work: impl FnOnce() -> T) -> T {
 }
 
 #[test]
-fn a_window_full_of_digits_ends() {
+fn an_image_full_of_digits_ends() {
     let bytes = DIGITS.repeat((24 << 20) / DIGITS.len());
     assert_eq!(
         in_time(|| read(&bytes)).unwrap_err(),
@@ -190,7 +191,7 @@ fn a_window_full_of_digits_ends() {
 }
 
 #[test]
-fn tokens_that_blow_up_names_are_refused() {
+fn tokens_that_expand_names_too_far_are_refused() {
     let good = tables(Layout::New);
     let digits = digits(&good, 0).unwrap();
     let index = digits
@@ -198,7 +199,7 @@ fn tokens_that_blow_up_names_are_refused() {
             .windows(6)
             .position(|w| w == [0, 0, 3, 0, 12, 0])
             .unwrap();
-    // One token takes the place of many: 3000 letters where "zz" was, and every index behind it moves.
+    // One token replaces many: 3000 letters where "zz" was, and every later index grows by as many.
     let table = digits - usize::from(u16::from_le_bytes([good[index + 96], good[index + 97]]));
     let token = table + usize::from(u16::from_le_bytes([good[index + 4], good[index + 5]]));
     let mut bad = good[..token].to_vec();
@@ -232,7 +233,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn no_damage_panics(which in 0usize..5, at in any::<prop::sample::Index>(), junk in proptest::collection::vec(any::<u8>(), 1..64)) {
+    fn no_corruption_panics(
+        which in 0usize..5,
+        at in any::<prop::sample::Index>(),
+        junk in proptest::collection::vec(any::<u8>(), 1..64),
+    ) {
         let mut bytes = tables(ALL[which]);
         let at = at.index(bytes.len());
         let len = junk.len().min(bytes.len() - at);
