@@ -2,7 +2,7 @@
 /*
  * The first process of the test bed: makes the host's file tree the machine's own, runs one command in it, and carries the
  * command's input, output and exit status over a virtio port. Frames on the port: u32 length of the payload (little
- * endian), u8 kind, payload. guests/src/bed/wire.rs is the other end.
+ * endian), u8 kind, payload. guests/src/bed/protocol.rs is the other end.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::bed::parts::Parts;
-use crate::bed::{BedError, Size};
+use crate::bed::error::BedError;
+use crate::bed::files::BedFiles;
 use crate::external::qemu::{MORTAL, mortal, with_libraries};
 use crate::host::cache::At;
 
@@ -28,6 +28,15 @@ const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-sa
 const TAIL: usize = 16 << 10;
 /// How long QEMU may take to connect.
 const CONNECT: Duration = Duration::from_secs(30);
+
+/// How large the emulated machine is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MachineSize {
+    /// Number of CPUs.
+    pub(super) cpus: u32,
+    /// Memory in MiB.
+    pub(super) memory_mib: u32,
+}
 
 /// A bed that runs.
 #[derive(Debug)]
@@ -80,13 +89,13 @@ fn sweep() {
 }
 
 impl Machine {
-    pub(super) fn start(parts: &Parts, size: Size) -> Result<Machine, BedError> {
+    pub(super) fn start(files: &BedFiles, size: MachineSize) -> Result<Machine, BedError> {
         let folder = Folder::create()?;
         let (tree, port) = (folder.0.join("tree"), folder.0.join("port"));
         let tree_listener = UnixListener::bind(&tree).at(&tree)?;
         let port_listener = UnixListener::bind(&port).at(&port)?;
-        let mut server = spawn(server_command(parts, tree_listener.into()))?;
-        let mut qemu = match spawn(qemu_command(parts, size, &tree, &port)) {
+        let mut server = spawn(server_command(files, tree_listener.into()))?;
+        let mut qemu = match spawn(qemu_command(files, size, &tree, &port)) {
             Ok(qemu) => qemu,
             Err(e) => {
                 end(&mut server);
@@ -170,17 +179,17 @@ fn spawn(mut command: Command) -> Result<Child, BedError> {
         .map_err(|e| BedError::Setup(format!("{shown}: {e}")))
 }
 
-fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
+fn server_command(files: &BedFiles, listener: OwnedFd) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
-        mortal(&parts.server, &parts.server_libraries)
+        mortal(&files.server, &files.server_libraries)
     } else {
         // It insists on chroot, which is for root: a user namespace has one that is nobody else than we.
         let mut command = Command::new("unshare");
         command
             .args(["--user", "--map-root-user", "--", "setpriv"])
             .args(MORTAL)
-            .arg(&parts.server);
-        with_libraries(command, &parts.server_libraries)
+            .arg(&files.server);
+        with_libraries(command, &files.server_libraries)
     };
     command
         .args([
@@ -198,8 +207,8 @@ fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
     command
 }
 
-fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command {
-    let mut command = parts.qemu.command();
+fn qemu_command(files: &BedFiles, size: MachineSize, tree: &Path, port: &Path) -> Command {
+    let mut command = files.qemu.command();
     let memory = size.memory_mib;
     command
         // A HPET would take the PIT's place: see `tick` in `guests/programs/bed-init.c`.
@@ -227,9 +236,9 @@ fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command 
         .args(["-device", "virtio-serial-pci"])
         .args(["-device", "virtserialport,chardev=port,name=bed"])
         .arg("-kernel")
-        .arg(&parts.kernel)
+        .arg(&files.kernel)
         .arg("-initrd")
-        .arg(&parts.initramfs)
+        .arg(&files.initramfs)
         .args([
             "-append",
             // The check of the timer counts ticks while it spins: on a busy host an emulated CPU sees too few, and panics.

@@ -1,113 +1,34 @@
 //! Running a command in the bed: what is sent in, what is passed on, and when it is over.
 
-use std::ffi::OsStr;
-use std::io::{self, Read, Write, stderr, stdin, stdout};
+use std::io::{self, Write, stderr, stdin, stdout};
 use std::net::Shutdown;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::bed::command_spec;
+use crate::bed::error::BedError;
+use crate::bed::files::BedFiles;
 use crate::bed::machine::Machine;
-use crate::bed::parts::Parts;
+use crate::bed::protocol::{self, FromBed, ToBed};
 use crate::bed::terminal::{self, Raw};
-use crate::bed::wire::{self, FromBed, ToBed};
-use crate::bed::{Bed, BedError, INSIDE, LOST, STARTED};
+use crate::bed::{Bed, stats};
 use crate::host::cache::Cache;
 
+/// Rows and columns of a terminal whose size is unknown.
+const DEFAULT_WINDOW: (u16, u16) = (24, 80);
 /// How long a bed may take to start on a busy machine.
 const START: Duration = Duration::from_secs(120);
 /// A bed says that it lives every few seconds; after so long without a word it hangs.
 const SILENCE: Duration = Duration::from_secs(120);
 
-pub(super) fn here(command: &mut Command, limit: Option<Duration>) -> Result<ExitStatus, BedError> {
-    let mut child = command.spawn().map_err(|e| cannot(command, &e))?;
-    let Some(limit) = limit else {
-        return child.wait().map_err(|e| cannot(command, &e));
-    };
-    let until = Instant::now() + limit;
-    loop {
-        if let Some(status) = child.try_wait().map_err(|e| cannot(command, &e))? {
-            return Ok(status);
-        }
-        if Instant::now() > until {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(BedError::TimedOut(limit));
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-}
-
-pub(super) fn output_here(
-    command: &mut Command,
-    input: &[u8],
-    limit: Option<Duration>,
-) -> Result<Output, BedError> {
-    command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|e| cannot(command, &e))?;
-    let (mut stdin, mut out, mut err) =
-        (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let pid = rustix::process::Pid::from_child(&child);
-    let over = AtomicBool::new(false);
-    let timed_out = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(move || stdin.take().map(|mut s| s.write_all(input)));
-        let out = scope.spawn(move || read_all(out.as_mut()));
-        let err = scope.spawn(move || read_all(err.as_mut()));
-        scope.spawn(|| {
-            let until = limit.map(|l| Instant::now() + l);
-            while !over.load(Ordering::Relaxed) {
-                if until.is_some_and(|u| Instant::now() > u) {
-                    timed_out.store(true, Ordering::Relaxed);
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-                    return;
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
-        });
-        let stdout = out.join().unwrap_or_default();
-        let stderr = err.join().unwrap_or_default();
-        let status = child.wait();
-        over.store(true, Ordering::Relaxed);
-        match (limit, timed_out.load(Ordering::Relaxed)) {
-            (Some(limit), true) => Err(BedError::TimedOut(limit)),
-            _ => Ok(Output {
-                status: status.map_err(|e| cannot(command, &e))?,
-                stdout,
-                stderr,
-            }),
-        }
-    })
-}
-
-fn read_all(from: Option<&mut impl Read>) -> Vec<u8> {
-    let mut all = Vec::new();
-    if let Some(from) = from {
-        let _ = from.read_to_end(&mut all);
-    }
-    all
-}
-
-fn cannot(command: &Command, error: &io::Error) -> BedError {
-    BedError::Command(format!(
-        "{}: {error}",
-        command.get_program().to_string_lossy()
-    ))
-}
-
-pub(super) fn nested_with_our_streams(
-    bed: &Bed,
-    command: &Command,
-) -> Result<ExitStatus, BedError> {
+/// Runs `command` in a new bed with this process's standard streams.
+pub(super) fn run(bed: &Bed, command: &Command) -> Result<ExitStatus, BedError> {
     let terminal = terminal::is_terminal();
     let session = Session::start(bed, command, terminal)?;
     let _raw = terminal.then(Raw::enter);
@@ -121,7 +42,8 @@ pub(super) fn nested_with_our_streams(
     })
 }
 
-pub(super) fn nested_output(
+/// Runs `command` in a new bed with `input` as its standard input, and collects its output.
+pub(super) fn run_with_output(
     bed: &Bed,
     command: &Command,
     input: &[u8],
@@ -153,16 +75,17 @@ struct Session {
 impl Session {
     /// Starts a bed and the command; ours again once the command runs.
     fn start(bed: &Bed, command: &Command, terminal: bool) -> Result<Session, BedError> {
-        let parts = Parts::gather(&Cache::open()?)?;
-        let spec = spec(bed, command, terminal)?;
+        let files = BedFiles::fetch(&Cache::open()?)?;
+        let window = terminal.then(|| terminal::window().unwrap_or(DEFAULT_WINDOW));
+        let spec = command_spec::encode(command, &bed.writable, window)?;
         let begin = Instant::now();
-        STARTED.fetch_add(1, Ordering::Relaxed);
-        let machine = Machine::start(&parts, bed.size)?;
+        stats::add_started();
+        let machine = Machine::start(&files, bed.size)?;
         let mut port = &machine.port;
         let ready = port
             .set_read_timeout(Some(START))
-            .and_then(|()| wire::send(&mut port, ToBed::Spec, &spec))
-            .and_then(|()| wire::receive(&mut port));
+            .and_then(|()| protocol::send(&mut port, ToBed::Spec, &spec))
+            .and_then(|()| protocol::receive(&mut port));
         match ready {
             Ok(FromBed::Ready) => {}
             Ok(FromBed::Failed(reason)) => return Err(BedError::Setup(reason)),
@@ -203,7 +126,7 @@ impl Session {
                     }
                     break End::Died(format!("not a word from it for {wait:?}"));
                 }
-                match wire::receive(&mut port) {
+                match protocol::receive(&mut port) {
                     Ok(FromBed::Status(raw)) => break End::Status(ExitStatus::from_raw(raw)),
                     Ok(FromBed::Failed(reason)) => break End::Died(reason),
                     Ok(event) => {
@@ -262,7 +185,7 @@ fn no_word(when: &str, error: &io::Error) -> String {
 }
 
 fn died(machine: Machine, reason: String) -> BedError {
-    LOST.fetch_add(1, Ordering::Relaxed);
+    stats::add_lost();
     let (status, console) = machine.post_mortem();
     let reason = match status {
         Some(status) => format!("{reason}; QEMU: {status}"),
@@ -271,67 +194,12 @@ fn died(machine: Machine, reason: String) -> BedError {
     BedError::Died { reason, console }
 }
 
-/// The command as the bed's first process reads it: `key=value` strings, each ended by a zero byte.
-fn spec(bed: &Bed, command: &Command, terminal: bool) -> Result<Vec<u8>, BedError> {
-    let mut spec = Vec::new();
-    let mut put = |key: &str, value: &OsStr| {
-        spec.extend_from_slice(key.as_bytes());
-        spec.push(b'=');
-        spec.extend_from_slice(value.as_bytes());
-        spec.push(0);
-    };
-    let number = |n: u16| n.to_string();
-    if terminal {
-        let (rows, columns) = terminal::window().unwrap_or((24, 80));
-        put("tty", OsStr::new("1"));
-        put("rows", number(rows).as_ref());
-        put("cols", number(columns).as_ref());
-    }
-    let here = std::env::current_dir()
-        .map_err(|e| BedError::Command(format!("the current folder: {e}")))?;
-    let folder = command
-        .get_current_dir()
-        .map_or(here.clone(), |d| here.join(d));
-    put("cwd", folder.as_os_str());
-    for folder in &bed.writable {
-        let real = folder
-            .canonicalize()
-            .map_err(|e| BedError::Command(format!("writable folder {}: {e}", folder.display())))?;
-        if !real.is_dir() {
-            return Err(BedError::Command(format!(
-                "writable folder {} is not a folder",
-                folder.display()
-            )));
-        }
-        put("writable", real.as_os_str());
-    }
-    put("arg", command.get_program());
-    for argument in command.get_args() {
-        put("arg", argument);
-    }
-    let mut environment: std::collections::BTreeMap<_, _> = std::env::vars_os().collect();
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => environment.insert(name.to_owned(), value.to_owned()),
-            None => environment.remove(name),
-        };
-    }
-    environment.insert(INSIDE.into(), "1".into());
-    for (name, value) in environment {
-        let mut pair = name;
-        pair.push("=");
-        pair.push(value);
-        put("env", &pair);
-    }
-    Ok(spec)
-}
-
 fn send_input(port: &UnixStream, input: &[u8]) -> io::Result<()> {
     let mut port = port;
     for chunk in input.chunks(16 << 10) {
-        wire::send(&mut port, ToBed::Stdin, chunk)?;
+        protocol::send(&mut port, ToBed::Stdin, chunk)?;
     }
-    wire::send(&mut port, ToBed::EndOfInput, b"")
+    protocol::send(&mut port, ToBed::EndOfInput, b"")
 }
 
 /// Our own standard input, until it ends or the command does; and our terminal's size when it changes.
@@ -343,7 +211,7 @@ fn forward_our_input(port: &UnixStream, over: &AtomicBool) -> io::Result<()> {
     while !over.load(Ordering::Relaxed) {
         let now = terminal::window();
         if let Some((rows, columns)) = now.filter(|_| now != window) {
-            wire::send(
+            protocol::send(
                 &mut port,
                 ToBed::Window,
                 format!("{rows} {columns}").as_bytes(),
@@ -363,9 +231,9 @@ fn forward_our_input(port: &UnixStream, over: &AtomicBool) -> io::Result<()> {
         // Past std's buffer: what it would read ahead is not ours to take.
         let n = rustix::io::read(&input, &mut chunk)?;
         if n == 0 {
-            return wire::send(&mut port, ToBed::EndOfInput, b"");
+            return protocol::send(&mut port, ToBed::EndOfInput, b"");
         }
-        wire::send(&mut port, ToBed::Stdin, chunk.get(..n).unwrap_or_default())?;
+        protocol::send(&mut port, ToBed::Stdin, chunk.get(..n).unwrap_or_default())?;
     }
     Ok(())
 }

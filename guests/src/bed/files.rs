@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::bed::BedError;
+use crate::bed::error::BedError;
 use crate::debian::packages::Packages;
 use crate::external::qemu::{LIBRARY_SUITE, Qemu};
 use crate::host::cache::{At, Cache, fingerprint};
@@ -21,7 +21,7 @@ const MODULES: &[&str] = &["overlay", "kvm_amd"];
 
 /// The files that a bed is started from.
 #[derive(Debug, Clone)]
-pub(super) struct Parts {
+pub(super) struct BedFiles {
     pub(super) qemu: Qemu,
     pub(super) server: PathBuf,
     pub(super) server_libraries: OsString,
@@ -29,14 +29,14 @@ pub(super) struct Parts {
     pub(super) initramfs: PathBuf,
 }
 
-impl Parts {
+impl BedFiles {
     /// Fetches what the cache does not have.
-    pub(super) fn gather(cache: &Cache) -> Result<Parts, BedError> {
+    pub(super) fn fetch(cache: &Cache) -> Result<BedFiles, BedError> {
         let packages = Packages::new(cache);
         let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
         let kernel = Kernel::fetch(cache, Generation::V6_12, Flavour::Cloud)?;
         let initramfs = initramfs(cache, &kernel)?;
-        Ok(Parts {
+        Ok(BedFiles {
             qemu: Qemu::fetch(cache)?,
             server: server.root.join("usr/lib/qemu/virtiofsd"),
             server_libraries: packages.fetch_libraries(&[&server], LIBRARY_SUITE)?,
