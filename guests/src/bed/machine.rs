@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::bed::error::BedError;
 use crate::bed::files::BedFiles;
-use crate::external::qemu::{MORTAL, mortal, with_libraries};
+use crate::external::qemu::{DEATH_SIGNAL, with_death_signal, with_libraries};
 use crate::host::cache::At;
 
 /// A CPU with AMD's virtualisation. What this emulator lacks is taken out by name, or it complains.
@@ -50,10 +50,10 @@ pub(super) struct Machine {
 }
 
 /// A private folder for the sockets, deleted when dropped.
-struct Folder(PathBuf);
+struct SocketFolder(PathBuf);
 
-impl Folder {
-    fn create() -> Result<Folder, BedError> {
+impl SocketFolder {
+    fn create() -> Result<SocketFolder, BedError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         sweep();
@@ -61,11 +61,11 @@ impl Folder {
             std::env::temp_dir().join(format!("outpatch-bed-{}-{number}", std::process::id()));
         // Fails where the name is taken: nobody else can prepare it for us.
         DirBuilder::new().mode(0o700).create(&path).at(&path)?;
-        Ok(Folder(path))
+        Ok(SocketFolder(path))
     }
 }
 
-impl Drop for Folder {
+impl Drop for SocketFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -90,7 +90,7 @@ fn sweep() {
 
 impl Machine {
     pub(super) fn start(files: &BedFiles, size: MachineSize) -> Result<Machine, BedError> {
-        let folder = Folder::create()?;
+        let folder = SocketFolder::create()?;
         let (tree, port) = (folder.0.join("tree"), folder.0.join("port"));
         let tree_listener = UnixListener::bind(&tree).at(&tree)?;
         let port_listener = UnixListener::bind(&port).at(&port)?;
@@ -170,7 +170,7 @@ fn end(child: &mut Child) {
 }
 
 fn spawn(mut command: Command) -> Result<Child, BedError> {
-    let shown = crate::host::tools::shown(&command);
+    let shown = crate::host::tools::command_line(&command);
     command
         .process_group(0)
         .stdout(Stdio::piped())
@@ -181,13 +181,13 @@ fn spawn(mut command: Command) -> Result<Child, BedError> {
 
 fn server_command(files: &BedFiles, listener: OwnedFd) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
-        mortal(&files.server, &files.server_libraries)
+        with_death_signal(&files.server, &files.server_libraries)
     } else {
         // It insists on chroot, which is for root: a user namespace has one that is nobody else than we.
         let mut command = Command::new("unshare");
         command
             .args(["--user", "--map-root-user", "--", "setpriv"])
-            .args(MORTAL)
+            .args(DEATH_SIGNAL)
             .arg(&files.server);
         with_libraries(command, &files.server_libraries)
     };

@@ -50,7 +50,7 @@ impl Bed {
     /// The bed for this machine: right here, or nested.
     pub fn new() -> Bed {
         Bed {
-            probe: Probe::look(),
+            probe: Probe::detect(),
             size: MachineSize {
                 cpus: CPUS,
                 memory_mib: 4096,

@@ -90,7 +90,7 @@ impl Session {
             Ok(FromBed::Ready) => {}
             Ok(FromBed::Failed(reason)) => return Err(BedError::Setup(reason)),
             Ok(_) => return Err(died(machine, "it spoke before it was ready".to_owned())),
-            Err(e) => return Err(died(machine, no_word("while starting", &e))),
+            Err(e) => return Err(died(machine, describe_port_error("while starting", &e))),
         }
         if bed.verbose {
             let seconds = begin.elapsed().as_secs_f64();
@@ -116,25 +116,27 @@ impl Session {
             scope.spawn(|| feed(&self.machine.port, &over));
             let end = loop {
                 let wait = match until.map(|u| u.saturating_duration_since(Instant::now())) {
-                    Some(Duration::ZERO) => break End::TimedOut,
+                    Some(Duration::ZERO) => break SessionEnd::TimedOut,
                     Some(left) => left.min(SILENCE),
                     None => SILENCE,
                 };
                 if !self.readable(wait) {
                     if until.is_some_and(|u| Instant::now() >= u) {
-                        break End::TimedOut;
+                        break SessionEnd::TimedOut;
                     }
-                    break End::Died(format!("not a word from it for {wait:?}"));
+                    break SessionEnd::Died(format!("not a word from it for {wait:?}"));
                 }
                 match protocol::receive(&mut port) {
-                    Ok(FromBed::Status(raw)) => break End::Status(ExitStatus::from_raw(raw)),
-                    Ok(FromBed::Failed(reason)) => break End::Died(reason),
+                    Ok(FromBed::Status(raw)) => {
+                        break SessionEnd::Status(ExitStatus::from_raw(raw));
+                    }
+                    Ok(FromBed::Failed(reason)) => break SessionEnd::Died(reason),
                     Ok(event) => {
                         if let Err(e) = pass_on(event) {
-                            break End::Stream(e);
+                            break SessionEnd::Stream(e);
                         }
                     }
-                    Err(e) => break End::Died(no_word("under the command", &e)),
+                    Err(e) => break SessionEnd::Died(describe_port_error("under the command", &e)),
                 }
             };
             over.store(true, Ordering::Relaxed);
@@ -143,12 +145,12 @@ impl Session {
             end
         });
         match end {
-            End::Status(status) => Ok(status),
-            End::TimedOut => Err(BedError::TimedOut(self.limit.unwrap_or_default())),
-            End::Stream(e) => Err(BedError::Command(format!(
+            SessionEnd::Status(status) => Ok(status),
+            SessionEnd::TimedOut => Err(BedError::TimedOut(self.limit.unwrap_or_default())),
+            SessionEnd::Stream(e) => Err(BedError::Command(format!(
                 "passing on the command's output: {e}"
             ))),
-            End::Died(reason) => Err(died(self.machine, reason)),
+            SessionEnd::Died(reason) => Err(died(self.machine, reason)),
         }
     }
 
@@ -165,14 +167,14 @@ impl Session {
     }
 }
 
-enum End {
+enum SessionEnd {
     Status(ExitStatus),
     TimedOut,
     Stream(io::Error),
     Died(String),
 }
 
-fn no_word(when: &str, error: &io::Error) -> String {
+fn describe_port_error(when: &str, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof
         | io::ErrorKind::ConnectionReset

@@ -24,11 +24,11 @@ pub enum Probe {
 
 impl Probe {
     /// Looks at this machine.
-    pub fn look() -> Probe {
-        Probe::look_at(Path::new("/sys/module"), Path::new("/dev/kvm"))
+    pub fn detect() -> Probe {
+        Probe::detect_in(Path::new("/sys/module"), Path::new("/dev/kvm"))
     }
 
-    fn look_at(modules: &Path, device: &Path) -> Probe {
+    fn detect_in(modules: &Path, device: &Path) -> Probe {
         let module = ["kvm_amd", "kvm_intel"]
             .into_iter()
             .find(|m| modules.join(m).is_dir());
@@ -69,20 +69,20 @@ mod tests {
         fs::create_dir_all(modules.join("kvm_pvm")).unwrap();
         fs::write(&device, b"").unwrap();
         let text = |p: Probe| p.to_string();
-        let found = text(Probe::look_at(&modules, &device));
+        let found = text(Probe::detect_in(&modules, &device));
         assert!(
             found.starts_with("nested") && found.contains("neither"),
             "{found}"
         );
         fs::create_dir(modules.join("kvm_intel")).unwrap();
-        let found = Probe::look_at(&modules, &device);
+        let found = Probe::detect_in(&modules, &device);
         assert_eq!(
             found,
             Probe::Native {
                 module: "kvm_intel"
             }
         );
-        let found = text(Probe::look_at(&modules, &root.join("none")));
+        let found = text(Probe::detect_in(&modules, &root.join("none")));
         assert!(found.contains("does not open"), "{found}");
         fs::remove_dir_all(&root).unwrap();
     }

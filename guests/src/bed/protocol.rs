@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 
 /// More than any frame that the other end sends.
-const MOST: u32 = 1 << 20;
+const MAX_FRAME: u32 = 1 << 20;
 
 /// What we send.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +45,7 @@ pub(super) fn receive(from: &mut impl Read) -> io::Result<FromBed> {
     from.read_exact(&mut head)?;
     let [a, b, c, d, kind] = head;
     let size = u32::from_le_bytes([a, b, c, d]);
-    if size > MOST {
+    if size > MAX_FRAME {
         return Err(io::Error::other(format!("a frame of {size} bytes")));
     }
     let mut payload = Vec::new();

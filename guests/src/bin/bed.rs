@@ -64,7 +64,7 @@ const NOT_RUN: u8 = 125;
 fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Probe => {
-            let probe = Probe::look();
+            let probe = Probe::detect();
             println!("{probe}");
             return ExitCode::SUCCESS;
         }

@@ -11,8 +11,9 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::bed::Bed;
+use guests::drive::build_outpatch;
 use guests::drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch};
-use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
@@ -50,7 +51,7 @@ fn outside() -> Result<ExitCode> {
     let binary = build_outpatch()?;
     spinner.finish_and_clear();
     bed.prepare()?;
-    let stock = PreparedKernel::prepare(Order {
+    let stock = PreparedKernel::prepare(KernelSpec {
         generation: Generation::V6_12,
         flavour: Flavour::Cloud,
         patches: &[PATCH],

@@ -19,21 +19,21 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// How long apt's lists are good before they are fetched again, when a package is wanted that is not in the cache.
 const LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
 /// The suites that something is taken from, with the archive that each is in.
-const SUITES: [(&str, Archive); 10] = [
-    ("bullseye", Archive::Main),
-    ("bullseye-security", Archive::Security),
-    ("bookworm", Archive::Main),
-    ("bookworm-backports", Archive::Main),
-    ("bookworm-security", Archive::Security),
-    ("forky", Archive::Main),
-    ("sid", Archive::Main),
-    ("trixie", Archive::Main),
-    ("trixie-backports", Archive::Main),
-    ("trixie-security", Archive::Security),
+const SUITES: [(&str, Repository); 10] = [
+    ("bullseye", Repository::Main),
+    ("bullseye-security", Repository::Security),
+    ("bookworm", Repository::Main),
+    ("bookworm-backports", Repository::Main),
+    ("bookworm-security", Repository::Security),
+    ("forky", Repository::Main),
+    ("sid", Repository::Main),
+    ("trixie", Repository::Main),
+    ("trixie-backports", Repository::Main),
+    ("trixie-security", Repository::Security),
 ];
 
 #[derive(Clone, Copy)]
-enum Archive {
+enum Repository {
     Main,
     Security,
 }
@@ -300,8 +300,8 @@ fn sources(mirrors: &Mirrors) -> String {
         .iter()
         .map(|(suite, archive)| {
             let uri = match archive {
-                Archive::Main => &mirrors.main,
-                Archive::Security => &mirrors.security,
+                Repository::Main => &mirrors.main,
+                Repository::Security => &mirrors.security,
             };
             format!("deb [signed-by={KEYRING}] {uri} {suite} main\n")
         })
@@ -362,7 +362,7 @@ fn parse_record(text: &str) -> Record {
 
 /// Runs a tool to its end, calling `tick` meanwhile.
 pub(crate) fn run(mut command: Command, mut tick: impl FnMut()) -> Result<Output> {
-    let shown = tools::shown(&command);
+    let shown = tools::command_line(&command);
     let failed = |stderr: String| PackageError::Tool {
         command: shown.clone(),
         stderr,

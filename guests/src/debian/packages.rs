@@ -19,7 +19,7 @@ use crate::host::{progress, tools};
 type Result<T> = std::result::Result<T, PackageError>;
 
 /// How many versions may be listed and not there.
-const MOST_GONE: usize = 3;
+const MAX_MISSING_VERSIONS: usize = 3;
 
 /// A package in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,7 +129,7 @@ impl Packages {
         let mut names: Vec<&str> = needs.filter(|n| n.starts_with("lib")).collect();
         names.sort_unstable();
         names.dedup();
-        let packages = self.fetch_what_is_missing(&names, suite)?;
+        let packages = self.fetch_missing_libraries(&names, suite)?;
         let folders = packages.iter().flat_map(|p| {
             ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|sub| p.root.join(sub))
         });
@@ -140,7 +140,7 @@ impl Packages {
         })
     }
 
-    fn fetch_what_is_missing(&self, names: &[&str], suite: &str) -> Result<Vec<Package>> {
+    fn fetch_missing_libraries(&self, names: &[&str], suite: &str) -> Result<Vec<Package>> {
         let key = format!("{}@{suite}", names.join(","));
         let mark = fingerprint([key.as_bytes()]);
         let listed = self.cache.root().join(format!("libraries/{mark}.json"));
@@ -217,7 +217,7 @@ impl Packages {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) => error,
             };
-            if !error.is_gone() || gone.len() >= MOST_GONE {
+            if !error.is_gone() || gone.len() >= MAX_MISSING_VERSIONS {
                 return Err(first.unwrap_or(error));
             }
             if first.is_none() {
@@ -298,7 +298,7 @@ impl Packages {
 
     fn unpack(&self, deb: &Path, wanted: &[&Candidate], staging: &Staging) -> Result<()> {
         let file = deb.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let Some(candidate) = wanted.iter().find(|c| is_of(file, c)) else {
+        let Some(candidate) = wanted.iter().find(|c| is_deb_of(file, c)) else {
             return Ok(());
         };
         let name = &candidate.name;
@@ -323,7 +323,7 @@ impl Packages {
 /// Unpacks what matches `pattern` of the archive that `from` prints.
 fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()) -> Result<()> {
     fs::create_dir_all(tree).at(tree)?;
-    let shown = tools::shown(&from);
+    let shown = tools::command_line(&from);
     let mut printing = from.stdout(Stdio::piped()).spawn().at(tree)?;
     let mut tar = Command::new("tar");
     tar.arg("-C").arg(tree).args(["-x", "--wildcards", pattern]);
@@ -354,7 +354,7 @@ fn with_main_package(found: &[Candidate], extra: &str) -> Vec<Candidate> {
 }
 
 /// Is this the file of that package? They are called `name_version_arch.deb`, with a colon written as `%3a`.
-fn is_of(file: &str, candidate: &Candidate) -> bool {
+fn is_deb_of(file: &str, candidate: &Candidate) -> bool {
     let (name, rest) = file.split_once('_').unwrap_or_default();
     let version = rest.split('_').next().unwrap_or_default();
     name == candidate.name && version.replace("%3a", ":") == candidate.version
@@ -404,16 +404,16 @@ mod tests {
             version: "1:10.0.2+ds-2~bpo12+1".to_owned(),
             suite: "s".to_owned(),
         };
-        assert!(is_of(
+        assert!(is_deb_of(
             "qemu-system-x86_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
             &candidate
         ));
-        assert!(!is_of("qemu-system-x86_1%3a7.2_amd64.deb", &candidate));
-        assert!(!is_of(
+        assert!(!is_deb_of("qemu-system-x86_1%3a7.2_amd64.deb", &candidate));
+        assert!(!is_deb_of(
             "qemu-system-x86-xen_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
             &candidate
         ));
-        assert!(!is_of("odd", &candidate));
+        assert!(!is_deb_of("odd", &candidate));
     }
 
     #[test]

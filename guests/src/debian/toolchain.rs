@@ -16,19 +16,19 @@ const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"
 /// The loader, below one of them.
 const LOADER: &str = "ld-linux-x86-64.so.2";
 /// Programs link to fewer.
-const MOST_LIBRARIES: usize = 64;
+const MAX_LIBRARIES: usize = 64;
 /// Goes up when what is put in the programs' places changes.
-const EDITION: &[u8] = b"1";
+const WRAPPER_VERSION: &[u8] = b"1";
 
 /// How to run programs of another Debian.
 #[derive(Debug, Clone)]
-pub struct Foreign {
+pub struct ForeignRuntime {
     loader: PathBuf,
     /// Folders, with colons between.
     libraries: String,
 }
 
-impl Foreign {
+impl ForeignRuntime {
     /// What the programs of `packages` need, from `suite`.
     ///
     /// # Errors
@@ -37,14 +37,14 @@ impl Foreign {
         cache: &Cache,
         suite: &'static str,
         packages: &[&Package],
-    ) -> Result<Foreign, PackageError> {
+    ) -> Result<ForeignRuntime, PackageError> {
         let archive = Packages::new(cache);
         let mut wanted: Vec<String> = packages.iter().flat_map(|p| libraries_of(p)).collect();
         let mut known = BTreeSet::new();
         let mut folders = Vec::new();
         let mut loader = None;
         while let Some(name) = wanted.pop() {
-            if known.len() >= MOST_LIBRARIES || !known.insert(name.clone()) {
+            if known.len() >= MAX_LIBRARIES || !known.insert(name.clone()) {
                 continue;
             }
             let library = archive.fetch(&name, &[suite])?;
@@ -63,7 +63,7 @@ impl Foreign {
             command: format!("looking for {LOADER} among {known:?}"),
             stderr: "it is not there".to_owned(),
         };
-        Ok(Foreign {
+        Ok(ForeignRuntime {
             loader: loader.ok_or_else(missing)?,
             libraries: folders.join(":"),
         })
@@ -123,9 +123,9 @@ pub fn compiler(
     let driver = archive.fetch(&format!("{compiler}-x86-64-linux-gnu"), &[suite])?;
     let passes = archive.fetch(&format!("cpp-{number}-x86-64-linux-gnu"), &[suite])?;
     let headers = archive.fetch(&format!("libgcc-{number}-dev"), &[suite])?;
-    let foreign = Foreign::fetch(cache, suite, &[&driver, &passes])?;
+    let foreign = ForeignRuntime::fetch(cache, suite, &[&driver, &passes])?;
     let mark = fingerprint([
-        EDITION,
+        WRAPPER_VERSION,
         driver.version.as_bytes(),
         passes.version.as_bytes(),
         foreign.libraries.as_bytes(),

@@ -15,6 +15,7 @@ use crate::drive::console::Console;
 use crate::drive::diagnose;
 use crate::drive::outpatch::Outpatch;
 use crate::drive::rest::Rest;
+use crate::initramfs::READY;
 
 /// How long a guest may take to its shell; ten times what it takes on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -35,8 +36,6 @@ pub const STOLEN_TIME: [&str; 3] = [
 ];
 /// Prints the kernel's log without its time stamps.
 const LOG: &str = r"dmesg -r | sed 's/^<[0-9]*>\[[^]]*\] //'";
-/// What the guests' init prints when its shell is there.
-const READY: &str = "outpatch guest ready";
 
 /// As much memory, in MiB, as a guest needs that does nothing out of the ordinary.
 pub const MEMORY_MIB: u32 = 512;
@@ -135,7 +134,7 @@ impl Guest {
     ///
     /// # Errors
     /// When it does not come in time.
-    pub fn boots_again(&mut self, limit: Duration) -> Result<()> {
+    pub fn wait_for_next_boot(&mut self, limit: Duration) -> Result<()> {
         self.console.wait_for(READY, limit)?;
         self.take_shell()
     }

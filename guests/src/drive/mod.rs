@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of the product's insides but what its command line prints. The tests and the demo stand on it.
 
+mod binary;
 pub mod console;
 mod diagnose;
 pub mod emulated;
@@ -9,6 +10,7 @@ pub mod guest;
 pub mod outpatch;
 pub mod rest;
 
+pub use binary::build_outpatch;
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};

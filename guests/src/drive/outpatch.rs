@@ -36,7 +36,7 @@ impl From<&Output> for Reply {
 }
 
 /// A call that did not end by itself.
-fn late(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Result<Reply> {
+fn timed_out(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Result<Reply> {
     let printed = match ended.recv_timeout(LIMIT) {
         Ok(Ok(out)) => Reply::from(&out),
         _ => bail!("outpatch {args:?} did not end within {LIMIT:?}, and could not be killed"),
@@ -97,7 +97,7 @@ impl Outpatch {
         }
         let out = match &in_time {
             Ok(out) => out.as_ref(),
-            Err(_) => return late(args, &ended),
+            Err(_) => return timed_out(args, &ended),
         };
         out.map(Reply::from)
             .map_err(|error| anyhow::anyhow!("outpatch {args:?}: {error}"))

@@ -32,16 +32,16 @@ impl Rest {
     /// When it is refused, or the transition takes longer than `limit`.
     pub fn apply(&self, module: &[u8], limit: Duration) -> Result<Value> {
         let resource = format!("/patches?{AT_THE_END}");
-        let patch = self.ask("POST", &resource, module)?;
-        self.end(patch, limit)
+        let patch = self.request("POST", &resource, module)?;
+        self.wait_complete(patch, limit)
     }
 
     /// Begins to apply a module; the patch as it is then.
     ///
     /// # Errors
     /// When it is refused.
-    pub fn begin(&self, module: &[u8]) -> Result<Value> {
-        self.ask("POST", "/patches", module)
+    pub fn start(&self, module: &[u8]) -> Result<Value> {
+        self.request("POST", "/patches", module)
     }
 
     /// Reverts a patch, and waits for the end of the transition.
@@ -50,7 +50,7 @@ impl Rest {
     /// When it is refused, or the transition takes longer than `limit`.
     pub fn revert(&self, name: &str, limit: Duration) -> Result<Value> {
         let patch = self.change(name, &json!({"enabled": false}))?;
-        self.end(patch, limit)
+        self.wait_complete(patch, limit)
     }
 
     /// Changes a patch, or its transition.
@@ -59,14 +59,14 @@ impl Rest {
     /// When that is refused.
     pub fn change(&self, name: &str, change: &Value) -> Result<Value> {
         let body = change.to_string();
-        self.ask("PATCH", &format!("/patches/{name}"), body.as_bytes())
+        self.request("PATCH", &format!("/patches/{name}"), body.as_bytes())
     }
 
     /// Waits until `patch` is in no transition any more.
     ///
     /// # Errors
     /// When that takes longer than `limit`, with the patch as it is then.
-    pub fn end(&self, mut patch: Value, limit: Duration) -> Result<Value> {
+    pub fn wait_complete(&self, mut patch: Value, limit: Duration) -> Result<Value> {
         let since = Instant::now();
         while patch["transition"] == true {
             ensure!(
@@ -75,12 +75,12 @@ impl Rest {
             );
             let name = patch["name"].as_str().context("a patch with no name")?;
             let resource = format!("/patches/{name}?{AT_THE_END}");
-            patch = self.ask("GET", &resource, b"")?;
+            patch = self.request("GET", &resource, b"")?;
         }
         Ok(patch)
     }
 
-    fn ask(&self, method: &str, path: &str, body: &[u8]) -> Result<Value> {
+    fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<Value> {
         let mut stream = UnixStream::connect(&self.0)?;
         stream.set_read_timeout(Some(ANSWER))?;
         let length = body.len();

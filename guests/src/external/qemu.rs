@@ -13,7 +13,7 @@ const SUITES: &[&str] = &["bookworm-backports"];
 /// Where the libraries come from that the machine lacks.
 pub(crate) const LIBRARY_SUITE: &str = "bookworm";
 /// `setpriv` asks the kernel to kill the program when we die; std has no safe way to ask for it.
-pub(crate) const MORTAL: [&str; 3] = ["--pdeathsig", "KILL", "--"];
+pub(crate) const DEATH_SIGNAL: [&str; 3] = ["--pdeathsig", "KILL", "--"];
 
 /// The files that make QEMU run.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ impl Qemu {
     /// A machine with nothing in it but what the caller adds, that ends when the thread that starts it does.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = mortal(&self.program, &self.libraries);
+        let mut command = with_death_signal(&self.program, &self.libraries);
         for folder in &self.firmware {
             command.arg("-L").arg(folder);
         }
@@ -62,9 +62,9 @@ impl Qemu {
 }
 
 /// `program`, killed when the thread that starts it ends.
-pub(crate) fn mortal(program: &Path, libraries: &OsStr) -> Command {
+pub(crate) fn with_death_signal(program: &Path, libraries: &OsStr) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(MORTAL).arg(program);
+    command.args(DEATH_SIGNAL).arg(program);
     with_libraries(command, libraries)
 }
 

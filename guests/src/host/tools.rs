@@ -83,7 +83,7 @@ pub(crate) fn library_path(folders: &OsStr) -> OsString {
 }
 
 /// A command line as people write it.
-pub(crate) fn shown(command: &Command) -> String {
+pub(crate) fn command_line(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|w| w.to_string_lossy())

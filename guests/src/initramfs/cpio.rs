@@ -37,19 +37,19 @@ impl Archive {
 
     /// Adds a file with its permission bits.
     pub fn file(&mut self, path: &str, permissions: u32, content: &[u8]) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, FILE | (permissions & 0o7777), (0, 0), content);
     }
 
     /// Adds a symbolic link.
     pub fn link(&mut self, path: &str, target: &str) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, LINK, (0, 0), target.as_bytes());
     }
 
     /// Adds a character device.
     pub fn device(&mut self, path: &str, major: u32, minor: u32) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, CHARACTER_DEVICE, (major, minor), b"");
     }
 
@@ -59,7 +59,7 @@ impl Archive {
         self.bytes
     }
 
-    fn above(&mut self, path: &str) {
+    fn add_parents(&mut self, path: &str) {
         if let Some((folder, _)) = path.trim_start_matches('/').rsplit_once('/') {
             self.folder(folder);
         }

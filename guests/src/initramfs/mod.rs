@@ -13,7 +13,7 @@ use crate::debian::error::PackageError;
 use crate::debian::packages::Packages;
 use crate::host::cache::{At, Cache, CacheError, fingerprint};
 use crate::initramfs::cpio::Archive;
-use crate::initramfs::programs::{IN_GUEST, ProgramError};
+use crate::initramfs::programs::{GUEST_PROGRAMS, ProgramError};
 
 /// The line on the console after which the guest's shell takes input.
 pub const READY: &str = "outpatch guest ready";
@@ -55,8 +55,8 @@ struct Extra {
 
 #[derive(Debug, Clone)]
 enum Content {
-    Of(PathBuf),
-    Is(Vec<u8>),
+    File(PathBuf),
+    Bytes(Vec<u8>),
 }
 
 /// An initramfs to be built.
@@ -73,12 +73,12 @@ impl Initramfs {
 
     /// Adds a file of the host. It can be run in the guest.
     pub fn with_file(self, place: &str, file: impl AsRef<Path>) -> Initramfs {
-        self.with(place, 0o755, Content::Of(file.as_ref().to_owned()))
+        self.with(place, 0o755, Content::File(file.as_ref().to_owned()))
     }
 
     /// Adds a file with this content.
     pub fn with_content(self, place: &str, content: impl Into<Vec<u8>>) -> Initramfs {
-        self.with(place, 0o644, Content::Is(content.into()))
+        self.with(place, 0o644, Content::Bytes(content.into()))
     }
 
     /// A shell script that the guest runs before its shell; its status is printed.
@@ -104,15 +104,15 @@ impl Initramfs {
         }
         archive.file("/init", 0o755, INIT.as_bytes());
         add_busybox(cache, &mut archive)?;
-        for source in &IN_GUEST {
+        for source in &GUEST_PROGRAMS {
             let program = programs::build(cache, source)?;
             let content = fs::read(&program).at(&program)?;
             archive.file(&format!("/bin/{}", source.name), 0o755, &content);
         }
         for extra in &self.extras {
             let content = match &extra.content {
-                Content::Of(file) => fs::read(file).at(file)?,
-                Content::Is(content) => content.clone(),
+                Content::File(file) => fs::read(file).at(file)?,
+                Content::Bytes(content) => content.clone(),
             };
             archive.file(&extra.place, extra.permissions, &content);
         }

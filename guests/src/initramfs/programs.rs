@@ -29,7 +29,7 @@ pub enum ProgramError {
 
 /// The source of a program of `guests/programs`, carried in this library so that it works from any place.
 #[derive(Debug, Clone, Copy)]
-pub struct Source {
+pub struct Program {
     /// What the program is called.
     pub name: &'static str,
     /// Its C source.
@@ -37,45 +37,45 @@ pub struct Source {
 }
 
 /// The first process of the test bed.
-pub const BED_INIT: Source = Source {
+pub const BED_INIT: Program = Program {
     name: "bed-init",
     text: include_str!("../../programs/bed-init.c"),
 };
 
 /// The programs that every initramfs has in its `/bin`.
-pub const IN_GUEST: [Source; 7] = [
-    Source {
+pub const GUEST_PROGRAMS: [Program; 7] = [
+    Program {
         name: "churn",
         text: include_str!("../../programs/churn.c"),
     },
-    Source {
+    Program {
         name: "bpf",
         text: include_str!("../../programs/bpf.c"),
     },
-    Source {
+    Program {
         name: "spin",
         text: include_str!("../../programs/spin.c"),
     },
-    Source {
+    Program {
         name: "kexec",
         text: include_str!("../../programs/kexec.c"),
     },
-    Source {
+    Program {
         name: "kinds",
         text: include_str!("../../programs/kinds.c"),
     },
-    Source {
+    Program {
         name: "sleeper",
         text: include_str!("../../programs/sleeper.c"),
     },
-    Source {
+    Program {
         name: "hammer",
         text: include_str!("../../programs/hammer.c"),
     },
 ];
 
 /// Compiles a program, or finds it compiled.
-pub fn build(cache: &Cache, source: &Source) -> Result<PathBuf, ProgramError> {
+pub fn build(cache: &Cache, source: &Program) -> Result<PathBuf, ProgramError> {
     let name = source.name;
     let mark = fingerprint([source.text.as_bytes()]);
     let place = cache.root().join(format!("programs/{name}-{mark}"));

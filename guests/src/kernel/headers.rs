@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::debian::error::PackageError;
 use crate::debian::packages::{Package, Packages};
-use crate::debian::toolchain::{self, Foreign};
+use crate::debian::toolchain::{self, ForeignRuntime};
 use crate::host::cache::{At, Cache, CacheError, link_tree};
 use crate::host::tools;
 use crate::kernel::Kernel;
@@ -73,9 +73,9 @@ impl Headers {
         let place = cache.root().join("headers").join(release);
         let own = format!("usr/src/linux-headers-{release}");
         // A newer Debian's programs need its own libraries.
-        let newer = kernel.generation.newer_suite();
+        let newer = kernel.generation.foreign_suite();
         if !place.is_dir() {
-            put_together(cache, kernel, &parts, &own, &place)?;
+            assemble(cache, kernel, &parts, &own, &place)?;
         }
         let folder = place.join(&own);
         let compiler = compiler(&folder).ok_or_else(|| layout(kernel, "compiler"))?;
@@ -115,7 +115,7 @@ fn layout(kernel: &Kernel, what: &'static str) -> HeadersError {
     }
 }
 
-fn put_together(
+fn assemble(
     cache: &Cache,
     kernel: &Kernel,
     parts: &[Package],
@@ -126,9 +126,9 @@ fn put_together(
     for part in parts {
         link_tree(&part.root, staging.path())?;
     }
-    if let Some(suite) = kernel.generation.newer_suite() {
+    if let Some(suite) = kernel.generation.foreign_suite() {
         let parts: Vec<&Package> = parts.iter().collect();
-        Foreign::fetch(cache, suite, &parts)?.wrap(staging.path())?;
+        ForeignRuntime::fetch(cache, suite, &parts)?.wrap(staging.path())?;
     }
     let makefile = staging.path().join(own).join("Makefile");
     let text = fs::read_to_string(&makefile).at(&makefile)?;

@@ -6,8 +6,8 @@ pub mod headers;
 pub mod modules;
 pub mod no_livepatch;
 pub mod patches;
+pub mod prepared;
 pub mod sources;
-pub mod stock;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -114,7 +114,7 @@ impl Generation {
     }
 
     /// The suite of the Debian that its kernels were built on, where that is newer than the machines that tests run on.
-    pub fn newer_suite(self) -> Option<&'static str> {
+    pub fn foreign_suite(self) -> Option<&'static str> {
         match self {
             Generation::V7_3 => Some("trixie"),
             // What 7.2's compiler writes, this machine's assembler does not read.

@@ -20,7 +20,7 @@ use crate::initramfs::Initramfs;
 use crate::kernel::Generation;
 use crate::kernel::headers::Headers;
 use crate::kernel::patches;
-use crate::kernel::stock::PreparedKernel;
+use crate::kernel::prepared::PreparedKernel;
 
 /// What it has; all else is off.
 const CONFIG: &str = include_str!("../../kernels/no-livepatch.config");
@@ -133,7 +133,7 @@ fn check_config(path: &Path) -> Result<()> {
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let shown = tools::shown(command);
+    let shown = tools::command_line(command);
     let output = command
         .stdin(Stdio::null())
         .output()

@@ -69,7 +69,7 @@ macro_rules! patch_sources {
 }
 
 /// Our patches: name and source.
-const OURS: [(&str, &str); 17] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 17] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
@@ -90,16 +90,16 @@ const OURS: [(&str, &str); 17] = patch_sources![
 ];
 
 /// What patches for a kernel without `CONFIG_LIVEPATCH` are built with.
-const PUBLIC: &str = include_str!("../../patches/klp_public.h");
+const KLP_PUBLIC_HEADER: &str = include_str!("../../patches/klp_public.h");
 
 /// The names of all patches, the kernel's sample among them.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    OURS.iter().map(|(name, _)| *name).chain([SAMPLE])
+    TEST_PATCHES.iter().map(|(name, _)| *name).chain([SAMPLE])
 }
 
 /// What patches are built for.
 #[derive(Clone, Copy)]
-struct Target<'a> {
+struct BuildTarget<'a> {
     /// What `uname -r` says there.
     release: &'a str,
     /// Tells kernels of the same release apart.
@@ -108,7 +108,7 @@ struct Target<'a> {
 
 /// The `.ko` of a patch for a kernel, built or from the cache. Ours are built all at once.
 pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, PatchError> {
-    let target = Target {
+    let target = BuildTarget {
         release: &kernel.release,
         version: &kernel.version,
     };
@@ -117,7 +117,7 @@ pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, Patc
         let text = fs::read_to_string(&source).at(&source)?;
         vec![(SAMPLE, text)]
     } else {
-        ours(name)?
+        test_patches(name)?
     };
     let headers = || Ok(Headers::fetch(cache, kernel)?);
     let folder = build_all(cache, target, headers, &sources)?;
@@ -131,15 +131,18 @@ pub fn build_against(
     headers: &Headers,
     name: &str,
 ) -> Result<PathBuf, PatchError> {
-    let target = Target { release, version };
-    let folder = build_all(cache, target, || Ok(headers.clone()), &ours(name)?)?;
+    let target = BuildTarget { release, version };
+    let folder = build_all(cache, target, || Ok(headers.clone()), &test_patches(name)?)?;
     Ok(folder.join(format!("{name}.ko")))
 }
 
 /// All of ours, if `name` is among them.
-fn ours(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
-    if OURS.iter().any(|(n, _)| *n == name) {
-        return Ok(OURS.iter().map(|(n, t)| (*n, (*t).to_owned())).collect());
+fn test_patches(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
+    if TEST_PATCHES.iter().any(|(n, _)| *n == name) {
+        return Ok(TEST_PATCHES
+            .iter()
+            .map(|(n, t)| (*n, (*t).to_owned()))
+            .collect());
     }
     Err(PatchError::Unknown {
         name: name.to_owned(),
@@ -149,14 +152,14 @@ fn ours(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
 
 fn build_all(
     cache: &Cache,
-    target: Target<'_>,
+    target: BuildTarget<'_>,
     headers: impl FnOnce() -> Result<Headers, PatchError>,
     sources: &[(&str, String)],
 ) -> Result<PathBuf, PatchError> {
     let texts = sources
         .iter()
         .flat_map(|(n, t)| [n.as_bytes(), t.as_bytes()]);
-    let others = [target.version.as_bytes(), PUBLIC.as_bytes()];
+    let others = [target.version.as_bytes(), KLP_PUBLIC_HEADER.as_bytes()];
     let mark = fingerprint(texts.chain(others));
     let place = cache.root().join("patches").join(target.release).join(mark);
     if place.is_dir() {
@@ -172,7 +175,7 @@ fn build_all(
     let work = staging.path().join("work");
     fs::create_dir(&work).at(&work)?;
     let header = work.join("klp_public.h");
-    fs::write(&header, PUBLIC).at(&header)?;
+    fs::write(&header, KLP_PUBLIC_HEADER).at(&header)?;
     let mut makefile = format!(
         "ifndef CONFIG_LIVEPATCH\nccflags-y += -include {}\nendif\n",
         header.display()
@@ -271,7 +274,7 @@ mod tests {
 
     #[test]
     fn each_patch_says_its_licence() {
-        for (name, text) in OURS {
+        for (name, text) in TEST_PATCHES {
             assert!(
                 text.starts_with("// SPDX-License-Identifier: GPL-2.0"),
                 "{name}"

@@ -23,7 +23,7 @@ pub enum SourceError {
     Cache(#[from] CacheError),
     /// The archive does not have it.
     #[error("no {file} in {archive}", archive = .archive.display())]
-    NotThere {
+    NotFound {
         /// The file, from the top of the kernel's tree.
         file: String,
         /// The archive.
@@ -32,7 +32,7 @@ pub enum SourceError {
 }
 
 /// The largest source file that is taken.
-const LARGEST: u64 = 1 << 20;
+const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// A file of the kernel's own source tree, given by its path from the top.
 pub fn kernel_source(
@@ -52,7 +52,7 @@ pub fn kernel_source(
     let plain = liblzma::read::XzDecoder::new(BufReader::new(packed));
     let found = find_in_tar(plain, file).at(&archive)?;
     bar.finish_and_clear();
-    let content = found.ok_or_else(|| SourceError::NotThere {
+    let content = found.ok_or_else(|| SourceError::NotFound {
         file: file.to_owned(),
         archive: archive.clone(),
     })?;
@@ -73,7 +73,7 @@ fn find_in_tar(mut tar: impl Read, file: &str) -> io::Result<Option<Vec<u8>>> {
         let path = format!("{}/{}", text(&header[345..500]), text(&header[..100]));
         let path = path.trim_start_matches('/');
         let is_it = path.split_once('/').is_some_and(|(_, rest)| rest == file);
-        if is_it && size <= LARGEST {
+        if is_it && size <= MAX_FILE_SIZE {
             let mut content = Vec::new();
             tar.take(size).read_to_end(&mut content)?;
             return Ok(Some(content));

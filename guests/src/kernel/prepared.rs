@@ -2,12 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    env,
     path::{Path, PathBuf},
-    process::Command,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::host::cache::Cache;
@@ -22,7 +20,7 @@ const ORDER: &str = "order";
 
 /// What a guest is to have.
 #[derive(Clone, Copy, Debug)]
-pub struct Order<'a> {
+pub struct KernelSpec<'a> {
     /// The generation of its kernel.
     pub generation: Generation,
     /// The flavour.
@@ -53,10 +51,10 @@ impl PreparedKernel {
     ///
     /// # Errors
     /// When a package cannot be had or a patch cannot be built.
-    pub fn prepare(order: Order<'_>) -> Result<PreparedKernel> {
+    pub fn prepare(spec: KernelSpec<'_>) -> Result<PreparedKernel> {
         let cache = Cache::open()?;
-        let kernel = Kernel::fetch(&cache, order.generation, order.flavour)?;
-        PreparedKernel::of(&cache, kernel, order)
+        let kernel = Kernel::fetch(&cache, spec.generation, spec.flavour)?;
+        PreparedKernel::of(&cache, kernel, spec)
     }
 
     /// The newest kernel of a generation of which there is debugging information, bare, and its `vmlinux`.
@@ -66,7 +64,7 @@ impl PreparedKernel {
     pub fn prepare_debug(generation: Generation) -> Result<(PreparedKernel, PathBuf)> {
         let cache = Cache::open()?;
         let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
-        let bare = Order {
+        let bare = KernelSpec {
             generation,
             flavour: kernel.flavour,
             patches: &[],
@@ -76,21 +74,21 @@ impl PreparedKernel {
         Ok((PreparedKernel::of(&cache, kernel, bare)?, vmlinux))
     }
 
-    fn of(cache: &Cache, kernel: Kernel, order: Order<'_>) -> Result<PreparedKernel> {
+    fn of(cache: &Cache, kernel: Kernel, spec: KernelSpec<'_>) -> Result<PreparedKernel> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
-        for name in order.patches {
+        for name in spec.patches {
             let module = patches::build(cache, &kernel, name)?;
             initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
             built.insert((*name).to_owned(), module);
         }
         let mut files = String::new();
-        for module in modules::with_dependencies(&kernel.modules, order.modules)? {
+        for module in modules::with_dependencies(&kernel.modules, spec.modules)? {
             files.push_str(&format!("{MODULES}/{}\n", module.file));
             initramfs =
                 initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);
         }
-        if let Some(initrd) = order.boot {
+        if let Some(initrd) = spec.boot {
             initramfs = initramfs
                 .with_file("/boot/vmlinuz", &kernel.bzimage)
                 .with_file("/boot/initrd", initrd);
@@ -117,41 +115,4 @@ impl PreparedKernel {
             .with_context(|| format!("no patch {name} for {}", self.release))?;
         path.to_str().context("a path that is no UTF-8")
     }
-}
-
-/// Builds `outpatch` in the profile of the program that asks, and says where it is.
-///
-/// # Errors
-/// When cargo cannot build it.
-pub fn build_outpatch() -> Result<PathBuf> {
-    // This program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
-    let this = env::current_exe()?;
-    let folder = this.parent().context("this program is in no folder")?;
-    let is_test = folder.ends_with("deps");
-    // With the features that all members and their tests want of crates, it is the one that `cargo test` has built already.
-    let build = match is_test {
-        true => "test --no-run --workspace --test cli",
-        false => "build --package vmm --bin outpatch",
-    };
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.args(build.split(' ')).arg("--quiet");
-    if !cfg!(debug_assertions) {
-        command.arg("--release");
-    }
-    ensure!(
-        command.status().context("cannot start cargo")?.success(),
-        "cargo could not build outpatch"
-    );
-    let folder = match is_test {
-        true => folder.parent().context("deps is in no folder")?,
-        false => folder,
-    };
-    let binary = folder.join("outpatch");
-    ensure!(
-        binary.exists(),
-        "{} is not where cargo should have put it",
-        binary.display()
-    );
-    Ok(binary)
 }
