@@ -1,4 +1,5 @@
-//! Running a command in the bed: what is sent in, what is passed on, and when it is over.
+//! Runs a command in a nested bed: sends the command and its input, passes its output on, and decides
+//! when it has ended, timed out, or the bed has died.
 
 use std::io::{self, Write, stderr, stdin, stdout};
 use std::net::Shutdown;
@@ -21,11 +22,11 @@ use crate::bed::{Bed, stats};
 use crate::host::cache::Cache;
 
 /// Rows and columns of a terminal whose size is unknown.
-const DEFAULT_WINDOW: (u16, u16) = (24, 80);
-/// How long a bed may take to start on a busy machine.
-const START: Duration = Duration::from_secs(120);
-/// A bed says that it lives every few seconds; after so long without a word it hangs.
-const SILENCE: Duration = Duration::from_secs(120);
+const DEFAULT_TERMINAL_SIZE: (u16, u16) = (24, 80);
+/// How long a bed may take to start on a busy host.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// A bed that sends nothing for this long hangs: it sends at least a heartbeat every few seconds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs `command` in a new bed with this process's standard streams.
 pub(super) fn run(bed: &Bed, command: &Command) -> Result<ExitStatus, BedError> {
@@ -66,34 +67,39 @@ pub(super) fn run_with_output(
     })
 }
 
-/// A bed with a command in it.
+/// A nested bed in which a command runs.
 struct Session {
     machine: Machine,
     limit: Option<Duration>,
 }
 
 impl Session {
-    /// Starts a bed and the command; ours again once the command runs.
+    /// Starts a bed and the command in it. Returns once the command is about to run.
     fn start(bed: &Bed, command: &Command, terminal: bool) -> Result<Session, BedError> {
         let files = BedFiles::fetch(&Cache::open()?)?;
-        let window = terminal.then(|| terminal::window().unwrap_or(DEFAULT_WINDOW));
-        let spec = command_spec::encode(command, &bed.writable, window)?;
-        let begin = Instant::now();
+        let size = terminal.then(|| terminal::size().unwrap_or(DEFAULT_TERMINAL_SIZE));
+        let spec = command_spec::encode(command, &bed.writable, size)?;
+        let started = Instant::now();
         stats::add_started();
         let machine = Machine::start(&files, bed.size)?;
         let mut port = &machine.port;
         let ready = port
-            .set_read_timeout(Some(START))
+            .set_read_timeout(Some(START_LIMIT))
             .and_then(|()| protocol::send(&mut port, ToBed::Spec, &spec))
             .and_then(|()| protocol::receive(&mut port));
         match ready {
             Ok(FromBed::Ready) => {}
             Ok(FromBed::Failed(reason)) => return Err(BedError::Setup(reason)),
-            Ok(_) => return Err(died(machine, "it spoke before it was ready".to_owned())),
+            Ok(_) => {
+                return Err(died(
+                    machine,
+                    "it sent something else before it was ready".to_owned(),
+                ));
+            }
             Err(e) => return Err(died(machine, describe_port_error("while starting", &e))),
         }
         if bed.verbose {
-            let seconds = begin.elapsed().as_secs_f64();
+            let seconds = started.elapsed().as_secs_f64();
             eprintln!("bed: nested, started in {seconds:.1} s");
         }
         Ok(Session {
@@ -102,8 +108,8 @@ impl Session {
         })
     }
 
-    /// Passes on what comes until the status comes. `feed` sends the input in a thread of its own and must end soon
-    /// after the flag that it is given.
+    /// Passes everything that the bed sends to `pass_on` until it sends the command's status. `feed`
+    /// sends the input in a thread of its own, and must return soon after its flag is set.
     fn serve(
         self,
         feed: impl FnOnce(&UnixStream, &AtomicBool) -> io::Result<()> + Send,
@@ -117,14 +123,14 @@ impl Session {
             let end = loop {
                 let wait = match until.map(|u| u.saturating_duration_since(Instant::now())) {
                     Some(Duration::ZERO) => break SessionEnd::TimedOut,
-                    Some(left) => left.min(SILENCE),
-                    None => SILENCE,
+                    Some(left) => left.min(SILENCE_LIMIT),
+                    None => SILENCE_LIMIT,
                 };
                 if !self.readable(wait) {
                     if until.is_some_and(|u| Instant::now() >= u) {
                         break SessionEnd::TimedOut;
                     }
-                    break SessionEnd::Died(format!("not a word from it for {wait:?}"));
+                    break SessionEnd::Died(format!("it sent nothing for {wait:?}"));
                 }
                 match protocol::receive(&mut port) {
                     Ok(FromBed::Status(raw)) => {
@@ -136,11 +142,13 @@ impl Session {
                             break SessionEnd::Stream(e);
                         }
                     }
-                    Err(e) => break SessionEnd::Died(describe_port_error("under the command", &e)),
+                    Err(e) => {
+                        break SessionEnd::Died(describe_port_error("while the command ran", &e));
+                    }
                 }
             };
             over.store(true, Ordering::Relaxed);
-            // Frees a feeder that waits for the bed to take its bytes.
+            // Wakes `feed` if it waits for the bed to take its bytes.
             let _ = self.machine.port.shutdown(Shutdown::Both);
             end
         });
@@ -181,7 +189,7 @@ fn describe_port_error(when: &str, error: &io::Error) -> String {
         | io::ErrorKind::BrokenPipe => {
             format!("it went down {when}")
         }
-        io::ErrorKind::WouldBlock => format!("it was not ready after {START:?}"),
+        io::ErrorKind::WouldBlock => format!("it was not ready after {START_LIMIT:?}"),
         _ => format!("its port failed {when}: {error}"),
     }
 }
@@ -204,21 +212,21 @@ fn send_input(port: &UnixStream, input: &[u8]) -> io::Result<()> {
     protocol::send(&mut port, ToBed::EndOfInput, b"")
 }
 
-/// Our own standard input, until it ends or the command does; and our terminal's size when it changes.
+/// Sends our standard input until it or the command ends, and our terminal's size when it changes.
 fn forward_our_input(port: &UnixStream, over: &AtomicBool) -> io::Result<()> {
     let mut port = port;
     let input = stdin();
-    let mut window = terminal::window();
+    let mut size = terminal::size();
     let mut chunk = [0; 16 << 10];
     while !over.load(Ordering::Relaxed) {
-        let now = terminal::window();
-        if let Some((rows, columns)) = now.filter(|_| now != window) {
+        let now = terminal::size();
+        if let Some((rows, columns)) = now.filter(|_| now != size) {
             protocol::send(
                 &mut port,
-                ToBed::Window,
+                ToBed::TerminalSize,
                 format!("{rows} {columns}").as_bytes(),
             )?;
-            window = now;
+            size = now;
         }
         let mut fds = [PollFd::new(&input, PollFlags::IN)];
         let wait = Timespec {
@@ -230,7 +238,7 @@ fn forward_our_input(port: &UnixStream, over: &AtomicBool) -> io::Result<()> {
             Ok(_) | Err(rustix::io::Errno::INTR) => continue,
             Err(e) => return Err(e.into()),
         }
-        // Past std's buffer: what it would read ahead is not ours to take.
+        // Not through the standard library, which would read ahead more than is sent.
         let n = rustix::io::read(&input, &mut chunk)?;
         if n == 0 {
             return protocol::send(&mut port, ToBed::EndOfInput, b"");

@@ -1,4 +1,5 @@
-//! `cargo demo`: boots a stock kernel, patches it from outside while it works, and reverts the patch.
+//! `cargo demo`: boots a stock kernel, patches it from outside while it runs, and reverts
+//! the patch.
 //!
 //! Where the host's own KVM does not run stock kernels, the program starts itself once more inside
 //! the test bed. It shows what the guest prints before and after, and between them the output of

@@ -4,16 +4,17 @@ use std::{env, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-/// Builds `outpatch` in the profile of the program that asks, and says where it is.
+/// Builds `outpatch` in the profile of the running program, and returns its path.
 ///
 /// # Errors
 /// When cargo cannot build it.
 pub fn build_outpatch() -> Result<PathBuf> {
-    // This program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
-    let this = env::current_exe()?;
-    let folder = this.parent().context("this program is in no folder")?;
+    // The running program is target/PROFILE/demo, or a test in target/PROFILE/deps/.
+    let program = env::current_exe()?;
+    let folder = program.parent().context("this program is in no folder")?;
     let is_test = folder.ends_with("deps");
-    // With the features that all members and their tests want of crates, it is the one that `cargo test` has built already.
+    // For a test, with the features that all crates of the workspace and their tests enable: that
+    // binary has been built by `cargo test` already.
     let build = match is_test {
         true => "test --no-run --workspace --test cli",
         false => "build --package vmm --bin outpatch",
@@ -33,10 +34,6 @@ pub fn build_outpatch() -> Result<PathBuf> {
         false => folder,
     };
     let binary = folder.join("outpatch");
-    ensure!(
-        binary.exists(),
-        "{} is not where cargo should have put it",
-        binary.display()
-    );
+    ensure!(binary.exists(), "cargo built no {}", binary.display());
     Ok(binary)
 }
