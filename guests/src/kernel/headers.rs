@@ -83,7 +83,7 @@ impl Headers {
             return Ok(Headers {
                 folder,
                 libraries: OsString::new(),
-                compiler: Some(toolchain::compiler(cache, suite, &compiler)?),
+                compiler: Some(toolchain::fetch_compiler(cache, suite, &compiler)?),
             });
         }
         if tools::find(&compiler).is_none() {
