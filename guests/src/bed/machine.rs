@@ -1,8 +1,8 @@
 //! The two processes of a nested bed, QEMU and the file server: starts, connects and stops them.
 //!
-//! They are in process groups of their own, so that Ctrl-C reaches only this process, and the kernel
-//! kills them when the thread that started them ends for any reason. Their sockets are unlinked as
-//! soon as both ends are connected. Must not know what is sent over the port.
+//! They are in process groups of their own, so that Ctrl-C reaches only this process, and the
+//! kernel kills them when the thread that started them ends for any reason. Their sockets are
+//! unlinked as soon as both ends are connected. Must not know what is sent over the port.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder};

@@ -6,8 +6,8 @@
 //! status are passed through.
 //!
 //! In the nested bed the file tree is read-only, except the folders that the caller names as
-//! writable. `/tmp` and `/var/tmp` show the host's files; what is written there stays in the bed and
-//! is discarded with it. A bed that dies is distinguished from a command that fails:
+//! writable. `/tmp` and `/var/tmp` show the host's files; what is written there stays in the bed
+//! and is discarded with it. A bed that dies is distinguished from a command that fails:
 //! [`BedError::Died`] is never the command's result, and [`counts`] says how often it happened.
 
 mod command_spec;
@@ -35,9 +35,10 @@ pub use stats::{Counts, counts};
 
 /// The number of CPUs of a nested bed, unless the caller sets it.
 ///
-/// With one CPU, guests of 1 to 4 vCPUs ran under load for hours. With two, emulated by two threads,
-/// about every fifth guest dies of a triple fault, or the bed of an overwritten kernel stack, once
-/// the guest's vCPUs migrate between the CPUs. A host with more cores runs more beds instead.
+/// With one CPU, guests of 1 to 4 vCPUs ran under load for hours. With two, emulated by two
+/// threads, about every fifth guest dies of a triple fault, or the bed of an overwritten kernel
+/// stack, once the guest's vCPUs migrate between the CPUs. A host with more cores runs more beds
+/// instead.
 const DEFAULT_CPUS: u32 = 1;
 /// The memory of a nested bed in MiB, unless the caller sets it.
 const DEFAULT_MEMORY_MIB: u32 = 4096;

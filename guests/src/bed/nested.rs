@@ -1,5 +1,5 @@
-//! Runs a command in a nested bed: sends the command and its input, passes its output on, and decides
-//! when it has ended, timed out, or the bed has died.
+//! Runs a command in a nested bed: sends the command and its input, passes its output on, and
+//! decides when it has ended, timed out, or the bed has died.
 
 use std::io::{self, Write, stderr, stdin, stdout};
 use std::net::Shutdown;
@@ -108,8 +108,8 @@ impl Session {
         })
     }
 
-    /// Passes everything that the bed sends to `pass_on` until it sends the command's status. `feed`
-    /// sends the input in a thread of its own, and must return soon after its flag is set.
+    /// Passes everything that the bed sends to `pass_on` until it sends the command's status.
+    /// `feed` sends the input in a thread of its own, and must return soon after its flag is set.
     fn serve(
         self,
         feed: impl FnOnce(&UnixStream, &AtomicBool) -> io::Result<()> + Send,

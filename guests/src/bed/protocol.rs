@@ -1,5 +1,5 @@
-//! The protocol on the virtio port of a nested bed. A frame is a length (u32, little endian), a kind
-//! (u8), and as many bytes of payload as the length says.
+//! The protocol on the virtio port of a nested bed. A frame is a length (u32, little endian), a
+//! kind (u8), and as many bytes of payload as the length says.
 //!
 //! The other end is `guests/programs/bed-init.c`. This module must not know of processes.
 

@@ -7,7 +7,8 @@ use std::process::{Command, ExitCode, ExitStatus};
 use clap::{Args, Parser, Subcommand};
 use guests::bed::{Bed, BedError, Probe};
 
-/// Runs commands where a KVM runs stock kernels: on this host, or in a nested machine with its files.
+/// Runs commands where a KVM runs stock kernels: on this host, or in a nested machine with its
+/// files.
 #[derive(Parser)]
 #[command(name = "bed", version)]
 struct Cli {

@@ -5,12 +5,10 @@
 //! the test bed. It shows what the guest prints before and after, and between them the output of
 //! `outpatch apply` and `outpatch revert` as it is. It must not depend on what these print.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    process::{Command, ExitCode},
-    time::{Duration, Instant},
-};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::bed::Bed;

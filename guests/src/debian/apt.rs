@@ -17,7 +17,8 @@ use crate::host::{progress, tools};
 
 /// The keys that Debian's archive is signed with.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Package lists older than this are fetched again when a package is needed that is not in the cache.
+/// Package lists older than this are fetched again when a package is needed that is not in the
+/// cache.
 const MAX_LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
 /// The suites that packages are fetched from, each with its repository.
 const SUITES: [(&str, Repository); 10] = [
@@ -77,7 +78,8 @@ impl Apt {
             .and_then(|t| SystemTime::now().duration_since(t).ok());
         if age.is_none_or(|a| a > MAX_LISTS_AGE) || !self.lists_all_suites() {
             let updated = self.update_lists();
-            // apt fails if a single suite is unreachable: all that counts is whether we can resolve.
+            // apt fails if a single suite is unreachable: all that counts is whether we can
+            // resolve.
             return resolve().map_err(|e| updated.err().unwrap_or(e));
         }
         resolve()

@@ -1,5 +1,5 @@
-//! Debian's archive: packages are fetched by name, verified by apt, and unpacked into the cache. They
-//! are never installed.
+//! Debian's archive: packages are fetched by name, verified by apt, and unpacked into the cache.
+//! They are never installed.
 
 pub(crate) mod apt;
 pub mod error;

@@ -1,8 +1,8 @@
-//! Fetches Debian packages by name: apt resolves, downloads and verifies them, dpkg unpacks them into
-//! the cache. They are never installed.
+//! Fetches Debian packages by name: apt resolves, downloads and verifies them, dpkg unpacks them
+//! into the cache. They are never installed.
 //!
-//! An index in the cache has the version that was fetched for each request; a request that is in the
-//! index is not resolved again. This module must not know what is in a package.
+//! An index in the cache has the version that was fetched for each request; a request that is in
+//! the index is not resolved again. This module must not know what is in a package.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -66,8 +66,8 @@ impl Packages {
         }
     }
 
-    /// Unpacks only files whose path matches `pattern` (for tar's `--wildcards`), for large packages
-    /// of which little is needed.
+    /// Unpacks only files whose path matches `pattern` (for tar's `--wildcards`), for large
+    /// packages of which little is needed.
     pub fn only(self, pattern: &'static str) -> Packages {
         Packages {
             only: Some(pattern),
@@ -91,8 +91,8 @@ impl Packages {
         })
     }
 
-    /// Fetches the newest package in `suites` whose name begins with `start`, ends with `end`, and is
-    /// `wanted`.
+    /// Fetches the newest package in `suites` whose name begins with `start`, ends with `end`, and
+    /// is `wanted`.
     pub fn fetch_newest(
         &self,
         start: &str,
@@ -107,8 +107,8 @@ impl Packages {
         })
     }
 
-    /// Fetches the newest package in `suites` whose name begins with `start` and ends with `end` and
-    /// `extra`, and whose main package (the name without `extra`) is there in the same version:
+    /// Fetches the newest package in `suites` whose name begins with `start` and ends with `end`
+    /// and `extra`, and whose main package (the name without `extra`) is there in the same version:
     /// signed packages reach the archive some days after the others.
     pub fn fetch_newest_extra(
         &self,
@@ -197,8 +197,8 @@ impl Packages {
         })
     }
 
-    /// Downloads the newest candidate that the archive really has: its lists can name a file that has
-    /// been removed, or is not there yet.
+    /// Downloads the newest candidate that the archive really has: its lists can name a file that
+    /// has been removed, or is not there yet.
     fn download_newest(
         &self,
         what: &str,
@@ -265,7 +265,8 @@ impl Packages {
         self.cache.root().join("packages").join(name)
     }
 
-    /// Downloads and unpacks those of `wanted` that are not in the cache. The caller holds the lock.
+    /// Downloads and unpacks those of `wanted` that are not in the cache. The caller holds the
+    /// lock.
     fn download(&self, wanted: &[Candidate]) -> Result<Vec<Package>> {
         let records = self.apt.records(wanted)?;
         let missing: Vec<&Candidate> = wanted
@@ -367,8 +368,8 @@ fn with_main_package(found: &[Candidate], extra: &str) -> Vec<Candidate> {
     found.iter().filter(has_main).cloned().collect()
 }
 
-/// Whether `file` is the file of that package. Files are called `name_version_arch.deb`, with a colon
-/// in the version written as `%3a`.
+/// Whether `file` is the file of that package. Files are called `name_version_arch.deb`, with a
+/// colon in the version written as `%3a`.
 fn is_deb_of(file: &str, candidate: &Candidate) -> bool {
     let (name, rest) = file.split_once('_').unwrap_or_default();
     let version = rest.split('_').next().unwrap_or_default();

@@ -100,7 +100,8 @@ impl ForeignRuntime {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        // The script finds the program relative to itself, as the tree is moved once it is complete.
+        // The script finds the program relative to itself, as the tree is moved once it is
+        // complete.
         let script = format!(
             "#!/bin/sh\n\
              exec {} --library-path {} --argv0 \"$0\" \"$(dirname \"$0\")/{name}\" \"$@\"\n",

@@ -1,6 +1,9 @@
-//! The `outpatch` binary that guests are booted and patched with, built by cargo from this workspace.
+//! The `outpatch` binary that guests are booted and patched with, built by cargo from this
+//! workspace.
 
-use std::{env, path::PathBuf, process::Command};
+use std::env;
+use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 

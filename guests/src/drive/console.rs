@@ -1,12 +1,10 @@
 //! A guest's serial console. A thread reads it all the time, so that the VMM never blocks on it.
 
-use std::{
-    io::{Read, Write},
-    process::{ChildStdin, ChildStdout},
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    thread,
-    time::{Duration, Instant},
-};
+use std::io::{Read, Write};
+use std::process::{ChildStdin, ChildStdout};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -74,8 +72,8 @@ impl Console {
             .context("the VMM does not read its console")
     }
 
-    /// Waits until the guest prints `marker`. Returns what it printed since the last wait, including
-    /// the marker.
+    /// Waits until the guest prints `marker`. Returns what it printed since the last wait,
+    /// including the marker.
     ///
     /// # Errors
     /// When the console closes or `limit` passes first. The error has the console's last lines.

@@ -1,7 +1,10 @@
 //! Explains why a guest does not answer: where in the kernel its tasks are, as outpatch sees them.
 //! The text goes into the error of a shell command that did not return.
 
-use std::{collections::BTreeMap, fmt::Write as _, thread, time::Duration};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
 

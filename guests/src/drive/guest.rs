@@ -1,13 +1,12 @@
-//! A guest under `outpatch run`: boots it, runs commands in its shell, checks its log, and stops it.
+//! A guest under `outpatch run`: boots it, runs commands in its shell, checks its log, and stops
+//! it.
 
-use std::{
-    os::unix::process::ExitStatusExt,
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
-    thread,
-    time::{Duration, Instant},
-};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -23,8 +22,8 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// What the shell that runs our commands prints, in angle brackets, when it starts.
 const SCRIPT_SHELL: &str = "script-shell";
-/// The command line of every guest's kernel. `tsc=reliable` turns the clocksource watchdog off: on a
-/// busy host it sometimes logs a complaint, in patched guests and others, and logs could not be
+/// The command line of every guest's kernel. `tsc=reliable` turns the clocksource watchdog off: on
+/// a busy host it sometimes logs a complaint, in patched guests and others, and logs could not be
 /// compared.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable";
 /// Beginnings of log lines in which a guest complains that it did not run for a while.
@@ -122,9 +121,9 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Replaces the console's interactive shell by one that reads the console as a script: BusyBox's
-    /// interactive shell takes the end of a background job for the end of its input when the
-    /// terminal does not echo.
+    /// Replaces the console's interactive shell by one that reads the console as a script:
+    /// BusyBox's interactive shell takes the end of a background job for the end of its input when
+    /// the terminal does not echo.
     fn replace_shell(&mut self) -> Result<()> {
         self.console.type_in(&format!(
             "stty -echo; exec sh -c \"printf '<%s>' {SCRIPT_SHELL}; exec sh /proc/self/fd/0\"\n"

@@ -1,5 +1,6 @@
 //! Drives outpatch from outside, as its users do: builds the binary, boots guests, types into their
-//! consoles, and calls the command line and the REST API. The tests, the benches and the demo use it.
+//! consoles, and calls the command line and the REST API. The tests, the benches and the demo use
+//! it.
 //!
 //! Knows only what the command line and the API print; must not know the product's insides.
 

@@ -1,12 +1,10 @@
-//! A client of a guest's control socket, like a control plane: HTTP/1.1 and JSON, one connection per
-//! request.
+//! A client of a guest's control socket, like a control plane: HTTP/1.1 and JSON, one connection
+//! per request.
 
-use std::{
-    io::{Read, Write},
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -28,8 +26,8 @@ impl Rest {
         Rest(socket.to_owned())
     }
 
-    /// Applies a livepatch module and waits until the transition completes. Returns the patch as the
-    /// API reports it then.
+    /// Applies a livepatch module and waits until the transition completes. Returns the patch as
+    /// the API reports it then.
     ///
     /// # Errors
     /// When the module is refused, or the transition takes longer than `limit`.
@@ -65,7 +63,8 @@ impl Rest {
         self.request("PATCH", &format!("/patches/{name}"), body.as_bytes())
     }
 
-    /// Waits until the transition of `patch` completes. Returns the patch as the API reports it then.
+    /// Waits until the transition of `patch` completes. Returns the patch as the API reports it
+    /// then.
     ///
     /// # Errors
     /// When that takes longer than `limit`. The error has the patch.

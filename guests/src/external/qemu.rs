@@ -46,8 +46,8 @@ impl Qemu {
         })
     }
 
-    /// The command for a machine with no devices but those that the caller adds. QEMU is killed when
-    /// the thread that starts it ends.
+    /// The command for a machine with no devices but those that the caller adds. QEMU is killed
+    /// when the thread that starts it ends.
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = with_death_signal(&self.program, &self.libraries);

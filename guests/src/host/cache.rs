@@ -1,7 +1,7 @@
 //! The cache folder: where it is, its locks, and how files and folders are added to it atomically.
 //!
-//! Everything in it can be deleted at any time; it is fetched or built again when it is next needed.
-//! This module must not know of packages, kernels or anything else that is kept here.
+//! Everything in it can be deleted at any time; it is fetched or built again when it is next
+//! needed. This module must not know of packages, kernels or anything else that is kept here.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hasher};

@@ -1,9 +1,8 @@
-//! A stock kernel with all that a guest boots from: image, initramfs, patches. And the `outpatch` binary to boot it with.
+//! Prepares all files that a guest boots from: a kernel image, patches built for that kernel, and
+//! an initramfs that contains them. Must not know how the guest is run.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -13,65 +12,69 @@ use crate::initramfs::Initramfs;
 use crate::kernel::{Flavour, Generation, Kernel};
 use crate::kernel::{modules, patches};
 
-/// Where a guest finds its kernel's own modules, and below it the file [`ORDER`].
+/// The folder in the guest that has the kernel's own modules and the file [`LOAD_ORDER`].
 const MODULES: &str = "/lib/modules";
-/// The modules' files, a line each, in an order in which they can be loaded.
-const ORDER: &str = "order";
+/// The file that lists the modules' paths, one a line, in an order in which they can be loaded.
+const LOAD_ORDER: &str = "order";
 
-/// What a guest is to have.
+/// What to prepare.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelSpec<'a> {
-    /// The generation of its kernel.
+    /// The kernel's generation.
     pub generation: Generation,
-    /// The flavour.
+    /// The kernel's flavour.
     pub flavour: Flavour,
-    /// Patches, by name.
+    /// The names of the patches to build; see [`patches::names`].
     pub patches: &'a [&'a str],
-    /// The kernel's own modules; those that they need come with them.
+    /// The names of the kernel's own modules to include, with their dependencies.
     pub modules: &'a [&'a str],
-    /// The kernel itself, in `/boot/vmlinuz`, and this initramfs in `/boot/initrd`: for a guest that starts another kernel.
+    /// If set, the guest has its kernel as `/boot/vmlinuz` and this initramfs as `/boot/initrd`, so
+    /// that it can start another kernel (kexec).
     pub boot: Option<&'a Path>,
 }
 
-/// One stock kernel, ready to boot.
+/// A kernel that is ready to boot, with its patches.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PreparedKernel {
-    /// `uname -r`.
+    /// The release, as `uname -r` prints it.
     pub release: String,
-    /// The bzImage.
+    /// The path of the bzImage.
     pub bzimage: PathBuf,
-    /// The initramfs, with the patches in `/lib/patches` and the kernel's modules in `/lib/modules`.
+    /// The path of the initramfs, which has the patches in `/lib/patches` and the kernel's modules
+    /// in `/lib/modules`.
     pub initrd: PathBuf,
-    /// Patches built for this kernel, by name.
+    /// The paths of the patches built for this kernel, by name.
     pub patches: BTreeMap<String, PathBuf>,
 }
 
 impl PreparedKernel {
-    /// Fetches the newest kernel as ordered and builds what goes with it, or finds it all in the cache.
+    /// Fetches the newest stock kernel that fits `spec` and builds its patches and initramfs, or
+    /// finds them in the cache.
     ///
     /// # Errors
-    /// When a package cannot be had or a patch cannot be built.
+    /// When a package cannot be fetched or a patch cannot be built.
     pub fn prepare(spec: KernelSpec<'_>) -> Result<PreparedKernel> {
         let cache = Cache::open()?;
         let kernel = Kernel::fetch(&cache, spec.generation, spec.flavour)?;
         PreparedKernel::of(&cache, kernel, spec)
     }
 
-    /// The newest kernel of a generation of which there is debugging information, bare, and its `vmlinux`.
+    /// Prepares the newest kernel of a generation that has debugging information, without patches.
+    /// Returns the path of its `vmlinux` too.
     ///
     /// # Errors
-    /// When a package cannot be had.
+    /// When a package cannot be fetched.
     pub fn prepare_debug(generation: Generation) -> Result<(PreparedKernel, PathBuf)> {
         let cache = Cache::open()?;
         let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
-        let bare = KernelSpec {
+        let spec = KernelSpec {
             generation,
             flavour: kernel.flavour,
             patches: &[],
             modules: &[],
             boot: None,
         };
-        Ok((PreparedKernel::of(&cache, kernel, bare)?, vmlinux))
+        Ok((PreparedKernel::of(&cache, kernel, spec)?, vmlinux))
     }
 
     fn of(cache: &Cache, kernel: Kernel, spec: KernelSpec<'_>) -> Result<PreparedKernel> {
@@ -94,7 +97,7 @@ impl PreparedKernel {
                 .with_file("/boot/initrd", initrd);
         }
         let initrd = initramfs
-            .with_content(&format!("{MODULES}/{ORDER}"), files)
+            .with_content(&format!("{MODULES}/{LOAD_ORDER}"), files)
             .build(cache)?;
         Ok(PreparedKernel {
             release: kernel.release,
@@ -104,15 +107,15 @@ impl PreparedKernel {
         })
     }
 
-    /// A patch of this kernel, as the command line wants it.
+    /// The path of the patch `name`, as an argument for the command line.
     ///
     /// # Errors
-    /// When it was not asked for.
+    /// When the patch was not in the [`KernelSpec`].
     pub fn patch(&self, name: &str) -> Result<&str> {
         let path = self
             .patches
             .get(name)
             .with_context(|| format!("no patch {name} for {}", self.release))?;
-        path.to_str().context("a path that is no UTF-8")
+        path.to_str().context("the patch's path is not UTF-8")
     }
 }
