@@ -12,13 +12,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::bed::command_spec;
 use crate::bed::error::BedError;
 use crate::bed::files::BedFiles;
 use crate::bed::machine::Machine;
 use crate::bed::protocol::{self, FromBed, ToBed};
 use crate::bed::terminal::{self, Raw};
-use crate::bed::{Bed, stats};
+use crate::bed::{Bed, command_spec, stats};
 use crate::host::cache::Cache;
 
 /// Rows and columns of a terminal whose size is unknown.
