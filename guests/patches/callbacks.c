@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch with callbacks: the kernel runs them around the transition, in process context.
+ * A livepatch with callbacks, which the kernel runs before and after the transition, in process
+ * context.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of what /proc/cmdline says: a function that is easy to see and that nobody is in for long.
+ * A livepatch of /proc/cmdline: its effect is easy to see, and no task stays in the function for
+ * long.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

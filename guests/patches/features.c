@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of uname(2) with most of what a module can be made of. Its answer says what worked:
- *   sysname: "features"; nodename: calls so far, from .bss; release: one of a table of pointers, in turn, from .data.rel.ro;
- *   version: "init_on_alloc=N" from a static key of the kernel, in its present state; domainname: a key of its own.
- * What the caller has in its buffer is a command: "W" makes it warn once, "F" makes it read and write a bad user address.
+ * A livepatch of uname(2) that uses most features that a module can have. The result shows what
+ * works:
+ *   sysname: "features"
+ *   nodename: the number of calls so far, from .bss
+ *   release: the entries of a table of pointers in .data.rel.ro, in turn
+ *   version: "init_on_alloc=N", the present state of a static key of the kernel
+ *   domainname: a static key of the module itself
+ * The caller's buffer has a command: "W" makes it warn once, "F" makes it read and write a bad user
+ * address.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

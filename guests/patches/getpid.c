@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch that changes what getpid(2) answers to hammer, for the worst case of a system call that everybody is in.
- * guests/programs/hammer.c knows the new answer.
+ * A livepatch that changes the result of getpid(2) for hammer: the worst case of a system call in
+ * which many tasks are at any time. guests/programs/hammer.c knows the new result.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>
@@ -14,7 +14,7 @@ static long patched_getpid(const struct pt_regs *regs)
 {
 	pid_t pid = task_tgid_vnr(current);
 
-	/* Only those who expect it: a shell, say, cannot work with a wrong answer. */
+	/* Only for tasks that expect it: a shell, for example, cannot work with a wrong PID. */
 	return strcmp(current->comm, "hammering") ? pid : pid + NEW_PID_OFFSET;
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of pause(2) and vfork(2), in which the tasks of the program `kinds` sleep, interruptibly and not. The new pause
- * sleeps for two seconds at a time, as hundreds of tasks call it again and again; the new vfork says that it cannot.
+ * A livepatch of pause(2) and vfork(2), in which the tasks of the program `kinds` sleep,
+ * interruptibly and uninterruptibly. The new pause sleeps for two seconds at a time, as hundreds of
+ * tasks call it repeatedly; the new vfork fails with EAGAIN.
  */
 #include <linux/errno.h>
 #include <linux/jiffies.h>

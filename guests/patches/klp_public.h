@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The livepatch structures as the author of a patch fills them in, for a kernel without CONFIG_LIVEPATCH, whose own header declares
- * none. Included before a patch's source, it makes a module of it that outpatch takes and that insmod does not.
+ * The livepatch structures that the author of a patch fills in, for a kernel without
+ * CONFIG_LIVEPATCH, whose own header does not declare them. With this header included before the
+ * patch's source, the module can be built; outpatch accepts it, insmod does not.
  */
 #ifndef KLP_PUBLIC_H
 #define KLP_PUBLIC_H

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of the main loop of a kernel thread, which is never left: no transition to it ends unless it is forced.
+ * A livepatch of the main loop of a kernel thread, which never returns: no transition to it
+ * completes unless it is forced.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

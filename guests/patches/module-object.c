@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of a function in a module that is not loaded (cmdline_proc_show is not there: it never will match).
+ * A livepatch of a function in a module that is not loaded (and that would not have
+ * cmdline_proc_show).
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

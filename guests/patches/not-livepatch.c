@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * To be refused: an ordinary module.
+ * Must be refused: an ordinary module.
  */
 #include <linux/module.h>
 

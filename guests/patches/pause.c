@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of pause(2), in which tasks sleep for ever: they are in the way of the patch until something wakes them. The new
- * one sleeps for a tenth of a second at a time.
+ * A livepatch of pause(2), in which tasks sleep indefinitely: they block the transition until
+ * something wakes them. The new function sleeps for a tenth of a second at a time.
  */
 #include <linux/errno.h>
 #include <linux/jiffies.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch with per-CPU data of its own: it counts its calls on each CPU.
+ * A livepatch with per-CPU data of its own, in which it counts its calls.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

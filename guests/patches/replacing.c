@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of getpid(2), as getpid.c, that takes the place of all earlier ones: what only they patch is the kernel's own again.
+ * A livepatch of getpid(2), like getpid.c, that replaces all earlier patches (`replace`): functions
+ * that only those patch are the kernel's original ones again.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>
@@ -13,7 +14,7 @@ static long patched_getpid(const struct pt_regs *regs)
 {
 	pid_t pid = task_tgid_vnr(current);
 
-	/* Only those who expect it: a shell, say, cannot work with a wrong answer. */
+	/* Only for tasks that expect it: a shell, for example, cannot work with a wrong PID. */
 	return strcmp(current->comm, "hammering") ? pid : pid + NEW_PID_OFFSET;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of two functions at once: a task must never see one of them old and the other new.
+ * A livepatch of two functions at once: a task must never see one original and one new function.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>
@@ -20,7 +20,7 @@ static long patched_getpid(const struct pt_regs *regs)
 {
 	pid_t pid = task_tgid_vnr(current);
 
-	/* Only those who expect it: a shell, say, cannot work with a wrong answer. */
+	/* Only for tasks that expect it: a shell, for example, cannot work with a wrong PID. */
 	return strcmp(current->comm, "hammering") ? pid : pid + NEW_PID_OFFSET;
 }
 

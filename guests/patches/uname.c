@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of uname(2): it writes to user memory, so it needs its STAC and CLAC patched in and its faults fixed up.
- * guests/programs/hammer.c knows the new answer.
+ * A livepatch of uname(2): it writes to user memory, so its STAC and CLAC must be patched in and
+ * its faults fixed up. guests/programs/hammer.c knows the new result.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * To be refused: it names a function that no kernel has.
+ * Must be refused: it patches a function that no kernel has.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

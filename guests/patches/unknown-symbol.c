@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * To be refused: it calls a function that no kernel exports.
+ * Must be refused: it calls a function that no kernel exports.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A livepatch of the main loop of vhost's workers, from 6.4 on (before, they are kernel threads with another): as long as one of
- * them is there, no transition to it ends unless it is forced.
+ * A livepatch of the main loop of vhost's workers since Linux 6.4 (earlier, they are kernel threads
+ * with another main loop): as long as one of them exists, no transition to it completes unless it
+ * is forced.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

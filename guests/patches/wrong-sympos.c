@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * To be refused: it asks for the 99th function of a name that is there once.
+ * Must be refused: it patches the 99th function of a name that only one function has.
  */
 #include <linux/livepatch.h>
 #include <linux/module.h>

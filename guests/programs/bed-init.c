@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * The first process of the test bed: makes the host's file tree the machine's own, runs one command in it, and carries the
- * command's input, output and exit status over a virtio port. Frames on the port: u32 length of the payload (little
- * endian), u8 kind, payload. guests/src/bed/wire.rs is the other end.
+ * The init of the nested test bed: mounts the host's file tree, runs one command in it, and passes
+ * the command's input, output and exit status through a virtio port. A frame on the port is the
+ * length of the payload (u32, little endian), the kind (u8), and the payload. The other end is
+ * guests/src/bed/protocol.rs.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -138,7 +139,7 @@ static void open_port(void)
 
 	glob_t found;
 
-	/* Its first number is the device's place among all virtio devices. */
+	/* The first number in the name is the device's index among all virtio devices. */
 	for (int i = 0; i < 1000 && port < 0; i++) {
 		if (glob("/dev/vport*p1", 0, NULL, &found) == 0) {
 			port = open(found.gl_pathv[0], O_RDWR | O_CLOEXEC);
@@ -149,7 +150,7 @@ static void open_port(void)
 	}
 	if (port < 0)
 		fail("/dev/vport*p1");
-	/* Until the host's end is connected, reading says end of file. */
+	/* Until the host's end is connected, read() returns end of file. */
 	for (int i = 0; i < 1000; i++) {
 		p = (struct pollfd){ .fd = port, .events = POLLIN };
 		if (poll(&p, 1, 0) >= 0 && !(p.revents & POLLHUP))
@@ -175,7 +176,10 @@ static void make_folders(char *path)
 	mkdir(path, 0755);
 }
 
-/* Private scratch over a folder of the host: what was there is seen, what is written is ours and goes with us. */
+/*
+ * Mounts a private overlay over a folder of the host: its files are seen, and writes are discarded
+ * at the end.
+ */
 static void scratch(const char *folder, const char *name)
 {
 	char target[64], upper[64], work[64], options[256];
@@ -226,7 +230,7 @@ static void make_writable(const char *folder)
 
 	snprintf(from, sizeof(from), "/shared%s", folder);
 	snprintf(to, sizeof(to), "/host%s", folder);
-	make_folders(to);	/* the scratch folders do not show it */
+	make_folders(to);	/* a scratch folder may not have it */
 	must_mount(from, to, NULL, MS_BIND, NULL);
 }
 
@@ -241,7 +245,10 @@ static void loopback_up(void)
 	}
 }
 
-/* The command: NUL-ended strings "key=value", in this order: tty, window, cwd, writable..., arg..., env... */
+/*
+ * The command, as guests/src/bed/command_spec.rs encodes it: NUL-terminated strings "key=value", in
+ * this order: tty, rows, cols, cwd, writable..., arg..., env...
+ */
 struct spec {
 	int tty;
 	struct winsize window;
@@ -307,7 +314,7 @@ static void run_child(struct spec *spec, const char *pts, int in, int out, int e
 	_exit(errno == ENOENT ? 127 : 126);
 }
 
-/* What waits to be written to the command's standard input. */
+/* Bytes that are still to be written to the command's standard input. */
 static char *pending;
 static size_t pending_size;
 static int pending_eof;
@@ -372,7 +379,9 @@ static void from_host(pid_t child)
 	free(data);
 }
 
-/* Passes on what there is to read; closes and forgets the descriptor at its end. */
+/*
+ * Passes on the bytes that can be read now; at end of file closes the descriptor and sets it to -1.
+ */
 static int pass(int *fd, uint8_t kind)
 {
 	static char buffer[65536];
@@ -394,7 +403,7 @@ static int pass(int *fd, uint8_t kind)
 
 static void on_child(int signal)
 {
-	(void)signal;	/* its work is to end ppoll */
+	(void)signal;	/* its only purpose is to interrupt ppoll */
 }
 
 static int reap(pid_t child, int *status)
@@ -425,7 +434,7 @@ static int serve(pid_t child, int *out, int *err)
 	sigprocmask(SIG_BLOCK, &block, NULL);
 	for (;;) {
 		struct pollfd p[4] = {
-			/* Input is taken from the host only as fast as the command reads it. */
+			/* Input is read from the host only as fast as the command reads it. */
 			{ .fd = pending_size < 65536 ? port : -1, .events = POLLIN },
 			{ .fd = *out, .events = POLLIN },
 			{ .fd = *err, .events = POLLIN },
@@ -437,7 +446,7 @@ static int serve(pid_t child, int *out, int *err)
 		n = ppoll(p, 4, &beat, &open);
 		if (n < 0)
 			continue;
-		if (n == 0)	/* so that a bed that hangs is told from a command that is silent */
+		if (n == 0)	/* a heartbeat: distinguishes a silent command from a bed that hangs */
 			send_frame(FROM_ALIVE, "", 0);
 		if (p[0].revents & (POLLIN | POLLHUP))
 			from_host(child);
@@ -448,7 +457,7 @@ static int serve(pid_t child, int *out, int *err)
 		if (p[2].revents)
 			pass(err, FROM_STDERR);
 	}
-	/* What the command wrote, but not what grandchildren in the background may yet write. */
+	/* Pass on all that the command wrote, but do not wait for its background processes. */
 	while (pass(out, FROM_STDOUT) | pass(err, FROM_STDERR))
 		;
 	return status;
@@ -460,10 +469,12 @@ static void nonblocking(int fd)
 }
 
 /*
- * QEMU's emulation of SVM writes to the word of pending interrupts at each entry and exit of a guest, with no lock against the
- * thread that raises them: now and then an interrupt is forgotten until the next one comes. Where that was the timer's, no next
- * one comes and the machine stands still. The PIT, which the kernel has done with by now, ticks by itself in periodic mode,
- * whether anybody answers or not: each tick brings back what was forgotten. Nothing listens to the ticks themselves.
+ * QEMU's emulation of SVM writes the word of pending interrupts at each entry to and exit from a
+ * guest, without a lock against the thread that raises interrupts: sometimes an interrupt is lost
+ * until the next one is raised. If the lost one was the timer's, there is no next one and the
+ * machine hangs. The PIT, which the kernel no longer uses at this time, ticks in periodic mode even
+ * if no tick is acknowledged: each tick makes QEMU deliver what was lost. Nothing handles the ticks
+ * themselves.
  */
 static void tick(void)
 {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * bpf [FUNCTION]: loads a BPF program that does nothing, says `loaded`, and keeps it loaded. With FUNCTION the program is attached to
- * the entry of that function of the kernel (fentry), and what is said is `attached`.
+ * bpf [FUNCTION]: loads a BPF program that does nothing, prints `loaded`, and keeps it loaded. With
+ * FUNCTION the program is attached to the entry of that kernel function (fentry), and `attached` is
+ * printed.
  */
 #include <fcntl.h>
 #include <linux/bpf.h>
@@ -19,8 +20,8 @@ static long bpf(int command, union bpf_attr *attr)
 	return syscall(SYS_bpf, command, attr, sizeof(*attr));
 }
 
-/* How many bytes follow a type of this sort that has so many members. */
-static size_t behind(uint32_t kind, uint32_t members)
+/* How many bytes follow the header of a BTF type of this kind and with this many members. */
+static size_t extra_size(uint32_t kind, uint32_t members)
 {
 	switch (kind) {
 	case BTF_KIND_INT:
@@ -42,7 +43,7 @@ static size_t behind(uint32_t kind, uint32_t members)
 	}
 }
 
-/* The number of a function's type, or 0. */
+/* The BTF id of a function, or 0. */
 static uint32_t type_of(const char *function)
 {
 	int file = open("/sys/kernel/btf/vmlinux", O_RDONLY);
@@ -70,7 +71,7 @@ static uint32_t type_of(const char *function)
 
 		if (kind == BTF_KIND_FUNC && !strcmp(names + type->name_off, function))
 			return number;
-		at += sizeof(*type) + behind(kind, BTF_INFO_VLEN(type->info));
+		at += sizeof(*type) + extra_size(kind, BTF_INFO_VLEN(type->info));
 	}
 	return 0;
 }

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * churn FILE [KIND...]: work of every kind at once, each answer of the kernel checked. Kinds (all of them unless named):
- *   fork     children that end with a status; threads that are made and joined
- *   files    a file written, read back, compared, removed
- *   lo       a TCP connection on the loopback interface, every number echoed
- *   timers   sleeps and interval timers that end when they should, no earlier
- *   signals  signals to itself and between two processes, each counted
- *   wait     pipes, futexes (by a mutex), poll and epoll between two threads
+ * churn FILE [KIND...]: makes system calls of all kinds at once and checks each result. The kinds
+ * (all of them, unless some are named):
+ *   fork     children that exit with a status; threads that are created and joined
+ *   files    a file that is written, read back, compared and removed
+ *   lo       a TCP connection on the loopback interface that echoes every number
+ *   timers   sleeps and interval timers that must not end too early
+ *   signals  signals to itself and between two processes, which are counted
+ *   wait     pipes, futexes (with a mutex), poll and epoll between two threads
  *
- * On SIGUSR1, and at the end (SIGTERM, SIGINT), FILE is replaced by a report: a line for each kind, `KIND done=N wrong=N`, and
- * then a line for each first wrong answer of a kind.
+ * On SIGUSR1, and at the end (SIGTERM, SIGINT), FILE is replaced by a report: a line `KIND done=N
+ * wrong=N` for each kind, and then a line for the first wrong result of each kind that has any.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# The first process of a guest: file systems, then a script if there is one, then a root shell on the console for ever.
-# A script is a file given at build time (/etc/outpatch-script) or named on the kernel's command line (outpatch_script=PATH).
+# The init of a guest: mounts file systems, runs a script if there is one, then runs a root shell on
+# the console, and starts it again whenever it ends. The script is a file given at build time
+# (/etc/outpatch-script) or named on the kernel's command line (outpatch_script=PATH).
 export PATH=/bin HOME=/root TERM=${TERM:-vt100}
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -23,7 +24,7 @@ fi
 echo "outpatch guest ready"
 while :; do
 	PS1='guest# ' setsid cttyhack sh
-	# A shell that was not asked to end has a reason, and the kernel may have logged it.
+	# If the shell failed, the kernel may have logged the reason.
 	ended=$?
 	if [ $ended != 0 ]; then
 		echo "the shell on the console ended: $ended"

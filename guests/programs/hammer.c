@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * hammer N FILE [getpid|uname]: N processes that make one system call without a break and check every answer. It is either
- * the stock kernel's (the old) or the one of the patches in guests/patches (the new); anything else is counted as wrong.
+ * hammer N FILE [getpid|uname]: N processes that make one system call continuously and check every
+ * result. It must be either the stock kernel's (old) or that of the patches in guests/patches
+ * (new); any other result is counted as wrong.
  *
- * With N = 0 it asks once, by itself, and prints which answer it got: old, new or wrong.
+ * With N = 0 it makes the call once, itself, and prints which result it got: old, new or wrong.
  *
- * On SIGUSR1, and at the end (SIGTERM, SIGINT), FILE is replaced by a report: one line of totals, then one for each process.
- *   calls, old, new, wrong: answers of each sort
- *   to_new, to_old: how often a process's answers changed, that way or back
- *   longest_ms: the longest that a process waited between two answers (scheduling included)
+ * On SIGUSR1, and at the end (SIGTERM, SIGINT), FILE is replaced by a report: a line of totals,
+ * then a line for each process.
+ *   calls, old, new, wrong: number of calls, and of results of each kind
+ *   to_new, to_old: how often a process's results changed from old to new, and back
+ *   longest_ms: the longest time between two results of a process, including scheduling
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* What guests/patches/getpid.c adds, and what guests/patches/uname.c says. */
+/* What guests/patches/getpid.c adds to the PID, and the sysname of guests/patches/uname.c. */
 #define NEW_PID_OFFSET 1000000
 #define NEW_SYSNAME "outpatch"
 

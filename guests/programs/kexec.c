@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * kexec KERNEL INITRD CMDLINE: starts another kernel in this one's place.
+ * kexec KERNEL INITRD CMDLINE: replaces the running kernel by another one, with kexec_file_load(2).
  */
 #include <fcntl.h>
 #include <linux/reboot.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * kinds: one process or thread, or some, of every kind that a livepatch transition meets, each named for what it is. Those that
- * the test patch `kinds` is about sleep in pause(2) or in vfork(2). Ends when it is killed, and all of them with it.
+ * kinds: creates one or more processes or threads of every kind that a livepatch transition has to
+ * handle. Each is named after its kind. Those that the test patch `kinds` affects sleep in pause(2)
+ * or vfork(2). Runs until it is killed; all of them are killed with it.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -38,7 +39,7 @@ static void in_pause(void)
 		pause();
 }
 
-/* Sleeps in vfork(2), uninterruptibly, as long as the child is there, which is in pause(2). */
+/* Sleeps in vfork(2), uninterruptibly, as long as the child lives, which sleeps in pause(2). */
 static void in_vfork(void)
 {
 	if (vfork() == 0) {
@@ -57,7 +58,7 @@ static void in_user_mode(void)
 		;
 }
 
-/* System calls that take long each and never sleep. */
+/* Makes system calls that take long and never sleep. */
 static void in_kernel(void)
 {
 	size_t size = 64 << 20;
@@ -119,7 +120,10 @@ static int clone_sleeps(void *unused)
 	return 0;
 }
 
-/* Shares all but being a thread; and a process that is the first of its namespaces. */
+/*
+ * A process that shares everything with its parent but is no thread, and one that is init of new
+ * namespaces.
+ */
 static void with_clones(void)
 {
 	size_t size = 64 << 10;
@@ -137,7 +141,10 @@ static void with_clones(void)
 	sleep_elsewhere();
 }
 
-/* Opens a FIFO that nobody writes to by way of io_uring: a worker of this process's sleeps in it. */
+/*
+ * Opens a FIFO without a writer through io_uring: an io_uring worker of this process sleeps in
+ * open.
+ */
 static void with_io_worker(void)
 {
 	struct io_uring_params params = { 0 };
@@ -170,7 +177,7 @@ static void with_io_worker(void)
 	sleep_elsewhere();
 }
 
-/* A network card's other half without a card: its worker waits for work. */
+/* Opens vhost-net without a network device: its worker waits for work. */
 static void with_vhost_worker(void)
 {
 	int vhost = open("/dev/vhost-net", O_RDWR);

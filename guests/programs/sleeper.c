@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * sleeper [N]: N processes (8) that sleep in the kernel for ever, each in one of these ways in turn. A process is named for
- * its way, so that a stack can be held against it.
+ * sleeper [N]: N processes (default 8) that sleep in the kernel until they are killed, each in one of
+ * the ways below in turn. A process is named after its way, so that its stack can be checked.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -88,7 +88,7 @@ static void in_accept(void)
 	int s = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	struct sockaddr address = { .sa_family = AF_UNIX };
 
-	bind(s, &address, sizeof(sa_family_t));	/* a name of the kernel's choice */
+	bind(s, &address, sizeof(sa_family_t));	/* the kernel chooses the name */
 	listen(s, 1);
 	accept(s, NULL, NULL);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 /*
- * spin [N]: N processes (1) that run in user mode and never enter the kernel by themselves.
+ * spin [N]: N processes (default 1) that run in user mode and make no system calls.
  */
 #include <stdlib.h>
 #include <sys/prctl.h>

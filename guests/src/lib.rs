@@ -1,4 +1,7 @@
-//! Stock kernels, initramfs, sample patches, and the test bed that they run in.
+//! What the tests, the benches and the demo run on: stock kernels, initramfs images, sample
+//! patches, the test bed, and drivers for guests and for the `outpatch` command line.
+//!
+//! Must not know the insides of `vmm`, `patcher` and `introspect`: only their command line and API.
 
 pub mod bed;
 pub mod debian;

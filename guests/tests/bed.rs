@@ -1,6 +1,7 @@
-//! The nested bed from outside: what a command sees in it, what comes out, and that nothing is left behind.
+//! Tests of the nested bed from outside: what a command in it sees, what is passed through, and
+//! that no process or file remains afterwards.
 //!
-//! These start real beds, also on hosts whose own KVM serves.
+//! They start real nested beds, also on hosts whose own KVM runs stock kernels.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use guests::bed::{Bed, BedError, counts};
 
-/// More than any of these commands takes on a busy machine.
+/// More than any of these commands takes on a busy host.
 const LIMIT: Duration = Duration::from_secs(200);
 
 fn bed() -> Bed {
@@ -43,7 +44,7 @@ impl Drop for Folder {
 }
 
 #[test]
-fn a_command_sees_the_host_and_a_kvm_that_serves_and_its_words_come_out_apart() {
+fn a_command_sees_the_hosts_files_and_a_real_kvm_and_its_streams_stay_separate() {
     let here = Folder::new("words");
     fs::write(here.0.join("file"), "the host's\n").unwrap();
     let script = r#"
@@ -64,19 +65,20 @@ fn a_command_sees_the_host_and_a_kvm_that_serves_and_its_words_come_out_apart() 
     let stderr = String::from_utf8(output.stderr).unwrap();
     let folder = here.0.display();
     let expected = format!(
-        "input: first\n{folder}\nthe host's\nword: a b\n/sys/module/kvm_amd\nkvm\nread-only\nprivate\n"
+        "input: first\n{folder}\nthe host's\nword: a b\n\
+         /sys/module/kvm_amd\nkvm\nread-only\nprivate\n"
     );
     assert_eq!(stdout, expected, "stderr: {stderr}");
     assert_eq!(stderr, "complaint\n");
     assert_eq!(output.status.code(), Some(7));
     assert!(
         !here.0.join("mine").exists(),
-        "what was not named writable reached the host"
+        "a folder that was not named as writable was written on the host"
     );
 }
 
 #[test]
-fn writable_folders_are_written_for_real_and_a_signal_is_reported_as_one() {
+fn writable_folders_are_written_on_the_host_and_a_signal_is_reported_as_one() {
     let out = Folder::new("writable");
     let script = "head -c 3000000 /dev/zero; echo kept > $0/file; kill -9 $$";
     let output = bed()
@@ -89,7 +91,7 @@ fn writable_folders_are_written_for_real_and_a_signal_is_reported_as_one() {
 }
 
 #[test]
-fn a_bed_that_dies_or_takes_too_long_is_not_the_commands_failure() {
+fn a_bed_that_dies_or_times_out_is_not_the_commands_failure() {
     let lost = counts().lost;
     let crash = "echo before; sleep 1; echo c > /proc/sysrq-trigger; sleep 100";
     match bed().output(&mut shell(crash), b"") {
@@ -108,13 +110,14 @@ fn a_bed_that_dies_or_takes_too_long_is_not_the_commands_failure() {
     assert_eq!(
         counts().lost,
         lost + 1,
-        "a bed that was stopped is not lost"
+        "a bed that was stopped is not counted as lost"
     );
 }
 
-/// The `bed` program with a command that goes on for ever, once the command runs.
+/// Starts the `bed` program with a command that does not end, and waits until the command runs.
+/// Returns the program and the process ids of its children.
 fn endless() -> (Child, Vec<u32>) {
-    // Whoever started us may have had the interrupt ignored, as shells do for what they start in the background.
+    // The caller may have set the interrupt to be ignored, as shells do for background jobs.
     let mut bed = Command::new("env")
         .args(["--default-signal=INT", env!("CARGO_BIN_EXE_bed")])
         .args(["run", "--nested", "--"])
@@ -146,7 +149,7 @@ fn children_of(pid: u32) -> Vec<u32> {
 }
 
 fn gone(pid: u32) -> bool {
-    // What nobody has waited for yet is gone as well.
+    // A zombie counts as gone: it has ended, but its parent has not waited for it yet.
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat
             .rsplit(')')
@@ -165,7 +168,7 @@ fn signal(name: &str, pid: u32) {
 }
 
 #[test]
-fn two_at_once_do_not_collide_and_nothing_is_left_of_those_that_are_killed() {
+fn two_beds_at_once_do_not_collide_and_a_killed_one_leaves_nothing() {
     let (one, two) = std::thread::scope(|scope| {
         let one = scope.spawn(endless);
         let two = scope.spawn(endless);
@@ -175,7 +178,7 @@ fn two_at_once_do_not_collide_and_nothing_is_left_of_those_that_are_killed() {
         let pid = bed.id();
         assert!(
             children.iter().all(|c| !gone(*c)),
-            "{how}: it ran on while the other was killed"
+            "{how}: its children ended when the other bed was killed"
         );
         signal(how, pid);
         bed.wait().unwrap();
@@ -199,7 +202,7 @@ fn two_at_once_do_not_collide_and_nothing_is_left_of_those_that_are_killed() {
 }
 
 #[test]
-fn the_bed_program_reports_as_a_shell_does() {
+fn the_bed_programs_exit_status_is_like_a_shells() {
     let bed = Path::new(env!("CARGO_BIN_EXE_bed"));
     let run = |arguments: &[&str]| {
         Command::new(bed)
@@ -223,9 +226,9 @@ fn the_bed_program_reports_as_a_shell_does() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/folder"));
     let output = run(&["probe"]);
     assert_eq!(output.status.code(), Some(0));
-    let said = String::from_utf8(output.stdout).unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
     assert!(
-        said.starts_with("native: ") || said.starts_with("nested: "),
-        "{said}"
+        stdout.starts_with("native: ") || stdout.starts_with("nested: "),
+        "{stdout}"
     );
 }

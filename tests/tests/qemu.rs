@@ -3,11 +3,12 @@
 use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use guests::drive::build_outpatch;
 use guests::drive::emulated::EmulatedSpec;
 use guests::drive::{Emulated, Outpatch};
 use guests::external::qemu::Qemu;
 use guests::host::cache::Cache;
-use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 use tests::listing;
 
@@ -27,7 +28,7 @@ fn core_of_7_3() -> Result<()> {
 }
 
 fn reads_what_qemu_dumps(generation: Generation) -> Result<()> {
-    let order = Order {
+    let order = KernelSpec {
         generation,
         flavour: Flavour::Cloud,
         patches: &[],

@@ -1,7 +1,8 @@
-//! The bed's two processes, QEMU and the file server: started, connected, and gone when this is dropped or we die.
+//! The two processes of a nested bed, QEMU and the file server: starts, connects and stops them.
 //!
-//! They sit in process groups of their own, so that Ctrl-C reaches only us, and the kernel kills them when the thread that
-//! started them dies, however that comes about. Their sockets are unlinked as soon as both ends are connected.
+//! They are in process groups of their own, so that Ctrl-C reaches only this process, and the
+//! kernel kills them when the thread that started them ends for any reason. Their sockets are
+//! unlinked as soon as both ends are connected. Must not know what is sent over the port.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder};
@@ -17,53 +18,64 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::bed::parts::Parts;
-use crate::bed::{BedError, Size};
-use crate::external::qemu::{MORTAL, mortal, with_libraries};
+use crate::bed::error::BedError;
+use crate::bed::files::BedFiles;
+use crate::external::qemu::{DEATH_SIGNAL, with_death_signal, with_libraries};
 use crate::host::cache::At;
 
-/// A CPU with AMD's virtualisation. What this emulator lacks is taken out by name, or it complains.
+/// An AMD CPU with SVM. Features that QEMU's emulation lacks are disabled by name, as it prints
+/// warnings otherwise.
 const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-save,-xsavec";
-/// How much of what the two processes and the bed's kernel print is kept, for when the bed dies.
-const TAIL: usize = 16 << 10;
-/// How long QEMU may take to connect.
-const CONNECT: Duration = Duration::from_secs(30);
+/// How many bytes of the output of both processes and the bed's kernel are kept, for the case that
+/// the bed dies.
+const MAX_TAIL: usize = 16 << 10;
+/// How long QEMU may take to connect to the port's socket.
+const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
-/// A bed that runs.
+/// How large the emulated machine is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct MachineSize {
+    /// Number of CPUs.
+    pub(super) cpus: u32,
+    /// Memory in MiB.
+    pub(super) memory_mib: u32,
+}
+
+/// A running nested bed.
 #[derive(Debug)]
 pub(super) struct Machine {
     qemu: Child,
     server: Child,
-    /// Our end of the port.
+    /// Our end of the virtio port.
     pub(super) port: UnixStream,
     tail: Arc<Mutex<VecDeque<u8>>>,
     readers: Vec<JoinHandle<()>>,
 }
 
 /// A private folder for the sockets, deleted when dropped.
-struct Folder(PathBuf);
+struct SocketFolder(PathBuf);
 
-impl Folder {
-    fn create() -> Result<Folder, BedError> {
+impl SocketFolder {
+    fn create() -> Result<SocketFolder, BedError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        sweep();
+        remove_stale();
         let path =
             std::env::temp_dir().join(format!("outpatch-bed-{}-{number}", std::process::id()));
-        // Fails where the name is taken: nobody else can prepare it for us.
+        // Fails if the name is taken: no other user can create the folder in advance.
         DirBuilder::new().mode(0o700).create(&path).at(&path)?;
-        Ok(Folder(path))
+        Ok(SocketFolder(path))
     }
 }
 
-impl Drop for Folder {
+impl Drop for SocketFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// Deletes the folders of callers that were killed in the moment between making one and connecting.
-fn sweep() {
+/// Deletes the folders of processes that were killed between creating one and connecting.
+fn remove_stale() {
     for entry in fs::read_dir(std::env::temp_dir())
         .into_iter()
         .flatten()
@@ -80,13 +92,13 @@ fn sweep() {
 }
 
 impl Machine {
-    pub(super) fn start(parts: &Parts, size: Size) -> Result<Machine, BedError> {
-        let folder = Folder::create()?;
+    pub(super) fn start(files: &BedFiles, size: MachineSize) -> Result<Machine, BedError> {
+        let folder = SocketFolder::create()?;
         let (tree, port) = (folder.0.join("tree"), folder.0.join("port"));
         let tree_listener = UnixListener::bind(&tree).at(&tree)?;
         let port_listener = UnixListener::bind(&port).at(&port)?;
-        let mut server = spawn(server_command(parts, tree_listener.into()))?;
-        let mut qemu = match spawn(qemu_command(parts, size, &tree, &port)) {
+        let mut server = spawn(server_command(files, tree_listener.into()))?;
+        let mut qemu = match spawn(qemu_command(files, size, &tree, &port)) {
             Ok(qemu) => qemu,
             Err(e) => {
                 end(&mut server);
@@ -117,17 +129,18 @@ impl Machine {
                 for reader in readers {
                     let _ = reader.join();
                 }
-                let said = text(&tail);
+                let output = text(&tail);
                 Err(BedError::Setup(format!(
-                    "QEMU did not start: {reason}; it said: {said}"
+                    "QEMU did not start: {reason}; its output: {output}"
                 )))
             }
         }
     }
 
-    /// Ends the bed and says what QEMU's status was, if it had ended by itself, and the last words of the console.
+    /// Stops the bed. Returns QEMU's exit status, if it had ended by itself, and the last lines of
+    /// the console.
     pub(super) fn post_mortem(mut self) -> (Option<ExitStatus>, String) {
-        // A machine that goes down takes a moment to end its process.
+        // QEMU takes a moment to exit after its machine has died.
         let mut status = None;
         for _ in 0..20 {
             status = self.qemu.try_wait().ok().flatten();
@@ -161,26 +174,26 @@ fn end(child: &mut Child) {
 }
 
 fn spawn(mut command: Command) -> Result<Child, BedError> {
-    let shown = crate::host::tools::shown(&command);
+    let command_line = crate::host::tools::command_line(&command);
     command
         .process_group(0)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|e| BedError::Setup(format!("{shown}: {e}")))
+        .map_err(|e| BedError::Setup(format!("{command_line}: {e}")))
 }
 
-fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
+fn server_command(files: &BedFiles, listener: OwnedFd) -> Command {
     let mut command = if rustix::process::geteuid().is_root() {
-        mortal(&parts.server, &parts.server_libraries)
+        with_death_signal(&files.server, &files.server_libraries)
     } else {
-        // It insists on chroot, which is for root: a user namespace has one that is nobody else than we.
+        // The server needs chroot(2), which only root may use: in a user namespace we are root.
         let mut command = Command::new("unshare");
         command
             .args(["--user", "--map-root-user", "--", "setpriv"])
-            .args(MORTAL)
-            .arg(&parts.server);
-        with_libraries(command, &parts.server_libraries)
+            .args(DEATH_SIGNAL)
+            .arg(&files.server);
+        with_libraries(command, &files.server_libraries)
     };
     command
         .args([
@@ -198,11 +211,11 @@ fn server_command(parts: &Parts, listener: OwnedFd) -> Command {
     command
 }
 
-fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command {
-    let mut command = parts.qemu.command();
+fn qemu_command(files: &BedFiles, size: MachineSize, tree: &Path, port: &Path) -> Command {
+    let mut command = files.qemu.command();
     let memory = size.memory_mib;
     command
-        // A HPET would take the PIT's place: see `tick` in `guests/programs/bed-init.c`.
+        // An HPET would replace the PIT: see `tick` in `guests/programs/bed-init.c`.
         .args(["-machine", "pc,hpet=off"])
         .args(["-accel", "tcg,thread=multi,tb-size=512"])
         .args(["-cpu", CPU])
@@ -221,18 +234,19 @@ fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command 
         .arg("-chardev")
         .arg(format!("socket,id=tree,path={}", tree.display()))
         .args(["-device", "vhost-user-fs-pci,chardev=tree,tag=host"])
-        // Connected after the tree: once we have this one, both are connected.
+        // QEMU connects this after the tree: once it is connected, both are.
         .arg("-chardev")
         .arg(format!("socket,id=port,path={}", port.display()))
         .args(["-device", "virtio-serial-pci"])
         .args(["-device", "virtserialport,chardev=port,name=bed"])
         .arg("-kernel")
-        .arg(&parts.kernel)
+        .arg(&files.kernel)
         .arg("-initrd")
-        .arg(&parts.initramfs)
+        .arg(&files.initramfs)
         .args([
             "-append",
-            // The check of the timer counts ticks while it spins: on a busy host an emulated CPU sees too few, and panics.
+            // The kernel's timer check counts ticks in a busy loop: on a busy host an emulated CPU
+            // sees too few of them and panics.
             "console=ttyS0 panic=-1 reboot=t quiet mitigations=off no_timer_check",
         ])
         .stdin(Stdio::null());
@@ -241,7 +255,7 @@ fn qemu_command(parts: &Parts, size: Size, tree: &Path, port: &Path) -> Command 
 
 fn accept(listener: &UnixListener, qemu: &mut Child) -> io::Result<UnixStream> {
     listener.set_nonblocking(true)?;
-    let until = Instant::now() + CONNECT;
+    let until = Instant::now() + CONNECT_LIMIT;
     loop {
         match listener.accept() {
             Ok((stream, _)) => {
@@ -271,7 +285,7 @@ fn keep_tail(
         while let Ok(n @ 1..) = from.read(&mut chunk) {
             let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
             tail.extend(chunk.get(..n).unwrap_or_default());
-            let excess = tail.len().saturating_sub(TAIL);
+            let excess = tail.len().saturating_sub(MAX_TAIL);
             tail.drain(..excess);
         }
     })

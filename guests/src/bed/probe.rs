@@ -1,34 +1,34 @@
-//! Does this host's KVM serve stock kernels?
+//! Detects whether this host's KVM runs stock kernels.
 //!
-//! `/dev/kvm` alone says little: some hosts have a KVM that emulates every kernel instruction of a guest that was not
-//! made for it. Only kvm_amd and kvm_intel run stock kernels.
+//! That `/dev/kvm` exists is not enough: some hosts have a KVM that emulates every instruction of a
+//! guest kernel that was not built for it. Only kvm_amd and kvm_intel run stock kernels.
 
 use std::fmt;
 use std::fs::OpenOptions;
 use std::path::Path;
 
-/// What was found about the host's KVM.
+/// Whether the host's KVM runs stock kernels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
-    /// It serves: commands run right here.
+    /// It does: commands run directly on the host.
     Native {
-        /// The module behind it.
+        /// The KVM module: `kvm_amd` or `kvm_intel`.
         module: &'static str,
     },
     /// It does not: commands run in the nested bed.
     Nested {
-        /// Why not.
+        /// Why the host's KVM is not used.
         reason: String,
     },
 }
 
 impl Probe {
-    /// Looks at this machine.
-    pub fn look() -> Probe {
-        Probe::look_at(Path::new("/sys/module"), Path::new("/dev/kvm"))
+    /// Examines this host.
+    pub fn detect() -> Probe {
+        Probe::detect_in(Path::new("/sys/module"), Path::new("/dev/kvm"))
     }
 
-    fn look_at(modules: &Path, device: &Path) -> Probe {
+    fn detect_in(modules: &Path, device: &Path) -> Probe {
         let module = ["kvm_amd", "kvm_intel"]
             .into_iter()
             .find(|m| modules.join(m).is_dir());
@@ -40,7 +40,7 @@ impl Probe {
                 format!("{module} is loaded, but {device} does not open: {e}")
             }
             (None, Ok(_)) => {
-                format!("{device} opens, but neither kvm_amd nor kvm_intel is behind it")
+                format!("{device} opens, but neither kvm_amd nor kvm_intel is loaded")
             }
             (None, Err(e)) => format!("neither kvm_amd nor kvm_intel is loaded ({device}: {e})"),
         };
@@ -63,26 +63,26 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn only_a_serving_module_with_a_device_that_opens_is_native() {
+    fn native_needs_kvm_amd_or_kvm_intel_and_a_device_that_opens() {
         let root = std::env::temp_dir().join(format!("outpatch-probe-{}", std::process::id()));
         let (modules, device) = (root.join("module"), root.join("kvm"));
         fs::create_dir_all(modules.join("kvm_pvm")).unwrap();
         fs::write(&device, b"").unwrap();
         let text = |p: Probe| p.to_string();
-        let found = text(Probe::look_at(&modules, &device));
+        let found = text(Probe::detect_in(&modules, &device));
         assert!(
             found.starts_with("nested") && found.contains("neither"),
             "{found}"
         );
         fs::create_dir(modules.join("kvm_intel")).unwrap();
-        let found = Probe::look_at(&modules, &device);
+        let found = Probe::detect_in(&modules, &device);
         assert_eq!(
             found,
             Probe::Native {
                 module: "kvm_intel"
             }
         );
-        let found = text(Probe::look_at(&modules, &root.join("none")));
+        let found = text(Probe::detect_in(&modules, &root.join("none")));
         assert!(found.contains("does not open"), "{found}");
         fs::remove_dir_all(&root).unwrap();
     }

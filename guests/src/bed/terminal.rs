@@ -1,14 +1,15 @@
-//! Our own terminal: raw while a command in the bed has one, as it was afterwards.
+//! This process's terminal: puts it into raw mode while a command in the bed has a terminal, and
+//! restores it afterwards.
 
 use std::io::{IsTerminal, stdin, stdout};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// Restores the terminal when dropped.
+/// A terminal in raw mode, restored when this is dropped.
 pub(super) struct Raw(Termios);
 
 impl Raw {
-    /// Makes the terminal raw, if input and output are one.
+    /// Puts the terminal into raw mode, if standard input and output are terminals.
     pub(super) fn enter() -> Option<Raw> {
         if !is_terminal() {
             return None;
@@ -27,11 +28,12 @@ impl Drop for Raw {
     }
 }
 
+/// Whether both standard input and output are terminals.
 pub(super) fn is_terminal() -> bool {
     stdin().is_terminal() && stdout().is_terminal()
 }
 
-/// Rows and columns.
-pub(super) fn window() -> Option<(u16, u16)> {
+/// The terminal's rows and columns.
+pub(super) fn size() -> Option<(u16, u16)> {
     tcgetwinsize(stdout()).ok().map(|w| (w.ws_row, w.ws_col))
 }

@@ -1,4 +1,4 @@
-//! `bed`: run a command, or a shell, where a KVM serves stock kernels.
+//! `bed`: runs a command or a shell where a KVM runs stock kernels.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -7,21 +7,22 @@ use std::process::{Command, ExitCode, ExitStatus};
 use clap::{Args, Parser, Subcommand};
 use guests::bed::{Bed, BedError, Probe};
 
-/// Runs commands where a KVM serves stock kernels: right here, or in a nested machine with this machine's files.
+/// Runs commands where a KVM runs stock kernels: on this host, or in a nested machine with its
+/// files.
 #[derive(Parser)]
 #[command(name = "bed", version)]
 struct Cli {
     #[command(subcommand)]
-    verb: Verb,
+    command: Action,
 }
 
 #[derive(Subcommand)]
-enum Verb {
-    /// Say whether this host's KVM serves stock kernels, and why
+enum Action {
+    /// Print whether this host's KVM runs stock kernels, and why
     Probe,
-    /// Fetch and build all that the bed needs
+    /// Fetch and build all files that a bed needs
     Prepare,
-    /// Run a command; its output, input and status are the command's
+    /// Run a command, with its input, output and exit status passed through
     Run {
         #[command(flatten)]
         options: Options,
@@ -29,7 +30,7 @@ enum Verb {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// A shell
+    /// Run a shell
     Shell {
         #[command(flatten)]
         options: Options,
@@ -38,44 +39,44 @@ enum Verb {
 
 #[derive(Args)]
 struct Options {
-    /// A folder that may be written for real (can be given many times); all else is read-only or goes with the bed
+    /// Folder of the host that the command may write (repeatable); in a nested bed all else is
+    /// read-only or discarded with the bed
     #[arg(long, value_name = "DIR")]
     writable: Vec<PathBuf>,
-    /// CPUs of a nested bed; with more than one it may die under its guests
+    /// Number of CPUs of a nested bed; with more than one, it or its guests may die
     #[arg(long, default_value_t = 1)]
     cpus: u32,
     /// Memory of a nested bed, in MiB
     #[arg(long, default_value_t = 4096, value_name = "MIB")]
     memory: u32,
-    /// Stop the command after so many seconds
+    /// Stop the command after this many seconds
     #[arg(long, value_name = "SECONDS")]
     limit: Option<u64>,
-    /// A nested bed even where the host's KVM serves
+    /// Use a nested bed even if the host's KVM runs stock kernels
     #[arg(long)]
     nested: bool,
-    /// Say how long the bed took to start
+    /// Print how long the bed took to start
     #[arg(long, short)]
     verbose: bool,
 }
 
-/// As a shell reports a command that it could not run.
+/// Exit status if the command could not be run, like env(1).
 const NOT_RUN: u8 = 125;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().verb {
-        Verb::Probe => {
-            let probe = Probe::look();
-            println!("{probe}");
+    let result = match Cli::parse().command {
+        Action::Probe => {
+            println!("{}", Probe::detect());
             return ExitCode::SUCCESS;
         }
-        Verb::Prepare => Bed::new().prepare().map(|()| ExitStatus::default()),
-        Verb::Run { options, command } => {
+        Action::Prepare => Bed::new().prepare().map(|()| ExitStatus::default()),
+        Action::Run { options, command } => {
             let (program, arguments) = command
                 .split_first()
                 .map_or(("true", [].as_slice()), |(p, a)| (p, a));
             options.bed().run(Command::new(program).args(arguments))
         }
-        Verb::Shell { options } => {
+        Action::Shell { options } => {
             let shell = std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into());
             options.bed().run(&mut Command::new(shell))
         }

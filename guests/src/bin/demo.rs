@@ -1,38 +1,43 @@
-//! The main job, shown: boots a stock kernel, patches it from outside while it works, and takes the patch out again.
+//! `cargo demo`: boots a stock kernel, patches it from outside while it runs, and reverts
+//! the patch.
 //!
-//! Started again inside the test bed where the host's own KVM does not serve; what it prints is what it saw.
+//! Where the host's own KVM does not run stock kernels, the program starts itself once more inside
+//! the test bed. It shows what the guest prints before and after, and between them the output of
+//! `outpatch apply` and `outpatch revert` as it is. It must not depend on what these print.
 
-use std::{
-    env, fs,
-    path::Path,
-    process::{Command, ExitCode},
-    time::{Duration, Instant},
-};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::bed::Bed;
-use guests::drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch};
-use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::drive::{Guest, GuestSpec, MEMORY_MIB, Outpatch, build_outpatch};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-/// What the outer run hands to the one inside the bed.
+/// What the demo on the host hands to the one inside the bed.
 #[derive(Serialize, Deserialize)]
-struct Parts {
-    binary: std::path::PathBuf,
-    stock: PreparedKernel,
+struct Plan {
+    outpatch: PathBuf,
+    kernel: PreparedKernel,
 }
 
-const PATCH: &str = "livepatch-sample";
-const SHOWN: &str = "cat /proc/cmdline";
+/// The patch's file, without `.ko`: the kernel's own sample, which replaces `/proc/cmdline`.
+const PATCH_FILE: &str = "livepatch-sample";
+/// The patch's name.
+const PATCH: &str = "livepatch_sample";
+/// The command whose output the patch changes.
+const COMMAND: &str = "cat /proc/cmdline";
+const VCPUS: u32 = 2;
 
 fn main() -> ExitCode {
-    let words: Vec<String> = env::args().collect();
-    let result = match words.as_slice() {
-        [_, flag, spec] if flag == "--inside" => {
-            inside(Path::new(spec)).map(|()| ExitCode::SUCCESS)
+    let arguments: Vec<String> = env::args().collect();
+    let result = match arguments.as_slice() {
+        [_, flag, plan] if flag == "--inside" => {
+            inside(Path::new(plan)).map(|()| ExitCode::SUCCESS)
         }
         [_] => outside(),
         _ => Err(anyhow::anyhow!("the demo takes no arguments")),
@@ -43,28 +48,29 @@ fn main() -> ExitCode {
     })
 }
 
+/// Fetches and builds everything, then runs [`inside`] in the bed.
 fn outside() -> Result<ExitCode> {
     let bed = Bed::new();
     println!("KVM: {}", bed.probe());
-    let spinner = busy("building outpatch");
-    let binary = build_outpatch()?;
-    spinner.finish_and_clear();
+    let bar = spinner("building outpatch");
+    let outpatch = build_outpatch()?;
+    bar.finish_and_clear();
     bed.prepare()?;
-    let stock = PreparedKernel::prepare(Order {
+    let kernel = PreparedKernel::prepare(KernelSpec {
         generation: Generation::V6_12,
         flavour: Flavour::Cloud,
-        patches: &[PATCH],
+        patches: &[PATCH_FILE],
         modules: &[],
         boot: None,
     })?;
-    let spec = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
-    fs::write(&spec, serde_json::to_vec(&Parts { binary, stock })?)
-        .with_context(|| spec.display().to_string())?;
-    let mut again = Command::new(env::current_exe()?);
-    again.arg("--inside").arg(&spec);
-    let ended = bed.limit(Duration::from_secs(300)).run(&mut again);
-    // Left behind it would harm nothing.
-    let _ = fs::remove_file(&spec);
+    let file = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
+    fs::write(&file, serde_json::to_vec(&Plan { outpatch, kernel })?)
+        .with_context(|| file.display().to_string())?;
+    let mut command = Command::new(env::current_exe()?);
+    command.arg("--inside").arg(&file);
+    let ended = bed.limit(Duration::from_secs(300)).run(&mut command);
+    // A file that is left in the temporary folder does no harm.
+    let _ = fs::remove_file(&file);
     let status = ended?;
     match status.code() {
         Some(0) => Ok(ExitCode::SUCCESS),
@@ -72,33 +78,34 @@ fn outside() -> Result<ExitCode> {
     }
 }
 
-fn inside(spec: &Path) -> Result<()> {
-    let parts: Parts = serde_json::from_slice(&fs::read(spec)?)?;
-    let patch = parts.stock.patch(PATCH)?;
-    let mut guest = boot(&parts)?;
+fn inside(plan: &Path) -> Result<()> {
+    let plan: Plan = serde_json::from_slice(&fs::read(plan)?)?;
+    let mut guest = boot(&plan)?;
     let outpatch = guest.outpatch().clone();
     guest.sh("spin 2 & sleeper 12 & sleep 1")?;
     let tasks = outpatch.json(&["ps"])?;
     println!(
-        "the guest has {} tasks; two of its processes never leave user mode",
+        "The guest has {} tasks; two of its processes never leave user mode by themselves.",
         tasks.as_array().map_or(0, Vec::len)
     );
-    let before = show(&mut guest, "before")?;
+    let before = show(&mut guest, "Before")?;
 
-    println!("\n$ outpatch apply {PATCH}.ko");
-    watch(&outpatch, &["apply", patch])?;
-    let after = show(&mut guest, "patched")?;
-    ensure!(after != before, "the patch shows no effect");
-    pauses(&outpatch)?;
+    println!("\n$ outpatch apply {PATCH_FILE}.ko");
+    run(&outpatch, &["apply", plan.kernel.patch(PATCH_FILE)?])?;
+    let after = show(&mut guest, "Patched")?;
+    ensure!(after != before, "the patch has no effect");
 
-    println!("\n$ outpatch revert livepatch_sample");
-    watch(&outpatch, &["revert", "livepatch_sample"])?;
-    let back = show(&mut guest, "reverted")?;
-    ensure!(back == before, "the patch is out, but its effect is not");
+    println!("\n$ outpatch revert {PATCH}");
+    run(&outpatch, &["revert", PATCH])?;
+    let reverted = show(&mut guest, "Reverted")?;
+    ensure!(
+        reverted == before,
+        "the patch is reverted, but still has its effect"
+    );
 
     let taint = guest.sh("cat /proc/sys/kernel/tainted")?;
     ensure!(taint == "0", "the guest is tainted: {taint}");
-    println!("\nthe guest is not tainted, loaded no module and ran no agent");
+    println!("\nThe guest is not tainted, loaded no module and ran no agent.");
     let status = guest.poweroff()?;
     ensure!(
         status.success(),
@@ -107,74 +114,51 @@ fn inside(spec: &Path) -> Result<()> {
     Ok(())
 }
 
-fn boot(parts: &Parts) -> Result<Guest> {
-    let spinner = busy(&format!(
-        "booting Linux {} with 2 vCPUs",
-        parts.stock.release
-    ));
+fn boot(plan: &Plan) -> Result<Guest> {
+    let release = &plan.kernel.release;
+    let bar = spinner(&format!("booting Linux {release} with {VCPUS} vCPUs"));
     let started = Instant::now();
     let spec = GuestSpec {
-        binary: parts.binary.clone(),
-        vmm: parts.binary.clone(),
-        kernel: parts.stock.bzimage.clone(),
-        initrd: parts.stock.initrd.clone(),
-        cpus: 2,
+        binary: plan.outpatch.clone(),
+        vmm: plan.outpatch.clone(),
+        kernel: plan.kernel.bzimage.clone(),
+        initrd: plan.kernel.initrd.clone(),
+        cpus: VCPUS,
         memory_mib: MEMORY_MIB,
         append: String::new(),
     };
     let guest = Guest::boot(&spec, &env::temp_dir())?;
-    spinner.finish_and_clear();
+    bar.finish_and_clear();
     println!(
-        "booted stock Linux {} with 2 vCPUs in {:.1} s",
-        parts.stock.release,
+        "Booted stock Linux {release} with {VCPUS} vCPUs in {:.1} s.",
         started.elapsed().as_secs_f32()
     );
     Ok(guest)
 }
 
+/// Runs [`COMMAND`] in the guest; prints and returns its output.
 fn show(guest: &mut Guest, when: &str) -> Result<String> {
-    let seen = guest.sh(SHOWN)?;
-    println!("{when:>8}, in the guest:  # {SHOWN}\n          {seen}");
-    Ok(seen)
+    let output = guest.sh(COMMAND)?;
+    println!("{when}, in the guest:\n  # {COMMAND}\n  {output}");
+    Ok(output)
 }
 
-/// Runs a verb with its output on ours, as a user would see it.
-fn watch(outpatch: &Outpatch, words: &[&str]) -> Result<()> {
+/// Runs a command of `outpatch` with this program's standard output, as a user would see it.
+fn run(outpatch: &Outpatch, arguments: &[&str]) -> Result<()> {
     let status = outpatch
-        .command(words)
+        .command(arguments)
         .status()
         .context("cannot start outpatch")?;
     ensure!(
         status.success(),
         "outpatch {} ended with {status}",
-        words[0]
+        arguments[0]
     );
     Ok(())
 }
 
-fn pauses(outpatch: &Outpatch) -> Result<()> {
-    let status = outpatch.json(&["status"])?;
-    let patch = status
-        .pointer("/patches/0")
-        .context("no patch in the status")?;
-    let number = |path: &str| {
-        patch
-            .pointer(path)
-            .and_then(Value::as_u64)
-            .with_context(|| format!("no {path} in {patch}"))
-    };
-    println!(
-        "the guest was paused {} times for {} us in all, {} us at the longest; the transition took {} ms",
-        number("/pauses/count")?,
-        number("/pauses/total_us")?,
-        number("/pauses/longest_us")?,
-        number("/transition_ms")?
-    );
-    Ok(())
-}
-
-fn busy(what: &str) -> ProgressBar {
-    let bar = ProgressBar::new_spinner().with_message(what.to_owned());
+fn spinner(message: &str) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(message.to_owned());
     bar.set_style(ProgressStyle::default_spinner());
     bar.enable_steady_tick(Duration::from_millis(100));
     bar

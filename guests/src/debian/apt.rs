@@ -1,8 +1,9 @@
-//! apt with a configuration, lists and caches of its own: what there is, and downloads that it verifies.
+//! Runs apt with a configuration, lists and caches of our own: queries the archive, and downloads
+//! packages, which apt verifies.
 //!
-//! Nothing of the machine's is touched and no root is needed; only the mirror's address and the `Acquire` options (proxies,
-//! say) are the machine's. Signatures are checked against the Debian archive keyring, as always. Where things are kept and
-//! how they are unpacked is not this module's business.
+//! Needs no root, and changes nothing of the host. Only the mirrors' addresses and the `Acquire`
+//! options (proxies, for example) are the host's. apt checks signatures against the Debian archive
+//! keyring. This module must not know where packages are kept or how they are unpacked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,33 +15,35 @@ use crate::host::cache::At;
 use crate::host::error::ToolError;
 use crate::host::{progress, tools};
 
-/// Where Debian keeps the keys that sign its archive.
+/// The keys that Debian's archive is signed with.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// How long apt's lists are good before they are fetched again, when a package is wanted that is not in the cache.
-const LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
-/// The suites that something is taken from, with the archive that each is in.
-const SUITES: [(&str, Archive); 10] = [
-    ("bullseye", Archive::Main),
-    ("bullseye-security", Archive::Security),
-    ("bookworm", Archive::Main),
-    ("bookworm-backports", Archive::Main),
-    ("bookworm-security", Archive::Security),
-    ("forky", Archive::Main),
-    ("sid", Archive::Main),
-    ("trixie", Archive::Main),
-    ("trixie-backports", Archive::Main),
-    ("trixie-security", Archive::Security),
+/// Package lists older than this are fetched again when a package is needed that is not in the
+/// cache.
+const MAX_LISTS_AGE: Duration = Duration::from_secs(24 * 3600);
+/// The suites that packages are fetched from, each with its repository.
+const SUITES: [(&str, Repository); 10] = [
+    ("bullseye", Repository::Main),
+    ("bullseye-security", Repository::Security),
+    ("bookworm", Repository::Main),
+    ("bookworm-backports", Repository::Main),
+    ("bookworm-security", Repository::Security),
+    ("forky", Repository::Main),
+    ("sid", Repository::Main),
+    ("trixie", Repository::Main),
+    ("trixie-backports", Repository::Main),
+    ("trixie-security", Repository::Security),
 ];
 
+/// The two repositories, which have different addresses.
 #[derive(Clone, Copy)]
-enum Archive {
+enum Repository {
     Main,
     Security,
 }
 
 type Result<T> = std::result::Result<T, PackageError>;
 
-/// A version of a package that a suite has.
+/// A version of a package in a suite.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Candidate {
     pub(crate) name: String,
@@ -48,38 +51,41 @@ pub(crate) struct Candidate {
     pub(crate) suite: String,
 }
 
-/// What apt's lists say of a candidate.
+/// The record of a package in apt's lists.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) name: String,
     pub(crate) version: String,
+    /// The `Depends` field.
     pub(crate) depends: String,
+    /// Size of the `.deb` file in bytes.
     pub(crate) size: u64,
 }
 
-/// apt, with its files in a folder of ours.
+/// apt, with its configuration, lists and caches in `folder`.
 #[derive(Debug)]
 pub(crate) struct Apt {
     pub(crate) folder: PathBuf,
 }
 
 impl Apt {
-    /// Runs `resolve` with lists that are there, of all our suites and young enough; old ones do when the archive cannot be
-    /// reached.
+    /// Runs `resolve` after making sure that the lists are there, recent, and of all our suites. If
+    /// the archive cannot be reached, old lists are used.
     pub(crate) fn with_lists<T>(&self, resolve: impl Fn() -> Result<T>) -> Result<T> {
         let age = fs::metadata(self.folder.join("updated"))
             .and_then(|m| m.modified())
             .ok()
             .and_then(|t| SystemTime::now().duration_since(t).ok());
-        if age.is_none_or(|a| a > LISTS_AGE) || !self.lists_all_suites() {
+        if age.is_none_or(|a| a > MAX_LISTS_AGE) || !self.lists_all_suites() {
             let updated = self.update_lists();
-            // apt reports one unreachable suite as a failure of the whole: what counts is whether we can resolve.
+            // apt fails if a single suite is unreachable: all that counts is whether we can
+            // resolve.
             return resolve().map_err(|e| updated.err().unwrap_or(e));
         }
         resolve()
     }
 
-    /// Whether the lists were fetched for the suites that we take from now: an older outpatch may have had fewer.
+    /// Whether the lists cover all suites: an older outpatch may have had fewer.
     fn lists_all_suites(&self) -> bool {
         let listed = fs::read_to_string(self.folder.join("sources.list")).unwrap_or_default();
         SUITES
@@ -87,6 +93,7 @@ impl Apt {
             .all(|(suite, _)| listed.contains(&format!(" {suite} main\n")))
     }
 
+    /// Fetches the package lists of all suites.
     pub(crate) fn update_lists(&self) -> Result<()> {
         self.configure()?;
         let bar = progress::spinner("reading Debian's package lists");
@@ -100,12 +107,12 @@ impl Apt {
         Ok(())
     }
 
-    /// The versions of these packages in these suites.
+    /// All versions of these packages in these suites.
     pub(crate) fn candidates(&self, names: &[String], suites: &[&str]) -> Result<Vec<Candidate>> {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        let table = self.ask("madison", names)?;
+        let table = self.query("madison", names)?;
         Ok(table
             .lines()
             .filter_map(parse_madison)
@@ -113,13 +120,13 @@ impl Apt {
             .collect())
     }
 
-    /// The names of packages that begin so.
+    /// The names of all packages that begin with `start`.
     pub(crate) fn names(&self, start: &str) -> Result<Vec<String>> {
-        let names = self.ask("pkgnames", &[start.to_owned()])?;
+        let names = self.query("pkgnames", &[start.to_owned()])?;
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// The one with the highest version, as Debian counts.
+    /// The candidate with the highest version, in dpkg's order.
     pub(crate) fn newest(&self, found: Vec<Candidate>) -> Result<Option<Candidate>> {
         let mut best: Option<Candidate> = None;
         for candidate in found {
@@ -140,13 +147,13 @@ impl Apt {
         Ok(command.status().at(Path::new("dpkg"))?.success())
     }
 
-    /// What the lists say of these, in their order.
+    /// The records of these candidates, in the same order.
     pub(crate) fn records(&self, wanted: &[Candidate]) -> Result<Vec<Record>> {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
         let exact: Vec<String> = wanted.iter().map(exact).collect();
-        let text = self.ask("show", &exact)?;
+        let text = self.query("show", &exact)?;
         let records: Vec<Record> = text.split("\n\n").map(parse_record).collect();
         let of = |c: &Candidate| {
             let found = records
@@ -157,7 +164,8 @@ impl Apt {
         Ok(wanted.iter().map(of).collect())
     }
 
-    /// What installing these from `suite` would add to this machine; what it has in another version is left out.
+    /// The packages that installing `names` from `suite` would add to this host. Packages that the
+    /// host has in another version are left out.
     pub(crate) fn would_install(&self, names: &[&str], suite: &str) -> Result<Vec<Candidate>> {
         let mut command = self.tool("apt-get")?;
         command
@@ -171,7 +179,8 @@ impl Apt {
         Ok(text.lines().filter_map(|l| parse_inst(l, suite)).collect())
     }
 
-    /// Downloads these into a folder, calling `tick` meanwhile. apt checks them against the signed lists.
+    /// Downloads packages into `folder`, and calls `tick` regularly meanwhile. apt verifies them
+    /// against the signed lists.
     pub(crate) fn download(
         &self,
         wanted: &[&Candidate],
@@ -186,14 +195,15 @@ impl Apt {
         run(command, tick).map(drop)
     }
 
-    fn ask(&self, verb: &str, arguments: &[String]) -> Result<String> {
+    /// Runs `apt-cache`.
+    fn query(&self, verb: &str, arguments: &[String]) -> Result<String> {
         let mut command = self.tool("apt-cache")?;
         command.arg(verb).args(arguments);
         let output = run(command, || ())?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// A command that uses our configuration, or the news that the machine does not have it.
+    /// A command with our configuration. Fails if the host does not have the program.
     pub(crate) fn tool(&self, name: &str) -> Result<Command> {
         let package = if name.starts_with("apt") {
             "apt"
@@ -228,7 +238,7 @@ impl Apt {
             fs::create_dir_all(&path).at(&path)?;
         }
         let dir = self.folder.display();
-        let mut conf = machine_acquire_options();
+        let mut conf = host_acquire_options();
         for (key, value) in [
             ("Dir::Etc::sourcelist", format!("{dir}/sources.list")),
             ("Dir::Etc::sourceparts", "/dev/null".to_owned()),
@@ -240,7 +250,8 @@ impl Apt {
             ("Dir::Cache", format!("{dir}/cache")),
             ("Acquire::Languages", "none".to_owned()),
             ("APT::Architecture", "amd64".to_owned()),
-            // The cache may be in a home that apt's own user cannot enter. It does not weaken the signature check.
+            // The cache may be in a home folder that apt's own user cannot enter. This does not
+            // weaken the signature check.
             ("APT::Sandbox::User", "root".to_owned()),
         ] {
             conf.push_str(&format!("{key} \"{value}\";\n"));
@@ -251,24 +262,25 @@ impl Apt {
         };
         write("apt.conf", &conf)?;
         write("status", "")?;
-        write("sources.list", &sources(&machine_mirrors()))?;
+        write("sources.list", &sources(&host_mirrors()))?;
         Ok(())
     }
 }
 
-/// As apt takes a version: `name=version`.
+/// `name=version`, as apt takes an exact version.
 fn exact(candidate: &Candidate) -> String {
     format!("{}={}", candidate.name, candidate.version)
 }
 
-/// The addresses that a machine's own sources use for the two archives.
+/// The addresses of the two repositories.
 #[derive(Debug, PartialEq, Eq)]
 struct Mirrors {
     main: String,
     security: String,
 }
 
-fn machine_mirrors() -> Mirrors {
+/// The addresses that the host's own sources name.
+fn host_mirrors() -> Mirrors {
     let mut text = fs::read_to_string("/etc/apt/sources.list").unwrap_or_default();
     let parts = fs::read_dir("/etc/apt/sources.list.d");
     for entry in parts.into_iter().flatten().flatten() {
@@ -278,7 +290,8 @@ fn machine_mirrors() -> Mirrors {
     mirrors_in(&text)
 }
 
-/// Finds the archives' addresses in sources of either format: they end in `/debian` and `/debian-security`.
+/// Finds the repositories' addresses in sources of either format: they end in `/debian` and
+/// `/debian-security`.
 fn mirrors_in(sources: &str) -> Mirrors {
     let find = |end: &str| {
         sources
@@ -300,16 +313,16 @@ fn sources(mirrors: &Mirrors) -> String {
         .iter()
         .map(|(suite, archive)| {
             let uri = match archive {
-                Archive::Main => &mirrors.main,
-                Archive::Security => &mirrors.security,
+                Repository::Main => &mirrors.main,
+                Repository::Security => &mirrors.security,
             };
             format!("deb [signed-by={KEYRING}] {uri} {suite} main\n")
         })
         .collect()
 }
 
-/// The machine's own way to the archive (proxies, timeouts, clock checks), as lines of an `apt.conf`.
-fn machine_acquire_options() -> String {
+/// The host's own `Acquire` options (proxies, timeouts, clock checks), as lines of an `apt.conf`.
+fn host_acquire_options() -> String {
     let dump = Command::new("apt-config")
         .args(["dump", "Acquire"])
         .output();
@@ -321,7 +334,7 @@ fn machine_acquire_options() -> String {
         .collect()
 }
 
-/// `name | version | URI suite/component arch Packages`
+/// Parses `name | version | URI suite/component arch Packages`.
 fn parse_madison(line: &str) -> Option<Candidate> {
     let mut fields = line.split('|').map(str::trim);
     let (name, version, place) = (fields.next()?, fields.next()?, fields.next()?);
@@ -333,11 +346,11 @@ fn parse_madison(line: &str) -> Option<Candidate> {
     })
 }
 
-/// `Inst name [version that the machine has] (version where [arch])`, of apt's simulation
+/// Parses `Inst name [installed version] (version origin [arch])`, from apt's simulation.
 fn parse_inst(line: &str, suite: &str) -> Option<Candidate> {
     let (before, after) = line.strip_prefix("Inst ")?.split_once('(')?;
     if before.contains('[') {
-        // The machine has it, if not the newest: that does.
+        // The host has it. It may be an older version, which suffices.
         return None;
     }
     Some(Candidate {
@@ -360,11 +373,11 @@ fn parse_record(text: &str) -> Record {
     }
 }
 
-/// Runs a tool to its end, calling `tick` meanwhile.
+/// Runs a program until it ends, and calls `tick` regularly meanwhile.
 pub(crate) fn run(mut command: Command, mut tick: impl FnMut()) -> Result<Output> {
-    let shown = tools::shown(&command);
+    let command_line = tools::command_line(&command);
     let failed = |stderr: String| PackageError::Tool {
-        command: shown.clone(),
+        command: command_line.clone(),
         stderr,
     };
     let child = command
@@ -380,14 +393,14 @@ pub(crate) fn run(mut command: Command, mut tick: impl FnMut()) -> Result<Output
     let output = match waiting.join() {
         Ok(Ok(output)) => output,
         Ok(Err(e)) => return Err(failed(e.to_string())),
-        Err(_) => return Err(failed("the thread that waited for it died".to_owned())),
+        Err(_) => return Err(failed("the thread that waited for it panicked".to_owned())),
     };
     if output.status.success() {
         return Ok(output);
     }
-    let words = String::from_utf8_lossy(&output.stderr);
-    let words: Vec<&str> = words.lines().filter(|l| !l.starts_with("W:")).collect();
-    Err(failed(words.join("; ")))
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let errors: Vec<&str> = stderr.lines().filter(|l| !l.starts_with("W:")).collect();
+    Err(failed(errors.join("; ")))
 }
 
 #[cfg(test)]
@@ -395,8 +408,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn madison_rows_are_read() {
-        let row = " qemu-system-x86 | 1:10.0.2+ds-2~bpo12+1 | http://deb.debian.org/debian bookworm-backports/main amd64 Packages";
+    fn madison_rows_are_parsed() {
+        let row = " qemu-system-x86 | 1:10.0.2+ds-2~bpo12+1 | \
+                   http://deb.debian.org/debian bookworm-backports/main amd64 Packages";
         let found = parse_madison(row).expect("a row");
         assert_eq!(found.name, "qemu-system-x86");
         assert_eq!(found.version, "1:10.0.2+ds-2~bpo12+1");
@@ -405,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn simulated_installs_are_read() {
+    fn simulated_installs_are_parsed() {
         let line = "Inst libfdt1 (1.6.1-4+b1 Debian:12/stable [amd64])";
         let found = parse_inst(line, "bookworm").expect("a line");
         assert_eq!(
@@ -421,8 +435,9 @@ mod tests {
     }
 
     #[test]
-    fn the_machines_own_mirror_is_taken_from_both_formats() {
-        let deb822 = "URIs: https://mirror.example/debian\n# http://old.example/debian\nURIs: http://m.example/debian-security/\n";
+    fn the_hosts_own_mirror_is_found_in_both_formats() {
+        let deb822 = "URIs: https://mirror.example/debian\n# http://old.example/debian\n\
+                      URIs: http://m.example/debian-security/\n";
         let found = mirrors_in(deb822);
         assert_eq!(found.main, "https://mirror.example/debian");
         assert_eq!(found.security, "http://m.example/debian-security");
@@ -435,8 +450,9 @@ mod tests {
     }
 
     #[test]
-    fn records_are_read() {
-        let text = "Package: busybox-static\nVersion: 1:1.35\nDepends: libc6 (>= 2), libx\nSize: 928000\nDescription: x";
+    fn records_are_parsed() {
+        let text = "Package: busybox-static\nVersion: 1:1.35\nDepends: libc6 (>= 2), libx\n\
+                    Size: 928000\nDescription: x";
         let found = parse_record(text);
         assert_eq!(
             (found.name.as_str(), found.version.as_str()),

@@ -1,41 +1,41 @@
-//! What goes wrong on the way to a package.
+//! The errors of fetching a package.
 
 use std::path::PathBuf;
 
 use crate::host::cache::CacheError;
 use crate::host::error::ToolError;
 
-/// Why a package could not be had.
+/// Why a package could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum PackageError {
-    /// A program of this machine is missing.
+    /// A program is missing on this host.
     #[error(transparent)]
     Missing(#[from] ToolError),
     /// No suite has the package.
     #[error("no package {name} in {suites} (apt's lists are in {lists})", lists = .lists.display())]
     NotFound {
-        /// What was asked for.
+        /// The name or pattern that was requested.
         name: String,
-        /// Where it was looked for.
+        /// The suites that were searched, separated by commas.
         suites: String,
-        /// apt's lists, to look by hand.
+        /// The folder of apt's package lists, for a manual search.
         lists: PathBuf,
     },
-    /// apt or dpkg failed.
+    /// A program that was run, mostly apt or dpkg, failed.
     #[error("{command} failed: {stderr}")]
     Tool {
-        /// The command line.
+        /// Its command line.
         command: String,
-        /// Its last words.
+        /// What it printed on standard error.
         stderr: String,
     },
-    /// The cache failed.
+    /// The cache folder could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
 }
 
 impl PackageError {
-    /// The archive has not what its lists name.
+    /// Whether the archive does not have a file that its lists name.
     pub(super) fn is_gone(&self) -> bool {
         matches!(self, PackageError::Tool { stderr, .. } if stderr.contains("404"))
     }

@@ -1,4 +1,5 @@
-//! Debian's archive: packages by name, downloaded and verified by apt, unpacked in the cache and never installed.
+//! Debian's archive: packages are fetched by name, verified by apt, and unpacked into the cache.
+//! They are never installed.
 
 pub(crate) mod apt;
 pub mod error;

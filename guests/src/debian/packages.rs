@@ -1,7 +1,8 @@
-//! Debian packages by name: resolved, downloaded and verified by apt, unpacked by dpkg, never installed.
+//! Fetches Debian packages by name: apt resolves, downloads and verifies them, dpkg unpacks them
+//! into the cache. They are never installed.
 //!
-//! An index in the cache says which version was taken for what was asked; what is there is never asked for again. This
-//! module knows nothing of what is in a package.
+//! An index in the cache has the version that was fetched for each request; a request that is in
+//! the index is not resolved again. This module must not know what is in a package.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -18,42 +19,43 @@ use crate::host::{progress, tools};
 
 type Result<T> = std::result::Result<T, PackageError>;
 
-/// How many versions may be listed and not there.
-const MOST_GONE: usize = 3;
+/// How many versions may be missing in the archive although its lists name them.
+const MAX_MISSING_VERSIONS: usize = 3;
 
-/// A package in the cache.
+/// A package that is unpacked in the cache.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Package {
-    /// Its name.
+    /// The package's name.
     pub name: String,
-    /// Its Debian version.
+    /// The Debian version, with epoch and revision.
     pub version: String,
-    /// The suite that it came from.
+    /// The suite that it was fetched from.
     pub suite: String,
-    /// Its `Depends` field.
+    /// The `Depends` field, unparsed.
     pub depends: String,
-    /// The folder that it was unpacked in: the package's own tree, `/` being this folder.
+    /// The folder that it is unpacked in, which stands for `/` in the package's paths.
     pub root: PathBuf,
 }
 
 impl Package {
-    /// The names in its `Depends` field, first alternatives only.
+    /// The names in the `Depends` field; of alternatives, only the first.
     pub fn needs(&self) -> impl Iterator<Item = &str> {
         let parts = self.depends.split(',');
         parts.filter_map(|d| d.split_whitespace().next())
     }
 }
 
-/// Packages of the Debian archive, through the cache.
+/// Fetches packages of the Debian archive into a cache.
 #[derive(Debug)]
 pub struct Packages {
     cache: Cache,
     apt: Apt,
+    /// If set, only files that match this pattern are unpacked.
     only: Option<&'static str>,
 }
 
 impl Packages {
-    /// Packages kept in `cache`.
+    /// Fetches into `cache`.
     pub fn new(cache: &Cache) -> Packages {
         Packages {
             cache: cache.clone(),
@@ -64,8 +66,8 @@ impl Packages {
         }
     }
 
-    /// The same, but only files whose path matches a pattern (as tar's `--wildcards` takes it) are unpacked: for packages that
-    /// are large and of which little is wanted.
+    /// Unpacks only files whose path matches `pattern` (for tar's `--wildcards`), for large
+    /// packages of which little is needed.
     pub fn only(self, pattern: &'static str) -> Packages {
         Packages {
             only: Some(pattern),
@@ -73,14 +75,14 @@ impl Packages {
         }
     }
 
-    /// The newest version of `name` in `suites`, unpacked.
+    /// Fetches the newest version of `name` in `suites`.
     pub fn fetch(&self, name: &str, suites: &[&str]) -> Result<Package> {
         self.fetch_as(name, suites, || {
             self.apt.candidates(&[name.to_owned()], suites)
         })
     }
 
-    /// This version of `name` in `suites`, unpacked.
+    /// Fetches a given version of `name` from `suites`.
     pub fn fetch_version(&self, name: &str, version: &str, suites: &[&str]) -> Result<Package> {
         self.fetch_as(&format!("{name}={version}"), suites, || {
             let mut found = self.apt.candidates(&[name.to_owned()], suites)?;
@@ -89,23 +91,25 @@ impl Packages {
         })
     }
 
-    /// The newest package in `suites` whose name has this beginning, this end, and is one of `ours`.
+    /// Fetches the newest package in `suites` whose name begins with `start`, ends with `end`, and
+    /// is `wanted`.
     pub fn fetch_newest(
         &self,
         start: &str,
         end: &str,
-        ours: impl Fn(&str) -> bool,
+        wanted: impl Fn(&str) -> bool,
         suites: &[&str],
     ) -> Result<Package> {
         self.fetch_as(&format!("{start}*{end}"), suites, || {
             let mut names = self.apt.names(start)?;
-            names.retain(|n| n.ends_with(end) && ours(n));
+            names.retain(|n| n.ends_with(end) && wanted(n));
             self.apt.candidates(&names, suites)
         })
     }
 
-    /// The newest package in `suites` whose name has this beginning and this end with `extra` behind, of those whose main package, the one
-    /// without `extra`, is there in the same version: what is signed reaches the archive some days after what is not.
+    /// Fetches the newest package in `suites` whose name begins with `start` and ends with `end`
+    /// and `extra`, and whose main package (the name without `extra`) is there in the same version:
+    /// signed packages reach the archive some days after the others.
     pub fn fetch_newest_extra(
         &self,
         start: &str,
@@ -122,14 +126,14 @@ impl Packages {
         })
     }
 
-    /// The libraries that `programs` need and this machine lacks, taken from `suite`, as a value for `LD_LIBRARY_PATH`:
-    /// for programs that run from the cache.
+    /// Fetches the libraries that `programs` need and this host lacks from `suite`. Returns a value
+    /// for `LD_LIBRARY_PATH`, for programs that run from the cache.
     pub fn fetch_libraries(&self, programs: &[&Package], suite: &str) -> Result<OsString> {
         let needs = programs.iter().flat_map(|p| p.needs());
         let mut names: Vec<&str> = needs.filter(|n| n.starts_with("lib")).collect();
         names.sort_unstable();
         names.dedup();
-        let packages = self.fetch_what_is_missing(&names, suite)?;
+        let packages = self.fetch_missing_libraries(&names, suite)?;
         let folders = packages.iter().flat_map(|p| {
             ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|sub| p.root.join(sub))
         });
@@ -140,37 +144,41 @@ impl Packages {
         })
     }
 
-    fn fetch_what_is_missing(&self, names: &[&str], suite: &str) -> Result<Vec<Package>> {
+    fn fetch_missing_libraries(&self, names: &[&str], suite: &str) -> Result<Vec<Package>> {
         let key = format!("{}@{suite}", names.join(","));
-        let mark = fingerprint([key.as_bytes()]);
-        let listed = self.cache.root().join(format!("libraries/{mark}.json"));
-        let there = || {
-            let all = read_json::<Vec<Package>>(&listed)?;
+        let hash = fingerprint([key.as_bytes()]);
+        let list = self.cache.root().join(format!("libraries/{hash}.json"));
+        let cached = || {
+            let all = read_json::<Vec<Package>>(&list)?;
             all.iter().all(|p| p.root.is_dir()).then_some(all)
         };
-        if let Some(all) = there() {
+        if let Some(all) = cached() {
             return Ok(all);
         }
         let _lock = self.cache.lock("packages")?;
-        if let Some(all) = there() {
+        if let Some(all) = cached() {
             return Ok(all);
         }
         let wanted = self
             .apt
             .with_lists(|| self.apt.would_install(names, suite))?;
         let all = self.download(&wanted)?;
-        self.write_json(&listed, &all)?;
+        self.write_json(&list, &all)?;
         Ok(all)
     }
 
+    /// Fetches the newest of the candidates that `find` returns. `what` names the request in the
+    /// index.
     fn fetch_as(
         &self,
         what: &str,
         suites: &[&str],
         find: impl Fn() -> Result<Vec<Candidate>>,
     ) -> Result<Package> {
-        let part = self.only.map_or(String::new(), |part| format!(":{part}"));
-        let key = format!("{what}@{}{part}", suites.join(","));
+        let suffix = self
+            .only
+            .map_or(String::new(), |pattern| format!(":{pattern}"));
+        let key = format!("{what}@{}{suffix}", suites.join(","));
         if let Some(found) = self.indexed(&key) {
             return Ok(found);
         }
@@ -185,11 +193,12 @@ impl Packages {
         self.write_json(&self.index_path(), &index)?;
         self.indexed(&key).ok_or_else(|| PackageError::Tool {
             command: format!("fetching {what}"),
-            stderr: "it vanished from the cache".to_owned(),
+            stderr: "it is no longer in the cache".to_owned(),
         })
     }
 
-    /// The newest that the archive really has: its lists can name a file that is gone, or not there yet.
+    /// Downloads the newest candidate that the archive really has: its lists can name a file that
+    /// has been removed, or is not there yet.
     fn download_newest(
         &self,
         what: &str,
@@ -217,11 +226,11 @@ impl Packages {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) => error,
             };
-            if !error.is_gone() || gone.len() >= MOST_GONE {
+            if !error.is_gone() || gone.len() >= MAX_MISSING_VERSIONS {
                 return Err(first.unwrap_or(error));
             }
             if first.is_none() {
-                // Point versions vanish from a suite as new ones come: look again with fresh lists.
+                // Old point versions are removed when new ones are added: try with new lists.
                 self.apt.update_lists()?;
             }
             first.get_or_insert(error);
@@ -248,17 +257,22 @@ impl Packages {
         Ok(self.cache.write(path, &text)?)
     }
 
-    fn place(&self, candidate: &Candidate) -> PathBuf {
+    /// The folder that a package is unpacked in.
+    fn folder_of(&self, candidate: &Candidate) -> PathBuf {
         let version = candidate.version.replace(':', "%");
         let part = if self.only.is_some() { ".part" } else { "" };
         let name = format!("{}_{version}{part}", candidate.name);
         self.cache.root().join("packages").join(name)
     }
 
-    /// Downloads and unpacks those of `wanted` that are not there. The caller holds the lock.
+    /// Downloads and unpacks those of `wanted` that are not in the cache. The caller holds the
+    /// lock.
     fn download(&self, wanted: &[Candidate]) -> Result<Vec<Package>> {
         let records = self.apt.records(wanted)?;
-        let missing: Vec<&Candidate> = wanted.iter().filter(|c| !self.place(c).is_dir()).collect();
+        let missing: Vec<&Candidate> = wanted
+            .iter()
+            .filter(|c| !self.folder_of(c).is_dir())
+            .collect();
         if !missing.is_empty() {
             let sizes = wanted.iter().zip(&records);
             let sizes = sizes.filter(|(c, _)| missing.contains(c));
@@ -269,7 +283,7 @@ impl Packages {
             version: candidate.version.clone(),
             suite: candidate.suite.clone(),
             depends: record.depends,
-            root: self.place(candidate),
+            root: self.folder_of(candidate),
         };
         Ok(wanted.iter().zip(records).map(package).collect())
     }
@@ -287,10 +301,10 @@ impl Packages {
         for deb in debs_in(staging.path())? {
             self.unpack(&deb, missing, &staging)?;
         }
-        match missing.iter().find(|c| !self.place(c).is_dir()) {
+        match missing.iter().find(|c| !self.folder_of(c).is_dir()) {
             Some(c) => Err(PackageError::Tool {
                 command: format!("apt-get download {}={}", c.name, c.version),
-                stderr: "it ended well but left no file of that name".to_owned(),
+                stderr: "it succeeded but left no file of that name".to_owned(),
             }),
             None => Ok(()),
         }
@@ -298,7 +312,7 @@ impl Packages {
 
     fn unpack(&self, deb: &Path, wanted: &[&Candidate], staging: &Staging) -> Result<()> {
         let file = deb.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let Some(candidate) = wanted.iter().find(|c| is_of(file, c)) else {
+        let Some(candidate) = wanted.iter().find(|c| is_deb_of(file, c)) else {
             return Ok(());
         };
         let name = &candidate.name;
@@ -316,14 +330,14 @@ impl Packages {
             }
         }
         bar.finish_and_clear();
-        Ok(staging.publish(&tree, &self.place(candidate))?)
+        Ok(staging.publish(&tree, &self.folder_of(candidate))?)
     }
 }
 
-/// Unpacks what matches `pattern` of the archive that `from` prints.
+/// Unpacks the files that match `pattern` of the tar archive that `from` prints.
 fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()) -> Result<()> {
     fs::create_dir_all(tree).at(tree)?;
-    let shown = tools::shown(&from);
+    let command_line = tools::command_line(&from);
     let mut printing = from.stdout(Stdio::piped()).spawn().at(tree)?;
     let mut tar = Command::new("tar");
     tar.arg("-C").arg(tree).args(["-x", "--wildcards", pattern]);
@@ -335,12 +349,13 @@ fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()
         return Ok(());
     }
     Err(PackageError::Tool {
-        command: shown,
+        command: command_line,
         stderr: status.to_string(),
     })
 }
 
-/// Those of `found` whose names end in `extra`, and of which the same without it is found in the same version.
+/// The candidates whose names end in `extra` and whose main package, the name without `extra`, is
+/// among `found` in the same version.
 fn with_main_package(found: &[Candidate], extra: &str) -> Vec<Candidate> {
     let is_there = |name: &str, version: &str| {
         let mut all = found.iter();
@@ -353,8 +368,9 @@ fn with_main_package(found: &[Candidate], extra: &str) -> Vec<Candidate> {
     found.iter().filter(has_main).cloned().collect()
 }
 
-/// Is this the file of that package? They are called `name_version_arch.deb`, with a colon written as `%3a`.
-fn is_of(file: &str, candidate: &Candidate) -> bool {
+/// Whether `file` is the file of that package. Files are called `name_version_arch.deb`, with a
+/// colon in the version written as `%3a`.
+fn is_deb_of(file: &str, candidate: &Candidate) -> bool {
     let (name, rest) = file.split_once('_').unwrap_or_default();
     let version = rest.split('_').next().unwrap_or_default();
     name == candidate.name && version.replace("%3a", ":") == candidate.version
@@ -382,7 +398,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_the_archive_lacks_is_passed_over() {
+    fn only_a_file_missing_in_the_archive_is_skipped() {
         let failed = |stderr: &str| PackageError::Tool {
             command: "apt-get download".to_owned(),
             stderr: stderr.to_owned(),
@@ -404,20 +420,20 @@ mod tests {
             version: "1:10.0.2+ds-2~bpo12+1".to_owned(),
             suite: "s".to_owned(),
         };
-        assert!(is_of(
+        assert!(is_deb_of(
             "qemu-system-x86_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
             &candidate
         ));
-        assert!(!is_of("qemu-system-x86_1%3a7.2_amd64.deb", &candidate));
-        assert!(!is_of(
+        assert!(!is_deb_of("qemu-system-x86_1%3a7.2_amd64.deb", &candidate));
+        assert!(!is_deb_of(
             "qemu-system-x86-xen_1%3a10.0.2+ds-2~bpo12+1_amd64.deb",
             &candidate
         ));
-        assert!(!is_of("odd", &candidate));
+        assert!(!is_deb_of("odd", &candidate));
     }
 
     #[test]
-    fn what_came_before_its_main_package_is_passed_over() {
+    fn a_package_without_its_main_package_is_skipped() {
         let candidate = |name: &str, version: &str| Candidate {
             name: name.to_owned(),
             version: version.to_owned(),

@@ -1,6 +1,8 @@
-//! The compiler of a newer Debian and the programs that it compiled, run here as they are: by that Debian's own loader and C library.
+//! Runs the compiler and build tools of a newer Debian on this host, with that Debian's own dynamic
+//! loader and C library.
 //!
-//! Each program is moved aside and a script stands in its place. Nothing of the host is changed, and nothing is installed.
+//! Each program in the cache is renamed and replaced by a script that starts it with the loader.
+//! Nothing of the host is changed, and nothing is installed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,46 +11,46 @@ use std::path::{Path, PathBuf};
 
 use crate::debian::error::PackageError;
 use crate::debian::packages::{Package, Packages};
-use crate::host::cache::{At, Cache, CacheError, fingerprint};
+use crate::host::cache::{At, Cache, CacheError, fingerprint, link_tree};
 
-/// Where a package has its libraries.
-const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
-/// The loader, below one of them.
+/// The folders of a package that can have libraries.
+const LIBRARY_FOLDERS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+/// The dynamic loader's file, in one of these folders.
 const LOADER: &str = "ld-linux-x86-64.so.2";
-/// Programs link to fewer.
-const MOST_LIBRARIES: usize = 64;
-/// Goes up when what is put in the programs' places changes.
-const EDITION: &[u8] = b"1";
+/// A limit on the library packages that are fetched; the programs need fewer.
+const MAX_LIBRARIES: usize = 64;
+/// Part of the cached toolchains' names: increase it when the scripts change.
+const WRAPPER_VERSION: &[u8] = b"1";
 
-/// How to run programs of another Debian.
+/// The loader and libraries that run programs of another Debian.
 #[derive(Debug, Clone)]
-pub struct Foreign {
+pub struct ForeignRuntime {
     loader: PathBuf,
-    /// Folders, with colons between.
+    /// Folders, separated by colons.
     libraries: String,
 }
 
-impl Foreign {
-    /// What the programs of `packages` need, from `suite`.
+impl ForeignRuntime {
+    /// Fetches what the programs of `packages` need from `suite`.
     ///
     /// # Errors
-    /// When a library cannot be had.
+    /// When a library cannot be fetched.
     pub fn fetch(
         cache: &Cache,
         suite: &'static str,
         packages: &[&Package],
-    ) -> Result<Foreign, PackageError> {
+    ) -> Result<ForeignRuntime, PackageError> {
         let archive = Packages::new(cache);
         let mut wanted: Vec<String> = packages.iter().flat_map(|p| libraries_of(p)).collect();
-        let mut known = BTreeSet::new();
+        let mut seen = BTreeSet::new();
         let mut folders = Vec::new();
         let mut loader = None;
         while let Some(name) = wanted.pop() {
-            if known.len() >= MOST_LIBRARIES || !known.insert(name.clone()) {
+            if seen.len() >= MAX_LIBRARIES || !seen.insert(name.clone()) {
                 continue;
             }
             let library = archive.fetch(&name, &[suite])?;
-            for folder in LIBRARIES.map(|below| library.root.join(below)) {
+            for folder in LIBRARY_FOLDERS.map(|below| library.root.join(below)) {
                 let here = folder.join(LOADER);
                 if here.exists() {
                     loader = Some(here);
@@ -60,16 +62,16 @@ impl Foreign {
             wanted.extend(libraries_of(&library));
         }
         let missing = || PackageError::Tool {
-            command: format!("looking for {LOADER} among {known:?}"),
-            stderr: "it is not there".to_owned(),
+            command: format!("searching {LOADER} in {seen:?}"),
+            stderr: "not found".to_owned(),
         };
-        Ok(Foreign {
+        Ok(ForeignRuntime {
             loader: loader.ok_or_else(missing)?,
             libraries: folders.join(":"),
         })
     }
 
-    /// Puts a script in the place of every program below `tree`.
+    /// Replaces every program below `tree` by a script that runs it.
     ///
     /// # Errors
     /// When the tree cannot be read or written.
@@ -89,18 +91,20 @@ impl Foreign {
     }
 
     fn wrap_one(&self, program: &Path) -> Result<(), CacheError> {
-        let mut aside = program.as_os_str().to_owned();
-        aside.push(".real");
-        let aside = PathBuf::from(aside);
-        fs::rename(program, &aside).at(program)?;
-        let name = aside
+        let mut renamed = program.as_os_str().to_owned();
+        renamed.push(".real");
+        let renamed = PathBuf::from(renamed);
+        fs::rename(program, &renamed).at(program)?;
+        let name = renamed
             .file_name()
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        // Found beside the script, as the tree is put together in one place and used in another.
+        // The script finds the program relative to itself, as the tree is moved once it is
+        // complete.
         let script = format!(
-            "#!/bin/sh\nexec {} --library-path {} --argv0 \"$0\" \"$(dirname \"$0\")/{name}\" \"$@\"\n",
+            "#!/bin/sh\n\
+             exec {} --library-path {} --argv0 \"$0\" \"$(dirname \"$0\")/{name}\" \"$@\"\n",
             self.loader.display(),
             self.libraries,
         );
@@ -109,11 +113,12 @@ impl Foreign {
     }
 }
 
-/// The folder with `compiler` ("gcc-14") of `suite`, ready to run.
+/// Fetches `compiler` (for example "gcc-14") from `suite`, ready to run on this host. Returns the
+/// folder that has the program.
 ///
 /// # Errors
-/// When a package cannot be had, or the cache fails.
-pub fn compiler(
+/// When a package cannot be fetched, or the cache cannot be written.
+pub fn fetch_compiler(
     cache: &Cache,
     suite: &'static str,
     compiler: &str,
@@ -123,18 +128,18 @@ pub fn compiler(
     let driver = archive.fetch(&format!("{compiler}-x86-64-linux-gnu"), &[suite])?;
     let passes = archive.fetch(&format!("cpp-{number}-x86-64-linux-gnu"), &[suite])?;
     let headers = archive.fetch(&format!("libgcc-{number}-dev"), &[suite])?;
-    let foreign = Foreign::fetch(cache, suite, &[&driver, &passes])?;
-    let mark = fingerprint([
-        EDITION,
+    let foreign = ForeignRuntime::fetch(cache, suite, &[&driver, &passes])?;
+    let hash = fingerprint([
+        WRAPPER_VERSION,
         driver.version.as_bytes(),
         passes.version.as_bytes(),
         foreign.libraries.as_bytes(),
     ]);
-    let place = cache.root().join(format!("toolchains/{compiler}-{mark}"));
+    let place = cache.root().join(format!("toolchains/{compiler}-{hash}"));
     if !place.is_dir() {
         let staging = cache.stage()?;
         for package in [&driver, &passes, &headers] {
-            crate::host::cache::link_tree(&package.root, staging.path())?;
+            link_tree(&package.root, staging.path())?;
         }
         foreign.wrap(staging.path())?;
         let short = staging.path().join("usr/bin").join(compiler);
@@ -156,7 +161,8 @@ fn libraries_of(package: &Package) -> Vec<String> {
         .collect()
 }
 
-/// An executable with a loader of its own: no script, no library, no object file.
+/// Whether the file is an executable that names the dynamic loader: no script, library or object
+/// file.
 fn is_program(path: &Path) -> Result<bool, CacheError> {
     const MAGIC: &[u8] = b"\x7fELF";
     if fs::metadata(path).at(path)?.permissions().mode() & 0o111 == 0 {

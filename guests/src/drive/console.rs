@@ -1,33 +1,31 @@
-//! A guest's serial console, read by a thread of its own so that the VMM never blocks on us.
+//! A guest's serial console. A thread reads it all the time, so that the VMM never blocks on it.
 
-use std::{
-    io::{Read, Write},
-    process::{ChildStdin, ChildStdout},
-    sync::{Arc, Condvar, Mutex, PoisonError},
-    thread,
-    time::{Duration, Instant},
-};
+use std::io::{Read, Write};
+use std::process::{ChildStdin, ChildStdout};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// What the guest has printed so far, and whether it can print more.
+/// What the guest has printed so far, and whether the console is closed.
 #[derive(Debug, Default)]
 struct Printed {
     bytes: Vec<u8>,
     closed: bool,
 }
 
-/// Both directions of a serial console.
+/// A serial console: the guest's output, and input for the guest.
 #[derive(Debug)]
 pub struct Console {
     input: ChildStdin,
     printed: Arc<(Mutex<Printed>, Condvar)>,
-    /// Everything before this offset has been consumed by an earlier wait.
-    seen: usize,
+    /// Offset of the first byte that no wait has consumed yet.
+    consumed: usize,
 }
 
 impl Console {
-    /// Takes over the pipes of a VMM.
+    /// Takes over a VMM's standard input and output.
     #[must_use]
     pub fn new(input: ChildStdin, mut output: ChildStdout) -> Console {
         let printed = Arc::new((Mutex::new(Printed::default()), Condvar::new()));
@@ -48,11 +46,11 @@ impl Console {
         Console {
             input,
             printed,
-            seen: 0,
+            consumed: 0,
         }
     }
 
-    /// Everything that the guest has printed.
+    /// Everything that the guest has printed so far.
     #[must_use]
     pub fn text(&self) -> String {
         let state = self
@@ -63,7 +61,7 @@ impl Console {
         String::from_utf8_lossy(&state.bytes).into_owned()
     }
 
-    /// Types `text`.
+    /// Types `text` on the console.
     ///
     /// # Errors
     /// When the VMM no longer reads its standard input.
@@ -74,14 +72,15 @@ impl Console {
             .context("the VMM does not read its console")
     }
 
-    /// Waits until the guest prints `marker`; returns what it printed since the last wait, up to and with the marker.
+    /// Waits until the guest prints `marker`. Returns what it printed since the last wait,
+    /// including the marker.
     ///
     /// # Errors
-    /// When the console closes or `limit` passes first, with the console's last lines.
+    /// When the console closes or `limit` passes first. The error has the console's last lines.
     pub fn wait_for(&mut self, marker: &str, limit: Duration) -> Result<String> {
         let deadline = Instant::now() + limit;
-        // Looked through already: output comes in small pieces, and a long one must not be searched from its start at each.
-        let mut searched = self.seen;
+        // Output arrives in small pieces: what was searched already is not searched again.
+        let mut searched = self.consumed;
         let mut state = self
             .printed
             .0
@@ -90,8 +89,8 @@ impl Console {
         loop {
             if let Some(at) = find(&state.bytes[searched..], marker.as_bytes()) {
                 let end = searched + at + marker.len();
-                let text = String::from_utf8_lossy(&state.bytes[self.seen..end]).into_owned();
-                self.seen = end;
+                let text = String::from_utf8_lossy(&state.bytes[self.consumed..end]).into_owned();
+                self.consumed = end;
                 return Ok(text);
             }
             searched = (state.bytes.len() + 1)
@@ -99,12 +98,13 @@ impl Console {
                 .max(searched);
             let left = deadline.saturating_duration_since(Instant::now());
             if state.closed || left.is_zero() {
-                let why = if state.closed { "closed" } else { "was silent" };
+                let event = if state.closed { "closed" } else { "was silent" };
                 let tail =
                     String::from_utf8_lossy(&state.bytes[state.bytes.len().saturating_sub(3000)..])
                         .into_owned();
                 bail!(
-                    "the console {why} before {marker:?} came ({limit:?}); it ended with:\n{tail}"
+                    "the console {event} before it printed {marker:?} (limit {limit:?}); \
+                     its last lines:\n{tail}"
                 );
             }
             state = self
@@ -117,7 +117,7 @@ impl Console {
     }
 }
 
-fn find(hay: &[u8], needle: &[u8]) -> Option<usize> {
-    hay.windows(needle.len())
+fn find(text: &[u8], needle: &[u8]) -> Option<usize> {
+    text.windows(needle.len())
         .position(|window| window == needle)
 }

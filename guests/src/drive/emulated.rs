@@ -1,33 +1,32 @@
-//! A guest under QEMU, emulated, on any host: for what only QEMU writes. Nothing of outpatch runs it.
+//! A guest that QEMU emulates, on any host, for core files as QEMU writes them. outpatch's own VMM
+//! has no part in it.
 
-use std::{
-    fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    process::{Child, Stdio},
-    time::Duration,
-};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::drive::console::Console;
 use crate::external::qemu::Qemu;
 use crate::initramfs::READY;
 
-use crate::drive::console::Console;
-
-/// How long an emulated guest may take to its shell; several times what it takes on an idle machine.
+/// How long an emulated guest may take to reach its shell: several times what it takes on an idle
+/// host.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// How long QEMU may be silent on its control socket.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
-/// What to boot.
+/// What to boot, and the machine's size.
 #[derive(Clone, Debug)]
 pub struct EmulatedSpec<'a> {
-    /// A stock bzImage.
+    /// The path of a bzImage.
     pub kernel: &'a Path,
-    /// Its initramfs.
+    /// The path of its initramfs.
     pub initrd: &'a Path,
     /// Number of CPUs.
     pub cpus: u32,
@@ -45,7 +44,7 @@ pub struct Emulated {
 }
 
 impl Emulated {
-    /// Boots to the shell, which does not echo.
+    /// Boots a guest and waits until its shell is ready.
     ///
     /// # Errors
     /// When QEMU does not start, or the guest does not reach its shell in time.
@@ -83,7 +82,7 @@ impl Emulated {
                 socket,
             }),
             Err(error) => {
-                // Both fail only when it has ended already.
+                // Both fail only if QEMU has ended already.
                 let _ = qemu.kill();
                 let _ = qemu.wait();
                 Err(error)
@@ -91,23 +90,23 @@ impl Emulated {
         }
     }
 
-    /// The console.
+    /// The guest's serial console.
     pub fn console(&mut self) -> &mut Console {
         &mut self.console
     }
 
-    /// Stops the guest for good.
+    /// Stops the guest's CPUs permanently.
     ///
     /// # Errors
-    /// When QEMU refuses.
+    /// When QEMU reports an error.
     pub fn stop(&mut self) -> Result<()> {
         call(&mut self.control, &json!({"execute": "stop"}))
     }
 
-    /// Has QEMU write an ELF core of all the guest's memory, with its CPUs' registers.
+    /// Writes an ELF core of the guest's memory and its CPUs' registers to `file`.
     ///
     /// # Errors
-    /// When QEMU refuses.
+    /// When QEMU reports an error.
     pub fn dump_guest_memory(&mut self, file: &Path) -> Result<()> {
         let protocol = format!("file:{}", file.display());
         let arguments = json!({"paging": false, "protocol": protocol});
@@ -120,7 +119,7 @@ impl Emulated {
 
 impl Drop for Emulated {
     fn drop(&mut self) {
-        // All fail only when it has ended already.
+        // These fail only if QEMU has ended already.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
         let _ = fs::remove_file(&self.socket);
@@ -137,7 +136,7 @@ fn connect(socket: &Path) -> Result<BufReader<UnixStream>> {
     Ok(control)
 }
 
-/// One command and its answer; events that come in between are passed over.
+/// Sends one command and waits for its answer. Events that arrive in between are skipped.
 fn call(control: &mut BufReader<UnixStream>, command: &Value) -> Result<()> {
     writeln!(control.get_mut(), "{command}")?;
     loop {

@@ -1,13 +1,12 @@
-//! One guest under `outpatch run`: booted, driven through its shell, and stopped.
+//! A guest under `outpatch run`: boots it, runs commands in its shell, checks its log, and stops
+//! it.
 
-use std::{
-    os::unix::process::ExitStatusExt,
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
-    thread,
-    time::{Duration, Instant},
-};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -15,48 +14,50 @@ use crate::drive::console::Console;
 use crate::drive::diagnose;
 use crate::drive::outpatch::Outpatch;
 use crate::drive::rest::Rest;
+use crate::initramfs::READY;
 
-/// How long a guest may take to its shell; ten times what it takes on an idle machine.
+/// How long a guest may take to reach its shell: ten times what it takes on an idle host.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one shell command may take unless the caller says otherwise.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
-/// Printed, in angle brackets, by the shell that commands are typed to.
+/// What the shell that runs our commands prints, in angle brackets, when it starts.
 const SCRIPT_SHELL: &str = "script-shell";
-/// Of every guest. On a busy machine a guest's clocksource watchdog complains in its log now and then, patched or not: without it
-/// the log can be held against what it was.
+/// The command line of every guest's kernel. `tsc=reliable` turns the clocksource watchdog off: on
+/// a busy host it sometimes logs a complaint, in patched guests and others, and logs could not be
+/// compared.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable";
-/// How lines begin in which a guest says that its host did not run it for a while. On a bed with more vCPUs than CPUs that is true
-/// of guests that nobody patches or pauses as well; the last is of rt kernels, some of which say it while they boot: the console's
-/// interrupt thread has the CPU for nearly a whole second of the guest's.
+/// Beginnings of log lines in which a guest complains that it did not run for a while.
+///
+/// In a bed with more vCPUs than CPUs, guests that are not patched or paused log them as well. The
+/// last is from rt kernels, some of which log it while they boot: the console's interrupt thread
+/// has the CPU for nearly a whole second of the guest's time.
 pub const STOLEN_TIME: [&str; 3] = [
     "hrtimer: interrupt took ",
     "sched: DL replenish lagged too much",
     "sched: RT throttling activated",
 ];
-/// Prints the kernel's log without its time stamps.
+/// Shell command that prints the kernel's log without time stamps.
 const LOG: &str = r"dmesg -r | sed 's/^<[0-9]*>\[[^]]*\] //'";
-/// What the guests' init prints when its shell is there.
-const READY: &str = "outpatch guest ready";
 
-/// As much memory, in MiB, as a guest needs that does nothing out of the ordinary.
+/// Memory of an ordinary guest, in MiB.
 pub const MEMORY_MIB: u32 = 512;
 
-/// What to boot.
+/// What to boot, and the machine's size.
 #[derive(Clone, Debug)]
 pub struct GuestSpec {
-    /// The `outpatch` binary.
+    /// The `outpatch` binary that the guest is patched with.
     pub binary: PathBuf,
-    /// What runs the guest: that binary, but for tests of the machine itself.
+    /// The VMM that runs the guest: the same binary, except in tests of the VMM.
     pub vmm: PathBuf,
-    /// A stock bzImage.
+    /// The path of a bzImage.
     pub kernel: PathBuf,
-    /// Its initramfs.
+    /// The path of its initramfs.
     pub initrd: PathBuf,
     /// Number of vCPUs.
     pub cpus: u32,
-    /// Memory in MiB; [`MEMORY_MIB`] for most.
+    /// Memory in MiB; [`MEMORY_MIB`] for most guests.
     pub memory_mib: u32,
-    /// More words for the kernel's command line.
+    /// Additions to the kernel's command line.
     pub append: String,
 }
 
@@ -70,7 +71,8 @@ pub struct Guest {
     commands: u32,
 }
 
-/// What a guest's log was, to hold it against what it is later. The text stays in the guest: a serial console is slow.
+/// A guest's log at one time, to compare it with a later one. It has a checksum only: reading the
+/// whole text over a serial console is slow.
 #[derive(Clone, Debug)]
 pub struct Log {
     lines: usize,
@@ -78,10 +80,10 @@ pub struct Log {
 }
 
 impl Guest {
-    /// Boots to the shell.
+    /// Boots a guest and waits until its shell is ready. `scratch` is the folder for its socket.
     ///
     /// # Errors
-    /// When the guest does not reach its shell in time; with the console's last lines.
+    /// When the guest does not reach its shell in time. The error has the console's last lines.
     pub fn boot(spec: &GuestSpec, scratch: &Path) -> Result<Guest> {
         static BOOTS: AtomicU32 = AtomicU32::new(0);
         let socket = scratch.join(format!(
@@ -115,44 +117,45 @@ impl Guest {
             commands: 0,
         };
         guest.console.wait_for(READY, BOOT_LIMIT)?;
-        guest.take_shell()?;
+        guest.replace_shell()?;
         Ok(guest)
     }
 
-    /// Turns the console's shell for people into one that reads a script: BusyBox's interactive shell takes the end of a
-    /// background job for the end of its input when the terminal does not echo.
-    fn take_shell(&mut self) -> Result<()> {
+    /// Replaces the console's interactive shell by one that reads the console as a script:
+    /// BusyBox's interactive shell takes the end of a background job for the end of its input when
+    /// the terminal does not echo.
+    fn replace_shell(&mut self) -> Result<()> {
         self.console.type_in(&format!(
             "stty -echo; exec sh -c \"printf '<%s>' {SCRIPT_SHELL}; exec sh /proc/self/fd/0\"\n"
         ))?;
         self.console
             .wait_for(&format!("<{SCRIPT_SHELL}>"), COMMAND_LIMIT)
-            .context("starting the shell that the guest is driven by")?;
+            .context("starting the shell that runs the commands")?;
         Ok(())
     }
 
-    /// Waits for the shell of another kernel, that this guest starts by itself.
+    /// Waits until the shell of another kernel is ready, which this guest has started (kexec).
     ///
     /// # Errors
-    /// When it does not come in time.
-    pub fn boots_again(&mut self, limit: Duration) -> Result<()> {
+    /// When it is not ready in time.
+    pub fn wait_for_next_boot(&mut self, limit: Duration) -> Result<()> {
         self.console.wait_for(READY, limit)?;
-        self.take_shell()
+        self.replace_shell()
     }
 
-    /// The command line, bound to this guest.
+    /// The `outpatch` command line for this guest.
     #[must_use]
     pub fn outpatch(&self) -> &Outpatch {
         &self.outpatch
     }
 
-    /// The control socket, as control planes speak to it.
+    /// A client of this guest's REST API.
     #[must_use]
     pub fn rest(&self) -> Rest {
         Rest::new(&self.socket)
     }
 
-    /// The control socket.
+    /// The path of this guest's control socket.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
@@ -166,15 +169,15 @@ impl Guest {
     /// Runs a shell command as root; returns what it printed, trimmed.
     ///
     /// # Errors
-    /// When it fails or does not come back in time.
+    /// When the command fails or does not return in time.
     pub fn sh(&mut self, command: &str) -> Result<String> {
         self.sh_within(command, COMMAND_LIMIT)
     }
 
-    /// Like [`sh`](Self::sh) with a time limit of the caller's.
+    /// Like [`sh`](Self::sh), with the time limit `limit`.
     ///
     /// # Errors
-    /// When it fails or does not come back in time.
+    /// When the command fails or does not return in time.
     pub fn sh_within(&mut self, command: &str, limit: Duration) -> Result<String> {
         let (status, text) = self.try_sh(command, limit)?;
         ensure!(
@@ -187,11 +190,11 @@ impl Guest {
     /// Runs a shell command that may fail; returns its status and what it printed, trimmed.
     ///
     /// # Errors
-    /// When it does not come back in time.
+    /// When the command does not return in time.
     pub fn try_sh(&mut self, command: &str, limit: Duration) -> Result<(i32, String)> {
         self.commands += 1;
         let tag = format!("done-{}", self.commands);
-        // The marker is put together by the guest, so that the echo of the command line does not contain it.
+        // The guest puts the marker together, so that an echo of the command does not contain it.
         self.console.type_in(&format!(
             "{{ {command}\n}} 2>&1; printf '\\n<%s:%d>\\n' {tag} $?\n"
         ))?;
@@ -199,8 +202,8 @@ impl Guest {
             .console
             .wait_for(&format!("<{tag}:"), limit)
             .with_context(|| {
-                let why = diagnose::explain(&self.outpatch);
-                format!("running `{command}`, with {why}")
+                let tasks = diagnose::explain(&self.outpatch);
+                format!("running `{command}`, with {tasks}")
             })?;
         let status = self.console.wait_for(">", limit)?;
         let status = status
@@ -211,28 +214,28 @@ impl Guest {
         Ok((status, text.replace('\r', "").trim().to_owned()))
     }
 
-    /// The kernel's log as it is now. What is compared are its texts: its time stamps are left out.
+    /// The kernel's log as it is now, without time stamps.
     ///
     /// # Errors
     /// When the guest does not answer.
     pub fn dmesg(&mut self) -> Result<Log> {
-        let said = self.sh(&format!(
+        let output = self.sh(&format!(
             "{LOG} > /tmp/log; wc -l < /tmp/log; md5sum < /tmp/log; rm /tmp/log"
         ))?;
-        let mut words = said.split_whitespace();
+        let mut words = output.split_whitespace();
         let (Some(lines), Some(sum)) = (words.next(), words.next()) else {
-            bail!("of its log, the guest says {said:?}");
+            bail!("the guest describes its log as {output:?}");
         };
         Ok(Log {
-            lines: lines.parse().context(said.clone())?,
+            lines: lines.parse().context(output.clone())?,
             sum: sum.to_owned(),
         })
     }
 
-    /// The lines that came to the log after `before`.
+    /// The lines that were added to the log after `before`.
     ///
     /// # Errors
-    /// When the lines of before are not there as they were.
+    /// When the earlier lines have changed.
     pub fn dmesg_since(&mut self, before: &Log) -> Result<Vec<String>> {
         let Log { lines, sum } = before;
         let text = self.sh(&format!(
@@ -242,17 +245,17 @@ impl Guest {
         let (now, new) = text.split_once('\n').unwrap_or((&text, ""));
         ensure!(
             now.split_whitespace().next() == Some(sum),
-            "the first {lines} lines of the guest's log are not what they were: it is\n{}",
+            "the first {lines} lines of the guest's log have changed; the log is now\n{}",
             self.sh(LOG)?
         );
         Ok(new.lines().map(str::to_owned).collect())
     }
 
-    /// Nothing in the guest may show that it was patched: no taint, no warning, no lockup, no line in its log since `before` but
-    /// those of [`STOLEN_TIME`], which are printed.
+    /// Checks that nothing in the guest shows that it was patched: no taint, and no new line in its
+    /// log since `before` (so no warning and no lockup) except [`STOLEN_TIME`], which is printed.
     ///
     /// # Errors
-    /// When the guest's log or taint says otherwise.
+    /// When the guest is tainted or has new lines in its log.
     pub fn expect_unharmed(&mut self, before: &Log) -> Result<()> {
         let taint = self.sh("cat /proc/sys/kernel/tainted")?;
         let new = self.dmesg_since(before)?;
@@ -265,7 +268,7 @@ impl Guest {
             .into_iter()
             .partition(|line| STOLEN_TIME.iter().any(|text| line.starts_with(text)));
         if !stolen.is_empty() {
-            println!("the guest noticed that it did not run for a while: {stolen:?}");
+            println!("the guest reports that it did not run for a while: {stolen:?}");
         }
         ensure!(
             new.is_empty(),
@@ -275,7 +278,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Asks the guest to power off and waits for the VMM's end.
+    /// Powers the guest off and waits until the VMM has ended.
     ///
     /// # Errors
     /// When the VMM does not end in time.
@@ -284,7 +287,7 @@ impl Guest {
         self.wait_end(Duration::from_secs(30))
     }
 
-    /// Waits for the VMM's end.
+    /// Waits until the VMM has ended; returns its exit status.
     ///
     /// # Errors
     /// When the VMM does not end in time.
@@ -300,12 +303,12 @@ impl Guest {
             thread::sleep(Duration::from_millis(20));
         }
         bail!(
-            "the VMM did not end within {limit:?}; the console ended with:\n{}",
+            "the VMM did not end within {limit:?}; the console's last lines:\n{}",
             tail(&self.console.text(), 2000)
         )
     }
 
-    /// Whether the VMM is still there.
+    /// Whether the VMM still runs.
     pub fn is_running(&mut self) -> bool {
         matches!(self.vmm.try_wait(), Ok(None))
     }
@@ -313,7 +316,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Both fail only when it has ended already.
+        // Both fail only if the VMM has ended already.
         let _ = self.vmm.kill();
         let _ = self.vmm.wait();
     }

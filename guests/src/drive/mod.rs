@@ -1,7 +1,10 @@
-//! Driving outpatch from outside, as its users do: the binary, a guest's console, the command line.
+//! Drives outpatch from outside, as its users do: builds the binary, boots guests, types into their
+//! consoles, and calls the command line and the REST API. The tests, the benches and the demo use
+//! it.
 //!
-//! Knows nothing of the product's insides but what its command line prints. The tests and the demo stand on it.
+//! Knows only what the command line and the API print; must not know the product's insides.
 
+mod binary;
 pub mod console;
 mod diagnose;
 pub mod emulated;
@@ -9,6 +12,7 @@ pub mod guest;
 pub mod outpatch;
 pub mod rest;
 
+pub use binary::build_outpatch;
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};

@@ -1,27 +1,25 @@
-//! The `outpatch` command line, called as a user calls it.
+//! Calls the `outpatch` command line as a user does.
 
-use std::{
-    path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
-    sync::mpsc,
-    thread,
-    time::Duration,
-};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// How long a call may take: none of them is meant to wait for ever.
+/// How long a call may take.
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// What one call of the command line did.
+/// The result of one call of the command line.
 #[derive(Clone, Debug)]
 pub struct Reply {
-    /// Exit status; `None` when a signal ended it.
+    /// The exit status; `None` if a signal ended the program.
     pub status: Option<i32>,
-    /// Standard output.
+    /// What it printed on standard output.
     pub stdout: String,
-    /// Standard error.
+    /// What it printed on standard error.
     pub stderr: String,
 }
 
@@ -35,8 +33,8 @@ impl From<&Output> for Reply {
     }
 }
 
-/// A call that did not end by itself.
-fn late(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Result<Reply> {
+/// The error for a call that had to be killed, with what it printed.
+fn timed_out(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Result<Reply> {
     let printed = match ended.recv_timeout(LIMIT) {
         Ok(Ok(out)) => Reply::from(&out),
         _ => bail!("outpatch {args:?} did not end within {LIMIT:?}, and could not be killed"),
@@ -48,7 +46,7 @@ fn late(args: &[&str], ended: &mpsc::Receiver<std::io::Result<Output>>) -> Resul
     )
 }
 
-/// The binary, and the control socket of one guest.
+/// The `outpatch` binary and the control socket of one guest.
 #[derive(Clone, Debug)]
 pub struct Outpatch {
     binary: PathBuf,
@@ -56,7 +54,7 @@ pub struct Outpatch {
 }
 
 impl Outpatch {
-    /// Talks to the guest behind `socket`.
+    /// The binary `binary`, for the guest whose control socket is `socket`.
     #[must_use]
     pub fn new(binary: &Path, socket: &Path) -> Outpatch {
         Outpatch {
@@ -65,7 +63,7 @@ impl Outpatch {
         }
     }
 
-    /// `outpatch VERB … --socket PATH`, to be started by the caller.
+    /// The command `outpatch VERB … --socket PATH`, for the caller to start.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
@@ -77,10 +75,10 @@ impl Outpatch {
         command
     }
 
-    /// Calls `outpatch VERB … --socket PATH`, whatever comes of it.
+    /// Calls `outpatch VERB … --socket PATH`; it may succeed or fail.
     ///
     /// # Errors
-    /// When the binary cannot be started, or does not end in time: with all that it printed until then.
+    /// When the binary cannot be started or does not end in time. The error has what it printed.
     pub fn call(&self, args: &[&str]) -> Result<Reply> {
         let mut command = self.command(args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -92,18 +90,19 @@ impl Outpatch {
         thread::spawn(move || sender.send(child.wait_with_output()));
         let in_time = ended.recv_timeout(LIMIT);
         if in_time.is_err() {
-            // It may have ended just now.
+            // Fails only if the program has just ended.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
         let out = match &in_time {
             Ok(out) => out.as_ref(),
-            Err(_) => return late(args, &ended),
+            Err(_) => return timed_out(args, &ended),
         };
         out.map(Reply::from)
             .map_err(|error| anyhow::anyhow!("outpatch {args:?}: {error}"))
     }
 
-    /// Calls `outpatch VERB …` with no socket, whatever comes of it: for verbs that need no running guest.
+    /// Calls `outpatch VERB …` with no socket, for verbs that need no running guest. It may succeed
+    /// or fail.
     ///
     /// # Errors
     /// When the binary cannot be started.
@@ -116,25 +115,25 @@ impl Outpatch {
         Ok(Reply::from(&out))
     }
 
-    /// Calls `outpatch VERB … --json --core CORE`, which must succeed.
+    /// Calls `outpatch VERB … --json --core CORE`, which must succeed, and parses its output.
     ///
     /// # Errors
-    /// When it does not, or does not print JSON.
+    /// When the call fails or does not print JSON.
     pub fn of_core(&self, args: &[&str], core: &str) -> Result<Value> {
         let reply = self.offline(&[args, &["--json", "--core", core]].concat())?;
         ensure!(
             reply.status == Some(0),
-            "outpatch {args:?} of a core: {}",
+            "outpatch {args:?} on a core: {}",
             reply.stderr
         );
         serde_json::from_str(&reply.stdout)
             .with_context(|| format!("outpatch {args:?} printed no JSON"))
     }
 
-    /// Like [`call`](Self::call), for a call that must succeed.
+    /// Like [`call`](Self::call), for a call that must succeed; returns its standard output.
     ///
     /// # Errors
-    /// When it does not, with all that it printed.
+    /// When the call fails. The error has all that it printed.
     pub fn ok(&self, args: &[&str]) -> Result<String> {
         let reply = self.call(args)?;
         ensure!(
@@ -147,32 +146,33 @@ impl Outpatch {
         Ok(reply.stdout)
     }
 
-    /// Like [`ok`](Self::ok) with `--json`, parsed.
+    /// Like [`ok`](Self::ok) with `--json`; parses the output.
     ///
     /// # Errors
     /// When the call fails or does not print JSON.
     pub fn json(&self, args: &[&str]) -> Result<Value> {
-        let mut with = args.to_vec();
-        with.push("--json");
-        let text = self.ok(&with)?;
+        let mut args = args.to_vec();
+        args.push("--json");
+        let text = self.ok(&args)?;
         serde_json::from_str(&text)
-            .with_context(|| format!("outpatch {with:?} printed no JSON: {text}"))
+            .with_context(|| format!("outpatch {args:?} printed no JSON: {text}"))
     }
 
-    /// A call that must fail with status `status` and exactly one line on standard error, which is returned.
+    /// A call that must fail with exactly one line on standard error, which is returned.
     ///
     /// # Errors
-    /// When it does otherwise.
+    /// When it succeeds, or prints no line or several.
     pub fn refused(&self, args: &[&str]) -> Result<String> {
         let reply = self.call(args)?;
         one_line_refusal(&format!("{args:?}"), &reply)
     }
 }
 
-/// Checks that `reply` is a refusal as users want it: a non-zero status and one clear line.
+/// Checks that `reply` is a refusal as users want it, a non-zero status and one clear line, and
+/// returns that line. `what` is the call, for messages.
 ///
 /// # Errors
-/// When it is not.
+/// When the call succeeded, or printed no line or several.
 pub fn one_line_refusal(what: &str, reply: &Reply) -> Result<String> {
     ensure!(
         matches!(reply.status, Some(code) if code != 0),

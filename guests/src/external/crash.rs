@@ -1,4 +1,4 @@
-//! crash, the kernel's own debugger of core files: Debian's package, run from the cache.
+//! crash, a debugger for kernel core files: Debian's package, run from the cache.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use crate::debian::packages::Packages;
 use crate::host::cache::Cache;
 use crate::host::tools;
 
-/// The suite whose crash this machine can run.
+/// The Debian suite whose package this host can run.
 const SUITE: &str = "bookworm";
 
 /// crash in the cache.
@@ -20,10 +20,10 @@ pub struct Crash {
 }
 
 impl Crash {
-    /// Fetches crash and the libraries that this machine lacks, or finds them in the cache.
+    /// Fetches crash and the libraries that this host lacks, or finds them in the cache.
     ///
     /// # Errors
-    /// When a package cannot be had.
+    /// When a package cannot be fetched.
     pub fn fetch(cache: &Cache) -> Result<Crash, PackageError> {
         let packages = Packages::new(cache);
         let crash = packages.fetch("crash", &[SUITE])?;
@@ -34,7 +34,7 @@ impl Crash {
         })
     }
 
-    /// crash, quiet and without a terminal.
+    /// The command that starts crash, silently and with no standard input.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command

@@ -1,6 +1,7 @@
-//! drgn, the debugger that our answers are compared with: taken from PyPI by the host's pip, kept in the cache, not installed.
+//! drgn, the debugger that outpatch's answers are compared with: fetched from PyPI with the host's
+//! pip, kept in the cache and not installed.
 //!
-//! Knows how a script is run with it; what scripts ask is theirs.
+//! Knows how to run a script with drgn; must not know what the script does.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +11,7 @@ use crate::debian::error::PackageError;
 use crate::host::cache::Cache;
 use crate::host::{progress, tools};
 
-/// The version that the figures in `docs/` were taken with.
+/// The version that the figures in `docs/` were measured with.
 const VERSION: &str = "0.3.0";
 
 /// drgn in the cache.
@@ -23,7 +24,7 @@ impl Drgn {
     /// Fetches drgn, or finds it in the cache.
     ///
     /// # Errors
-    /// When Python or pip is missing and may not be installed, or the download fails.
+    /// When Python or pip is missing and cannot be installed, or the download fails.
     pub fn fetch(cache: &Cache) -> Result<Drgn, PackageError> {
         tools::require(&[("python3", "python3"), ("pip3", "python3-pip")])?;
         let packages = cache
@@ -44,7 +45,7 @@ impl Drgn {
         Ok(Drgn { packages })
     }
 
-    /// The command that runs a script which may `import drgn`.
+    /// The command that runs a Python script that imports drgn.
     pub fn command(&self, script: &Path) -> Command {
         let mut command = Command::new("python3");
         command.env("PYTHONPATH", &self.packages).arg(script);
@@ -52,7 +53,8 @@ impl Drgn {
     }
 }
 
-/// What Python calls itself where it keeps compiled code: drgn is built for each.
+/// Python's name for its version in the names of compiled files, for example `cpython-311`: drgn is
+/// built for one of them.
 fn python_tag() -> Result<String, PackageError> {
     let mut command = Command::new("python3");
     command.args(["-c", "import sys; print(sys.implementation.cache_tag)"]);

@@ -1,4 +1,5 @@
-//! Programs that are not ours, which tests compare with: QEMU, drgn and crash.
+//! External programs, fetched into the cache: QEMU, and the debuggers drgn and crash, whose results
+//! the tests compare with.
 
 pub mod crash;
 pub mod drgn;

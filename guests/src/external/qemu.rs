@@ -1,4 +1,4 @@
-//! QEMU from its packages: the program, its firmware, its libraries.
+//! QEMU from Debian's packages: the program, its firmware and its libraries.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -7,15 +7,18 @@ use std::process::Command;
 use crate::debian::error::PackageError;
 use crate::debian::packages::Packages;
 use crate::host::cache::Cache;
+use crate::host::tools;
 
-/// Older QEMUs lose a boot in ten under multi-threaded emulation; newer ones need a newer C library.
+/// With an older QEMU, one boot in ten fails under multi-threaded emulation; a newer QEMU needs a
+/// newer C library.
 const SUITES: &[&str] = &["bookworm-backports"];
-/// Where the libraries come from that the machine lacks.
+/// The suite of the libraries that the host lacks.
 pub(crate) const LIBRARY_SUITE: &str = "bookworm";
-/// `setpriv` asks the kernel to kill the program when we die; std has no safe way to ask for it.
-pub(crate) const MORTAL: [&str; 3] = ["--pdeathsig", "KILL", "--"];
+/// `setpriv` has the kernel kill the program when the thread that started it ends (`prctl(2)`,
+/// `PR_SET_PDEATHSIG`). The standard library has no safe way to request that.
+pub(crate) const DEATH_SIGNAL: [&str; 3] = ["--pdeathsig", "KILL", "--"];
 
-/// The files that make QEMU run.
+/// QEMU in the cache.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: PathBuf,
@@ -24,10 +27,10 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Fetches what the cache does not have.
+    /// Fetches QEMU, or finds it in the cache.
     ///
     /// # Errors
-    /// When a package cannot be had.
+    /// When a package cannot be fetched.
     pub fn fetch(cache: &Cache) -> Result<Qemu, PackageError> {
         let packages = Packages::new(cache);
         let qemu = packages.fetch("qemu-system-x86", SUITES)?;
@@ -43,10 +46,11 @@ impl Qemu {
         })
     }
 
-    /// A machine with nothing in it but what the caller adds, that ends when the thread that starts it does.
+    /// The command for a machine with no devices but those that the caller adds. QEMU is killed
+    /// when the thread that starts it ends.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = mortal(&self.program, &self.libraries);
+        let mut command = with_death_signal(&self.program, &self.libraries);
         for folder in &self.firmware {
             command.arg("-L").arg(folder);
         }
@@ -61,15 +65,16 @@ impl Qemu {
     }
 }
 
-/// `program`, killed when the thread that starts it ends.
-pub(crate) fn mortal(program: &Path, libraries: &OsStr) -> Command {
+/// The command for `program`, which is killed when the thread that starts it ends.
+pub(crate) fn with_death_signal(program: &Path, libraries: &OsStr) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(MORTAL).arg(program);
+    command.args(DEATH_SIGNAL).arg(program);
     with_libraries(command, libraries)
 }
 
+/// Adds `libraries` to the command's library path.
 pub(crate) fn with_libraries(mut command: Command, libraries: &OsStr) -> Command {
-    let path = crate::host::tools::library_path(libraries);
+    let path = tools::library_path(libraries);
     if !path.is_empty() {
         command.env("LD_LIBRARY_PATH", path);
     }

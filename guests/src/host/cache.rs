@@ -1,7 +1,7 @@
-//! The cache directory: where it is, its lock, and how a folder comes to be in it whole or not at all.
+//! The cache folder: where it is, its locks, and how files and folders are added to it atomically.
 //!
-//! Everything below it can be deleted at any time; it is fetched or built again when next wanted.
-//! This module knows nothing of packages, kernels or what else is kept here.
+//! Everything in it can be deleted at any time; it is fetched or built again when it is next
+//! needed. This module must not know of packages, kernels or anything else that is kept here.
 
 use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hasher};
@@ -11,25 +11,25 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{FlockOperation, flock};
 
-/// A cache directory that could not be used, with the path at fault.
+/// Why the cache, or a file that is to go into it, could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
-    /// Neither `$OUTPATCH_CACHE`, `$XDG_CACHE_HOME` nor `$HOME` says where the cache is.
-    #[error("no place for the cache: set OUTPATCH_CACHE or HOME")]
-    NoPlace,
-    /// A file operation in the cache failed.
+    /// None of `$OUTPATCH_CACHE`, `$XDG_CACHE_HOME` and `$HOME` is set.
+    #[error("no folder for the cache: set OUTPATCH_CACHE or HOME")]
+    NoFolder,
+    /// A file operation failed.
     #[error("{path}: {source}", path = .path.display())]
     Io {
-        /// The file or folder.
+        /// The file or folder that it was about.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
 }
 
-/// Attaches a path to an I/O error.
+/// Adds the path to an I/O error.
 pub(crate) trait At<T> {
-    /// The error, with the path that it is about.
+    /// Turns an I/O error into a [`CacheError`] about `path`.
     fn at(self, path: &Path) -> Result<T, CacheError>;
 }
 
@@ -42,43 +42,43 @@ impl<T> At<T> for io::Result<T> {
     }
 }
 
-/// The cache directory.
+/// The cache folder.
 #[derive(Debug, Clone)]
 pub struct Cache {
     root: PathBuf,
 }
 
-/// The cache's lock, held until dropped. Dies with the process that holds it.
+/// A lock of the cache, released when this is dropped or the process ends.
 #[derive(Debug)]
 pub struct CacheLock {
     _file: File,
 }
 
 impl Cache {
-    /// The cache of this user: `$OUTPATCH_CACHE`, or `outpatch` in the user's cache folder.
+    /// Opens this user's cache: `$OUTPATCH_CACHE`, or `outpatch` in the user's cache folder.
     pub fn open() -> Result<Cache, CacheError> {
         let env = |name| std::env::var_os(name).filter(|v| !v.is_empty());
         let root = env("OUTPATCH_CACHE")
             .map(PathBuf::from)
             .or_else(|| env("XDG_CACHE_HOME").map(|d| PathBuf::from(d).join("outpatch")))
             .or_else(|| env("HOME").map(|d| PathBuf::from(d).join(".cache/outpatch")))
-            .ok_or(CacheError::NoPlace)?;
+            .ok_or(CacheError::NoFolder)?;
         Cache::at(&root)
     }
 
-    /// The cache in a folder of the caller's choice.
+    /// Opens the cache in the folder `root`, which is created if necessary.
     pub fn at(root: &Path) -> Result<Cache, CacheError> {
         fs::create_dir_all(root).at(root)?;
         let root = root.canonicalize().at(root)?;
         Ok(Cache { root })
     }
 
-    /// Where the cache is.
+    /// The cache's absolute path.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Waits for the lock called `name`, so that one process at a time fetches or builds.
+    /// Waits for the lock `name`, so that one process at a time fetches or builds something.
     pub fn lock(&self, name: &str) -> Result<CacheLock, CacheError> {
         let path = self.root.join(format!("{name}.lock"));
         let file = OpenOptions::new()
@@ -93,20 +93,21 @@ impl Cache {
         Ok(CacheLock { _file: file })
     }
 
-    /// An empty folder to fill; [`Staging::commit`] gives it its final name, dropping it deletes it.
+    /// Creates an empty folder to fill. [`Staging::commit`] gives it its final name; dropping it
+    /// deletes it.
     pub fn stage(&self) -> Result<Staging, CacheError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let parent = self.root.join("staging");
         fs::create_dir_all(&parent).at(&parent)?;
-        sweep(&parent);
+        remove_stale(&parent);
         let path = parent.join(format!("{}-{number}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).at(&path)?;
         Ok(Staging { path })
     }
 
-    /// Writes a file so that readers see the old or the new content, never a part.
+    /// Writes a file atomically: a reader sees the old content or the new, never a part.
     pub fn write(&self, path: &Path, content: &[u8]) -> Result<(), CacheError> {
         let staging = self.stage()?;
         let draft = staging.path().join("file");
@@ -115,7 +116,7 @@ impl Cache {
     }
 }
 
-/// Links the files of a tree into another one, folder by folder.
+/// Hard-links all files of `tree` into the tree `into`, and copies its symbolic links.
 pub fn link_tree(tree: &Path, into: &Path) -> Result<(), CacheError> {
     let mut waiting = vec![PathBuf::new()];
     while let Some(folder) = waiting.pop() {
@@ -138,8 +139,8 @@ pub fn link_tree(tree: &Path, into: &Path) -> Result<(), CacheError> {
     Ok(())
 }
 
-/// Removes what processes that are gone (killed in mid-download, say) left behind.
-fn sweep(staging: &Path) {
+/// Removes staging folders of processes that no longer run, for example killed during a download.
+fn remove_stale(staging: &Path) {
     for entry in fs::read_dir(staging).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner = name.to_str().and_then(|n| n.split('-').next());
@@ -149,14 +150,14 @@ fn sweep(staging: &Path) {
     }
 }
 
-/// A folder being filled.
+/// A folder that is being filled, and is not yet part of the cache.
 #[derive(Debug)]
 pub struct Staging {
     path: PathBuf,
 }
 
 impl Staging {
-    /// Where to put things.
+    /// The folder's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -169,7 +170,7 @@ impl Staging {
         fs::rename(from, to).at(to)
     }
 
-    /// Makes the whole staging folder appear at `to`. Where another process was first, its result stands.
+    /// Moves the whole staging folder to `to`. If another process was first, its result is kept.
     pub fn commit(self, to: &Path) -> Result<(), CacheError> {
         if to.exists() {
             return Ok(());
@@ -184,7 +185,7 @@ impl Drop for Staging {
     }
 }
 
-/// A short name for some content: what is built from the same input has the same name.
+/// A short name for some content. Equal contents have equal names.
 pub fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     let mut hasher = DefaultHasher::new();
     for part in parts {

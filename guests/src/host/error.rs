@@ -1,13 +1,14 @@
-//! What is said of a program that this machine lacks.
+//! The error for a program that this host lacks.
 
-/// A program that this machine needs is missing, and we may not install it.
+/// A program or file is missing on this host, and could not be installed.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "missing on this machine: {missing}; run `apt-get install -y --no-install-recommends {packages}` as root"
+    "missing on this host: {missing}; \
+     run `apt-get install -y --no-install-recommends {packages}` as root"
 )]
 pub struct ToolError {
-    /// The programs or files.
+    /// The missing programs or files, separated by commas.
     pub missing: String,
-    /// The Debian packages that have them.
+    /// The Debian packages that contain them, separated by spaces.
     pub packages: String,
 }

@@ -1,4 +1,4 @@
-//! The machine that all this runs on: the cache folder, the programs that it must have, progress on its terminal.
+//! The host: the cache folder, the programs that it must have, and progress on its terminal.
 
 pub mod cache;
 pub mod error;

@@ -1,11 +1,11 @@
-//! Progress on the terminal: bars that hide themselves where there is none.
+//! Progress bars. They show nothing where standard error is not a terminal.
 
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A bar for a download of so many bytes (0: unknown).
-pub fn bytes(what: &str, total: u64) -> ProgressBar {
+/// A bar for a download of `total` bytes, or a spinner if `total` is 0 (unknown).
+pub fn bytes(message: &str, total: u64) -> ProgressBar {
     let bar = if total == 0 {
         ProgressBar::new_spinner()
     } else {
@@ -16,14 +16,14 @@ pub fn bytes(what: &str, total: u64) -> ProgressBar {
     if let (Ok(style), true) = (style, total != 0) {
         bar.set_style(style.progress_chars("=> "));
     }
-    bar.set_message(what.to_owned());
+    bar.set_message(message.to_owned());
     bar
 }
 
 /// A spinner for work of unknown length.
-pub fn spinner(what: &str) -> ProgressBar {
+pub fn spinner(message: &str) -> ProgressBar {
     let bar = ProgressBar::new_spinner();
-    bar.set_message(what.to_owned());
+    bar.set_message(message.to_owned());
     bar.enable_steady_tick(Duration::from_millis(120));
     bar
 }

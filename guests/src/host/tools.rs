@@ -1,4 +1,4 @@
-//! Programs of the host that the work needs: found, or installed when we are root, or named in one line.
+//! Programs of the host: finds them, installs them when run as root, or says how to install them.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -7,19 +7,21 @@ use std::process::{Command, Stdio};
 use crate::host::error::ToolError;
 use crate::host::progress;
 
-/// Where the host has a program.
+/// The path of a program of the host, searched in `PATH` and in the folders for administration.
 pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
-    // A whole path is itself in every folder.
+    // Joining an absolute path to a folder gives that path.
     std::env::split_paths(&path)
         .chain(sbin)
         .map(|d| d.join(name))
         .find(|p| p.is_file())
 }
 
-/// Makes sure of programs, each given with the Debian package that has it; and of files, given by their whole path. Root installs
-/// what is missing; others are told the command.
+/// Makes sure that programs, or files given by their absolute path, are there.
+///
+/// Each is given with the Debian package that contains it. Missing ones are installed when this
+/// process runs as root; otherwise the error names the command that installs them.
 pub fn require(wanted: &[(&str, &str)]) -> Result<(), ToolError> {
     let missing: Vec<_> = wanted.iter().filter(|(p, _)| find(p).is_none()).collect();
     if missing.is_empty() {
@@ -58,7 +60,7 @@ pub fn require(wanted: &[(&str, &str)]) -> Result<(), ToolError> {
     }
 }
 
-/// A value for `PATH`: this folder, then those of our own.
+/// A value for `PATH`: `folder`, if there is one, and then the folders of our own `PATH`.
 pub(crate) fn path_with(folder: Option<&Path>) -> OsString {
     let mut path = OsString::new();
     if let Some(folder) = folder {
@@ -69,11 +71,11 @@ pub(crate) fn path_with(folder: Option<&Path>) -> OsString {
     path
 }
 
-/// A value for `LD_LIBRARY_PATH`: these folders, then those of our own environment.
+/// A value for `LD_LIBRARY_PATH`: `folders`, and then those of our own environment.
 pub(crate) fn library_path(folders: &OsStr) -> OsString {
     let mut path = folders.to_owned();
     if let Some(own) = std::env::var_os("LD_LIBRARY_PATH").filter(|v| !v.is_empty()) {
-        // An empty part would mean the current folder.
+        // An empty element would mean the current folder.
         if !path.is_empty() {
             path.push(":");
         }
@@ -82,8 +84,8 @@ pub(crate) fn library_path(folders: &OsStr) -> OsString {
     path
 }
 
-/// A command line as people write it.
-pub(crate) fn shown(command: &Command) -> String {
+/// The command line as one would type it, for messages.
+pub(crate) fn command_line(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|w| w.to_string_lossy())

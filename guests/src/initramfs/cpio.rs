@@ -1,10 +1,11 @@
-//! Writing `newc` cpio archives, the format of an initramfs (Documentation/driver-api/early-userspace/buffer-format.rst).
+//! Writes `newc` cpio archives, the format of an initramfs
+//! (Documentation/driver-api/early-userspace/buffer-format.rst).
 //!
-//! Knows only folders, files, links and device nodes; what goes into an initramfs is decided elsewhere.
+//! Knows folders, files, links and device nodes; must not know what goes into an initramfs.
 
 use std::collections::BTreeSet;
 
-/// An archive in the making.
+/// An archive that entries can be added to.
 #[derive(Debug, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
@@ -23,7 +24,7 @@ impl Archive {
         Archive::default()
     }
 
-    /// Adds a folder and those above it, each once.
+    /// Adds a folder and its parents, unless they are in the archive already.
     pub fn folder(&mut self, path: &str) {
         let path = path.trim_matches('/');
         let ends = path.match_indices('/').map(|(i, _)| i).chain([path.len()]);
@@ -35,31 +36,31 @@ impl Archive {
         }
     }
 
-    /// Adds a file with its permission bits.
+    /// Adds a regular file with these permission bits, after its parents.
     pub fn file(&mut self, path: &str, permissions: u32, content: &[u8]) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, FILE | (permissions & 0o7777), (0, 0), content);
     }
 
-    /// Adds a symbolic link.
+    /// Adds a symbolic link, after its parents.
     pub fn link(&mut self, path: &str, target: &str) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, LINK, (0, 0), target.as_bytes());
     }
 
-    /// Adds a character device.
+    /// Adds a character device, after its parents.
     pub fn device(&mut self, path: &str, major: u32, minor: u32) {
-        self.above(path);
+        self.add_parents(path);
         self.entry(path, CHARACTER_DEVICE, (major, minor), b"");
     }
 
-    /// The whole archive.
+    /// Ends the archive and returns its bytes.
     pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, (0, 0), b"");
         self.bytes
     }
 
-    fn above(&mut self, path: &str) {
+    fn add_parents(&mut self, path: &str) {
         if let Some((folder, _)) = path.trim_start_matches('/').rsplit_once('/') {
             self.folder(folder);
         }
@@ -105,7 +106,7 @@ impl Archive {
 mod tests {
     use super::*;
 
-    /// Reads an archive back: (name, mode, content) of each entry, checking the framing.
+    /// Parses an archive into (name, mode, content) of each entry, and checks its framing.
     fn read(bytes: &[u8]) -> Vec<(String, u32, Vec<u8>)> {
         let mut at = 0;
         let mut found = Vec::new();
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_come_after_the_folders_above_them_and_folders_come_once() {
+    fn entries_follow_their_parents_and_each_folder_is_added_once() {
         let mut archive = Archive::new();
         archive.file("/a/b/one", 0o644, b"1");
         archive.file("/a/b/three", 0o755, b"333");

@@ -1,6 +1,8 @@
-//! The initramfs that guests boot from: busybox, our own programs, and whatever the caller adds.
+//! Builds the initramfs that guests boot from: busybox, our own programs, and files that the caller
+//! adds.
 //!
-//! A guest's boot ends with the line [`READY`] and a root shell on the console. `poweroff -f` and `reboot -f` end it.
+//! When a guest has booted, it prints the line [`READY`] and runs a root shell on the console.
+//! `poweroff -f` and `reboot -f` end it.
 
 pub mod cpio;
 pub mod programs;
@@ -13,89 +15,87 @@ use crate::debian::error::PackageError;
 use crate::debian::packages::Packages;
 use crate::host::cache::{At, Cache, CacheError, fingerprint};
 use crate::initramfs::cpio::Archive;
-use crate::initramfs::programs::{IN_GUEST, ProgramError};
+use crate::initramfs::programs::{GUEST_PROGRAMS, ProgramError};
 
-/// The line on the console after which the guest's shell takes input.
+/// The line that a guest prints when its shell is ready for input.
 pub const READY: &str = "outpatch guest ready";
-/// What the shell prints when it waits for a command.
-pub const PROMPT: &str = "guest# ";
-/// Where a guest finds the script that [`Initramfs::with_script`] gave it.
+/// The path in the guest of the script of [`Initramfs::with_script`].
 const SCRIPT: &str = "/etc/outpatch-script";
 const INIT: &str = include_str!("../../programs/guest-init.sh");
 
-/// Why there is no initramfs.
+/// Why the initramfs could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum InitramfsError {
-    /// busybox could not be had.
+    /// busybox could not be fetched.
     #[error(transparent)]
     Package(#[from] PackageError),
     /// One of our programs could not be built.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// A file could not be read, or the cache failed.
+    /// A file or the cache folder could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// busybox did not say what it can do.
+    /// busybox did not list its commands.
     #[error("{busybox} --list: {reason}", busybox = .busybox.display())]
     Busybox {
-        /// The program.
+        /// The program's path.
         busybox: PathBuf,
-        /// What happened.
+        /// The error, or its exit status.
         reason: String,
     },
 }
 
-/// A file for the guest.
+/// A file that the caller adds.
 #[derive(Debug, Clone)]
-struct Extra {
-    place: String,
+struct ExtraFile {
+    path: String,
     permissions: u32,
     content: Content,
 }
 
 #[derive(Debug, Clone)]
 enum Content {
-    Of(PathBuf),
-    Is(Vec<u8>),
+    File(PathBuf),
+    Bytes(Vec<u8>),
 }
 
 /// An initramfs to be built.
 #[derive(Debug, Clone, Default)]
 pub struct Initramfs {
-    extras: Vec<Extra>,
+    extras: Vec<ExtraFile>,
 }
 
 impl Initramfs {
-    /// busybox and our programs.
+    /// An initramfs with busybox and our programs.
     pub fn new() -> Initramfs {
         Initramfs::default()
     }
 
-    /// Adds a file of the host. It can be run in the guest.
-    pub fn with_file(self, place: &str, file: impl AsRef<Path>) -> Initramfs {
-        self.with(place, 0o755, Content::Of(file.as_ref().to_owned()))
+    /// Adds a file of the host as `path`, executable.
+    pub fn with_file(self, path: &str, file: impl AsRef<Path>) -> Initramfs {
+        self.with(path, 0o755, Content::File(file.as_ref().to_owned()))
     }
 
-    /// Adds a file with this content.
-    pub fn with_content(self, place: &str, content: impl Into<Vec<u8>>) -> Initramfs {
-        self.with(place, 0o644, Content::Is(content.into()))
+    /// Adds a file with this content as `path`, not executable.
+    pub fn with_content(self, path: &str, content: impl Into<Vec<u8>>) -> Initramfs {
+        self.with(path, 0o644, Content::Bytes(content.into()))
     }
 
-    /// A shell script that the guest runs before its shell; its status is printed.
+    /// Adds a shell script that the guest runs before its shell. The guest prints its exit status.
     pub fn with_script(self, script: &str) -> Initramfs {
         self.with_content(SCRIPT, script)
     }
 
-    fn with(mut self, place: &str, permissions: u32, content: Content) -> Initramfs {
-        self.extras.push(Extra {
-            place: place.to_owned(),
+    fn with(mut self, path: &str, permissions: u32, content: Content) -> Initramfs {
+        self.extras.push(ExtraFile {
+            path: path.to_owned(),
             permissions,
             content,
         });
         self
     }
 
-    /// Builds it, or finds it built from the same files.
+    /// Builds the initramfs, or finds one with the same content in the cache. Returns its path.
     pub fn build(&self, cache: &Cache) -> Result<PathBuf, InitramfsError> {
         let mut archive = Archive::new();
         archive.device("/dev/console", 5, 1);
@@ -104,25 +104,25 @@ impl Initramfs {
         }
         archive.file("/init", 0o755, INIT.as_bytes());
         add_busybox(cache, &mut archive)?;
-        for source in &IN_GUEST {
-            let program = programs::build(cache, source)?;
-            let content = fs::read(&program).at(&program)?;
-            archive.file(&format!("/bin/{}", source.name), 0o755, &content);
+        for program in &GUEST_PROGRAMS {
+            let binary = programs::build(cache, program)?;
+            let content = fs::read(&binary).at(&binary)?;
+            archive.file(&format!("/bin/{}", program.name), 0o755, &content);
         }
         for extra in &self.extras {
             let content = match &extra.content {
-                Content::Of(file) => fs::read(file).at(file)?,
-                Content::Is(content) => content.clone(),
+                Content::File(file) => fs::read(file).at(file)?,
+                Content::Bytes(content) => content.clone(),
             };
-            archive.file(&extra.place, extra.permissions, &content);
+            archive.file(&extra.path, extra.permissions, &content);
         }
         let bytes = archive.finish();
-        let mark = fingerprint([bytes.as_slice()]);
-        let place = cache.root().join(format!("initramfs/{mark}.cpio"));
-        if !place.is_file() {
-            cache.write(&place, &bytes)?;
+        let hash = fingerprint([bytes.as_slice()]);
+        let path = cache.root().join(format!("initramfs/{hash}.cpio"));
+        if !path.is_file() {
+            cache.write(&path, &bytes)?;
         }
-        Ok(place)
+        Ok(path)
     }
 }
 
@@ -143,7 +143,7 @@ fn add_busybox(cache: &Cache, archive: &mut Archive) -> Result<(), InitramfsErro
     if !list.status.success() {
         return Err(failed(list.status.to_string()));
     }
-    // Links made here save the guest the time to make them.
+    // The guest need not spend time on creating these links.
     for applet in String::from_utf8_lossy(&list.stdout).split_whitespace() {
         if applet != "busybox" {
             archive.link(&format!("/bin/{applet}"), "busybox");

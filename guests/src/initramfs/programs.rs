@@ -1,4 +1,5 @@
-//! Our own small static programs in C, compiled by the host's gcc and cached by their source.
+//! Our own small static programs in C, which the host's gcc compiles. They are cached by their
+//! source.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,87 +12,86 @@ use crate::host::tools;
 /// Why a program could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
-    /// No compiler.
+    /// The compiler is missing on this host.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// The compiler refused.
+    /// The compiler reported errors.
     #[error("{name} does not compile: {stderr}")]
     Compile {
-        /// The program.
+        /// The program's name.
         name: String,
-        /// The compiler's words.
+        /// The compiler's standard error.
         stderr: String,
     },
-    /// The cache failed.
+    /// The cache folder could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
 }
 
-/// The source of a program of `guests/programs`, carried in this library so that it works from any place.
+/// A program of `guests/programs`. Its source is part of this library, so that the library can be
+/// used from any folder.
 #[derive(Debug, Clone, Copy)]
-pub struct Source {
-    /// What the program is called.
+pub struct Program {
+    /// The program's name, without `.c`.
     pub name: &'static str,
-    /// Its C source.
+    /// The C source.
     pub text: &'static str,
 }
 
-/// The first process of the test bed.
-pub const BED_INIT: Source = Source {
+/// The init program of the nested test bed.
+pub const BED_INIT: Program = Program {
     name: "bed-init",
     text: include_str!("../../programs/bed-init.c"),
 };
 
-/// The programs that every initramfs has in its `/bin`.
-pub const IN_GUEST: [Source; 7] = [
-    Source {
+/// The programs that every guest's initramfs has in `/bin`.
+pub const GUEST_PROGRAMS: [Program; 7] = [
+    Program {
         name: "churn",
         text: include_str!("../../programs/churn.c"),
     },
-    Source {
+    Program {
         name: "bpf",
         text: include_str!("../../programs/bpf.c"),
     },
-    Source {
+    Program {
         name: "spin",
         text: include_str!("../../programs/spin.c"),
     },
-    Source {
+    Program {
         name: "kexec",
         text: include_str!("../../programs/kexec.c"),
     },
-    Source {
+    Program {
         name: "kinds",
         text: include_str!("../../programs/kinds.c"),
     },
-    Source {
+    Program {
         name: "sleeper",
         text: include_str!("../../programs/sleeper.c"),
     },
-    Source {
+    Program {
         name: "hammer",
         text: include_str!("../../programs/hammer.c"),
     },
 ];
 
-/// Compiles a program, or finds it compiled.
-pub fn build(cache: &Cache, source: &Source) -> Result<PathBuf, ProgramError> {
-    let name = source.name;
-    let mark = fingerprint([source.text.as_bytes()]);
-    let place = cache.root().join(format!("programs/{name}-{mark}"));
-    if place.is_file() {
-        return Ok(place);
+/// Compiles a program, or finds it in the cache. Returns its path.
+pub fn build(cache: &Cache, program: &Program) -> Result<PathBuf, ProgramError> {
+    let name = program.name;
+    let hash = fingerprint([program.text.as_bytes()]);
+    let path = cache.root().join(format!("programs/{name}-{hash}"));
+    if path.is_file() {
+        return Ok(path);
     }
     tools::require(&[("gcc", "gcc libc6-dev")])?;
     let staging = cache.stage()?;
-    let (code, program) = (
-        staging.path().join("program.c"),
-        staging.path().join("program"),
-    );
-    fs::write(&code, source.text).at(&code)?;
+    let source = staging.path().join("program.c");
+    let binary = staging.path().join("program");
+    fs::write(&source, program.text).at(&source)?;
     let output = Command::new("gcc")
         .args(["-static", "-O2", "-Wall", "-Werror", "-o"])
-        .args([&program, &code])
+        .args([&binary, &source])
         .stdin(Stdio::null())
         .output()
         .at(Path::new("gcc"))?;
@@ -101,6 +101,6 @@ pub fn build(cache: &Cache, source: &Source) -> Result<PathBuf, ProgramError> {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         });
     }
-    staging.publish(&program, &place)?;
-    Ok(place)
+    staging.publish(&binary, &path)?;
+    Ok(path)
 }

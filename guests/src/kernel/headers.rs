@@ -1,7 +1,8 @@
-//! What modules are built against: a kernel's headers and build tools, from packages that are never installed.
+//! The headers and build tools that modules for a stock kernel are built with, in the cache.
 //!
-//! Debian splits them over three packages that refer to each other by their installed places. Here they are put together in
-//! one folder; all their links are relative, so only the one `Makefile` with absolute paths is written anew.
+//! Debian splits them into three packages that refer to each other by their installed paths. Here
+//! they are merged in one folder. All links in them are relative, so only the one `Makefile` with
+//! absolute paths is rewritten.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,59 +10,61 @@ use std::path::{Path, PathBuf};
 
 use crate::debian::error::PackageError;
 use crate::debian::packages::{Package, Packages};
-use crate::debian::toolchain::{self, Foreign};
+use crate::debian::toolchain::{self, ForeignRuntime};
 use crate::host::cache::{At, Cache, CacheError, link_tree};
 use crate::host::tools;
 use crate::kernel::Kernel;
 
-/// The suite of the machines that have the compiler: where the build tools' libraries come from, if they lack any.
+/// The suite of the libraries that the build tools need and the host lacks. It is the suite of the
+/// hosts that have the compiler.
 const HOST_SUITE: &str = "bookworm";
 
-/// Where the packages expect to be.
+/// The path that the packages expect to be installed at.
 const INSTALLED: &str = "/usr/src/";
 
-/// Why there are no headers.
+/// Why the headers could not be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum HeadersError {
-    /// A package could not be had, or a tool is missing.
+    /// A package could not be fetched, or a tool is missing.
     #[error(transparent)]
     Package(#[from] PackageError),
-    /// The cache failed.
+    /// The cache folder could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// The packages are not made as expected.
+    /// The packages lack an expected file or line.
     #[error("the headers of {release} have no {what}")]
     Layout {
-        /// The kernel.
+        /// The kernel's release.
         release: String,
         /// What is missing.
         what: &'static str,
     },
-    /// The kernel's compiler is not on this machine.
+    /// The kernel's compiler is not on this host.
     #[error(
-        "kernel {release} was compiled by {compiler}, which this machine does not have: modules for it cannot be built here"
+        "kernel {release} was compiled by {compiler}, which this host does not have: \
+         modules for it cannot be built here"
     )]
     Compiler {
-        /// The kernel.
+        /// The kernel's release.
         release: String,
-        /// Its compiler.
+        /// The compiler's program, for example `gcc-12`.
         compiler: String,
     },
 }
 
-/// A kernel's headers, ready to build modules against.
+/// A kernel's headers and build tools, ready to build modules with.
 #[derive(Debug, Clone)]
 pub struct Headers {
     /// The folder for `make -C`.
     pub folder: PathBuf,
-    /// `LD_LIBRARY_PATH` for what is in it.
+    /// The value of `LD_LIBRARY_PATH` for the build tools in it.
     pub libraries: OsString,
-    /// Where the kernel's compiler is, if it is none of this machine's.
+    /// The folder of the kernel's compiler, if it is not the host's own.
     pub compiler: Option<PathBuf>,
 }
 
 impl Headers {
-    /// The headers of exactly this kernel; and its compiler is there.
+    /// Fetches the headers of exactly this kernel, and makes sure of its compiler.
     pub fn fetch(cache: &Cache, kernel: &Kernel) -> Result<Headers, HeadersError> {
         let release = &kernel.release;
         let packages = Packages::new(cache);
@@ -72,18 +75,18 @@ impl Headers {
         }
         let place = cache.root().join("headers").join(release);
         let own = format!("usr/src/linux-headers-{release}");
-        // A newer Debian's programs need its own libraries.
-        let newer = kernel.generation.newer_suite();
+        let foreign_suite = kernel.generation.foreign_suite();
         if !place.is_dir() {
-            put_together(cache, kernel, &parts, &own, &place)?;
+            assemble(cache, kernel, &parts, &own, &place)?;
         }
         let folder = place.join(&own);
         let compiler = compiler(&folder).ok_or_else(|| layout(kernel, "compiler"))?;
-        if let Some(suite) = newer {
+        // A newer Debian's programs need its own libraries.
+        if let Some(suite) = foreign_suite {
             return Ok(Headers {
                 folder,
                 libraries: OsString::new(),
-                compiler: Some(toolchain::compiler(cache, suite, &compiler)?),
+                compiler: Some(toolchain::fetch_compiler(cache, suite, &compiler)?),
             });
         }
         if tools::find(&compiler).is_none() {
@@ -102,6 +105,7 @@ impl Headers {
     }
 }
 
+/// The packages that the first one needs, and that are parts of the headers.
 fn other_parts(first: &[Package]) -> Vec<String> {
     let needs = first.iter().flat_map(Package::needs);
     let parts = needs.filter(|d| d.starts_with("linux-headers-") || d.starts_with("linux-kbuild-"));
@@ -115,7 +119,8 @@ fn layout(kernel: &Kernel, what: &'static str) -> HeadersError {
     }
 }
 
-fn put_together(
+/// Merges the packages in the folder `place`.
+fn assemble(
     cache: &Cache,
     kernel: &Kernel,
     parts: &[Package],
@@ -126,16 +131,16 @@ fn put_together(
     for part in parts {
         link_tree(&part.root, staging.path())?;
     }
-    if let Some(suite) = kernel.generation.newer_suite() {
+    if let Some(suite) = kernel.generation.foreign_suite() {
         let parts: Vec<&Package> = parts.iter().collect();
-        Foreign::fetch(cache, suite, &parts)?.wrap(staging.path())?;
+        ForeignRuntime::fetch(cache, suite, &parts)?.wrap(staging.path())?;
     }
     let makefile = staging.path().join(own).join("Makefile");
     let text = fs::read_to_string(&makefile).at(&makefile)?;
     if !text.contains(INSTALLED) {
         return Err(layout(kernel, "Makefile that names its common part"));
     }
-    // A new file: the old one is the package's own, linked here.
+    // The old file is a hard link to the package's own: it must not be changed.
     fs::remove_file(&makefile).at(&makefile)?;
     let here = place.join("usr/src");
     let text = text.replace(INSTALLED, &format!("{}/", here.display()));
@@ -143,7 +148,7 @@ fn put_together(
     Ok(staging.commit(place)?)
 }
 
-/// The compiler that the headers name, as `gcc-12` in `CC = … $(CROSS_COMPILE)gcc-12`.
+/// The compiler that the headers name: `gcc-12` from `CC = … $(CROSS_COMPILE)gcc-12`.
 fn compiler(folder: &Path) -> Option<String> {
     let variables = fs::read_to_string(folder.join(".kernelvariables")).ok()?;
     compiler_in(&variables)
@@ -162,8 +167,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_compiler_is_read_from_the_kernels_variables() {
-        let text = "override ARCH = x86\nCCACHE = ccache\nCC = $(if $(X),$(CCACHE)) $(CROSS_COMPILE)gcc-12\nifneq (a,b)\n";
+    fn the_compiler_is_found_in_the_kernels_variables() {
+        let text = "override ARCH = x86\nCCACHE = ccache\n\
+                    CC = $(if $(X),$(CCACHE)) $(CROSS_COMPILE)gcc-12\nifneq (a,b)\n";
         assert_eq!(compiler_in(text).as_deref(), Some("gcc-12"));
         assert_eq!(compiler_in("override ARCH = x86\n"), None);
     }

@@ -1,13 +1,14 @@
-//! Stock Debian kernels, by generation and flavour: the newest of each that the archive has, as users run them.
+//! Fetches stock Debian kernels, as users run them: the newest of a generation and flavour.
 //!
-//! No point version is named here: the newest match is taken and the cache's index says which that was.
+//! No point version is named here: the newest match is fetched, and the cache's index records which
+//! version that was.
 
 pub mod headers;
 pub mod modules;
 pub mod no_livepatch;
 pub mod patches;
+pub mod prepared;
 pub mod sources;
-pub mod stock;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -20,15 +21,15 @@ use crate::host::cache::Cache;
 /// A generation of stock kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Generation {
-    /// Debian 11's.
+    /// Debian 11's kernel.
     V5_10,
-    /// Debian 12's.
+    /// Debian 12's kernel.
     V6_1,
-    /// Debian 12's newer one (and, built by another compiler, Debian 13's).
+    /// Debian 12's backported kernel (Debian 13 has the same one, built by another compiler).
     V6_12,
-    /// Debian's next: as long as `sid` or `forky` have it.
+    /// The kernel of Debian's next release, as long as `sid` or `forky` have it.
     V7_2,
-    /// Debian 13's newest.
+    /// Debian 13's backported kernel.
     V7_3,
 }
 
@@ -39,25 +40,25 @@ pub enum Flavour {
     Cloud,
     /// Any machine.
     Generic,
-    /// The same, with `CONFIG_PREEMPT_RT`.
+    /// Any machine, with `CONFIG_PREEMPT_RT`.
     Rt,
 }
 
-/// Why there is no such kernel.
+/// Why a kernel could not be fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// The package could not be had.
+    /// A package could not be fetched.
     #[error(transparent)]
     Package(#[from] PackageError),
-    /// The package lacks a part.
+    /// The packages lack a file.
     #[error("no {what} in the packages of kernel {release}")]
     Part {
-        /// What was looked for.
+        /// What is missing.
         what: &'static str,
-        /// The kernel.
+        /// The kernel's release, as `uname -r` prints it.
         release: String,
     },
-    /// No such generation.
+    /// The text names no generation.
     #[error("no kernel generation {0:?}: choose 5.10, 6.1, 6.12, 7.2 or 7.3")]
     Generation(String),
 }
@@ -65,19 +66,19 @@ pub enum KernelError {
 /// A stock kernel in the cache.
 #[derive(Debug, Clone)]
 pub struct Kernel {
-    /// Its generation.
+    /// The generation that was requested.
     pub generation: Generation,
-    /// Its flavour.
+    /// The flavour that was requested.
     pub flavour: Flavour,
-    /// What `uname -r` says in it.
+    /// The release, as `uname -r` prints it.
     pub release: String,
-    /// Its Debian version.
+    /// The package's Debian version.
     pub version: String,
-    /// The image that a boot loader would load.
+    /// The path of the kernel image (bzImage).
     pub bzimage: PathBuf,
-    /// Its build configuration.
+    /// The path of its build configuration.
     pub config: PathBuf,
-    /// The folder that holds its modules (`kernel/` and what is below).
+    /// The folder of its modules.
     pub modules: PathBuf,
 }
 
@@ -91,7 +92,7 @@ impl Generation {
         Generation::V7_3,
     ];
 
-    /// The beginning of its version numbers.
+    /// The kernel version, for example `6.12`.
     pub fn number(self) -> &'static str {
         match self {
             Generation::V5_10 => "5.10",
@@ -102,7 +103,7 @@ impl Generation {
         }
     }
 
-    /// The suites that its packages are in.
+    /// The Debian suites that have its packages.
     pub fn suites(self) -> &'static [&'static str] {
         match self {
             Generation::V5_10 => &["bullseye-security", "bullseye"],
@@ -113,19 +114,20 @@ impl Generation {
         }
     }
 
-    /// The suite of the Debian that its kernels were built on, where that is newer than the machines that tests run on.
-    pub fn newer_suite(self) -> Option<&'static str> {
+    /// The suite that its kernels were built on, if that is newer than the hosts that tests run on:
+    /// its compiler must be fetched.
+    pub fn foreign_suite(self) -> Option<&'static str> {
         match self {
             Generation::V7_3 => Some("trixie"),
-            // What 7.2's compiler writes, this machine's assembler does not read.
+            // The host's assembler does not accept the output of 7.2's compiler.
             _ => None,
         }
     }
 
-    /// The suites that have its kernels with their debugging information: not all of the above.
+    /// The suites that have its kernels with debugging information.
     pub fn debug_suites(self) -> &'static [&'static str] {
         match self {
-            // The security archive lists Debian 11's, but no longer has the files.
+            // The security archive still lists Debian 11's, but no longer has the files.
             Generation::V5_10 => &["bullseye"],
             _ => self.suites(),
         }
@@ -136,8 +138,8 @@ impl Flavour {
     /// Every flavour, the smallest first.
     pub const ALL: [Flavour; 3] = [Flavour::Cloud, Flavour::Generic, Flavour::Rt];
 
-    /// The end of its packages' names, behind the version.
-    fn end(self) -> &'static str {
+    /// The end of the packages' names, after the version.
+    fn suffix(self) -> &'static str {
         match self {
             Flavour::Cloud => "-cloud-amd64",
             Flavour::Generic => "-amd64",
@@ -145,12 +147,13 @@ impl Flavour {
         }
     }
 
-    /// Whether a package of this name is of this flavour: the generic one's end is the end of all.
-    fn has(self, name: &str) -> bool {
+    /// Whether the package `name` is of this flavour. The longest matching suffix counts, as all
+    /// suffixes end with the generic one.
+    fn matches(self, name: &str) -> bool {
         let longest = Flavour::ALL
             .into_iter()
-            .filter(|flavour| name.ends_with(flavour.end()))
-            .max_by_key(|flavour| flavour.end().len());
+            .filter(|flavour| name.ends_with(flavour.suffix()))
+            .max_by_key(|flavour| flavour.suffix().len());
         longest == Some(self)
     }
 }
@@ -183,7 +186,7 @@ impl FromStr for Generation {
 }
 
 impl Kernel {
-    /// The newest kernel of a generation and flavour, fetched or from the cache.
+    /// Fetches the newest kernel of a generation and flavour, or finds it in the cache.
     pub fn fetch(
         cache: &Cache,
         generation: Generation,
@@ -192,12 +195,13 @@ impl Kernel {
         let packages = Packages::new(cache);
         let suites = generation.suites();
         let start = format!("linux-image-{generation}.");
-        let ours = |name: &str| flavour.has(name);
-        let image = packages.fetch_newest(&start, flavour.end(), ours, suites)?;
+        let wanted = |name: &str| flavour.matches(name);
+        let image = packages.fetch_newest(&start, flavour.suffix(), wanted, suites)?;
         Kernel::of(&packages, (generation, flavour), image, suites)
     }
 
-    /// The newest kernel of a generation, for virtual machines, of which there is debugging information, and its `vmlinux`.
+    /// Fetches the newest cloud kernel of a generation that has debugging information, and its
+    /// `vmlinux`.
     pub fn fetch_debug(
         cache: &Cache,
         generation: Generation,
@@ -206,7 +210,7 @@ impl Kernel {
         let start = format!("linux-image-{generation}.");
         let symbols = Packages::new(cache).only("*/vmlinux*");
         let flavour = Flavour::Cloud;
-        let symbols = symbols.fetch_newest_extra(&start, flavour.end(), "-dbg", suites)?;
+        let symbols = symbols.fetch_newest_extra(&start, flavour.suffix(), "-dbg", suites)?;
         let name = symbols.name.trim_end_matches("-dbg");
         let packages = Packages::new(cache);
         let image = packages.fetch_version(name, &symbols.version, suites)?;
@@ -238,7 +242,7 @@ impl Kernel {
         let version = image.version.clone();
         let names = part_names(&image, &release);
         let mut parts = vec![image];
-        // From 7.x on the image package is empty and depends on its parts.
+        // From 7.x on, the image package is empty and depends on the packages of its parts.
         for name in names {
             parts.push(packages.fetch(&name, suites)?);
         }
@@ -284,13 +288,14 @@ impl Kernel {
     }
 }
 
-/// The packages that `image` needs and that are parts of this very kernel.
+/// The names of the packages that `image` depends on and that are parts of this kernel.
 fn part_names(image: &Package, release: &str) -> Vec<String> {
     let end = format!("-{release}");
-    let ours = |d: &&str| d.starts_with("linux-") && d.ends_with(&end);
-    image.needs().filter(ours).map(str::to_owned).collect()
+    let is_part = |d: &&str| d.starts_with("linux-") && d.ends_with(&end);
+    image.needs().filter(is_part).map(str::to_owned).collect()
 }
 
+/// The first of `places` that exists in one of the packages.
 fn first(parts: &[Package], places: &[String]) -> Option<PathBuf> {
     let at = |p: &Package, place: &String| -> PathBuf { Path::new(&p.root).join(place) };
     places
@@ -304,12 +309,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_of_a_split_kernel_are_known_by_its_release() {
+    fn parts_of_a_split_kernel_are_found_by_its_release() {
         let image = Package {
             name: String::new(),
             version: String::new(),
             suite: String::new(),
-            depends: "kmod, linux-base (>= 4.3~), linux-binary-9.9.1+x (= 9.9), linux-modules-9.9.1+x (= 9.9)"
+            depends: "kmod, linux-base (>= 4.3~), linux-binary-9.9.1+x (= 9.9), \
+                      linux-modules-9.9.1+x (= 9.9)"
                 .to_owned(),
             root: PathBuf::new(),
         };
@@ -318,20 +324,23 @@ mod tests {
     }
 
     #[test]
-    fn flavours_are_told_apart_by_their_ends() {
+    fn flavours_are_told_apart_by_their_suffixes() {
         for (name, flavour) in [
             ("linux-image-9.9.1-amd64", Some(Flavour::Generic)),
             ("linux-image-9.9.1-cloud-amd64", Some(Flavour::Cloud)),
             ("linux-image-9.9.1-rt-amd64", Some(Flavour::Rt)),
             ("linux-image-9.9.1-amd64-dbg", None),
         ] {
-            let found: Vec<_> = Flavour::ALL.into_iter().filter(|f| f.has(name)).collect();
+            let found: Vec<_> = Flavour::ALL
+                .into_iter()
+                .filter(|f| f.matches(name))
+                .collect();
             assert_eq!(found, flavour.into_iter().collect::<Vec<_>>(), "{name}");
         }
     }
 
     #[test]
-    fn generations_are_read_as_they_are_shown() {
+    fn generations_parse_as_they_are_displayed() {
         for generation in Generation::ALL {
             assert_eq!(
                 generation.to_string().parse::<Generation>().ok(),

@@ -1,6 +1,7 @@
-//! Modules of an unpacked kernel package: found by name, decompressed, in the order in which they must be loaded.
+//! Finds modules in an unpacked kernel package, decompresses them, and orders them for loading.
 //!
-//! `modules.dep` is made when a package is installed, which ours are not: dependencies are read from the modules.
+//! `modules.dep` is created when a package is installed, which ours are not: the dependencies are
+//! read from the modules themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,40 +10,41 @@ use std::path::{Path, PathBuf};
 
 use crate::host::cache::{At, CacheError};
 
-/// A module that cannot be had.
+/// Why a module could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ModuleError {
     /// The package does not have it.
     #[error("no module {name} below {folder}", folder = .folder.display())]
     NotFound {
-        /// The module.
+        /// The module's name.
         name: String,
-        /// Where it was looked for.
+        /// The folder that was searched.
         folder: PathBuf,
     },
-    /// It could not be read.
+    /// The module or the folder could not be read.
     #[error(transparent)]
     Io(#[from] CacheError),
 }
 
-/// A module's name and its plain (not compressed) content.
+/// A module, not compressed.
 #[derive(Debug)]
 pub struct Module {
-    /// The file's name, `.ko` included.
+    /// The file's name, with `.ko`.
     pub file: String,
-    /// The ELF file.
+    /// The content of the ELF file.
     pub content: Vec<u8>,
 }
 
-/// The modules `names` of the tree `folder`, and what they depend on first.
+/// Reads the modules `names` from the tree `folder`, and the modules that they depend on. Each
+/// comes after its dependencies.
 pub fn with_dependencies(folder: &Path, names: &[&str]) -> Result<Vec<Module>, ModuleError> {
     let mut paths = BTreeMap::new();
     collect(folder, &mut paths)?;
     let mut ordered = Vec::new();
     let mut seen = BTreeSet::new();
-    // Each module is met twice: first to put what it needs before it, then to be put in order itself.
+    // Each module is visited twice: first to queue its dependencies, then to be added after them.
     let mut waiting: Vec<(String, Option<Module>)> =
-        names.iter().rev().map(|n| (normal(n), None)).collect();
+        names.iter().rev().map(|n| (normalize(n), None)).collect();
     while let Some((name, read_before)) = waiting.pop() {
         if let Some(module) = read_before {
             ordered.push(module);
@@ -64,11 +66,12 @@ pub fn with_dependencies(folder: &Path, names: &[&str]) -> Result<Vec<Module>, M
     Ok(ordered)
 }
 
-/// Modules are named with `_` or `-` alike.
-fn normal(name: &str) -> String {
+/// A module's name with `_` for `-`, which are equivalent.
+fn normalize(name: &str) -> String {
     name.replace('-', "_")
 }
 
+/// The paths of all modules below `folder`, by name.
 fn collect(folder: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<(), CacheError> {
     let mut waiting = vec![folder.to_owned()];
     while let Some(folder) = waiting.pop() {
@@ -78,7 +81,7 @@ fn collect(folder: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<(), C
             if kind.is_dir() {
                 waiting.push(entry.path());
             } else if let Some((stem, "" | ".xz" | ".gz")) = name.split_once(".ko") {
-                found.insert(normal(stem), entry.path());
+                found.insert(normalize(stem), entry.path());
             }
         }
     }
@@ -97,7 +100,7 @@ fn read(path: &Path) -> Result<Vec<u8>, CacheError> {
     Ok(plain)
 }
 
-/// The `depends=` line of the module's `.modinfo`.
+/// The names in the `depends=` entry of the module's `.modinfo`.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(start) = module.windows(KEY.len()).position(|w| w == KEY) else {
@@ -108,7 +111,7 @@ fn dependencies(module: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(value)
         .split(',')
         .filter(|d| !d.is_empty())
-        .map(normal)
+        .map(normalize)
         .collect()
 }
 

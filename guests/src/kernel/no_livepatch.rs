@@ -1,15 +1,14 @@
-//! A kernel without `CONFIG_LIVEPATCH`: Debian has none, so a small one is built from Debian's own source of a stock kernel.
+//! Builds a kernel without `CONFIG_LIVEPATCH`. Debian has none, so a small one is built from the
+//! source of a stock kernel.
 //!
 //! Its tree stays in the cache, as patches are built against it.
 
-use std::{
-    collections::BTreeMap,
-    ffi::OsString,
-    fs::{self, File},
-    io::Write,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
@@ -20,12 +19,12 @@ use crate::initramfs::Initramfs;
 use crate::kernel::Generation;
 use crate::kernel::headers::Headers;
 use crate::kernel::patches;
-use crate::kernel::stock::PreparedKernel;
+use crate::kernel::prepared::PreparedKernel;
 
-/// What it has; all else is off.
+/// Its configuration; all other options are off.
 const CONFIG: &str = include_str!("../../kernels/no-livepatch.config");
 
-/// What building a kernel needs, each with its Debian package.
+/// The programs and files that building a kernel needs, each with its Debian package.
 const TOOLS: [(&str, &str); 9] = [
     ("make", "make"),
     ("gcc", "gcc"),
@@ -38,18 +37,18 @@ const TOOLS: [(&str, &str); 9] = [
     ("/usr/include/gelf.h", "libelf-dev"),
 ];
 
-/// A guest with such a kernel and with these patches; built the first time, which takes some minutes.
+/// Prepares such a kernel with these patches. The first time it is built, which takes some minutes.
 ///
 /// # Errors
-/// When the source cannot be had, or does not build.
+/// When the source cannot be fetched or does not build.
 pub fn prepare(generation: Generation, patches: &[&str]) -> Result<PreparedKernel> {
     let cache = Cache::open()?;
     let name = format!("linux-source-{generation}");
     let source = Packages::new(&cache).fetch(&name, generation.suites())?;
-    let mark = fingerprint([source.version.as_bytes(), CONFIG.as_bytes()]);
+    let hash = fingerprint([source.version.as_bytes(), CONFIG.as_bytes()]);
     let tree = cache
         .root()
-        .join(format!("no-livepatch/{generation}-{mark}"));
+        .join(format!("no-livepatch/{generation}-{hash}"));
     if !tree.is_dir() {
         let archive = source.root.join(format!("usr/src/{name}.tar.xz"));
         build(&cache, &archive, &tree)?;
@@ -64,7 +63,7 @@ pub fn prepare(generation: Generation, patches: &[&str]) -> Result<PreparedKerne
     let mut initramfs = Initramfs::new();
     let mut built = BTreeMap::new();
     for name in patches {
-        let module = patches::build_against(&cache, (release, &mark), &headers, name)?;
+        let module = patches::build_against(&cache, (release, &hash), &headers, name)?;
         initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
         built.insert((*name).to_owned(), module);
     }
@@ -110,7 +109,7 @@ fn make(folder: &Path) -> Command {
     command
 }
 
-/// What was asked for is there, as far as this kernel knows it; and what is not to be there is not.
+/// Checks that the options that outpatch needs are on, and that livepatching is off.
 fn check_config(path: &Path) -> Result<()> {
     let config = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let has = |line: &str| config.lines().any(|other| other == line);
@@ -133,14 +132,18 @@ fn check_config(path: &Path) -> Result<()> {
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let shown = tools::shown(command);
+    let command_line = tools::command_line(command);
     let output = command
         .stdin(Stdio::null())
         .output()
-        .with_context(|| shown.clone())?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let mut last: Vec<&str> = said.lines().rev().take(12).collect();
+        .with_context(|| command_line.clone())?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let mut last: Vec<&str> = stderr.lines().rev().take(12).collect();
     last.reverse();
-    ensure!(output.status.success(), "{shown}: {}", last.join("; "));
+    ensure!(
+        output.status.success(),
+        "{command_line}: {}",
+        last.join("; ")
+    );
     Ok(())
 }

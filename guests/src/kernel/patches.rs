@@ -1,8 +1,8 @@
-//! Livepatch modules for tests: ours in `guests/patches`, and the kernel's own sample out of the kernel's source, built by
+//! Builds livepatch modules for tests: those of `guests/patches` and the kernel's own sample, by
 //! Kbuild against the headers of exactly the kernel that they are for.
 //!
-//! What `insmod` in a guest takes is what is built here; nothing is changed afterwards, except where a test wants a bad file
-//! ([`with_vermagic`]).
+//! The modules are the files that `insmod` in a guest takes. They are not modified, except where a
+//! test needs an invalid file ([`with_vermagic`]).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,41 +18,41 @@ use crate::kernel::sources::{SourceError, kernel_source};
 
 /// The name of the patch made from the kernel's own sample.
 pub const SAMPLE: &str = "livepatch-sample";
-/// Where the kernel keeps it.
+/// The sample's path in the kernel's source tree.
 const SAMPLE_SOURCE: &str = "samples/livepatch/livepatch-sample.c";
 
 /// Why a patch could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum PatchError {
-    /// The headers could not be had.
+    /// The kernel's headers could not be prepared.
     #[error(transparent)]
     Headers(#[from] HeadersError),
-    /// The kernel's source could not be had.
+    /// The sample's source could not be fetched.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A tool is missing.
+    /// `make` or `gcc` is missing on this host.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// The cache failed.
+    /// The cache folder could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// We have no such patch.
+    /// There is no patch of this name.
     #[error("no patch {name}: there are {known}")]
     Unknown {
-        /// What was asked for.
+        /// The name that was requested.
         name: String,
-        /// What there is.
+        /// The names of all patches, separated by commas.
         known: String,
     },
-    /// Kbuild refused.
+    /// The build failed.
     #[error("patches for {release} do not build: {output}")]
     Build {
-        /// The kernel.
+        /// The kernel's release.
         release: String,
-        /// The end of what make said.
+        /// The last lines that `make` printed on standard error.
         output: String,
     },
-    /// A module file that is not as expected.
+    /// A module file is not as expected.
     #[error("{path}: {what}", path = .path.display())]
     Module {
         /// The file.
@@ -68,8 +68,8 @@ macro_rules! patch_sources {
     };
 }
 
-/// Our patches: name and source.
-const OURS: [(&str, &str); 17] = patch_sources![
+/// The patches of `guests/patches`: name and source.
+const TEST_PATCHES: [(&str, &str); 17] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
@@ -89,26 +89,27 @@ const OURS: [(&str, &str); 17] = patch_sources![
     "wrong-sympos",
 ];
 
-/// What patches for a kernel without `CONFIG_LIVEPATCH` are built with.
-const PUBLIC: &str = include_str!("../../patches/klp_public.h");
+/// The header for patches for a kernel without `CONFIG_LIVEPATCH`.
+const KLP_PUBLIC_HEADER: &str = include_str!("../../patches/klp_public.h");
 
-/// The names of all patches, the kernel's sample among them.
+/// The names of all patches, including the kernel's sample.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    OURS.iter().map(|(name, _)| *name).chain([SAMPLE])
+    TEST_PATCHES.iter().map(|(name, _)| *name).chain([SAMPLE])
 }
 
-/// What patches are built for.
+/// The kernel that patches are built for.
 #[derive(Clone, Copy)]
-struct Target<'a> {
-    /// What `uname -r` says there.
+struct BuildTarget<'a> {
+    /// The release, as `uname -r` prints it.
     release: &'a str,
-    /// Tells kernels of the same release apart.
+    /// Distinguishes kernels of the same release.
     version: &'a str,
 }
 
-/// The `.ko` of a patch for a kernel, built or from the cache. Ours are built all at once.
+/// Builds the `.ko` of a patch for a kernel, or finds it in the cache. All patches of
+/// `guests/patches` are built at once.
 pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, PatchError> {
-    let target = Target {
+    let target = BuildTarget {
         release: &kernel.release,
         version: &kernel.version,
     };
@@ -117,29 +118,33 @@ pub fn build(cache: &Cache, kernel: &Kernel, name: &str) -> Result<PathBuf, Patc
         let text = fs::read_to_string(&source).at(&source)?;
         vec![(SAMPLE, text)]
     } else {
-        ours(name)?
+        test_patches(name)?
     };
     let headers = || Ok(Headers::fetch(cache, kernel)?);
     let folder = build_all(cache, target, headers, &sources)?;
     Ok(folder.join(format!("{name}.ko")))
 }
 
-/// The same for one of ours and a kernel that is in no package, of this release, whose builds `version` tells apart.
+/// Like [`build`], for a kernel that is in no package: it has this release, and `version`
+/// distinguishes its builds. The kernel's own sample is not available.
 pub fn build_against(
     cache: &Cache,
     (release, version): (&str, &str),
     headers: &Headers,
     name: &str,
 ) -> Result<PathBuf, PatchError> {
-    let target = Target { release, version };
-    let folder = build_all(cache, target, || Ok(headers.clone()), &ours(name)?)?;
+    let target = BuildTarget { release, version };
+    let folder = build_all(cache, target, || Ok(headers.clone()), &test_patches(name)?)?;
     Ok(folder.join(format!("{name}.ko")))
 }
 
-/// All of ours, if `name` is among them.
-fn ours(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
-    if OURS.iter().any(|(n, _)| *n == name) {
-        return Ok(OURS.iter().map(|(n, t)| (*n, (*t).to_owned())).collect());
+/// All patches of `guests/patches`, if `name` is one of them.
+fn test_patches(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
+    if TEST_PATCHES.iter().any(|(n, _)| *n == name) {
+        return Ok(TEST_PATCHES
+            .iter()
+            .map(|(n, t)| (*n, (*t).to_owned()))
+            .collect());
     }
     Err(PatchError::Unknown {
         name: name.to_owned(),
@@ -149,16 +154,16 @@ fn ours(name: &str) -> Result<Vec<(&'static str, String)>, PatchError> {
 
 fn build_all(
     cache: &Cache,
-    target: Target<'_>,
+    target: BuildTarget<'_>,
     headers: impl FnOnce() -> Result<Headers, PatchError>,
     sources: &[(&str, String)],
 ) -> Result<PathBuf, PatchError> {
     let texts = sources
         .iter()
         .flat_map(|(n, t)| [n.as_bytes(), t.as_bytes()]);
-    let others = [target.version.as_bytes(), PUBLIC.as_bytes()];
-    let mark = fingerprint(texts.chain(others));
-    let place = cache.root().join("patches").join(target.release).join(mark);
+    let others = [target.version.as_bytes(), KLP_PUBLIC_HEADER.as_bytes()];
+    let hash = fingerprint(texts.chain(others));
+    let place = cache.root().join("patches").join(target.release).join(hash);
     if place.is_dir() {
         return Ok(place);
     }
@@ -172,7 +177,7 @@ fn build_all(
     let work = staging.path().join("work");
     fs::create_dir(&work).at(&work)?;
     let header = work.join("klp_public.h");
-    fs::write(&header, PUBLIC).at(&header)?;
+    fs::write(&header, KLP_PUBLIC_HEADER).at(&header)?;
     let mut makefile = format!(
         "ifndef CONFIG_LIVEPATCH\nccflags-y += -include {}\nendif\n",
         header.display()
@@ -203,7 +208,7 @@ fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError>
         .arg("-C")
         .arg(&headers.folder)
         .arg(format!("M={}", work.display()))
-        // One of the patches calls what does not exist, to be refused by whoever loads it.
+        // One of the patches calls a function that does not exist: loading it must be refused.
         .arg("KBUILD_MODPOST_WARN=1")
         .arg("modules")
         .env_remove("MAKEFLAGS")
@@ -212,7 +217,7 @@ fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError>
         .env("PATH", tools::path_with(headers.compiler.as_deref()))
         .stdin(Stdio::null());
     if tools::find("pahole").is_none() {
-        // Types of the module's own, which nobody needs to load it.
+        // The BTF of the module's own types, which is not needed to load it.
         command.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
     }
     let output = command.output().at(Path::new("make"))?;
@@ -220,8 +225,8 @@ fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError>
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let lines: Vec<&str> = said.lines().filter(|l| !l.trim().is_empty()).collect();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = stderr.lines().filter(|l| !l.trim().is_empty()).collect();
     let last = lines
         .get(lines.len().saturating_sub(12)..)
         .unwrap_or_default();
@@ -231,7 +236,8 @@ fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError>
     })
 }
 
-/// A copy of a module whose vermagic names another kernel of the same length, for tests of what must be refused.
+/// Writes a copy of a module whose vermagic names another kernel, for tests of what must be
+/// refused.
 pub fn with_vermagic(module: &Path, to: &Path) -> Result<(), PatchError> {
     const KEY: &[u8] = b"vermagic=";
     let mut bytes = fs::read(module).at(module)?;
@@ -270,8 +276,8 @@ mod tests {
     }
 
     #[test]
-    fn each_patch_says_its_licence() {
-        for (name, text) in OURS {
+    fn each_patch_states_its_license() {
+        for (name, text) in TEST_PATCHES {
             assert!(
                 text.starts_with("// SPDX-License-Identifier: GPL-2.0"),
                 "{name}"

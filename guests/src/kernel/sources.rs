@@ -1,6 +1,8 @@
-//! Single files out of the kernel's own source, which Debian ships as one big compressed archive.
+//! Extracts single files from the kernel's source, which Debian ships as one large compressed
+//! archive.
 //!
-//! The archive is read as a stream up to the file and then dropped from the cache: only the file is kept.
+//! The archive is read as a stream up to the file and then deleted: only the file is kept in the
+//! cache.
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
@@ -12,29 +14,29 @@ use crate::host::cache::{At, Cache, CacheError};
 use crate::host::progress;
 use crate::kernel::Generation;
 
-/// Why a source file could not be had.
+/// Why a source file could not be extracted.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The source package could not be had.
+    /// The source package could not be fetched.
     #[error(transparent)]
     Package(#[from] PackageError),
-    /// The cache failed, or the archive could not be read.
+    /// The cache folder or the archive could not be read or written.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// The archive does not have it.
+    /// The archive does not have the file.
     #[error("no {file} in {archive}", archive = .archive.display())]
-    NotThere {
-        /// The file, from the top of the kernel's tree.
+    NotFound {
+        /// The file's path in the kernel's tree.
         file: String,
-        /// The archive.
+        /// The archive's path.
         archive: PathBuf,
     },
 }
 
-/// The largest source file that is taken.
-const LARGEST: u64 = 1 << 20;
+/// The size in bytes of the largest file that is extracted.
+const MAX_FILE_SIZE: u64 = 1 << 20;
 
-/// A file of the kernel's own source tree, given by its path from the top.
+/// Extracts the file whose path in the kernel's source tree is `file`, or finds it in the cache.
 pub fn kernel_source(
     cache: &Cache,
     generation: Generation,
@@ -47,12 +49,12 @@ pub fn kernel_source(
     let name = format!("linux-source-{generation}");
     let package = Packages::new(cache).fetch(&name, generation.suites())?;
     let archive = package.root.join(format!("usr/src/{name}.tar.xz"));
-    let bar = progress::spinner(&format!("looking for {file} in {name}"));
+    let bar = progress::spinner(&format!("extracting {file} from {name}"));
     let packed = File::open(&archive).at(&archive)?;
     let plain = liblzma::read::XzDecoder::new(BufReader::new(packed));
     let found = find_in_tar(plain, file).at(&archive)?;
     bar.finish_and_clear();
-    let content = found.ok_or_else(|| SourceError::NotThere {
+    let content = found.ok_or_else(|| SourceError::NotFound {
         file: file.to_owned(),
         archive: archive.clone(),
     })?;
@@ -61,7 +63,8 @@ pub fn kernel_source(
     Ok(place)
 }
 
-/// The content of the member whose path, without its first folder, is `file` (POSIX ustar; other members are passed over).
+/// The content of the member whose path, without its first folder, is `file`, in a tar archive in
+/// the POSIX ustar format.
 fn find_in_tar(mut tar: impl Read, file: &str) -> io::Result<Option<Vec<u8>>> {
     let mut header = [0; 512];
     loop {
@@ -72,15 +75,15 @@ fn find_in_tar(mut tar: impl Read, file: &str) -> io::Result<Option<Vec<u8>>> {
         let size = octal(&header[124..136])?;
         let path = format!("{}/{}", text(&header[345..500]), text(&header[..100]));
         let path = path.trim_start_matches('/');
-        let is_it = path.split_once('/').is_some_and(|(_, rest)| rest == file);
-        if is_it && size <= LARGEST {
+        let matches = path.split_once('/').is_some_and(|(_, rest)| rest == file);
+        if matches && size <= MAX_FILE_SIZE {
             let mut content = Vec::new();
             tar.take(size).read_to_end(&mut content)?;
             return Ok(Some(content));
         }
         let padded = size.next_multiple_of(512);
-        let passed = io::copy(&mut tar.by_ref().take(padded), &mut io::sink())?;
-        if passed != padded {
+        let skipped = io::copy(&mut tar.by_ref().take(padded), &mut io::sink())?;
+        if skipped != padded {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
@@ -93,8 +96,11 @@ fn text(field: &[u8]) -> String {
 
 fn octal(field: &[u8]) -> io::Result<u64> {
     let digits = text(field);
-    u64::from_str_radix(digits.trim(), 8)
-        .map_err(|_| io::Error::other(format!("not a tar archive: a size of {digits:?}")))
+    u64::from_str_radix(digits.trim(), 8).map_err(|_| {
+        io::Error::other(format!(
+            "not a tar archive: the size of a member is {digits:?}"
+        ))
+    })
 }
 
 #[cfg(test)]

@@ -12,10 +12,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use guests::bed::Bed;
+use guests::drive::build_outpatch;
 use guests::drive::{Guest, GuestSpec};
 use guests::host::cache::{Cache, fingerprint};
 use guests::initramfs::programs;
-use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -64,14 +65,14 @@ struct Plan {
 /// When no guest could be had or driven; the cores that there are by then are kept.
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
-    let stock = PreparedKernel::prepare(Order {
+    let stock = PreparedKernel::prepare(KernelSpec {
         generation: GENERATION,
         flavour: Flavour::Cloud,
         patches: &[],
         modules: &[],
         boot: None,
     })?;
-    let sleeper = programs::IN_GUEST
+    let sleeper = programs::GUEST_PROGRAMS
         .iter()
         .find(|source| source.name == "sleeper");
     let sleeper = sleeper.context("no sleeper among the guest's programs")?;

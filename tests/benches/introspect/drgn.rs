@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, ensure};
 use guests::external::drgn::Drgn;
 use guests::host::cache::Cache;
-use guests::kernel::stock::PreparedKernel;
+use guests::kernel::prepared::PreparedKernel;
 use serde::Deserialize;
 
 use crate::cores::{Core, GENERATION};

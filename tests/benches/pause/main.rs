@@ -11,7 +11,7 @@ use std::{env, fs, path::Path, process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use guests::kernel::Flavour;
-use guests::kernel::stock::{Order, PreparedKernel};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use introspect::{CoreFile, Kernel, TaskKind, task_list};
 use patcher::{Machine, Mode, Patcher, PauseLength};
 use tests::core_machine::CoreMachine;
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
 
 fn bench() -> Result<()> {
     let (release, all) = cores::all()?;
-    let stock = PreparedKernel::prepare(Order {
+    let stock = PreparedKernel::prepare(KernelSpec {
         generation: cores::GENERATION,
         flavour: Flavour::Cloud,
         patches: &PATCHES.map(|(file, _)| file),

@@ -12,8 +12,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
+use guests::drive::build_outpatch;
 use guests::drive::{Guest, GuestSpec, MEMORY_MIB};
-use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
@@ -74,7 +75,7 @@ impl Assets {
                 Generation::V6_1 | Generation::V6_12 | Generation::V7_3 => &PATCHES,
                 _ => &[],
             };
-            let order = Order {
+            let order = KernelSpec {
                 generation,
                 flavour: Flavour::Cloud,
                 patches,
@@ -85,7 +86,7 @@ impl Assets {
         }
         let mut with_kernel = None;
         if let Some(plain) = stock.get(&KEXEC.to_string()) {
-            with_kernel = Some(PreparedKernel::prepare(Order {
+            with_kernel = Some(PreparedKernel::prepare(KernelSpec {
                 generation: KEXEC,
                 flavour: Flavour::Cloud,
                 patches: &["pause"],
@@ -95,7 +96,7 @@ impl Assets {
         }
         stock.extend(with_kernel.map(|with| (format!("{KEXEC}-kexec"), with)));
         for (generation, flavour) in flavours::wanted() {
-            let order = Order {
+            let order = KernelSpec {
                 generation,
                 flavour,
                 patches: &[],

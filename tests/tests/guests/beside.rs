@@ -118,11 +118,11 @@ impl Pair {
             if !self.load.signal {
                 return rest.apply(&self.module, LIMIT);
             }
-            let mut patch = rest.begin(&self.module)?;
+            let mut patch = rest.start(&self.module)?;
             if patch["transition"] == true {
                 patch = rest.change(self.load.name, &json!({"signal": true}))?;
             }
-            rest.end(patch, LIMIT)
+            rest.wait_complete(patch, LIMIT)
         })?;
         let took = asked.elapsed();
         guest

@@ -88,7 +88,7 @@ fn kinds(bench: &Bench, generation: &str, cpus: u32) -> Result<()> {
         // What it waits for ends, and it comes by the boundary, or is met on the way there.
         guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
         let status = outpatch.json(&["status", "kinds"])?;
-        guest.rest().end(status, GETS_ON)?;
+        guest.rest().wait_complete(status, GETS_ON)?;
         let over = Tasks::of(&outpatch, "kinds")?;
         let moved = over.one(UNINTERRUPTIBLE)?;
         ensure!(moved["switched_by"] == "kernel-exit" || moved["switched_by"] == "stack", "{moved}");

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
-use guests::kernel::stock::PreparedKernel;
+use guests::kernel::prepared::PreparedKernel;
 use guests::kernel::{Generation, no_livepatch};
 use serde_json::Value;
 

@@ -53,7 +53,7 @@ fn soak(bench: &Bench, generation: &str, cpus: u32, time: Duration) -> Result<()
         let mut rounds = 0;
         while Instant::now() < end {
             for (file, name) in PATCHES {
-                let patch = rest.begin(&fs::read(stock.patch(file)?)?)?;
+                let patch = rest.start(&fs::read(stock.patch(file)?)?)?;
                 signalled(&rest, patch)?;
                 let patch = rest.change(name, &json!({"enabled": false}))?;
                 signalled(&rest, patch)?;
@@ -80,7 +80,7 @@ fn signalled(rest: &Rest, mut patch: Value) -> Result<()> {
             patch = asked;
         }
     }
-    rest.end(patch, STUCK).map(drop)
+    rest.wait_complete(patch, STUCK).map(drop)
 }
 
 /// Every system call that the load made was answered as it must be.

@@ -246,7 +246,7 @@ fn kexec(bench: &Bench) -> Result<()> {
         guest.console().type_in(
             "kexec /boot/vmlinuz /boot/initrd 'console=ttyS0 quiet panic=-1 tsc=reliable'\n",
         )?;
-        guest.boots_again(KEXEC_LIMIT)?;
+        guest.wait_for_next_boot(KEXEC_LIMIT)?;
 
         // Whoever asks first is told, unless the transition was already given up.
         let told = outpatch.call(&["ps"])?;

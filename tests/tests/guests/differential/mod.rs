@@ -21,7 +21,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 use guests::kernel::Generation;
-use guests::kernel::stock::PreparedKernel;
+use guests::kernel::prepared::PreparedKernel;
 
 use crate::Scenario;
 use crate::bench::Bench;

@@ -1,33 +1,36 @@
-//! What the bed's two ends say to each other: frames of a length (u32, little endian), a kind, and that many bytes.
+//! The protocol on the virtio port of a nested bed. A frame is a length (u32, little endian), a
+//! kind (u8), and as many bytes of payload as the length says.
 //!
-//! The other end is `guests/programs/bed-init.c`. This module knows nothing of processes.
+//! The other end is `guests/programs/bed-init.c`. This module must not know of processes.
 
 use std::io::{self, Read, Write};
 
-/// More than any frame that the other end sends.
-const MOST: u32 = 1 << 20;
+/// A limit on the payload in bytes; the other end sends at most 64 KiB.
+const MAX_FRAME: u32 = 1 << 20;
 
-/// What we send.
+/// The kinds of frames that are sent to the bed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum ToBed {
     Stdin = 1,
     EndOfInput = 2,
-    Window = 3,
+    /// Payload: rows and columns in decimal, with a space between.
+    TerminalSize = 3,
+    /// The command, as [`command_spec`](super::command_spec) encodes it.
     Spec = 4,
 }
 
-/// What comes back.
+/// The frames that the bed sends.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum FromBed {
     Stdout(Vec<u8>),
     Stderr(Vec<u8>),
-    /// The status as waitpid(2) gave it.
+    /// The command's status, as waitpid(2) returned it.
     Status(i32),
     /// The command is about to start.
     Ready,
-    /// The bed could not be made, with the reason.
+    /// The bed could not be set up, for this reason.
     Failed(String),
-    /// Sent now and then by a bed whose command is silent.
+    /// A heartbeat while the command prints nothing.
     Alive,
 }
 
@@ -45,7 +48,7 @@ pub(super) fn receive(from: &mut impl Read) -> io::Result<FromBed> {
     from.read_exact(&mut head)?;
     let [a, b, c, d, kind] = head;
     let size = u32::from_le_bytes([a, b, c, d]);
-    if size > MOST {
+    if size > MAX_FRAME {
         return Err(io::Error::other(format!("a frame of {size} bytes")));
     }
     let mut payload = Vec::new();
@@ -74,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_read_whole_or_not_at_all() {
+    fn incomplete_and_unknown_frames_are_errors() {
         let bytes = [3, 0, 0, 0, 1, b'a', b'b', b'c', 4, 0, 0, 0, 3, 0, 7, 0, 0];
         let mut from = bytes.as_slice();
         assert_eq!(

@@ -1,11 +1,12 @@
-//! What the bed is made of: a QEMU that emulates AMD's virtualisation well, a server for the host's file tree, a kernel
-//! with the real kvm_amd module, and an initramfs with our first process. All from packages, in the cache.
+//! The files that a nested bed is started from, all in the cache: a QEMU that emulates SVM well, a
+//! server for the host's file tree, a kernel with the real kvm_amd module, and an initramfs with
+//! our init program. Must not know how they are run.
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::bed::BedError;
+use crate::bed::error::BedError;
 use crate::debian::packages::Packages;
 use crate::external::qemu::{LIBRARY_SUITE, Qemu};
 use crate::host::cache::{At, Cache, fingerprint};
@@ -14,29 +15,30 @@ use crate::initramfs::programs;
 use crate::kernel::modules;
 use crate::kernel::{Flavour, Generation, Kernel};
 
-/// QEMU's server for virtiofs left its packages after this suite.
+/// The suites that have QEMU's virtiofs server: later ones no longer do.
 const SERVER_SUITES: &[&str] = &["bookworm", "bookworm-security"];
-/// What the first process loads: the file system for scratch folders, and KVM.
+/// The modules that init loads: the file system of the scratch folders, and KVM.
 const MODULES: &[&str] = &["overlay", "kvm_amd"];
 
-/// The files that a bed is started from.
+/// The files that a nested bed is started from.
 #[derive(Debug, Clone)]
-pub(super) struct Parts {
+pub(super) struct BedFiles {
     pub(super) qemu: Qemu,
+    /// The virtiofs server.
     pub(super) server: PathBuf,
     pub(super) server_libraries: OsString,
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
 }
 
-impl Parts {
-    /// Fetches what the cache does not have.
-    pub(super) fn gather(cache: &Cache) -> Result<Parts, BedError> {
+impl BedFiles {
+    /// Fetches and builds the files, or finds them in the cache.
+    pub(super) fn fetch(cache: &Cache) -> Result<BedFiles, BedError> {
         let packages = Packages::new(cache);
         let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
         let kernel = Kernel::fetch(cache, Generation::V6_12, Flavour::Cloud)?;
         let initramfs = initramfs(cache, &kernel)?;
-        Ok(Parts {
+        Ok(BedFiles {
             qemu: Qemu::fetch(cache)?,
             server: server.root.join("usr/lib/qemu/virtiofsd"),
             server_libraries: packages.fetch_libraries(&[&server], LIBRARY_SUITE)?,
@@ -48,14 +50,14 @@ impl Parts {
 
 fn initramfs(cache: &Cache, kernel: &Kernel) -> Result<PathBuf, BedError> {
     let init = programs::build(cache, &programs::BED_INIT)?;
-    let mark = fingerprint([
+    let hash = fingerprint([
         programs::BED_INIT.text.as_bytes(),
         kernel.release.as_bytes(),
         kernel.version.as_bytes(),
     ]);
-    let place = cache.root().join(format!("bed/initramfs-{mark}"));
-    if place.is_file() {
-        return Ok(place);
+    let path = cache.root().join(format!("bed/initramfs-{hash}"));
+    if path.is_file() {
+        return Ok(path);
     }
     let mut archive = Archive::new();
     archive.device("/dev/console", 5, 1);
@@ -67,8 +69,8 @@ fn initramfs(cache: &Cache, kernel: &Kernel) -> Result<PathBuf, BedError> {
         order.push('\n');
     }
     archive.file("/modules/order", 0o644, order.as_bytes());
-    cache.write(&place, &archive.finish())?;
-    Ok(place)
+    cache.write(&path, &archive.finish())?;
+    Ok(path)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, BedError> {

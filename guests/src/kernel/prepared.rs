@@ -1,0 +1,121 @@
+//! Prepares all files that a guest boots from: a kernel image, patches built for that kernel, and
+//! an initramfs that contains them. Must not know how the guest is run.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::host::cache::Cache;
+use crate::initramfs::Initramfs;
+use crate::kernel::{Flavour, Generation, Kernel};
+use crate::kernel::{modules, patches};
+
+/// The folder in the guest that has the kernel's own modules and the file [`LOAD_ORDER`].
+const MODULES: &str = "/lib/modules";
+/// The file that lists the modules' paths, one a line, in an order in which they can be loaded.
+const LOAD_ORDER: &str = "order";
+
+/// What to prepare.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelSpec<'a> {
+    /// The kernel's generation.
+    pub generation: Generation,
+    /// The kernel's flavour.
+    pub flavour: Flavour,
+    /// The names of the patches to build; see [`patches::names`].
+    pub patches: &'a [&'a str],
+    /// The names of the kernel's own modules to include, with their dependencies.
+    pub modules: &'a [&'a str],
+    /// If set, the guest has its kernel as `/boot/vmlinuz` and this initramfs as `/boot/initrd`, so
+    /// that it can start another kernel (kexec).
+    pub boot: Option<&'a Path>,
+}
+
+/// A kernel that is ready to boot, with its patches.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreparedKernel {
+    /// The release, as `uname -r` prints it.
+    pub release: String,
+    /// The path of the bzImage.
+    pub bzimage: PathBuf,
+    /// The path of the initramfs, which has the patches in `/lib/patches` and the kernel's modules
+    /// in `/lib/modules`.
+    pub initrd: PathBuf,
+    /// The paths of the patches built for this kernel, by name.
+    pub patches: BTreeMap<String, PathBuf>,
+}
+
+impl PreparedKernel {
+    /// Fetches the newest stock kernel that fits `spec` and builds its patches and initramfs, or
+    /// finds them in the cache.
+    ///
+    /// # Errors
+    /// When a package cannot be fetched or a patch cannot be built.
+    pub fn prepare(spec: KernelSpec<'_>) -> Result<PreparedKernel> {
+        let cache = Cache::open()?;
+        let kernel = Kernel::fetch(&cache, spec.generation, spec.flavour)?;
+        PreparedKernel::of(&cache, kernel, spec)
+    }
+
+    /// Prepares the newest kernel of a generation that has debugging information, without patches.
+    /// Returns the path of its `vmlinux` too.
+    ///
+    /// # Errors
+    /// When a package cannot be fetched.
+    pub fn prepare_debug(generation: Generation) -> Result<(PreparedKernel, PathBuf)> {
+        let cache = Cache::open()?;
+        let (kernel, vmlinux) = Kernel::fetch_debug(&cache, generation)?;
+        let spec = KernelSpec {
+            generation,
+            flavour: kernel.flavour,
+            patches: &[],
+            modules: &[],
+            boot: None,
+        };
+        Ok((PreparedKernel::of(&cache, kernel, spec)?, vmlinux))
+    }
+
+    fn of(cache: &Cache, kernel: Kernel, spec: KernelSpec<'_>) -> Result<PreparedKernel> {
+        let mut initramfs = Initramfs::new();
+        let mut built = BTreeMap::new();
+        for name in spec.patches {
+            let module = patches::build(cache, &kernel, name)?;
+            initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
+            built.insert((*name).to_owned(), module);
+        }
+        let mut files = String::new();
+        for module in modules::with_dependencies(&kernel.modules, spec.modules)? {
+            files.push_str(&format!("{MODULES}/{}\n", module.file));
+            initramfs =
+                initramfs.with_content(&format!("{MODULES}/{}", module.file), module.content);
+        }
+        if let Some(initrd) = spec.boot {
+            initramfs = initramfs
+                .with_file("/boot/vmlinuz", &kernel.bzimage)
+                .with_file("/boot/initrd", initrd);
+        }
+        let initrd = initramfs
+            .with_content(&format!("{MODULES}/{LOAD_ORDER}"), files)
+            .build(cache)?;
+        Ok(PreparedKernel {
+            release: kernel.release,
+            bzimage: kernel.bzimage,
+            initrd,
+            patches: built,
+        })
+    }
+
+    /// The path of the patch `name`, as an argument for the command line.
+    ///
+    /// # Errors
+    /// When the patch was not in the [`KernelSpec`].
+    pub fn patch(&self, name: &str) -> Result<&str> {
+        let path = self
+            .patches
+            .get(name)
+            .with_context(|| format!("no patch {name} for {}", self.release))?;
+        path.to_str().context("the patch's path is not UTF-8")
+    }
+}
