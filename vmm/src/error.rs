@@ -6,10 +6,9 @@ use crate::boot::acpi::TablesTooLarge;
 use crate::boot::bzimage::BootError;
 use crate::boot::vcpu_state::RegisterError;
 use crate::config::MAX_CPUS;
-use crate::vm::cpuid::CpuidError;
+use crate::vm::error::{PauseError, VmError};
 use crate::vm::regs::Dump;
 use crate::vm::vcpu::{ExitReason, ExitedVcpu};
-use crate::vm::vcpu_set::PauseError;
 
 /// Why a guest could not be started, or how it ended when not of its own will.
 #[derive(Debug, thiserror::Error)]
@@ -17,46 +16,12 @@ pub enum RunError {
     /// A number of vCPUs that no guest may have.
     #[error("--cpus {0}: a guest has 1 to {MAX_CPUS} vCPUs")]
     Cpus(u32),
-    /// A size of RAM that the host cannot map.
-    #[error("cannot allocate {} MiB of guest memory: {why}", size >> 20)]
-    Memory {
-        /// Bytes asked for.
-        size: u64,
-        /// What the host said.
-        why: String,
-    },
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// There is no `/dev/kvm`.
-    #[error(
-        "no /dev/kvm: load kvm_amd or kvm_intel (and switch virtualization on in the firmware)"
-    )]
-    NoKvm,
-    /// `/dev/kvm` is there but not for us.
-    #[error("no permission to open /dev/kvm: join the group that owns it (usually `kvm`)")]
-    KvmPermission,
-    /// `/dev/kvm` cannot be opened for another reason.
-    #[error("/dev/kvm: {0}")]
-    KvmOpen(kvm_ioctls::Error),
-    /// Something answers at `/dev/kvm` that cannot run a stock kernel.
-    #[error(
-        "/dev/kvm cannot run a stock kernel here: neither kvm_amd nor kvm_intel is loaded{}",
-        served_by(modules)
-    )]
-    KvmNotServing {
-        /// The kvm modules that are loaded instead.
-        modules: Vec<String>,
-    },
-    /// KVM lacks something.
-    #[error("/dev/kvm lacks {0}: a newer host kernel is needed")]
-    KvmLacks(&'static str),
-    /// KVM refused a step of building the machine.
-    #[error("{0}: {1}")]
-    Kvm(&'static str, kvm_ioctls::Error),
-    /// The vCPUs' CPUID.
+    /// The machine could not be built.
     #[error(transparent)]
-    Cpuid(#[from] CpuidError),
+    Vm(#[from] VmError),
     /// The vCPUs' registers.
     #[error(transparent)]
     Registers(#[from] RegisterError),
@@ -64,14 +29,14 @@ pub enum RunError {
     #[error(transparent)]
     Acpi(#[from] TablesTooLarge),
     /// The reset vector.
-    #[error("the reset vector: {0}")]
-    Firmware(#[from] vm_memory::GuestMemoryError),
+    #[error("the reset vector")]
+    ResetVector(#[from] vm_memory::GuestMemoryError),
     /// Threads, file descriptors, the terminal.
-    #[error("{0}: {1}")]
-    Host(&'static str, std::io::Error),
+    #[error("{0}")]
+    Host(&'static str, #[source] std::io::Error),
     /// The event loop.
-    #[error("event loop: {0}")]
-    EventLoop(String),
+    #[error("event loop")]
+    EventLoop(#[source] event_manager::Error),
     /// What the caller wanted to have beside the guest (its control socket, say).
     #[error(transparent)]
     Beside(Box<dyn std::error::Error + Send + Sync>),
@@ -81,14 +46,6 @@ pub enum RunError {
     /// The guest ended because a vCPU cannot go on.
     #[error("{}", died(.0))]
     Died(Box<ExitedVcpu>),
-}
-
-fn served_by(modules: &[String]) -> String {
-    if modules.is_empty() {
-        String::new()
-    } else {
-        format!(" (it is served by {})", modules.join(", "))
-    }
 }
 
 fn died(ended: &ExitedVcpu) -> String {

@@ -28,7 +28,8 @@ use crate::devices::legacy::power::{self, Power};
 use crate::devices::legacy::serial::{self, Com1};
 use crate::error::RunError;
 use crate::signals;
-use crate::vm::handle::{Shared, VmHandle, VmState};
+use crate::vm::handle::VmHandle;
+use crate::vm::shared::{Shared, VmState};
 use crate::vm::vcpu::{Buses, EndReporter, ExitReason, ExitedVcpu};
 use crate::vm::vcpu_set::Vcpus;
 use crate::vm::{Vm, check_serving, open_kvm};
@@ -186,12 +187,12 @@ fn serve(
     ends: ExitEvents,
     verdict: &RefCell<Option<RunOutcome>>,
 ) -> Result<RunOutcome, RunError> {
-    let failed = |e: event_manager::Error| RunError::EventLoop(format!("{e:?}"));
-    let mut events = EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(failed)?;
+    let mut events =
+        EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(RunError::EventLoop)?;
     events.add_subscriber(Box::new(ends));
     events.add_subscriber(Box::new(stdin));
     loop {
-        events.run().map_err(failed)?;
+        events.run().map_err(RunError::EventLoop)?;
         if let Some(verdict) = verdict.borrow_mut().take() {
             return Ok(verdict);
         }

@@ -35,14 +35,14 @@ const MIB: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be read.
-    #[error("{what} {}: {error}", path.display())]
+    #[error("{what} {}", path.display())]
     File {
         /// Kernel or initrd.
         what: &'static str,
         /// Which file.
         path: PathBuf,
-        /// Why.
-        error: io::Error,
+        /// The error of the system call.
+        source: io::Error,
     },
     /// Not a bzImage.
     #[error("kernel {}: not a bzImage ({why})", path.display())]
@@ -110,10 +110,10 @@ impl Kernel {
     /// # Errors
     /// [`BootError`] about the file.
     pub fn open(path: &Path) -> Result<Kernel, BootError> {
-        let io = |error| BootError::File {
+        let io = |source| BootError::File {
             what: "kernel",
             path: path.to_owned(),
-            error,
+            source,
         };
         let not = |why| BootError::NotBzImage {
             path: path.to_owned(),
@@ -308,10 +308,10 @@ impl Initrd {
             file.seek(SeekFrom::Start(0))?;
             Ok((file, len))
         };
-        let (file, len) = open().map_err(|error| BootError::File {
+        let (file, len) = open().map_err(|source| BootError::File {
             what: "initrd",
             path: path.to_owned(),
-            error,
+            source,
         })?;
         Ok(Initrd {
             path: path.to_owned(),
@@ -327,7 +327,7 @@ impl Initrd {
             .map_err(|e| BootError::File {
                 what: "initrd",
                 path: self.path.clone(),
-                error: io::Error::other(e),
+                source: io::Error::other(e),
             })
     }
 }

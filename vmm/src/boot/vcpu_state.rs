@@ -45,8 +45,8 @@ const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// KVM refused a call.
-    #[error("{0}: {1}")]
-    Kvm(&'static str, kvm_ioctls::Error),
+    #[error("{0}")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
     /// KVM does not know an MSR.
     #[error("KVM_SET_MSRS: MSR {0:#x} cannot be set")]
     Msr(u32),

@@ -28,8 +28,8 @@ const SIGNIFICANT_INDEX: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum CpuidError {
     /// KVM does not say what it supports.
-    #[error("KVM_GET_SUPPORTED_CPUID: {0}")]
-    Supported(kvm_ioctls::Error),
+    #[error("KVM_GET_SUPPORTED_CPUID")]
+    Supported(#[source] kvm_ioctls::Error),
     /// More leaves than KVM takes.
     #[error("too many CPUID leaves")]
     TooMany,

@@ -1,34 +1,12 @@
 //! What others than the vCPUs hold of a running machine: its state, its pause, its end.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use patcher::MachineError;
-use serde::Serialize;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::vm::Vm;
-use crate::vm::machine::{VmMachine, vcpu_error};
-use crate::vm::vcpu_set::{PauseStats, Vcpus};
-
-/// Whether the operator lets the guest run. Short pauses for a look into the guest do not count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum VmState {
-    /// It runs.
-    Running,
-    /// The operator has paused it.
-    Paused,
-}
-
-/// What all handles share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    // Before the VM: the vCPU threads must have ended before memory goes.
-    pub(crate) vcpus: Vcpus,
-    pub(crate) vm: Vm,
-    pub(crate) state: Mutex<VmState>,
-    pub(crate) stop: EventFd,
-}
+use crate::vm::machine::VmMachine;
+use crate::vm::shared::{Shared, VmState};
+use crate::vm::vcpu_set::PauseStats;
 
 /// A running machine. Cheap to clone, for any thread.
 #[derive(Clone, Debug)]
@@ -58,7 +36,7 @@ impl VmHandle {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if *state == VmState::Running {
-            self.shared.vcpus.pause().map_err(vcpu_error)?;
+            self.shared.vcpus.pause()?;
             *state = VmState::Paused;
         }
         Ok(())
@@ -75,7 +53,7 @@ impl VmHandle {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if *state == VmState::Paused {
-            self.shared.vcpus.resume().map_err(vcpu_error)?;
+            self.shared.vcpus.resume()?;
             *state = VmState::Running;
         }
         Ok(())

@@ -6,9 +6,9 @@ use introspect::VcpuRegs;
 use patcher::{Machine, MachineError};
 use vm_memory::GuestAddress;
 
-use crate::vm::handle::Shared;
+use crate::vm::error::PauseError;
 use crate::vm::memory::VmMemory;
-use crate::vm::vcpu_set::PauseError;
+use crate::vm::shared::Shared;
 
 /// A handle on a running machine, for any thread but a vCPU's.
 ///
@@ -54,22 +54,19 @@ impl Machine for VmMachine {
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
-        self.shared.vcpus.pause().map_err(vcpu_error)?;
+        self.shared.vcpus.pause()?;
         self.pauses += 1;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.pauses = self
-            .pauses
-            .checked_sub(1)
-            .ok_or_else(|| vcpu_error(PauseError::NotPaused))?;
-        self.shared.vcpus.resume().map_err(vcpu_error)
+        self.pauses = self.pauses.checked_sub(1).ok_or(PauseError::NotPaused)?;
+        Ok(self.shared.vcpus.resume()?)
     }
 
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
         self.must_hold_a_pause()?;
-        self.shared.vcpus.regs().map_err(vcpu_error)
+        Ok(self.shared.vcpus.regs()?)
     }
 
     /// Code may be written too. The vCPUs are outside the guest, the processors that ran them keep their instruction caches
@@ -77,7 +74,7 @@ impl Machine for VmMachine {
     /// serialising event, so none can go on with an instruction fetched before the write.
     fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
         if self.pauses == 0 && gpa.0 < self.shared.vm.hidden_base() {
-            return Err(vcpu_error(PauseError::NotPaused));
+            return Err(PauseError::NotPaused.into());
         }
         self.memory
             .write(gpa, bytes)
@@ -88,17 +85,11 @@ impl Machine for VmMachine {
     }
 
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
-        self.shared
-            .vm
-            .add_hidden(len)
-            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+        Ok(self.shared.vm.add_hidden(len)?)
     }
 
     fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError> {
-        self.shared
-            .vm
-            .remove_hidden(gpa)
-            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+        Ok(self.shared.vm.remove_hidden(gpa)?)
     }
 
     fn interrupt(&mut self, index: u32, vector: u8) -> Result<(), MachineError> {
@@ -120,12 +111,8 @@ impl Machine for VmMachine {
 impl VmMachine {
     fn must_hold_a_pause(&self) -> Result<(), MachineError> {
         if self.pauses == 0 {
-            return Err(vcpu_error(PauseError::NotPaused));
+            return Err(PauseError::NotPaused.into());
         }
         Ok(())
     }
-}
-
-pub(crate) fn vcpu_error(error: PauseError) -> MachineError {
-    MachineError::Vcpu(error.to_string())
 }

@@ -1,12 +1,14 @@
 //! The machine as KVM sees it: memory slots, interrupt controllers, timers, vCPUs. Knows nothing of what the guest runs.
 
 pub mod cpuid;
+pub mod error;
 pub mod handle;
 pub mod kvm_run;
 pub mod machine;
 pub mod memory;
 pub mod memslots;
 pub mod regs;
+pub mod shared;
 pub mod vcpu;
 pub mod vcpu_set;
 
@@ -17,8 +19,8 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::RunError;
 use crate::layout::{self, HIDDEN_UNIT};
+use crate::vm::error::{HiddenError, VmError};
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::memory::VmMemory;
 use crate::vm::memslots::{Memslots, prefer_large_pages};
@@ -29,15 +31,15 @@ const HIDDEN_LIMIT: u64 = 1 << 30;
 /// Opens `/dev/kvm` and checks that it offers what the machine is made of.
 ///
 /// # Errors
-/// [`RunError`] saying what is missing.
-pub fn open_kvm() -> Result<Kvm, RunError> {
+/// [`VmError`] saying what is missing.
+pub fn open_kvm() -> Result<Kvm, VmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => RunError::NoKvm,
-        libc::EACCES | libc::EPERM => RunError::KvmPermission,
-        _ => RunError::KvmOpen(e),
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => VmError::NoKvm,
+        libc::EACCES | libc::EPERM => VmError::Permission,
+        _ => VmError::Open(e),
     })?;
     if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
-        return Err(RunError::KvmLacks("API version 12"));
+        return Err(VmError::Lacks("API version 12"));
     }
     for (cap, name) in [
         (Cap::Irqchip, "an in-kernel interrupt controller"),
@@ -50,7 +52,7 @@ pub fn open_kvm() -> Result<Kvm, RunError> {
         (Cap::MpState, "KVM_CAP_MP_STATE"),
     ] {
         if !kvm.check_extension(cap) {
-            return Err(RunError::KvmLacks(name));
+            return Err(VmError::Lacks(name));
         }
     }
     Ok(kvm)
@@ -60,8 +62,8 @@ pub fn open_kvm() -> Result<Kvm, RunError> {
 /// minutes over a guest kernel that they then do not finish.
 ///
 /// # Errors
-/// [`RunError::KvmNotServing`].
-pub fn check_serving() -> Result<(), RunError> {
+/// [`VmError::NotServing`].
+pub fn check_serving() -> Result<(), VmError> {
     let Ok(entries) = std::fs::read_dir("/sys/module") else {
         // Without sysfs nothing is known; KVM itself will say what it cannot do.
         return Ok(());
@@ -76,7 +78,7 @@ pub fn check_serving() -> Result<(), RunError> {
     {
         Ok(())
     } else {
-        Err(RunError::KvmNotServing { modules })
+        Err(VmError::NotServing { modules })
     }
 }
 
@@ -92,34 +94,17 @@ pub struct Vm {
     cpus: u8,
 }
 
-/// Hidden memory cannot be given.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum HiddenError {
-    /// Not a multiple of 2 MiB, or none at all.
-    #[error("{0:#x} bytes is not a multiple of 2 MiB")]
-    Length(u64),
-    /// There is no more address space, or more was asked for than any patch needs.
-    #[error("no room for {0:#x} more bytes")]
-    NoRoom(u64),
-    /// The host refused.
-    #[error("{0}")]
-    Host(String),
-    /// There is no hidden memory at this address.
-    #[error("no hidden memory at {0:#x}")]
-    Unknown(u64),
-}
-
 impl Vm {
     /// A machine with `ram_size` bytes of RAM and the vCPUs' interrupt controllers, and its `cpus` vCPUs.
     ///
     /// # Errors
-    /// [`RunError`].
+    /// [`VmError`].
     pub fn new(
         kvm: &Kvm,
         ram_size: u64,
         cpus: u8,
-    ) -> Result<(Vm, Vec<(VcpuFd, ImmediateExit)>), RunError> {
-        let refused = |call| move |e| RunError::Kvm(call, e);
+    ) -> Result<(Vm, Vec<(VcpuFd, ImmediateExit)>), VmError> {
+        let refused = |call| move |e| VmError::Call(call, e);
         let shared_cpuid = cpuid::shared(kvm, cpus)?;
         let physical_bits = cpuid::physical_bits(&shared_cpuid);
         let memory = map_ram(ram_size, physical_bits)?;
@@ -189,12 +174,12 @@ impl Vm {
     /// An eventfd that raises interrupt line `gsi` when written.
     ///
     /// # Errors
-    /// [`RunError`].
-    pub fn irq_line(&self, gsi: u32) -> Result<EventFd, RunError> {
-        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(|e| RunError::Host("eventfd", e))?;
+    /// [`VmError`].
+    pub fn irq_line(&self, gsi: u32) -> Result<EventFd, VmError> {
+        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(|e| VmError::EventFd(e))?;
         self.fd
             .register_irqfd(&line, gsi)
-            .map_err(|e| RunError::Kvm("KVM_IRQFD", e))?;
+            .map_err(|e| VmError::Call("KVM_IRQFD", e))?;
         Ok(line)
     }
 
@@ -228,21 +213,20 @@ impl Vm {
             .checked_add(len)
             .filter(|end| *end <= 1 << self.physical_bits);
         if end.is_none() || total.saturating_add(len) > HIDDEN_LIMIT {
-            return Err(HiddenError::NoRoom(len));
+            return Err(HiddenError::Exhausted(len));
         }
         let gpa = GuestAddress(gpa);
-        let size = usize::try_from(len).map_err(|_| HiddenError::NoRoom(len))?;
-        let region = GuestRegionMmap::from_range(gpa, size, None)
-            .map_err(|e| HiddenError::Host(e.to_string()))?;
+        let size = usize::try_from(len).map_err(|_| HiddenError::Exhausted(len))?;
+        let region = GuestRegionMmap::from_range(gpa, size, None).map_err(HiddenError::Map)?;
         let region = Arc::new(region);
         slots
             .add(&self.fd, Arc::clone(&region))
-            .map_err(|e| HiddenError::Host(format!("KVM_SET_USER_MEMORY_REGION: {e}")))?;
+            .map_err(HiddenError::Slot)?;
         if self.memory.insert_hidden(region) {
             Ok(gpa)
         } else {
             let _ = slots.remove(&self.fd, gpa);
-            Err(HiddenError::Host(format!("{:#x} is in use", gpa.0)))
+            Err(HiddenError::InUse(gpa.0))
         }
     }
 
@@ -254,15 +238,15 @@ impl Vm {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let removed = slots
             .remove(&self.fd, gpa)
-            .map_err(|e| HiddenError::Host(format!("KVM_SET_USER_MEMORY_REGION: {e}")))?
+            .map_err(HiddenError::Slot)?
             .ok_or(HiddenError::Unknown(gpa.0))?;
         self.memory.remove_hidden(gpa, removed.size() as u64);
         Ok(())
     }
 }
 
-fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, RunError> {
-    let no = |why: String| RunError::Memory { size, why };
+fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, VmError> {
+    let no = |why: String| VmError::MemorySize { size, why };
     if size == 0 {
         return Err(no("a guest needs some".to_owned()));
     }
@@ -275,8 +259,9 @@ fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, RunError> {
     let ranges = layout::ram_ranges(size)
         .into_iter()
         .map(|(start, len)| Ok((start, usize::try_from(len).map_err(|e| no(e.to_string()))?)))
-        .collect::<Result<Vec<_>, RunError>>()?;
-    let ram = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| no(e.to_string()))?;
+        .collect::<Result<Vec<_>, VmError>>()?;
+    let ram =
+        GuestMemoryMmap::from_ranges(&ranges).map_err(|error| VmError::Memory { size, error })?;
     prefer_large_pages(&ram);
     Ok(VmMemory::new(ram))
 }

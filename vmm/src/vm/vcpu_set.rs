@@ -13,29 +13,13 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::console::output::Output;
+use crate::vm::error::PauseError;
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::vcpu::{Buses, Command, EndReporter, ExitReason, ExitedVcpu, Stopped, Vcpu};
 
 /// How long a pause waits for its answers before it gives up. A vCPU answers in microseconds; on a host so busy that its
 /// threads do not run, in seconds.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-
-/// Why the vCPUs could not be stopped or read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PauseError {
-    /// There are no vCPUs any more.
-    #[error("the guest has ended")]
-    ExitedVcpu,
-    /// A vCPU thread does not answer.
-    #[error("vCPU {0} has not stopped within {ANSWER_WITHIN:?}")]
-    NoAnswer(u32),
-    /// Resumed more often than paused, or read without a pause.
-    #[error("the vCPUs are not paused")]
-    NotPaused,
-    /// The state of a stopped vCPU cannot be read.
-    #[error("{0}")]
-    Unreadable(String),
-}
 
 /// What all pauses together have cost the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,11 +147,11 @@ impl Vcpus {
     /// Stops every vCPU; returns when each is outside the guest with no I/O pending.
     ///
     /// # Errors
-    /// [`PauseError::ExitedVcpu`], [`PauseError::NoAnswer`]; no vCPU stays stopped for this call then.
+    /// [`PauseError::GuestEnded`], [`PauseError::NoAnswer`]; no vCPU stays stopped for this call then.
     pub fn pause(&self) -> Result<(), PauseError> {
         let mut pauses = self.pauses();
         if pauses.ended {
-            return Err(PauseError::ExitedVcpu);
+            return Err(PauseError::GuestEnded);
         }
         if pauses.depth == 0 {
             let asked = Instant::now();
@@ -222,7 +206,7 @@ impl Vcpus {
         self.pauses().stats
     }
 
-    /// Ends every vCPU thread, paused or not. From here on, [`pause`](Self::pause) says [`PauseError::ExitedVcpu`].
+    /// Ends every vCPU thread, paused or not. From here on, [`pause`](Self::pause) says [`PauseError::GuestEnded`].
     pub fn end(&self) {
         self.pauses().ended = true;
         let lanes = std::mem::take(&mut *self.lanes());
@@ -260,11 +244,14 @@ impl Vcpus {
             }
             match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(answer) => stopped.push(answer),
-                Err(RecvTimeoutError::Disconnected) => break PauseError::ExitedVcpu,
+                Err(RecvTimeoutError::Disconnected) => break PauseError::GuestEnded,
                 Err(RecvTimeoutError::Timeout) => {
                     let silent = (0..self.count)
                         .find(|index| stopped.iter().all(|stopped| stopped.index != *index));
-                    break PauseError::NoAnswer(silent.unwrap_or(0));
+                    break PauseError::NoAnswer {
+                        vcpu: silent.unwrap_or(0),
+                        waited: ANSWER_WITHIN,
+                    };
                 }
             }
         };

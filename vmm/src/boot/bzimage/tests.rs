@@ -49,9 +49,14 @@ fn memory(mib: usize) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), mib << 20)]).unwrap()
 }
 
+/// The message with its causes, as the command line prints it.
+fn message(error: BootError) -> String {
+    format!("{:#}", anyhow::Error::from(error))
+}
+
 fn open_error(name: &str, image: &[u8]) -> String {
     let file = Scratch::new(name, image);
-    Kernel::open(&file.0).unwrap_err().to_string()
+    message(Kernel::open(&file.0).unwrap_err())
 }
 
 #[test]
@@ -123,16 +128,9 @@ fn wrong_files_are_named_and_told_apart() {
             "{cut}"
         );
     }
-    let missing = Kernel::open(Path::new("/no/such/kernel"))
-        .unwrap_err()
-        .to_string();
+    let missing = message(Kernel::open(Path::new("/no/such/kernel")).unwrap_err());
     assert!(missing.contains("/no/such/kernel") && missing.contains("No such file"));
-    assert!(
-        Kernel::open(Path::new("/"))
-            .unwrap_err()
-            .to_string()
-            .contains("not a regular file")
-    );
+    assert!(message(Kernel::open(Path::new("/")).unwrap_err()).contains("not a regular file"));
 }
 
 fn load_error(mib: usize, initrd: Option<&Path>, cmdline: &str, name: &str) -> BootError {
@@ -163,6 +161,11 @@ fn what_does_not_fit_is_refused() {
         load_error(32, None, "a\0b", "nul"),
         BootError::BadCommandLine
     ));
-    let missing = load_error(32, Some(Path::new("/no/such/initrd")), "", "noinitrd").to_string();
+    let missing = message(load_error(
+        32,
+        Some(Path::new("/no/such/initrd")),
+        "",
+        "noinitrd",
+    ));
     assert!(missing.starts_with("initrd /no/such/initrd: "), "{missing}");
 }

@@ -16,7 +16,8 @@ use crate::devices::legacy::i8042::I8042;
 use crate::devices::legacy::power::Power;
 use crate::devices::legacy::serial::Com1;
 use crate::devices::{Bus, Device, Effect};
-use crate::vm::handle::{Shared, VmHandle, VmState};
+use crate::vm::handle::VmHandle;
+use crate::vm::shared::{Shared, VmState};
 use crate::vm::{Vm, open_kvm};
 
 const CODE: u64 = 0x1000;
@@ -468,7 +469,7 @@ fn after_the_end_nobody_waits() {
         Err(MachineError::Vcpu("the guest has ended".to_owned()))
     );
     machine.resume().unwrap();
-    assert_eq!(guest.vcpus().pause(), Err(PauseError::ExitedVcpu));
+    assert_eq!(guest.vcpus().pause(), Err(PauseError::GuestEnded));
     assert_eq!(guest.byte(CODE), SPIN[0], "its memory can still be read");
 }
 
