@@ -4,6 +4,7 @@
 mod abi;
 pub mod api;
 mod boot;
+mod builder;
 pub mod client;
 mod config;
 mod console;

@@ -54,7 +54,7 @@ impl Output {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn to(to: OwnedFd) -> io::Result<(Output, OutputWriter)> {
+    pub fn start(to: OwnedFd) -> io::Result<(Output, OutputWriter)> {
         let output = Output {
             shared: Arc::default(),
         };
@@ -220,7 +220,7 @@ mod tests {
             theirs.read_to_end(&mut all).unwrap();
             all
         });
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         let mut sent = Vec::new();
         for i in 0..300_000_u32 {
             let byte = [i.to_le_bytes()[0]];
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn a_reader_that_does_not_read_fills_the_buffer_and_then_gets_all_of_it() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         let mut sent = 0_usize;
         while !output.is_full() {
             output.write_all(&[b'x'; 1000]).unwrap();
@@ -259,7 +259,7 @@ mod tests {
     fn a_reader_that_leaves_blocks_nobody() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         for _ in 0..1000 {
             output.write_all(&[b'x'; 1000]).unwrap();
         }

@@ -77,6 +77,15 @@ impl Bus {
     }
 }
 
+/// The two address spaces in which a vCPU reaches devices.
+#[derive(Debug, Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Memory-mapped I/O, by guest-physical address.
+    pub mmio: Bus,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

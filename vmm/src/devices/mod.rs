@@ -3,4 +3,4 @@
 pub mod bus;
 pub mod legacy;
 
-pub use bus::{Bus, Device, Effect};
+pub use bus::{Bus, Buses, Device, Effect};

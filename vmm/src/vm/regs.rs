@@ -112,9 +112,9 @@ fn in_nested_guest(vcpu: &VcpuFd) -> bool {
 
 /// Registers as a person reads them in a crash report.
 #[derive(Debug)]
-pub struct Dump<'a>(pub &'a VcpuRegs);
+pub struct RegsReport<'a>(pub &'a VcpuRegs);
 
-impl fmt::Display for Dump<'_> {
+impl fmt::Display for RegsReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let r = self.0;
         writeln!(
