@@ -1,4 +1,8 @@
-//! The patcher's and the introspection's view of the machine: [`patcher::Machine`] over KVM.
+//! [`patcher::Machine`] over KVM: how the patcher, and introspection with it, pauses, reads and
+//! writes a running machine.
+//!
+//! Knows pauses, guest-physical memory and interrupts; must not know what the patcher does with
+//! them.
 
 use std::sync::Arc;
 
@@ -10,10 +14,10 @@ use crate::vm::error::PauseError;
 use crate::vm::memory::VmMemory;
 use crate::vm::shared::Shared;
 
-/// A handle on a running machine, for any thread but a vCPU's.
+/// The patcher's handle on a running machine, for any thread but a vCPU's.
 ///
-/// Each handle counts its own pauses; what it still holds when it is dropped is resumed, so that nobody who fails half-way
-/// leaves a guest standing. A clone starts with none.
+/// Each handle counts its own pauses and releases those that it still holds when it is dropped, so
+/// that a caller that fails half-way does not leave the guest paused. A clone starts with none.
 #[derive(Debug)]
 pub struct VmMachine {
     shared: Arc<Shared>,
@@ -65,22 +69,23 @@ impl Machine for VmMachine {
     }
 
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        self.must_hold_a_pause()?;
+        self.check_paused()?;
         Ok(self.shared.vcpus.regs()?)
     }
 
-    /// Code may be written too. The vCPUs are outside the guest, the processors that ran them keep their instruction caches
-    /// coherent with our stores (x86 does so across all processors), and each vCPU's next entry into the guest is a
-    /// serialising event, so none can go on with an instruction fetched before the write.
+    /// The bytes may be code. The vCPUs are outside the guest, the processors that ran them keep
+    /// their instruction caches coherent with our stores (x86 does so across all processors), and
+    /// each vCPU's next entry into the guest is a serializing event, so none can continue with an
+    /// instruction fetched before the write.
     fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
         if self.pauses == 0 && gpa.0 < self.shared.vm.hidden_base() {
             return Err(PauseError::NotPaused.into());
         }
         self.memory
             .write(gpa, bytes)
-            .map_err(|missed| MachineError::Memory {
-                gpa: missed.gpa,
-                len: missed.len,
+            .map_err(|outside| MachineError::Memory {
+                gpa: outside.gpa,
+                len: outside.len,
             })
     }
 
@@ -102,14 +107,14 @@ impl Machine for VmMachine {
             .ok_or_else(|| refused("there is no such vCPU".to_owned()))?;
         match self.shared.vm.interrupt(id, vector) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(refused("its APIC does not take it".to_owned())),
+            Ok(false) => Err(refused("its APIC does not accept it".to_owned())),
             Err(e) => Err(refused(format!("KVM_SIGNAL_MSI: {e}"))),
         }
     }
 }
 
 impl VmMachine {
-    fn must_hold_a_pause(&self) -> Result<(), MachineError> {
+    fn check_paused(&self) -> Result<(), MachineError> {
         if self.pauses == 0 {
             return Err(PauseError::NotPaused.into());
         }

@@ -1,4 +1,8 @@
-//! The machine as KVM sees it: memory slots, interrupt controllers, timers, vCPUs. Knows nothing of what the guest runs.
+//! The virtual machine over KVM: memory slots, interrupt controllers, timers, vCPUs and their
+//! threads, and the handles by which other threads pause, read and change it.
+//!
+//! Knows KVM; must not know what the guest runs, how it was loaded, or which devices it has (it is
+//! given their buses).
 
 pub mod cpuid;
 pub mod error;
@@ -25,13 +29,13 @@ use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::memory::VmMemory;
 use crate::vm::memslots::{Memslots, prefer_large_pages};
 
-/// The most hidden memory that a guest is given, all together.
-const HIDDEN_LIMIT: u64 = 1 << 30;
+/// How many bytes of hidden memory one guest can have in all.
+const MAX_HIDDEN: u64 = 1 << 30;
 
-/// Opens `/dev/kvm` and checks that it offers what the machine is made of.
+/// Opens `/dev/kvm` and checks that it has every capability that the machine needs.
 ///
 /// # Errors
-/// [`VmError`] saying what is missing.
+/// [`VmError::NoKvm`], [`VmError::Permission`], [`VmError::Open`], [`VmError::Lacks`].
 pub fn open_kvm() -> Result<Kvm, VmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => VmError::NoKvm,
@@ -58,14 +62,14 @@ pub fn open_kvm() -> Result<Kvm, VmError> {
     Ok(kvm)
 }
 
-/// Checks that the module behind `/dev/kvm` runs guest kernels on the processor. Others exist that open and answer, and take
-/// minutes over a guest kernel that they then do not finish.
+/// Checks that the module that serves `/dev/kvm` runs guest kernels on the processor. Other modules
+/// exist that open and answer, but take minutes to boot a kernel and then do not finish.
 ///
 /// # Errors
 /// [`VmError::NotServing`].
 pub fn check_serving() -> Result<(), VmError> {
     let Ok(entries) = std::fs::read_dir("/sys/module") else {
-        // Without sysfs nothing is known; KVM itself will say what it cannot do.
+        // Without sysfs the modules are unknown; KVM itself reports what it cannot do.
         return Ok(());
     };
     let modules: Vec<String> = entries
@@ -82,12 +86,12 @@ pub fn check_serving() -> Result<(), VmError> {
     }
 }
 
-/// A machine.
+/// A virtual machine: its KVM handle and its guest-physical memory.
 #[derive(Debug)]
 pub struct Vm {
-    // Before the memory that it was told of: dropped first.
+    // Before `memory`, because it is dropped first: KVM holds the addresses of that memory.
     fd: VmFd,
-    slots: Mutex<Memslots>,
+    memslots: Mutex<Memslots>,
     memory: VmMemory,
     ram_size: u64,
     physical_bits: u8,
@@ -95,10 +99,11 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A machine with `ram_size` bytes of RAM and the vCPUs' interrupt controllers, and its `cpus` vCPUs.
+    /// Creates a VM with `ram_size` bytes of RAM and in-kernel interrupt controllers, and its
+    /// `cpus` vCPUs in order of their indices.
     ///
     /// # Errors
-    /// [`VmError`].
+    /// [`VmError`]: the host cannot map the RAM, or KVM refuses a call.
     pub fn new(
         kvm: &Kvm,
         ram_size: u64,
@@ -109,8 +114,8 @@ impl Vm {
         let physical_bits = cpuid::physical_bits(&shared_cpuid);
         let memory = map_ram(ram_size, physical_bits)?;
         let fd = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
-        let mut slots = Memslots::default();
-        slots
+        let mut memslots = Memslots::default();
+        memslots
             .add_ram(&fd, memory.ram())
             .map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
@@ -119,7 +124,8 @@ impl Vm {
             .map_err(refused("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip()
             .map_err(refused("KVM_CREATE_IRQCHIP"))?;
-        // The dummy speaker makes KVM answer port 0x61, by which guests calibrate the TSC against the PIT.
+        // With the dummy speaker KVM answers port 0x61, with which guests calibrate the TSC against
+        // the PIT.
         let pit = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
@@ -138,7 +144,7 @@ impl Vm {
         }
         let vm = Vm {
             fd,
-            slots: Mutex::new(slots),
+            memslots: Mutex::new(memslots),
             memory,
             ram_size,
             physical_bits,
@@ -147,34 +153,34 @@ impl Vm {
         Ok((vm, vcpus))
     }
 
-    /// Guest-physical memory.
+    /// The guest-physical memory.
     #[must_use]
     pub fn memory(&self) -> &VmMemory {
         &self.memory
     }
 
-    /// Bytes of RAM.
+    /// The size of the guest's RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.ram_size
     }
 
-    /// Where hidden memory begins: no RAM is at or above it.
+    /// The guest-physical address at which hidden memory begins: no RAM is at or above it.
     #[must_use]
     pub fn hidden_base(&self) -> u64 {
         layout::hidden_base(self.ram_size)
     }
 
-    /// Number of vCPUs.
+    /// The number of vCPUs.
     #[must_use]
     pub fn cpus(&self) -> u8 {
         self.cpus
     }
 
-    /// An eventfd that raises interrupt line `gsi` when written.
+    /// An eventfd that raises interrupt line `gsi` when it is written to.
     ///
     /// # Errors
-    /// [`VmError`].
+    /// [`VmError::EventFd`], [`VmError::Call`].
     pub fn irq_line(&self, gsi: u32) -> Result<EventFd, VmError> {
         let line = EventFd::new(libc::EFD_NONBLOCK).map_err(|e| VmError::EventFd(e))?;
         self.fd
@@ -183,11 +189,12 @@ impl Vm {
         Ok(line)
     }
 
-    /// Sends interrupt `vector` to vCPU `index` as a message-signalled one: fixed, edge, physical destination. Says whether the
-    /// vCPU's APIC took it; one that is switched off does not.
+    /// Sends interrupt `vector` to vCPU `index` as a message-signalled interrupt: fixed delivery,
+    /// edge-triggered, physical destination. False: the vCPU's APIC did not accept it, because it
+    /// is switched off.
     ///
     /// # Errors
-    /// What KVM said.
+    /// The error of `KVM_SIGNAL_MSI`.
     pub fn interrupt(&self, index: u8, vector: u8) -> Result<bool, kvm_ioctls::Error> {
         let msi = kvm_msi {
             address_lo: layout::LAPIC | u32::from(index) << 12,
@@ -197,46 +204,47 @@ impl Vm {
         self.fd.signal_msi(msi).map(|delivered| delivered > 0)
     }
 
-    /// Gives the guest `len` bytes that its memory map does not name, at the lowest free place behind its RAM.
+    /// Adds `len` bytes of guest-physical memory that the guest's memory map does not list, at the
+    /// lowest free address past its RAM.
     ///
     /// # Errors
-    /// [`HiddenError`].
+    /// [`HiddenError`], all but [`HiddenError::Unknown`].
     pub fn add_hidden(&self, len: u64) -> Result<GuestAddress, HiddenError> {
         if len == 0 || !len.is_multiple_of(HIDDEN_UNIT) {
             return Err(HiddenError::Length(len));
         }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let used: Vec<(u64, u64)> = slots.added().collect();
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        let used: Vec<(u64, u64)> = memslots.added().collect();
         let total: u64 = used.iter().map(|(_, len)| len).sum();
         let gpa = first_gap(self.hidden_base(), &used, len);
         let end = gpa
             .checked_add(len)
             .filter(|end| *end <= 1 << self.physical_bits);
-        if end.is_none() || total.saturating_add(len) > HIDDEN_LIMIT {
+        if end.is_none() || total.saturating_add(len) > MAX_HIDDEN {
             return Err(HiddenError::Exhausted(len));
         }
         let gpa = GuestAddress(gpa);
         let size = usize::try_from(len).map_err(|_| HiddenError::Exhausted(len))?;
         let region = GuestRegionMmap::from_range(gpa, size, None).map_err(HiddenError::Map)?;
         let region = Arc::new(region);
-        slots
+        memslots
             .add(&self.fd, Arc::clone(&region))
             .map_err(HiddenError::Slot)?;
         if self.memory.insert_hidden(region) {
             Ok(gpa)
         } else {
-            let _ = slots.remove(&self.fd, gpa);
+            let _ = memslots.remove(&self.fd, gpa);
             Err(HiddenError::InUse(gpa.0))
         }
     }
 
-    /// Takes memory that [`add_hidden`](Self::add_hidden) gave away again.
+    /// Removes the memory that [`add_hidden`](Self::add_hidden) has added at `gpa`.
     ///
     /// # Errors
-    /// [`HiddenError`].
+    /// [`HiddenError::Unknown`], [`HiddenError::Slot`].
     pub fn remove_hidden(&self, gpa: GuestAddress) -> Result<(), HiddenError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let removed = slots
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        let removed = memslots
             .remove(&self.fd, gpa)
             .map_err(HiddenError::Slot)?
             .ok_or(HiddenError::Unknown(gpa.0))?;
@@ -245,20 +253,30 @@ impl Vm {
     }
 }
 
+/// Maps `size` bytes of RAM for a guest whose processor has `physical_bits` address bits.
 fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, VmError> {
-    let no = |why: String| VmError::MemorySize { size, why };
+    let invalid = |why: String| VmError::MemorySize { size, why };
     if size == 0 {
-        return Err(no("a guest needs some".to_owned()));
+        return Err(invalid("a guest needs some".to_owned()));
     }
     if size > (1 << physical_bits) - (layout::HOLE_END.0 - layout::HOLE.0) {
-        return Err(no(format!("the processor addresses {physical_bits} bits")));
+        return Err(invalid(format!(
+            "the processor addresses {physical_bits} bits"
+        )));
     }
     if !size.is_multiple_of(4096) {
-        return Err(no("it is not a whole number of 4 KiB pages".to_owned()));
+        return Err(invalid(
+            "it is not a whole number of 4 KiB pages".to_owned(),
+        ));
     }
     let ranges = layout::ram_ranges(size)
         .into_iter()
-        .map(|(start, len)| Ok((start, usize::try_from(len).map_err(|e| no(e.to_string()))?)))
+        .map(|(start, len)| {
+            Ok((
+                start,
+                usize::try_from(len).map_err(|e| invalid(e.to_string()))?,
+            ))
+        })
         .collect::<Result<Vec<_>, VmError>>()?;
     let ram =
         GuestMemoryMmap::from_ranges(&ranges).map_err(|error| VmError::Memory { size, error })?;
@@ -266,7 +284,8 @@ fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, VmError> {
     Ok(VmMemory::new(ram))
 }
 
-/// The lowest address from `base` on where `len` bytes fit between `used`, which is sorted.
+/// The lowest address, from `base` on, at which `len` bytes overlap none of the `used` ranges
+/// (start and length, in order of address).
 fn first_gap(base: u64, used: &[(u64, u64)], len: u64) -> u64 {
     let mut candidate = base;
     for (start, used_len) in used {

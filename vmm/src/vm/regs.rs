@@ -1,4 +1,7 @@
-//! The registers of a vCPU: as the patcher wants them of a stopped one, and as a person wants them of one that died.
+//! The registers of a stopped vCPU: read through KVM for introspection, and printed for a crash
+//! report.
+//!
+//! Knows KVM's register calls; must not know vCPU threads or what the guest runs.
 
 use std::fmt;
 
@@ -16,21 +19,21 @@ const CR4_VMXE: u64 = 1 << 13;
 const CR4_FRED: u64 = 1 << 32;
 const EFER_SVME: u64 = 1 << 12;
 
-/// Reads the registers of vCPU `index`, which is outside `KVM_RUN` and has no I/O pending.
+/// Reads the registers of vCPU `index`, which must be outside `KVM_RUN` with no I/O pending.
 ///
 /// # Errors
-/// Which of KVM's calls failed, and how.
+/// A text that names the vCPU and the KVM call that failed.
 pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
-    let said =
-        |what: &'static str| move |e: kvm_ioctls::Error| format!("vCPU {index}: {what}: {e}");
-    let regs = vcpu.get_regs().map_err(said("KVM_GET_REGS"))?;
-    let sregs = vcpu.get_sregs().map_err(said("KVM_GET_SREGS"))?;
+    let failed =
+        |call: &'static str| move |e: kvm_ioctls::Error| format!("vCPU {index}: {call}: {e}");
+    let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
+    let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let events = vcpu
         .get_vcpu_events()
-        .map_err(said("KVM_GET_VCPU_EVENTS"))?;
+        .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     let mp_state = vcpu
         .get_mp_state()
-        .map_err(said("KVM_GET_MP_STATE"))?
+        .map_err(failed("KVM_GET_MP_STATE"))?
         .mp_state;
     let [lstar, kernel_gs_base] = read_msrs(vcpu, [MSR_LSTAR, MSR_KERNEL_GS_BASE])
         .map_err(|e| format!("vCPU {index}: {e}"))?;
@@ -41,7 +44,8 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
             read_msrs(vcpu, [MSR_IA32_FRED_CONFIG]).map_err(|e| format!("vCPU {index}: {e}"))?;
         Some(config)
     };
-    // Asking for the nested state copies pages of it, so only a guest that switched virtualization on is asked.
+    // KVM_GET_NESTED_STATE copies pages, so it is called only for a guest that has virtualization
+    // switched on.
     let nested =
         (sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0) && in_nested_guest(vcpu);
     Ok(VcpuRegs {
@@ -64,7 +68,7 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
         r15: regs.r15,
         rip: regs.rip,
         rflags: regs.rflags,
-        // KVM keeps the CPL in SS.DPL on both vendors, also where SS itself is null.
+        // KVM keeps the CPL in SS.DPL for both vendors, even when SS itself is null.
         cpl: sregs.ss.dpl & 3,
         cr0: sregs.cr0,
         cr3: sregs.cr3,
@@ -101,7 +105,7 @@ fn read_msrs<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N
     }
 }
 
-/// Whether the vCPU is in its own guest at this moment; a vCPU that cannot tell is taken to be.
+/// Whether the vCPU is in a nested guest. If that cannot be read, it counts as being in one.
 fn in_nested_guest(vcpu: &VcpuFd) -> bool {
     let mut state = KvmNestedStateBuffer::empty();
     match vcpu.nested_state(&mut state) {
@@ -110,7 +114,7 @@ fn in_nested_guest(vcpu: &VcpuFd) -> bool {
     }
 }
 
-/// Registers as a person reads them in a crash report.
+/// Prints registers for a crash report.
 #[derive(Debug)]
 pub struct RegsReport<'a>(pub &'a VcpuRegs);
 

@@ -1,7 +1,7 @@
 //! One vCPU and the thread that runs it: in the guest, paused on command, or exited.
 //!
-//! Only this thread touches its vCPU. Knows the buses and the console's back-pressure; must not know
-//! other vCPUs.
+//! Only this thread touches its vCPU. Knows the buses and the console's back-pressure; must not
+//! know other vCPUs.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -254,8 +254,8 @@ impl Vcpu {
 
     /// Lets a pending I/O instruction complete, so that the registers are those after it. KVM
     /// completes it in the next `KVM_RUN` (`arch/x86/kvm/x86.c: kvm_arch_vcpu_ioctl_run`,
-    /// `complete_userspace_io`), which does nothing else when `immediate_exit` is set. An instruction
-    /// with several parts (string I/O, MMIO across pages) causes an exit for each part.
+    /// `complete_userspace_io`), which does nothing else when `immediate_exit` is set. An
+    /// instruction with several parts (string I/O, MMIO across pages) causes an exit for each part.
     fn complete_io(&mut self) -> State {
         let paused = State::Paused {
             since: Instant::now(),

@@ -156,7 +156,8 @@ impl Vcpus {
     /// Stops every vCPU. Returns when each is outside the guest with no I/O pending.
     ///
     /// # Errors
-    /// [`PauseError::GuestEnded`], [`PauseError::NoAnswer`]; in both cases this call leaves no vCPU stopped.
+    /// [`PauseError::GuestEnded`], [`PauseError::NoAnswer`]; in both cases this call leaves no vCPU
+    /// stopped.
     pub fn pause(&self) -> Result<(), PauseError> {
         let mut pauses = self.pauses();
         if pauses.ended {

@@ -51,7 +51,8 @@ impl Device for Counter {
 }
 
 impl Guest {
-    /// `runnable` of `cpus` vCPUs run `code`; the others wait for INIT, as application processors do.
+    /// `runnable` of `cpus` vCPUs run `code`; the others wait for INIT, as application processors
+    /// do.
     fn new(code: &[u8], cpus: u8, runnable: u8) -> Guest {
         let kvm = open_kvm().expect("these tests need /dev/kvm");
         let (vm, vcpus) = Vm::new(&kvm, RAM, cpus).unwrap();
