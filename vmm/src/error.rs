@@ -12,7 +12,7 @@ use crate::vm::error::{PauseError, VmError};
 use crate::vm::regs::RegsReport;
 use crate::vm::vcpu::{ExitReason, ExitedVcpu};
 
-/// Why [`run`](crate::run) could not start a guest, or how the guest crashed.
+/// Why [`run_vm`](crate::run_vm) could not start a guest, or how the guest crashed.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The configuration has this number of vCPUs, which no guest can have.

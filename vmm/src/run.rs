@@ -52,7 +52,7 @@ pub enum ExitKind {
 ///
 /// # Errors
 /// [`RunError`]: the guest could not be started, or a vCPU cannot continue.
-pub fn run<G, E>(
+pub fn run_vm<G, E>(
     config: &VmConfig,
     before_start: impl FnOnce(&VmHandle) -> Result<G, E>,
 ) -> Result<ExitKind, RunError>

@@ -11,6 +11,7 @@ use patcher::MachineError;
 use vm_memory::mmap::FromRangesError;
 
 use crate::vm::cpuid::CpuidError;
+use crate::vm::regs::RegsError;
 
 /// Why the machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -121,8 +122,8 @@ pub enum PauseError {
     #[error("the vCPUs are not paused")]
     NotPaused,
     /// The registers of a stopped vCPU cannot be read.
-    #[error("{0}")]
-    Unreadable(String),
+    #[error(transparent)]
+    Unreadable(#[from] RegsError),
 }
 
 impl From<PauseError> for MachineError {

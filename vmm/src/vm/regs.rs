@@ -19,13 +19,51 @@ const CR4_VMXE: u64 = 1 << 13;
 const CR4_FRED: u64 = 1 << 32;
 const EFER_SVME: u64 = 1 << 12;
 
+/// Why the registers of a vCPU cannot be read. They reach the patcher as text, so each message
+/// names its cause.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegsError {
+    /// The named KVM call failed.
+    #[error("vCPU {vcpu}: {call}: {error}")]
+    Kvm {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// The call.
+        call: &'static str,
+        /// KVM's error.
+        error: kvm_ioctls::Error,
+    },
+    /// KVM does not read an MSR.
+    #[error("vCPU {vcpu}: KVM_GET_MSRS: MSR {msr:#x} cannot be read")]
+    Msr {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// Index of the MSR.
+        msr: u32,
+    },
+    /// The registers are those in the middle of an I/O instruction.
+    #[error("vCPU {0}: an I/O instruction does not complete")]
+    IoPending(u32),
+    /// The vCPU has not run yet.
+    #[error("vCPU {0} has not started")]
+    NotStarted(u32),
+    /// The vCPU's thread panicked.
+    #[error("the vCPU's thread panicked")]
+    Panicked,
+}
+
 /// Reads the registers of vCPU `index`, which must be outside `KVM_RUN` with no I/O pending.
 ///
 /// # Errors
-/// A text that names the vCPU and the KVM call that failed.
-pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
-    let failed =
-        |call: &'static str| move |e: kvm_ioctls::Error| format!("vCPU {index}: {call}: {e}");
+/// [`RegsError::Kvm`], [`RegsError::Msr`].
+pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, RegsError> {
+    let failed = |call| {
+        move |error| RegsError::Kvm {
+            vcpu: index,
+            call,
+            error,
+        }
+    };
     let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
     let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let events = vcpu
@@ -35,13 +73,11 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
         .get_mp_state()
         .map_err(failed("KVM_GET_MP_STATE"))?
         .mp_state;
-    let [lstar, kernel_gs_base] = read_msrs(vcpu, [MSR_LSTAR, MSR_KERNEL_GS_BASE])
-        .map_err(|e| format!("vCPU {index}: {e}"))?;
+    let [lstar, kernel_gs_base] = read_msrs(vcpu, index, [MSR_LSTAR, MSR_KERNEL_GS_BASE])?;
     let fred_config = if sregs.cr4 & CR4_FRED == 0 {
         None
     } else {
-        let [config] =
-            read_msrs(vcpu, [MSR_IA32_FRED_CONFIG]).map_err(|e| format!("vCPU {index}: {e}"))?;
+        let [config] = read_msrs(vcpu, index, [MSR_IA32_FRED_CONFIG])?;
         Some(config)
     };
     // KVM_GET_NESTED_STATE copies pages, so it is called only for a guest that has virtualization
@@ -86,22 +122,30 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
     })
 }
 
-fn read_msrs<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N], String> {
-    let entries = indices.map(|index| kvm_msr_entry {
+fn read_msrs<const N: usize>(
+    vcpu: &VcpuFd,
+    index: u32,
+    msrs: [u32; N],
+) -> Result<[u64; N], RegsError> {
+    let refused = |msr| RegsError::Msr { vcpu: index, msr };
+    let entries = msrs.map(|index| kvm_msr_entry {
         index,
         ..Default::default()
     });
-    let mut msrs = Msrs::from_entries(&entries).map_err(|e| format!("KVM_GET_MSRS: {e:?}"))?;
-    let count = vcpu
-        .get_msrs(&mut msrs)
-        .map_err(|e| format!("KVM_GET_MSRS: {e}"))?;
+    let mut read =
+        Msrs::from_entries(&entries).map_err(|_| refused(msrs.first().copied().unwrap_or(0)))?;
+    let count = vcpu.get_msrs(&mut read).map_err(|error| RegsError::Kvm {
+        vcpu: index,
+        call: "KVM_GET_MSRS",
+        error,
+    })?;
     let mut values = [0; N];
-    for (value, entry) in values.iter_mut().zip(msrs.as_slice()) {
+    for (value, entry) in values.iter_mut().zip(read.as_slice()) {
         *value = entry.data;
     }
-    match indices.get(count) {
+    match msrs.get(count) {
         None => Ok(values),
-        Some(refused) => Err(format!("KVM_GET_MSRS: MSR {refused:#x} cannot be read")),
+        Some(msr) => Err(refused(*msr)),
     }
 }
 

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console::output::Output;
 use crate::devices::{Buses, Effect};
 use crate::vm::kvm_run::{ImmediateExit, internal_error};
-use crate::vm::regs::capture;
+use crate::vm::regs::{RegsError, capture};
 
 /// A command to a vCPU thread.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Stopped {
     pub at: Instant,
     /// Its registers. They cannot change until it is resumed, so the answer carries them and saves
     /// a second round of wakeups.
-    pub regs: Result<VcpuRegs, String>,
+    pub regs: Result<VcpuRegs, RegsError>,
 }
 
 /// Why a vCPU does not enter the guest any more.
@@ -69,7 +69,7 @@ pub struct ExitedVcpu {
     /// Why it exited.
     pub reason: ExitReason,
     /// Its registers at the exit.
-    pub regs: Result<VcpuRegs, String>,
+    pub regs: Result<VcpuRegs, RegsError>,
 }
 
 /// Where vCPU threads report that their vCPU has exited.
@@ -242,12 +242,9 @@ impl Vcpu {
         });
     }
 
-    fn registers(&self) -> Result<VcpuRegs, String> {
+    fn registers(&self) -> Result<VcpuRegs, RegsError> {
         if self.io_pending {
-            return Err(format!(
-                "vCPU {}: an I/O instruction does not complete",
-                self.index
-            ));
+            return Err(RegsError::IoPending(self.index));
         }
         capture(&self.fd, self.index)
     }

@@ -19,6 +19,7 @@ use crate::console::output::Output;
 use crate::devices::Buses;
 use crate::vm::error::PauseError;
 use crate::vm::kvm_run::ImmediateExit;
+use crate::vm::regs::RegsError;
 use crate::vm::vcpu::{Command, ExitReason, ExitReporter, ExitedVcpu, Stopped, Vcpu};
 
 /// How long a pause waits for the answers of all vCPUs before it fails. A vCPU answers in
@@ -64,7 +65,7 @@ struct Pauses {
     /// How many pauses are held.
     depth: u32,
     /// Registers by vCPU, valid while `depth` is not 0.
-    regs: Vec<Result<VcpuRegs, String>>,
+    regs: Vec<Result<VcpuRegs, RegsError>>,
     /// When the first vCPU stopped for the current pause.
     since: Option<Instant>,
     /// The threads have been told to end; there are no more pauses.
@@ -121,7 +122,7 @@ impl Vcpus {
                             exits.report(ExitedVcpu {
                                 index,
                                 reason: ExitReason::Panicked,
-                                regs: Err("the vCPU's thread panicked".to_owned()),
+                                regs: Err(RegsError::Panicked),
                             });
                         }
                     })?;
@@ -138,7 +139,7 @@ impl Vcpus {
             pauses: Mutex::new(Pauses {
                 depth: 1,
                 regs: (0..count)
-                    .map(|index| Err(format!("vCPU {index} has not started")))
+                    .map(|index| Err(RegsError::NotStarted(index)))
                     .collect(),
                 since: None,
                 ended: false,
@@ -202,12 +203,7 @@ impl Vcpus {
         if pauses.depth == 0 {
             return Err(PauseError::NotPaused);
         }
-        pauses
-            .regs
-            .iter()
-            .cloned()
-            .collect::<Result<_, _>>()
-            .map_err(PauseError::Unreadable)
+        Ok(pauses.regs.iter().cloned().collect::<Result<_, _>>()?)
     }
 
     /// How often and for how long the vCPUs were paused so far.

@@ -1,4 +1,4 @@
-//! The boot loader against made-up bzImages: what it checks, and where it puts things.
+//! The boot loader with made-up bzImages: what it checks, and where it loads the parts.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use super::*;
 
 const LOAD: u64 = 16 * MIB;
 
-/// A file of our own in the temporary directory, gone with the value.
+/// A file in the temporary directory, removed on drop.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -112,7 +112,7 @@ fn kernel_initrd_and_command_line_go_where_the_zero_page_says() {
 }
 
 #[test]
-fn wrong_files_are_named_and_told_apart() {
+fn wrong_files_are_named_and_distinguished() {
     assert!(open_error("empty", b"").contains("not a bzImage"));
     assert!(open_error("text", &[b'x'; 4096]).contains("not a bzImage"));
     let mut old = bzimage();
@@ -155,7 +155,7 @@ fn what_does_not_fit_is_refused() {
     );
     assert!(matches!(
         load_error(32, None, &"x".repeat(2048), "long"),
-        BootError::CommandLineTooLong { takes: 2047, .. }
+        BootError::CommandLineTooLong { max: 2047, .. }
     ));
     assert!(matches!(
         load_error(32, None, "a\0b", "nul"),
