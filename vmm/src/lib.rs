@@ -17,7 +17,7 @@
 //!
 //! | part | does |
 //! | --- | --- |
-//! | [`api`], [`client`] | the control socket (HTTP and JSON to a `patcher::Patcher`), and a client for it |
+//! | [`api`], [`client`] | the control socket (HTTP and JSON), and a client for it |
 //! | `builder.rs`, `run.rs` | build a guest from a [`VmConfig`]; run it until it ends |
 //! | `core_dump.rs` | writes a core of a paused guest |
 //! | `boot/` | what the guest finds when it starts: kernel, ACPI tables, initial registers |

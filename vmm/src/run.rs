@@ -1,4 +1,4 @@
-//! Runs a guest from start to end: starts what [`build`](crate::builder::build) has built, serves
+//! Runs a guest from start to end: starts what [`build`] has built, serves
 //! its console until it ends, and takes it down in order, whichever way it ends.
 //!
 //! Knows the order of starting and of taking down, and what ends a guest; must not know what a

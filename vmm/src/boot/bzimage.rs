@@ -125,15 +125,14 @@ impl Kernel {
             path: path.to_owned(),
             source,
         };
-        let not = |why| BootError::NotBzImage {
-            path: path.to_owned(),
-            why,
-        };
         let mut file = open_file(path).map_err(io)?;
         let has = file.metadata().map_err(io)?.len();
         let mut start = [0; HEADER_END];
         file.read_exact(&mut start).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => not("the file is too short"),
+            io::ErrorKind::UnexpectedEof => BootError::NotBzImage {
+                path: path.to_owned(),
+                why: "the file is too short",
+            },
             _ => io(e),
         })?;
         let raw = start.get(HEADER..).unwrap_or_default();
@@ -142,35 +141,7 @@ impl Kernel {
         for (to, from) in target.iter_mut().zip(raw) {
             *to = *from;
         }
-        if { header.header } != MAGIC {
-            return Err(not("it has no `HdrS`"));
-        }
-        let unbootable = |why| BootError::NotBootable {
-            path: path.to_owned(),
-            why,
-        };
-        let version = { header.version };
-        if version < MIN_PROTOCOL {
-            return Err(unbootable(format!(
-                "its boot protocol is {}.{:02}",
-                version >> 8,
-                version & 0xff
-            )));
-        }
-        if header.loadflags & LOADED_HIGH == 0 {
-            return Err(not("it is a zImage"));
-        }
-        if { header.xloadflags } & XLF_KERNEL_64 == 0 {
-            return Err(unbootable("it has no 64-bit entry".to_owned()));
-        }
-        let needed = setup_size(&header) + u64::from(header.syssize) * 16;
-        if has < needed {
-            return Err(BootError::Truncated {
-                path: path.to_owned(),
-                has,
-                needed,
-            });
-        }
+        check_header(path, &header, has)?;
         Ok(Kernel {
             path: path.to_owned(),
             file,
@@ -293,6 +264,44 @@ impl Kernel {
             }
         })
     }
+}
+
+/// Checks the setup header of the file at `path`, which has `has` bytes.
+fn check_header(path: &Path, header: &setup_header, has: u64) -> Result<(), BootError> {
+    let not = |why| BootError::NotBzImage {
+        path: path.to_owned(),
+        why,
+    };
+    let unbootable = |why| BootError::NotBootable {
+        path: path.to_owned(),
+        why,
+    };
+    if { header.header } != MAGIC {
+        return Err(not("it has no `HdrS`"));
+    }
+    let version = { header.version };
+    if version < MIN_PROTOCOL {
+        return Err(unbootable(format!(
+            "its boot protocol is {}.{:02}",
+            version >> 8,
+            version & 0xff
+        )));
+    }
+    if header.loadflags & LOADED_HIGH == 0 {
+        return Err(not("it is a zImage"));
+    }
+    if { header.xloadflags } & XLF_KERNEL_64 == 0 {
+        return Err(unbootable("it has no 64-bit entry".to_owned()));
+    }
+    let needed = setup_size(header) + u64::from(header.syssize) * 16;
+    if has < needed {
+        return Err(BootError::Truncated {
+            path: path.to_owned(),
+            has,
+            needed,
+        });
+    }
+    Ok(())
 }
 
 /// Length in bytes of the real-mode part, which is not loaded.

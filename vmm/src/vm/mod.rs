@@ -18,7 +18,9 @@ pub mod vcpu_set;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_msi, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -109,7 +111,6 @@ impl Vm {
         ram_size: u64,
         cpus: u8,
     ) -> Result<(Vm, Vec<(VcpuFd, ImmediateExit)>), VmError> {
-        let refused = |call| move |e| VmError::Call(call, e);
         let shared_cpuid = cpuid::shared(kvm, cpus)?;
         let physical_bits = cpuid::physical_bits(&shared_cpuid);
         let memory = map_ram(ram_size, physical_bits)?;
@@ -118,30 +119,10 @@ impl Vm {
         memslots
             .add_ram(&fd, memory.ram())
             .map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        fd.set_tss_address(layout::KVM_TSS)
-            .map_err(refused("KVM_SET_TSS_ADDR"))?;
-        fd.create_irq_chip()
-            .map_err(refused("KVM_CREATE_IRQCHIP"))?;
-        // With the dummy speaker KVM answers port 0x61, with which guests calibrate the TSC against
-        // the PIT.
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        fd.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))?;
-        let mut vcpus = Vec::new();
-        for index in 0..cpus {
-            let vcpu = fd
-                .create_vcpu(index.into())
-                .map_err(refused("KVM_CREATE_VCPU"))?;
-            let leaves = cpuid::for_vcpu(&shared_cpuid, index)?;
-            vcpu.set_cpuid2(&leaves)
-                .map_err(refused("KVM_SET_CPUID2"))?;
-            let exit = ImmediateExit::new(&fd, &vcpu).map_err(refused("mmap of kvm_run"))?;
-            vcpus.push((vcpu, exit));
-        }
+        create_interrupt_controllers(&fd)?;
+        let vcpus = (0..cpus)
+            .map(|index| create_vcpu(&fd, index, &shared_cpuid))
+            .collect::<Result<_, _>>()?;
         let vm = Vm {
             fd,
             memslots: Mutex::new(memslots),
@@ -182,10 +163,10 @@ impl Vm {
     /// # Errors
     /// [`VmError::EventFd`], [`VmError::Call`].
     pub fn irq_line(&self, gsi: u32) -> Result<EventFd, VmError> {
-        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(|e| VmError::EventFd(e))?;
+        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
         self.fd
             .register_irqfd(&line, gsi)
-            .map_err(|e| VmError::Call("KVM_IRQFD", e))?;
+            .map_err(refused("KVM_IRQFD"))?;
         Ok(line)
     }
 
@@ -251,6 +232,45 @@ impl Vm {
         self.memory.remove_hidden(gpa, removed.size() as u64);
         Ok(())
     }
+}
+
+/// Makes the error of a call that KVM refused.
+fn refused(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |error| VmError::Call(name, error)
+}
+
+/// Places KVM's own memory and creates the in-kernel interrupt controllers and the PIT, before any
+/// vCPU is created.
+fn create_interrupt_controllers(vm: &VmFd) -> Result<(), VmError> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .map_err(refused("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(refused("KVM_CREATE_IRQCHIP"))?;
+    // With the dummy speaker KVM answers port 0x61, with which guests calibrate the TSC against
+    // the PIT.
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))
+}
+
+/// Creates vCPU `index` with its CPUID, and maps its [`ImmediateExit`].
+fn create_vcpu(
+    vm: &VmFd,
+    index: u8,
+    shared_cpuid: &[kvm_cpuid_entry2],
+) -> Result<(VcpuFd, ImmediateExit), VmError> {
+    let vcpu = vm
+        .create_vcpu(index.into())
+        .map_err(refused("KVM_CREATE_VCPU"))?;
+    let leaves = cpuid::for_vcpu(shared_cpuid, index)?;
+    vcpu.set_cpuid2(&leaves)
+        .map_err(refused("KVM_SET_CPUID2"))?;
+    let exit = ImmediateExit::new(vm, &vcpu).map_err(refused("mmap of kvm_run"))?;
+    Ok((vcpu, exit))
 }
 
 /// Maps `size` bytes of RAM for a guest whose processor has `physical_bits` address bits.
