@@ -1,36 +1,37 @@
-//! What a guest is to be made of, as plain data, and how its sizes are written.
+//! The configuration of a guest as plain data, and the syntax of sizes.
 
 use std::path::PathBuf;
 
-/// How many vCPUs a guest may have.
+/// The highest number of vCPUs of a guest.
 pub const MAX_CPUS: u32 = 8;
 
-/// What a guest is to be made of.
+/// The configuration of a guest, for [`run_vm`](crate::run_vm).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
-    /// The kernel: a bzImage with a 64-bit entry.
+    /// The kernel: a bzImage with a 64-bit entry point (boot protocol 2.12 or later).
     pub kernel: PathBuf,
-    /// The initial RAM disk.
+    /// The initrd, if there is one.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line, as it is.
+    /// The kernel's command line, printable ASCII, passed on unchanged.
     pub cmdline: String,
-    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    /// The number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// Guest RAM in bytes.
+    /// The size of the guest's RAM in bytes, a multiple of 4096.
     pub memory: u64,
 }
 
-/// A size that is not one.
+/// A text that is not a size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is not a size: write a whole number with K, M or G, for example 512M or 2GiB (a bare number is MiB)"
+    "`{0}` is not a size: write a whole number with K, M or G, for example 512M or 2GiB \
+     (a bare number is MiB)"
 )]
 pub struct BadSize(String);
 
-/// Reads a size as users of other VMMs write it: `512M`, `1G`, `512MiB`; a bare number is MiB.
+/// Parses a size as other VMMs write it, in bytes: `512M`, `1G`, `512MiB`; a bare number is MiB.
 ///
 /// # Errors
-/// [`BadSize`] when it is no such number or does not fit 64 bits.
+/// [`BadSize`]: the text is not a size, or the size does not fit in 64 bits.
 pub fn parse_size(text: &str) -> Result<u64, BadSize> {
     let bad = || BadSize(text.to_owned());
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

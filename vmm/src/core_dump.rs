@@ -1,8 +1,10 @@
-//! A core file of a guest that stands still: ELF64 with physical addresses, as QEMU's `dump-guest-memory` writes it.
+//! Writes a core file of a paused guest: ELF64 with physical addresses, as QEMU's
+//! `dump-guest-memory` writes it.
 //!
-//! Knows ELF and files. What the notes say is [`introspect::core_dump::notes`]'s, and stopping the guest the caller's. The file comes
-//! into being under another name beside its own, so that a core that is there is whole; it is the owner's alone, because a guest's
-//! memory holds secrets.
+//! Knows ELF and files; must not know what the notes contain ([`introspect::core_dump::notes`]) or
+//! how the guest is paused (the caller does that). The file is written under another name in the
+//! same folder and renamed at the end, so that a file with the given name is always complete. Only
+//! its owner can read it, because a guest's memory holds secrets.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,56 +27,57 @@ type ProgramHeader = elf::ProgramHeader64<LE>;
 
 const PAGE: usize = 4096;
 const ZEROES: [u8; PAGE] = [0; PAGE];
-/// Memory is copied so many bytes at a time.
+/// Memory is copied in chunks of this many bytes.
 const CHUNK: usize = 1 << 20;
 
-/// Why there is no core.
+/// Why a core could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum DumpError {
-    /// The path depends on where the VMM was started.
+    /// The path is relative, so it would depend on the VMM's working directory.
     #[error("{} is not an absolute path", .0.display())]
     Relative(PathBuf),
-    /// Something is there.
+    /// A file with this path exists.
     #[error("{} exists", .0.display())]
     Exists(PathBuf),
-    /// The file cannot be made.
+    /// The file cannot be created.
     #[error("cannot create {}: {source}", path.display())]
     Create {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// The file cannot be written to its end, or not be given its name.
+    /// The file cannot be written completely, or cannot be renamed.
     #[error("cannot write {}: {source}", path.display())]
     Write {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Memory went away meanwhile.
+    /// Hidden memory was removed while it was copied.
     #[error(transparent)]
     Memory(#[from] OutOfBounds),
-    /// More pieces of memory than an ELF header counts.
-    #[error("the guest's memory is in {0} pieces, which is too many for a core")]
-    Pieces(usize),
+    /// The guest's memory has more ranges than an ELF header can count.
+    #[error("the guest's memory has {0} ranges, which is too many for a core")]
+    Ranges(usize),
 }
 
-/// A core that is being written. Dropped before it is finished, it leaves nothing behind.
+/// A core that is being written. If it is dropped before [`finish`](Self::finish), its file is
+/// removed.
 #[derive(Debug)]
 pub struct CoreDumpWriter {
     file: File,
-    /// What it is called until it is whole.
+    /// The file's name until it is complete.
     part: PathBuf,
     path: PathBuf,
 }
 
 impl CoreDumpWriter {
-    /// Begins the core that shall be at `path`.
+    /// Creates the file of a core that will be at `path`.
     ///
     /// # Errors
-    /// [`DumpError`]: `path` is not absolute, something is there, or its folder does not take a new file.
+    /// [`DumpError`]: `path` is not absolute or exists, or a file cannot be created in its folder.
     pub fn create(path: &Path) -> Result<CoreDumpWriter, DumpError> {
         let path = path.to_owned();
         if !path.is_absolute() {
@@ -100,10 +103,10 @@ impl CoreDumpWriter {
         }
     }
 
-    /// Writes all of it; how long it is. The guest must stand still meanwhile.
+    /// Writes the whole core; its length in bytes. The guest must be paused until this returns.
     ///
     /// # Errors
-    /// [`DumpError`]; drop it then.
+    /// [`DumpError`]; the core cannot be finished then and must be dropped.
     pub fn write(
         &mut self,
         memory: &VmMemory,
@@ -113,22 +116,22 @@ impl CoreDumpWriter {
         let ranges = memory.ranges();
         let notes = notes::write(vcpus, vmcoreinfo);
         let layout = Layout::new(&ranges, notes.len())?;
-        self.put(&layout.head(), 0)?;
+        self.put(&layout.headers(), 0)?;
         self.put(&notes, layout.notes.offset)?;
-        for piece in &layout.memory {
-            self.copy(memory, piece)?;
+        for segment in &layout.memory {
+            self.copy(memory, segment)?;
         }
-        // What was skipped at the end is part of it too.
+        // Zeroes at the end were not written, but count.
         self.file
             .set_len(layout.end)
             .map_err(|source| self.failed(source))?;
         Ok(layout.end)
     }
 
-    /// Makes sure that it is on the disk, and gives it its name.
+    /// Syncs the file to the disk and renames it to its path.
     ///
     /// # Errors
-    /// [`DumpError`]; nothing is left then.
+    /// [`DumpError`]; the file is removed then.
     pub fn finish(self) -> Result<(), DumpError> {
         self.file.sync_all().map_err(|source| self.failed(source))?;
         let renamed = renameat_with(CWD, &self.part, CWD, &self.path, RenameFlags::NOREPLACE);
@@ -137,21 +140,22 @@ impl CoreDumpWriter {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 Err(DumpError::Exists(self.path.clone()))
             }
-            // Not each file system can refuse to replace: there, that nothing was there a moment ago must do.
+            // Not every file system supports RENAME_NOREPLACE. On the others, that the path did not
+            // exist in `create` must do.
             Err(_) => std::fs::rename(&self.part, &self.path).map_err(|source| self.failed(source)),
         }
     }
 
-    /// Copies one piece of memory; pages of zeroes become holes.
-    fn copy(&self, memory: &VmMemory, piece: &Piece) -> Result<(), DumpError> {
+    /// Copies one range of memory; pages of zeroes become holes in the file.
+    fn copy(&self, memory: &VmMemory, segment: &Segment) -> Result<(), DumpError> {
         let mut buffer = vec![0; CHUNK];
         let mut done = 0;
-        while done < piece.len {
-            let left = usize::try_from(piece.len - done).unwrap_or(usize::MAX);
+        while done < segment.len {
+            let left = usize::try_from(segment.len - done).unwrap_or(usize::MAX);
             let len = left.min(CHUNK);
             let chunk = buffer.get_mut(..len).unwrap_or_default();
-            memory.read(GuestAddress(piece.start + done), chunk)?;
-            self.put_sparse(chunk, piece.offset + done)?;
+            memory.read(GuestAddress(segment.start + done), chunk)?;
+            self.put_sparse(chunk, segment.offset + done)?;
             done += len as u64;
         }
         Ok(())
@@ -188,28 +192,29 @@ impl CoreDumpWriter {
 
 impl Drop for CoreDumpWriter {
     fn drop(&mut self) {
-        // Once it is finished nothing has this name any more.
+        // After `finish` no file has this name.
         let _ = std::fs::remove_file(&self.part);
     }
 }
 
-/// A part of the file that one program header describes.
+/// A segment of the file, which one program header describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    /// In physical memory.
+struct Segment {
+    /// Guest-physical address; 0 for the notes.
     start: u64,
     len: u64,
-    /// In the file.
+    /// Offset in the file.
     offset: u64,
 }
 
-/// Where everything goes: headers, notes, and on whole pages the memory.
+/// The layout of the file: headers, notes, and page-aligned memory.
 #[derive(Debug)]
 struct Layout {
-    notes: Piece,
-    memory: Vec<Piece>,
+    notes: Segment,
+    memory: Vec<Segment>,
     /// Number of program headers.
     count: u16,
+    /// Length of the file in bytes.
     end: u64,
 }
 
@@ -219,12 +224,12 @@ impl Layout {
         let count = u16::try_from(count)
             .ok()
             .filter(|count| *count < elf::PN_XNUM)
-            .ok_or(DumpError::Pieces(count))?;
-        let head = size_of::<Header>() + usize::from(count) * size_of::<ProgramHeader>();
-        let notes = Piece {
+            .ok_or(DumpError::Ranges(count))?;
+        let headers_len = size_of::<Header>() + usize::from(count) * size_of::<ProgramHeader>();
+        let notes = Segment {
             start: 0,
             len: notes as u64,
-            offset: head as u64,
+            offset: headers_len as u64,
         };
         let mut end = (notes.offset + notes.len).next_multiple_of(PAGE as u64);
         let memory = ranges
@@ -232,7 +237,7 @@ impl Layout {
             .map(|(start, len)| {
                 let offset = end;
                 end = end.saturating_add(*len);
-                Piece {
+                Segment {
                     start: start.0,
                     len: *len,
                     offset,
@@ -248,12 +253,12 @@ impl Layout {
     }
 
     /// The ELF header and the program headers, that of the notes first.
-    fn head(&self) -> Vec<u8> {
+    fn headers(&self) -> Vec<u8> {
         let mut out = pod::bytes_of(&file_header(self.count)).to_vec();
         let notes = program_header(elf::PT_NOTE, self.notes, 0);
         out.extend_from_slice(pod::bytes_of(&notes));
-        for piece in &self.memory {
-            let header = program_header(elf::PT_LOAD, *piece, piece.len);
+        for segment in &self.memory {
+            let header = program_header(elf::PT_LOAD, *segment, segment.len);
             out.extend_from_slice(pod::bytes_of(&header));
         }
         out
@@ -288,15 +293,15 @@ fn file_header(count: u16) -> Header {
     }
 }
 
-/// Virtual addresses are not told: the notes have the page tables.
-fn program_header(kind: elf::ProgramType, piece: Piece, in_memory: u64) -> ProgramHeader {
+/// The header has no virtual address: the notes have the page tables' (CR3).
+fn program_header(kind: elf::ProgramType, segment: Segment, in_memory: u64) -> ProgramHeader {
     ProgramHeader {
         p_type: U32::new(LE, kind),
         p_flags: U32::new(LE, elf::ProgramFlags(0)),
-        p_offset: U64::new(LE, piece.offset),
+        p_offset: U64::new(LE, segment.offset),
         p_vaddr: U64::new(LE, 0),
-        p_paddr: U64::new(LE, piece.start),
-        p_filesz: U64::new(LE, piece.len),
+        p_paddr: U64::new(LE, segment.start),
+        p_filesz: U64::new(LE, segment.len),
         p_memsz: U64::new(LE, in_memory),
         p_align: U64::new(LE, 0),
     }
@@ -339,12 +344,15 @@ mod tests {
         });
         let mut dump = CoreDumpWriter::create(&path).unwrap();
         let bytes = dump.write(&memory, &vcpus, Some(b"OSRELEASE=6\n")).unwrap();
-        assert!(!path.exists(), "it is not whole yet");
+        assert!(!path.exists(), "it is not complete yet");
         dump.finish().unwrap();
         let metadata = std::fs::metadata(&path).unwrap();
         assert_eq!(metadata.len(), bytes);
         assert_eq!(metadata.mode() & 0o777, 0o600);
-        assert!(metadata.blocks() * 512 < 1 << 20, "zeroes take no room");
+        assert!(
+            metadata.blocks() * 512 < 1 << 20,
+            "zeroes take no disk space"
+        );
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
         let core = CoreFile::open(&path).unwrap();

@@ -1,4 +1,6 @@
-//! What can go wrong before and while a guest runs; each message says what was found and what to do.
+//! Why a guest could not be started, or crashed. Each message says what was found and what to do.
+//!
+//! A message does not repeat its cause: print the whole chain of [`std::error::Error::source`].
 
 use introspect::VcpuRegs;
 
@@ -6,94 +8,52 @@ use crate::boot::acpi::TablesTooLarge;
 use crate::boot::bzimage::BootError;
 use crate::boot::vcpu_state::RegisterError;
 use crate::config::MAX_CPUS;
-use crate::vm::cpuid::CpuidError;
-use crate::vm::regs::Dump;
+use crate::vm::error::{PauseError, VmError};
+use crate::vm::regs::RegsReport;
 use crate::vm::vcpu::{ExitReason, ExitedVcpu};
-use crate::vm::vcpu_set::PauseError;
 
-/// Why a guest could not be started, or how it ended when not of its own will.
+/// Why [`run_vm`](crate::run_vm) could not start a guest, or how the guest crashed.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// A number of vCPUs that no guest may have.
+    /// The configuration has this number of vCPUs, which no guest can have.
     #[error("--cpus {0}: a guest has 1 to {MAX_CPUS} vCPUs")]
     Cpus(u32),
-    /// A size of RAM that the host cannot map.
-    #[error("cannot allocate {} MiB of guest memory: {why}", size >> 20)]
-    Memory {
-        /// Bytes asked for.
-        size: u64,
-        /// What the host said.
-        why: String,
-    },
-    /// Kernel, initrd or command line.
+    /// The kernel, the initrd or the command line cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// There is no `/dev/kvm`.
-    #[error(
-        "no /dev/kvm: load kvm_amd or kvm_intel (and switch virtualization on in the firmware)"
-    )]
-    NoKvm,
-    /// `/dev/kvm` is there but not for us.
-    #[error("no permission to open /dev/kvm: join the group that owns it (usually `kvm`)")]
-    KvmPermission,
-    /// `/dev/kvm` cannot be opened for another reason.
-    #[error("/dev/kvm: {0}")]
-    KvmOpen(kvm_ioctls::Error),
-    /// Something answers at `/dev/kvm` that cannot run a stock kernel.
-    #[error(
-        "/dev/kvm cannot run a stock kernel here: neither kvm_amd nor kvm_intel is loaded{}",
-        served_by(modules)
-    )]
-    KvmNotServing {
-        /// The kvm modules that are loaded instead.
-        modules: Vec<String>,
-    },
-    /// KVM lacks something.
-    #[error("/dev/kvm lacks {0}: a newer host kernel is needed")]
-    KvmLacks(&'static str),
-    /// KVM refused a step of building the machine.
-    #[error("{0}: {1}")]
-    Kvm(&'static str, kvm_ioctls::Error),
-    /// The vCPUs' CPUID.
+    /// The machine could not be built.
     #[error(transparent)]
-    Cpuid(#[from] CpuidError),
-    /// The vCPUs' registers.
+    Vm(#[from] VmError),
+    /// The initial registers of the vCPUs could not be set.
     #[error(transparent)]
     Registers(#[from] RegisterError),
-    /// The ACPI tables.
+    /// The ACPI tables could not be written.
     #[error(transparent)]
     Acpi(#[from] TablesTooLarge),
-    /// The reset vector.
-    #[error("the reset vector: {0}")]
-    Firmware(#[from] vm_memory::GuestMemoryError),
-    /// Threads, file descriptors, the terminal.
-    #[error("{0}: {1}")]
-    Host(&'static str, std::io::Error),
-    /// The event loop.
-    #[error("event loop: {0}")]
-    EventLoop(String),
-    /// What the caller wanted to have beside the guest (its control socket, say).
+    /// The code at the reset vector could not be written.
+    #[error("the reset vector")]
+    ResetVector(#[from] vm_memory::GuestMemoryError),
+    /// The host refused the named resource: a thread, a file descriptor, the terminal.
+    #[error("{0}")]
+    Host(&'static str, #[source] std::io::Error),
+    /// The event loop failed.
+    #[error("event loop")]
+    EventLoop(#[source] event_manager::Error),
+    /// The caller's `before_start` failed.
     #[error(transparent)]
-    Beside(Box<dyn std::error::Error + Send + Sync>),
+    BeforeStart(Box<dyn std::error::Error + Send + Sync>),
     /// The vCPUs could not be started.
     #[error(transparent)]
     Vcpus(#[from] PauseError),
-    /// The guest ended because a vCPU cannot go on.
-    #[error("{}", died(.0))]
-    Died(Box<ExitedVcpu>),
+    /// The guest ended because a vCPU cannot continue.
+    #[error("{}", crash_report(.0))]
+    Crash(Box<ExitedVcpu>),
 }
 
-fn served_by(modules: &[String]) -> String {
-    if modules.is_empty() {
-        String::new()
-    } else {
-        format!(" (it is served by {})", modules.join(", "))
-    }
-}
-
-fn died(ended: &ExitedVcpu) -> String {
-    let index = ended.index;
-    let why = match &ended.end {
+/// The reason in one line, then the registers.
+fn crash_report(exited: &ExitedVcpu) -> String {
+    let index = exited.index;
+    let reason = match &exited.reason {
         ExitReason::TripleFault => format!("triple fault on vCPU {index}"),
         ExitReason::InternalError(Some((suberror, data))) => {
             let words: Vec<_> = data.iter().map(|word| format!("{word:#x}")).collect();
@@ -115,23 +75,28 @@ fn died(ended: &ExitedVcpu) -> String {
         }
         ExitReason::RunFailed(error) => format!("KVM_RUN of vCPU {index}: {error}"),
         ExitReason::Unexpected(exit) => {
-            format!("vCPU {index} stopped for a reason that this machine has no use for: {exit}")
+            format!("vCPU {index} stopped for a reason that this machine does not handle: {exit}")
         }
         ExitReason::Panicked => {
             format!("the thread of vCPU {index} panicked: this is a bug in outpatch")
         }
         ExitReason::PowerOff | ExitReason::Reset => format!("vCPU {index} ended"),
     };
-    match &ended.regs {
-        Ok(regs) => format!("{why}\n{}{}", Dump(regs), after_reset(&ended.end, regs)),
-        Err(unreadable) => format!("{why}\n(its registers cannot be read: {unreadable})"),
+    match &exited.regs {
+        Ok(regs) => format!(
+            "{reason}\n{}{}",
+            RegsReport(regs),
+            reset_note(&exited.reason, regs)
+        ),
+        Err(unreadable) => format!("{reason}\n(its registers cannot be read: {unreadable})"),
     }
 }
 
-/// On AMD, KVM resets the vCPU when the guest shuts down (`arch/x86/kvm/svm/svm.c: shutdown_interception`): say so, or the
-/// reader takes the reset vector for where the guest was.
-fn after_reset(end: &ExitReason, regs: &VcpuRegs) -> &'static str {
-    if *end == ExitReason::TripleFault && regs.rip == 0xfff0 && regs.cr3 == 0 {
+/// On AMD, KVM resets the vCPU when the guest shuts down
+/// (`arch/x86/kvm/svm/svm.c: shutdown_interception`). The note says so, or the reader would take
+/// the reset vector for the place of the fault.
+fn reset_note(reason: &ExitReason, regs: &VcpuRegs) -> &'static str {
+    if *reason == ExitReason::TripleFault && regs.rip == 0xfff0 && regs.cr3 == 0 {
         "(the host's KVM has reset the vCPU: these are not the registers of the fault)\n"
     } else {
         ""

@@ -1,4 +1,5 @@
-//! Where things lie in guest-physical memory. A PC's map: low memory, the hole below 1 MiB, RAM, the device hole below 4 GiB.
+//! The guest-physical memory map. It is a PC's: low memory, the hole below 1 MiB, RAM, and the
+//! device hole below 4 GiB.
 
 use vm_memory::GuestAddress;
 
@@ -8,42 +9,43 @@ pub const GDT: GuestAddress = GuestAddress(0x500);
 pub const ZERO_PAGE: GuestAddress = GuestAddress(0x7000);
 /// Boot page tables: a PML4, a PDPT and a page directory for each of the first 4 GiB.
 pub const PML4: GuestAddress = GuestAddress(0x9000);
-/// See [`PML4`].
+/// The boot PDPT: see [`PML4`].
 pub const PDPT: GuestAddress = GuestAddress(0xa000);
-/// See [`PML4`]; four pages.
+/// The boot page directories, four pages: see [`PML4`].
 pub const PAGE_DIRECTORIES: GuestAddress = GuestAddress(0xb000);
-/// The stack pointer at entry; the kernel sets up its own at once.
+/// The stack pointer at the kernel's entry point; the kernel sets up its own at once.
 pub const BOOT_STACK: GuestAddress = GuestAddress(0x8ff0);
-/// The command line.
+/// The kernel's command line.
 pub const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
-/// End of low memory; above it a PC has its extended BIOS data area.
+/// The end of low memory, past which a PC has its extended BIOS data area.
 pub const LOW_MEMORY_END: GuestAddress = GuestAddress(0x9_fc00);
-/// ACPI tables; the RSDP is the first, at the start of the area that a guest searches for it.
+/// The ACPI tables. The RSDP is at the start of the area, where a guest searches for it.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
-/// End of the area for ACPI tables.
+/// The end of the area for ACPI tables.
 pub const ACPI_END: GuestAddress = GuestAddress(0xf_0000);
-/// Where a PC's processor starts after a reset, as real mode sees it.
+/// Where a PC's processor starts after a reset, `F000:FFF0` in real mode.
 pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
-/// RAM from here on is the kernel's to use.
+/// The kernel may use all RAM from here on.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
-/// RAM below 4 GiB ends here at the latest: the rest is for the interrupt controllers and devices.
+/// Low RAM ends here at the latest: the rest below 4 GiB is for the interrupt controllers and
+/// devices.
 pub const HOLE: GuestAddress = GuestAddress(0xd000_0000);
-/// RAM that did not fit below the hole goes on here.
+/// RAM that does not fit below the hole continues here.
 pub const HOLE_END: GuestAddress = GuestAddress(1 << 32);
-/// What KVM needs for itself on Intel: a page for the identity map, then three pages for the TSS.
+/// KVM's own memory on Intel: a page for the identity map, then three pages for the TSS.
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
-/// See [`KVM_IDENTITY_MAP`].
+/// The three pages for the TSS: see [`KVM_IDENTITY_MAP`].
 pub const KVM_TSS: usize = 0xfffb_d000;
-/// The I/O APIC.
+/// The I/O APIC's registers.
 pub const IOAPIC: u32 = 0xfec0_0000;
-/// The local APICs; also where message-signalled interrupts go.
+/// The local APICs' registers, also the address of message-signalled interrupts.
 pub const LAPIC: u32 = 0xfee0_0000;
-/// Hidden memory comes in pieces of this size: what one entry of a page directory maps.
+/// Hidden memory is added in multiples of this size, which one entry of a page directory maps.
 pub const HIDDEN_UNIT: u64 = 2 << 20;
-/// Hidden memory starts at the first multiple of this behind the RAM and behind 4 GiB.
+/// Hidden memory starts at the first multiple of this past the RAM and past 4 GiB.
 pub const HIDDEN_BASE_ALIGN: u64 = 1 << 30;
 
-/// The RAM ranges of a guest with `size` bytes: start and length.
+/// The RAM ranges of a guest with `size` bytes: start and length in bytes.
 #[must_use]
 pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     let low = size.min(HOLE.0);
@@ -54,7 +56,7 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
-/// The first address at which hidden memory may lie.
+/// The first address of hidden memory in a guest with `ram_size` bytes of RAM.
 #[must_use]
 pub fn hidden_base(ram_size: u64) -> u64 {
     let ram_end = ram_ranges(ram_size)
@@ -71,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ram_goes_round_the_hole() {
+    fn ram_leaves_out_the_hole() {
         assert_eq!(ram_ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
         assert_eq!(
             ram_ranges(4 << 30),
@@ -80,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn hidden_memory_lies_behind_ram_and_hole() {
+    fn hidden_memory_starts_past_ram_and_hole() {
         assert_eq!(hidden_base(512 << 20), 4 << 30);
         assert_eq!(hidden_base(4 << 30), 5 << 30);
         assert_eq!(hidden_base(u64::MAX), u64::MAX);

@@ -1,4 +1,5 @@
-//! Signals that ask the process to end, as an event for the loop, so that the terminal is restored and the output written.
+//! Signals that end the process, as an event for the event loop, so that the terminal is restored
+//! and the output is written first.
 
 use std::io;
 use std::sync::OnceLock;
@@ -8,11 +9,12 @@ use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, c_int};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// The process has its signals once, whatever it does.
+/// Signals belong to the process, so there is one event for it.
 static EVENT: OnceLock<EventFd> = OnceLock::new();
 static LAST: AtomicI32 = AtomicI32::new(0);
 
-/// Only what a signal handler may do: an atomic, and write(2) to an eventfd that never closes.
+/// Does only what a signal handler may do: stores an atomic, and writes to an eventfd that is never
+/// closed.
 extern "C" fn on_signal(signal: c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     LAST.store(signal, Ordering::SeqCst);
     if let Some(event) = EVENT.get() {
@@ -20,11 +22,11 @@ extern "C" fn on_signal(signal: c_int, _: *mut libc::siginfo_t, _: *mut libc::c_
     }
 }
 
-/// Catches SIGHUP, SIGINT, SIGQUIT and SIGTERM (except those that whoever started us has set to be ignored, as nohup(1) does),
-/// and gives the eventfd that says so.
+/// Catches SIGHUP, SIGINT, SIGQUIT and SIGTERM, except those that were ignored when the process was
+/// started, as by nohup(1). Returns the eventfd that is written to for each signal.
 ///
 /// # Errors
-/// When the process is out of file descriptors, or signals cannot be caught.
+/// When the process is out of file descriptors, or a signal cannot be caught.
 pub fn catch() -> io::Result<EventFd> {
     if EVENT.get().is_none() {
         let _ = EVENT.set(EventFd::new(libc::EFD_NONBLOCK)?);
@@ -42,13 +44,13 @@ pub fn catch() -> io::Result<EventFd> {
         .try_clone()
 }
 
-/// The last signal caught since [`catch`].
+/// The number of the last signal caught since [`catch`]; 0: none.
 #[must_use]
 pub fn last() -> c_int {
     LAST.load(Ordering::SeqCst)
 }
 
-/// Signals ignored when asked, as a mask: bit 0 is signal 1.
+/// The signals that the process ignores now, as a mask: bit 0 is signal 1.
 fn ignored_signals() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -11,8 +11,9 @@ use crate::api::control::Control;
 use crate::api::problem::{Kind, Problem};
 use crate::api::types;
 use crate::core_dump::{CoreDumpWriter, DumpError};
-use crate::vm::handle::{VmHandle, VmState};
+use crate::vm::handle::VmHandle;
 use crate::vm::machine::VmMachine;
+use crate::vm::shared::VmState;
 
 /// The guest of this process.
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 //! The ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, DSDT.
 //!
-//! Hardware-reduced, because then nothing has to answer where a PC has its PM timer, its SCI and its 8259s. Such a machine has
-//! no legacy devices unless the DSDT names them: COM1 is there, or the guest would have no console.
+//! The machine is hardware-reduced so that it needs no PM timer, no SCI and no 8259s. Such a
+//! machine has only those legacy devices that the DSDT lists, so the DSDT lists COM1: without it
+//! the guest would have no console.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -24,15 +25,16 @@ const OEM: [u8; 6] = *b"OUTPTC";
 const TABLE: [u8; 8] = *b"OUTPATCH";
 const REVISION: u32 = 1;
 const SDT_HEADER: u32 = 36;
-/// ACPI 6.5, 5.2.9.3: there is no VGA to probe. That the 8042 bit is not set says that there is no keyboard to probe either.
+/// ACPI 6.5, 5.2.9.3: there is no VGA to probe. As the 8042 bit is not set, there is no keyboard to
+/// probe either.
 const IAPC_NO_VGA: u16 = 1 << 2;
 
-/// The tables do not fit where they belong.
+/// The tables do not fit between [`layout::ACPI`] and [`layout::ACPI_END`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the ACPI tables do not fit in the 64 KiB that they have")]
+#[error("the ACPI tables do not fit in the 64 KiB reserved for them")]
 pub struct TablesTooLarge;
 
-/// Writes the tables of a machine with `cpus` vCPUs, and says where the RSDP is.
+/// Writes the tables of a machine with `cpus` vCPUs; the address of the RSDP.
 ///
 /// # Errors
 /// [`TablesTooLarge`].
@@ -53,7 +55,7 @@ pub fn write_tables(memory: &GuestMemoryMmap, cpus: u8) -> Result<GuestAddress, 
     area.put(&Rsdp::new(OEM, xsdt.0))
 }
 
-/// The memory that the tables go to, one behind the other.
+/// The memory area for the tables, which are written one after the other.
 struct Area<'a> {
     memory: &'a GuestMemoryMmap,
     next: GuestAddress,
@@ -91,7 +93,7 @@ fn fadt(dsdt: GuestAddress) -> impl Aml {
         .dsdt_64(dsdt.0)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
-        // The buttons are not "fixed hardware" ones: there are none.
+        // These flags say that the buttons are not fixed hardware. There are no buttons at all.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Wbinvd)
@@ -163,7 +165,7 @@ mod tests {
         u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
     }
 
-    /// A whole table, with its checksum checked.
+    /// The whole table at `at`, after its checksum was checked.
     fn table(memory: &GuestMemoryMmap, at: u64) -> Vec<u8> {
         let len = usize::try_from(u32_at(&read(memory, at, 8), 4)).unwrap();
         let bytes = read(memory, at, len);

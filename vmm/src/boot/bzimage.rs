@@ -1,7 +1,9 @@
-//! A bzImage, an initial RAM disk and a command line into guest memory, as `Documentation/arch/x86/boot.rst` wants them.
+//! Loads a bzImage, an initrd and a command line into guest memory as
+//! `Documentation/arch/x86/boot.rst` requires.
 //!
-//! The bzImage is booted as it is: its own decompressor runs in the guest and with it the guest's own KASLR. The files are
-//! checked before anything is believed of them; a wrong one is an error with its name, not a guest that hangs.
+//! The bzImage is booted as it is: its own decompressor, and with it the guest's own KASLR, runs in
+//! the guest. The files are checked before their contents are used; a wrong file is an error with
+//! its name, not a guest that hangs.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -14,89 +16,97 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 use crate::layout;
 
-/// Where the setup header lies in the file, and the end of what we use of it.
+/// Where the setup header is in the file, and the end of the part that is used here.
 const HEADER: usize = 0x1f1;
 const HEADER_END: usize = 0x26c;
 const MAGIC: u32 = 0x5372_6448;
-/// Boot protocol 2.12 brought `xloadflags`.
-const OLDEST_PROTOCOL: u16 = 0x020c;
+/// Boot protocol 2.12, the first with `xloadflags`.
+const MIN_PROTOCOL: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 const LOADED_HIGH: u8 = 1;
-/// The 64-bit entry, from the start of the loaded kernel.
+/// Offset of the 64-bit entry point from the start of the loaded kernel.
 const ENTRY_64: u64 = 0x200;
-/// "Undefined" in the registry of boot loaders.
+/// The boot loader id for an unregistered boot loader.
 const LOADER_UNDEFINED: u8 = 0xff;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 
-/// Why a kernel cannot be booted.
+/// Why a kernel cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file cannot be read.
-    #[error("{what} {}: {error}", path.display())]
+    /// The file cannot be read.
+    #[error("{what} {}", path.display())]
     File {
-        /// Kernel or initrd.
+        /// `kernel` or `initrd`.
         what: &'static str,
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
-        error: io::Error,
+        /// The error of the system call.
+        source: io::Error,
     },
-    /// Not a bzImage.
+    /// The file is not a bzImage.
     #[error("kernel {}: not a bzImage ({why})", path.display())]
     NotBzImage {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// How that shows.
+        /// What is wrong with it.
         why: &'static str,
     },
-    /// A bzImage, but of a kernel that has no 64-bit entry.
-    #[error("kernel {}: {why}; a 64-bit kernel with boot protocol 2.12 or later is needed", path.display())]
+    /// The file is a bzImage of a kernel that has no 64-bit entry point.
+    #[error(
+        "kernel {}: {why}; a 64-bit kernel with boot protocol 2.12 or later is needed",
+        path.display()
+    )]
     NotBootable {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// How that shows.
+        /// What is wrong with it.
         why: String,
     },
-    /// The file ends before the kernel does.
-    #[error("kernel {}: truncated: {has} bytes of {wants}", path.display())]
+    /// The file is shorter than its header announces.
+    #[error("kernel {}: truncated: {has} bytes of {needed}", path.display())]
     Truncated {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Length of the file.
+        /// Length of the file in bytes.
         has: u64,
-        /// Length that its header announces.
-        wants: u64,
+        /// Length in bytes that its header announces.
+        needed: u64,
     },
-    /// The RAM does not hold kernel and initrd.
-    #[error("{} MiB of memory is too little: this kernel{} needs at least {} MiB", has / MIB, if *initrd { " with this initrd" } else { "" }, needs.div_ceil(MIB))]
+    /// The guest's RAM is too small for the kernel and the initrd.
+    #[error(
+        "{} MiB of memory is too little: this kernel{} needs at least {} MiB",
+        has / MIB,
+        if *initrd { " with this initrd" } else { "" },
+        needs.div_ceil(MIB)
+    )]
     TooLittleMemory {
-        /// RAM of the guest.
+        /// The guest's RAM in bytes.
         has: u64,
-        /// RAM that loading needs.
+        /// The RAM that loading needs, in bytes.
         needs: u64,
         /// Whether there is an initrd.
         initrd: bool,
     },
-    /// The command line does not fit this kernel.
-    #[error("the command line has {has} bytes, this kernel takes {takes}")]
+    /// The command line is longer than this kernel accepts.
+    #[error("the command line has {has} bytes, this kernel takes {max}")]
     CommandLineTooLong {
-        /// Its length.
+        /// Length of the command line in bytes.
         has: usize,
-        /// The most that the kernel takes.
-        takes: u32,
+        /// The most bytes that the kernel accepts.
+        max: u32,
     },
-    /// The command line has a NUL or something else that is not a character of a command line.
+    /// The command line has a NUL or another byte that is not printable ASCII.
     #[error("the command line may have printable ASCII characters only")]
     BadCommandLine,
-    /// Guest memory is not where it should be.
+    /// Guest memory is missing at an address that loading writes to.
     #[error("guest memory: {0}")]
     Memory(String),
 }
 
-/// A kernel file whose header was checked.
+/// A bzImage whose header was checked.
 #[derive(Debug)]
 pub struct Kernel {
     path: PathBuf,
@@ -110,20 +120,19 @@ impl Kernel {
     /// # Errors
     /// [`BootError`] about the file.
     pub fn open(path: &Path) -> Result<Kernel, BootError> {
-        let io = |error| BootError::File {
+        let io = |source| BootError::File {
             what: "kernel",
             path: path.to_owned(),
-            error,
-        };
-        let not = |why| BootError::NotBzImage {
-            path: path.to_owned(),
-            why,
+            source,
         };
         let mut file = open_file(path).map_err(io)?;
         let has = file.metadata().map_err(io)?.len();
         let mut start = [0; HEADER_END];
         file.read_exact(&mut start).map_err(|e| match e.kind() {
-            io::ErrorKind::UnexpectedEof => not("the file is too short"),
+            io::ErrorKind::UnexpectedEof => BootError::NotBzImage {
+                path: path.to_owned(),
+                why: "the file is too short",
+            },
             _ => io(e),
         })?;
         let raw = start.get(HEADER..).unwrap_or_default();
@@ -132,35 +141,7 @@ impl Kernel {
         for (to, from) in target.iter_mut().zip(raw) {
             *to = *from;
         }
-        if { header.header } != MAGIC {
-            return Err(not("it has no `HdrS`"));
-        }
-        let unbootable = |why| BootError::NotBootable {
-            path: path.to_owned(),
-            why,
-        };
-        let version = { header.version };
-        if version < OLDEST_PROTOCOL {
-            return Err(unbootable(format!(
-                "its boot protocol is {}.{:02}",
-                version >> 8,
-                version & 0xff
-            )));
-        }
-        if header.loadflags & LOADED_HIGH == 0 {
-            return Err(not("it is a zImage"));
-        }
-        if { header.xloadflags } & XLF_KERNEL_64 == 0 {
-            return Err(unbootable("it has no 64-bit entry".to_owned()));
-        }
-        let wants = setup_size(&header) + u64::from(header.syssize) * 16;
-        if has < wants {
-            return Err(BootError::Truncated {
-                path: path.to_owned(),
-                has,
-                wants,
-            });
-        }
+        check_header(path, &header, has)?;
         Ok(Kernel {
             path: path.to_owned(),
             file,
@@ -168,12 +149,13 @@ impl Kernel {
         })
     }
 
-    /// Where the kernel goes: where it would rather be, so that it need not move itself first.
+    /// The kernel's load address: the one that it prefers, so that it need not relocate itself
+    /// first.
     fn load_address(&self) -> u64 {
         self.header.pref_address
     }
 
-    /// End of the memory that the kernel uses before it reads the memory map.
+    /// The end of the memory that the kernel uses before it reads the memory map.
     fn end(&self) -> u64 {
         let file = self
             .load_address()
@@ -184,8 +166,8 @@ impl Kernel {
         file.max(run)
     }
 
-    /// Puts kernel, `initrd` and `cmdline` into `memory`, and the zero page that says where they are and where the ACPI
-    /// tables are. Gives the entry point.
+    /// Writes the kernel, `initrd` and `cmdline` to `memory`, and the zero page with their
+    /// addresses and that of the ACPI tables (`rsdp`). Returns the kernel's 64-bit entry point.
     ///
     /// # Errors
     /// [`BootError`].
@@ -197,7 +179,7 @@ impl Kernel {
         rsdp: GuestAddress,
     ) -> Result<GuestAddress, BootError> {
         let initrd = initrd.map(Initrd::open).transpose()?;
-        let place = self.place(memory, initrd.as_ref())?;
+        let initrd_at = self.place_initrd(memory, initrd.as_ref())?;
         self.write_cmdline(memory, cmdline)?;
         let loaded = self.write_kernel(memory)?;
         let mut params = boot_params {
@@ -207,7 +189,7 @@ impl Kernel {
         };
         params.hdr.type_of_loader = LOADER_UNDEFINED;
         params.hdr.cmd_line_ptr = low_address(layout::CMDLINE.0)?;
-        if let (Some(mut initrd), Some(at)) = (initrd, place) {
+        if let (Some(mut initrd), Some(at)) = (initrd, initrd_at) {
             initrd.read_into(memory, at)?;
             params.hdr.ramdisk_image = low_address(at)?;
             params.hdr.ramdisk_size = low_address(initrd.len)?;
@@ -219,8 +201,10 @@ impl Kernel {
         Ok(GuestAddress(loaded.kernel_load.0 + ENTRY_64))
     }
 
-    /// Where the initrd goes: as high as RAM and kernel allow, away from where the kernel unpacks itself.
-    fn place(
+    /// Checks that the RAM is large enough, and chooses the initrd's address: as high as the RAM
+    /// and the kernel's limit allow, away from where the kernel decompresses itself. `None`: no
+    /// initrd.
+    fn place_initrd(
         &self,
         memory: &GuestMemoryMmap,
         initrd: Option<&Initrd>,
@@ -256,8 +240,8 @@ impl Kernel {
         {
             return Err(BootError::BadCommandLine);
         }
-        let takes = self.header.cmdline_size;
-        if u32::try_from(cmdline.len()).is_ok_and(|len| len <= takes) {
+        let max = self.header.cmdline_size;
+        if u32::try_from(cmdline.len()).is_ok_and(|len| len <= max) {
             let mut bytes = cmdline.as_bytes().to_vec();
             bytes.push(0);
             memory
@@ -266,7 +250,7 @@ impl Kernel {
         } else {
             Err(BootError::CommandLineTooLong {
                 has: cmdline.len(),
-                takes,
+                max,
             })
         }
     }
@@ -282,7 +266,45 @@ impl Kernel {
     }
 }
 
-/// Length of the real-mode part, which is not loaded.
+/// Checks the setup header of the file at `path`, which has `has` bytes.
+fn check_header(path: &Path, header: &setup_header, has: u64) -> Result<(), BootError> {
+    let not = |why| BootError::NotBzImage {
+        path: path.to_owned(),
+        why,
+    };
+    let unbootable = |why| BootError::NotBootable {
+        path: path.to_owned(),
+        why,
+    };
+    if { header.header } != MAGIC {
+        return Err(not("it has no `HdrS`"));
+    }
+    let version = { header.version };
+    if version < MIN_PROTOCOL {
+        return Err(unbootable(format!(
+            "its boot protocol is {}.{:02}",
+            version >> 8,
+            version & 0xff
+        )));
+    }
+    if header.loadflags & LOADED_HIGH == 0 {
+        return Err(not("it is a zImage"));
+    }
+    if { header.xloadflags } & XLF_KERNEL_64 == 0 {
+        return Err(unbootable("it has no 64-bit entry".to_owned()));
+    }
+    let needed = setup_size(header) + u64::from(header.syssize) * 16;
+    if has < needed {
+        return Err(BootError::Truncated {
+            path: path.to_owned(),
+            has,
+            needed,
+        });
+    }
+    Ok(())
+}
+
+/// Length in bytes of the real-mode part, which is not loaded.
 fn setup_size(header: &setup_header) -> u64 {
     let sectors = if header.setup_sects == 0 {
         4
@@ -292,7 +314,7 @@ fn setup_size(header: &setup_header) -> u64 {
     (u64::from(sectors) + 1) * 512
 }
 
-/// An initial RAM disk; what is in it is the kernel's business.
+/// An initrd file. Its contents are not checked: only the kernel knows their format.
 #[derive(Debug)]
 struct Initrd {
     path: PathBuf,
@@ -308,10 +330,10 @@ impl Initrd {
             file.seek(SeekFrom::Start(0))?;
             Ok((file, len))
         };
-        let (file, len) = open().map_err(|error| BootError::File {
+        let (file, len) = open().map_err(|source| BootError::File {
             what: "initrd",
             path: path.to_owned(),
-            error,
+            source,
         })?;
         Ok(Initrd {
             path: path.to_owned(),
@@ -327,12 +349,13 @@ impl Initrd {
             .map_err(|e| BootError::File {
                 what: "initrd",
                 path: self.path.clone(),
-                error: io::Error::other(e),
+                source: io::Error::other(e),
             })
     }
 }
 
-/// Opens a regular file; a directory opens too, and then says something unhelpful when read.
+/// Opens a regular file. A directory would open as well, and then fail with a misleading error when
+/// read.
 fn open_file(path: &Path) -> io::Result<File> {
     let file = File::open(path)?;
     if file.metadata()?.is_file() {

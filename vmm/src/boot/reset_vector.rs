@@ -1,8 +1,9 @@
-//! All the firmware that a guest sees: the instructions at the PC's reset vector.
+//! The code at the PC's reset vector, which is all the firmware that a guest has.
 //!
-//! A guest that finds hardware-reduced ACPI and no EFI restarts, as its last resort or as its first choice
-//! (`arch/x86/kernel/reboot.c: reboot_init`, `machine_real_restart`), by going to real mode and jumping to where a BIOS
-//! starts. Nothing there would leave a vCPU running through garbage for ever.
+//! A guest with hardware-reduced ACPI and no EFI restarts, as its first or its last method
+//! (`arch/x86/kernel/reboot.c: reboot_init`, `machine_real_restart`), by switching to real mode and
+//! jumping to the entry point of the BIOS. Without code there, the vCPU would execute garbage and
+//! never stop.
 
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap};
 
@@ -15,10 +16,10 @@ const fn reset() -> [u8; 7] {
     [0xba, low, high, 0xb0, power::RESET_VALUE, 0xee, 0xf4]
 }
 
-/// Writes what is executed at `F000:FFF0`: it resets the machine.
+/// Writes code to `F000:FFF0` that resets the machine.
 ///
 /// # Errors
-/// When there is no memory.
+/// When there is no guest memory at the reset vector.
 pub fn write(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
     memory.write_slice(&reset(), layout::RESET_VECTOR)
 }

@@ -1,5 +1,6 @@
-//! The registers a vCPU starts with: model-specific ones, and for the boot processor the state that a bzImage's 64-bit entry
-//! wants (`Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol").
+//! The registers with which vCPUs start: model-specific registers for all, and for the boot
+//! processor the state that a bzImage's 64-bit entry point requires
+//! (`Documentation/arch/x86/boot.rst`, "64-bit Boot Protocol").
 
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -20,7 +21,7 @@ const MSR_SYSCALL_MASK: u32 = 0xc000_0084;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 const MISC_ENABLE_FAST_STRING: u64 = 1;
-/// MTRRs on, everything write-back that they do not say otherwise.
+/// MTRRs enabled, with write-back as the default type.
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
 const CR0_PE: u64 = 1;
@@ -41,21 +42,22 @@ const BOOT_DS: u16 = 0x18;
 /// Null, unused, 64-bit code, data.
 const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
-/// A register could not be set.
+/// Why the initial state of a vCPU could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
-    /// KVM refused a call.
-    #[error("{0}: {1}")]
-    Kvm(&'static str, kvm_ioctls::Error),
-    /// KVM does not know an MSR.
+    /// KVM refused the named call.
+    #[error("{0}")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
+    /// KVM does not set the MSR with this index.
     #[error("KVM_SET_MSRS: MSR {0:#x} cannot be set")]
     Msr(u32),
-    /// The guest has no memory where the boot structures go.
+    /// There is no guest memory at the address of the boot GDT or the boot page tables.
     #[error("no guest memory for the boot page tables")]
     Memory,
 }
 
-/// Sets what firmware would have set. After `KVM_SET_CPUID2`: which MSRs there are depends on it.
+/// Sets the MSRs that firmware would have set. Call it after `KVM_SET_CPUID2`, on which it depends
+/// which MSRs exist.
 ///
 /// # Errors
 /// [`RegisterError`].
@@ -88,7 +90,8 @@ pub fn set_msrs(vcpu: &VcpuFd) -> Result<(), RegisterError> {
     }
 }
 
-/// Writes the boot GDT and the boot page tables: the first 4 GiB, mapped one to one.
+/// Writes the boot GDT, and boot page tables that map the first 4 GiB to the same physical
+/// addresses.
 ///
 /// # Errors
 /// [`RegisterError::Memory`].
@@ -119,7 +122,7 @@ pub fn write_boot_tables(memory: &GuestMemoryMmap) -> Result<(), RegisterError> 
     Ok(())
 }
 
-/// Puts the boot processor at `entry` in 64-bit mode.
+/// Sets the boot processor's registers to 64-bit mode at `entry`.
 ///
 /// # Errors
 /// [`RegisterError::Kvm`].

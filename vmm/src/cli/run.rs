@@ -55,7 +55,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         cpus: args.cpus,
         memory: args.memory,
     };
-    let kind = vmm::run(&config, |vm| {
+    let kind = vmm::run_vm(&config, |vm| {
         socket
             .map(|socket| Server::start(socket, Controller::new(vm.clone()), Limits::default()))
             .transpose()

@@ -1,8 +1,9 @@
-//! What the guest prints, on its way to our own standard output, with nothing lost.
+//! Writes what the guest prints to our standard output, without losing any of it.
 //!
-//! A vCPU thread must never wait in a `write(2)` to a pipe that nobody reads: it could not be paused there. So vCPU threads only
-//! append to a buffer, and one thread of its own does the writing. A buffer that is full makes the vCPU wait where it can be
-//! paused ([`Output::is_full`]); a reader that has gone away makes us discard, as a serial line with nothing plugged in would.
+//! A vCPU thread must never wait in `write(2)`, for example to a pipe that is not read: it could
+//! not be paused there. So vCPU threads only append to a buffer, and a separate thread writes it.
+//! When the buffer is full, the vCPU waits where it can be paused ([`Output::is_full`]). When the
+//! reader has gone, output is discarded, as on a serial line with nothing plugged in.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,14 +15,14 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-/// From this many waiting bytes on, vCPUs that print have to wait.
+/// When this many bytes wait to be written, vCPUs that print must wait.
 const FULL: usize = 64 << 10;
 
-/// How long the writer lets output gather after the first byte: a serial port gives its bytes one by one, and a wakeup and a
-/// system call for each would cost more than the guest's printing.
+/// How long the writer lets output gather after the first byte. A serial port gives its bytes one
+/// by one; a wakeup and a system call for each would cost more than the guest's printing.
 const GATHER: Duration = Duration::from_millis(1);
 
-/// The guest's output. Clones share it.
+/// The buffer of the guest's output. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Output {
     shared: Arc<Shared>,
@@ -30,11 +31,11 @@ pub struct Output {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// The buffer was empty and is not any more, or no more will come.
+    /// Notified when the buffer is no longer empty, or no more output will come.
     work: Condvar,
-    /// The writer has written all there was.
+    /// Notified when the writer has written the whole buffer.
     idle: Condvar,
-    /// A copy of `state.buffer.len() >= FULL`, to be looked at after each I/O exit without the lock.
+    /// A copy of `state.buffer.len() >= FULL`, read after each I/O exit without the lock.
     full: AtomicBool,
 }
 
@@ -45,16 +46,16 @@ struct State {
     writing: bool,
     /// No more output will come.
     closed: bool,
-    /// The reader has gone; what comes is discarded.
+    /// The reader has gone; output is discarded.
     dead: bool,
 }
 
 impl Output {
-    /// Starts the thread that writes to `to`.
+    /// Starts the thread that writes the output to `to`.
     ///
     /// # Errors
-    /// When no thread can be started.
-    pub fn to(to: OwnedFd) -> io::Result<(Output, OutputWriter)> {
+    /// When the thread cannot be started.
+    pub fn start(to: OwnedFd) -> io::Result<(Output, OutputWriter)> {
         let output = Output {
             shared: Arc::default(),
         };
@@ -69,13 +70,13 @@ impl Output {
         Ok((output, writer))
     }
 
-    /// Whether whoever prints should wait before going on.
+    /// Whether a vCPU that prints must wait before it enters the guest again.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.full.load(Ordering::Relaxed)
     }
 
-    /// Waits until all that was printed so far is written, or `deadline` passes; says whether all is written.
+    /// Waits until all output so far is written or `deadline` passes. True: all is written.
     #[must_use]
     pub fn drain(&self, deadline: Option<Instant>) -> bool {
         let mut state = self.shared.lock();
@@ -167,7 +168,7 @@ impl Shared {
     }
 }
 
-/// `write_all` that also copes with a descriptor somebody else made non-blocking.
+/// Writes all of `bytes`, also to a descriptor that another process has made non-blocking.
 fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match rustix::io::write(&to, bytes) {
@@ -183,7 +184,8 @@ fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Owns the writing thread: dropping it ends the thread, which first writes what is left unless it is stuck.
+/// Owns the writing thread. Dropping it ends the thread, which first writes what is left, unless it
+/// is stuck in a write.
 #[derive(Debug)]
 pub struct OutputWriter {
     output: Output,
@@ -194,7 +196,8 @@ impl Drop for OutputWriter {
     fn drop(&mut self) {
         self.output.shared.lock().closed = true;
         self.output.shared.work.notify_one();
-        // A thread that is stuck in write(2) cannot be joined; whoever wanted all output written has called `drain`.
+        // A thread that is stuck in write(2) cannot be joined. A caller that needs all output to be
+        // written has called `drain`.
         if self
             .output
             .drain(Some(Instant::now() + Duration::from_millis(100)))
@@ -220,7 +223,7 @@ mod tests {
             theirs.read_to_end(&mut all).unwrap();
             all
         });
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         let mut sent = Vec::new();
         for i in 0..300_000_u32 {
             let byte = [i.to_le_bytes()[0]];
@@ -235,7 +238,7 @@ mod tests {
     #[test]
     fn a_reader_that_does_not_read_fills_the_buffer_and_then_gets_all_of_it() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         let mut sent = 0_usize;
         while !output.is_full() {
             output.write_all(&[b'x'; 1000]).unwrap();
@@ -256,10 +259,10 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_leaves_blocks_nobody() {
+    fn a_reader_that_leaves_does_not_block_the_guest() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        let (mut output, writer) = Output::to(ours.into()).unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
         for _ in 0..1000 {
             output.write_all(&[b'x'; 1000]).unwrap();
         }

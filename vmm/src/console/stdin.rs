@@ -1,8 +1,9 @@
-//! Our standard input on its way to the guest's console, on the event loop.
+//! Sends our standard input to the guest's console, on the event loop.
 //!
-//! Input that the guest does not take yet must neither be lost nor grow without end nor make us spin. A pipe or a file is not
-//! read further while much is waiting. A terminal is read on, because Ctrl-A x must get through to us even when the guest has
-//! stopped listening; what is typed at such a guest beyond that is lost, as it would be on a serial line.
+//! Input that the guest has not taken yet must not be lost, must not grow without bound, and must
+//! not make the event loop spin. A pipe or a file is not read further while much input waits. A
+//! terminal is always read, because Ctrl-A x must reach us even when the guest has stopped reading;
+//! what else is typed then is lost, as on a serial line.
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,47 +17,48 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::console::terminal::Keys;
 use crate::devices::legacy::serial::Com1;
 
-/// From this many waiting bytes on, no more are read.
-const ENOUGH: usize = 4096;
-/// How much is read at once.
+/// When this many bytes wait for the guest, no more are read.
+const MAX_WAITING: usize = 4096;
+/// How many bytes are read at once.
 const CHUNK: usize = 1024;
 
-/// Where the input comes from, as far as that matters.
+/// Whether the input is read, and how the event loop waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    /// Readiness is an event.
+enum InputState {
+    /// The event loop reports when the input is readable.
     Watched,
-    /// Readable, but not watched at the moment.
+    /// Not watched while input waits for the guest.
     Held,
-    /// A regular file or the like: epoll refuses it because it is always ready.
+    /// A regular file or similar, which epoll refuses because it is always readable.
     AlwaysReady,
-    /// There is no more.
+    /// The input has ended.
     Ended,
 }
 
-/// Moves standard input to the console.
+/// The subscriber of the event loop that sends standard input to COM1.
 pub struct Stdin<W: Write> {
     input: OwnedFd,
-    source: Source,
+    state: InputState,
     terminal: bool,
     keys: Keys,
     com1: Arc<Mutex<Com1<W>>>,
-    /// The console has given all its input to the guest.
+    /// Written to by COM1 when the guest has taken all its input.
     taken: EventFd,
-    /// The user quits.
+    /// Written to when the user types Ctrl-A x.
     quit: EventFd,
 }
 
 impl<W: Write> std::fmt::Debug for Stdin<W> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Stdin")
-            .field("source", &self.source)
+            .field("state", &self.state)
             .finish_non_exhaustive()
     }
 }
 
 impl<W: Write> Stdin<W> {
-    /// Reads `input` for `com1`, which writes to `taken`; writes to `quit` when the user types Ctrl-A x.
+    /// Reads `input` for `com1`, which writes to `taken` when the guest has taken all its input.
+    /// Writes to `quit` when the user types Ctrl-A x.
     pub fn new(
         input: OwnedFd,
         com1: Arc<Mutex<Com1<W>>>,
@@ -66,7 +68,7 @@ impl<W: Write> Stdin<W> {
         let terminal = rustix::termios::isatty(&input);
         Stdin {
             input,
-            source: Source::Held,
+            state: InputState::Held,
             terminal,
             keys: Keys::default(),
             com1,
@@ -79,39 +81,39 @@ impl<W: Write> Stdin<W> {
         self.com1.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts to watch for readiness.
+    /// Starts to watch the input, or reads it at once if it is always readable.
     fn watch(&mut self, ops: &mut EventOps) {
         match ops.add(Events::new(&self.input, EventSet::IN)) {
-            Ok(()) => self.source = Source::Watched,
+            Ok(()) => self.state = InputState::Watched,
             Err(event_manager::Error::Epoll(e))
                 if io::Error::from(e).raw_os_error() == Some(libc::EPERM) =>
             {
-                self.source = Source::AlwaysReady;
+                self.state = InputState::AlwaysReady;
                 self.read_always_ready();
             }
             Err(e) => {
                 tracing::warn!("standard input cannot be watched ({e:?}): the guest gets none");
-                self.source = Source::Ended;
+                self.state = InputState::Ended;
             }
         }
     }
 
-    fn unwatch(&mut self, ops: &mut EventOps, source: Source) {
+    fn unwatch(&mut self, ops: &mut EventOps, state: InputState) {
         if let Err(e) = ops.remove(Events::new(&self.input, EventSet::IN)) {
             tracing::warn!("standard input: {e:?}");
         }
-        self.source = source;
+        self.state = state;
     }
 
     fn read_always_ready(&mut self) {
-        while self.source == Source::AlwaysReady && self.com1().waiting() < ENOUGH {
+        while self.state == InputState::AlwaysReady && self.com1().waiting() < MAX_WAITING {
             if !self.read() {
-                self.source = Source::Ended;
+                self.state = InputState::Ended;
             }
         }
     }
 
-    /// Reads what there is, once; false: there will be no more.
+    /// Reads once. False: the input has ended.
     fn read(&mut self) -> bool {
         let mut chunk = [0; CHUNK];
         let count = match rustix::io::read(&self.input, &mut chunk) {
@@ -132,7 +134,7 @@ impl<W: Write> Stdin<W> {
             tracing::error!("Ctrl-A x is lost: {e}");
         }
         let mut com1 = self.com1();
-        if !self.terminal || com1.waiting() < ENOUGH {
+        if !self.terminal || com1.waiting() < MAX_WAITING {
             com1.send(&guest);
         }
         true
@@ -150,15 +152,15 @@ impl<W: Write> MutEventSubscriber for Stdin<W> {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.fd() == self.taken.as_raw_fd() {
             let _ = self.taken.read();
-            match self.source {
-                Source::Held => self.watch(ops),
-                Source::AlwaysReady => self.read_always_ready(),
-                Source::Watched | Source::Ended => {}
+            match self.state {
+                InputState::Held => self.watch(ops),
+                InputState::AlwaysReady => self.read_always_ready(),
+                InputState::Watched | InputState::Ended => {}
             }
         } else if !self.read() {
-            self.unwatch(ops, Source::Ended);
-        } else if !self.terminal && self.com1().waiting() >= ENOUGH {
-            self.unwatch(ops, Source::Held);
+            self.unwatch(ops, InputState::Ended);
+        } else if !self.terminal && self.com1().waiting() >= MAX_WAITING {
+            self.unwatch(ops, InputState::Held);
         }
     }
 }

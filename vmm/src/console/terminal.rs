@@ -1,11 +1,12 @@
-//! Our own terminal: raw while the guest's console is on it, and as it was before on every way out; and the keys that are ours.
+//! Our own terminal: raw while the guest's console is on it and restored however the process ends;
+//! and the keys that are for us and not for the guest.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
-/// A terminal in raw mode; as it was before when this is dropped, also by a panic.
+/// A terminal in raw mode. Dropping this restores the previous mode, also during a panic.
 #[derive(Debug)]
 pub struct RawTerminal {
     terminal: OwnedFd,
@@ -13,10 +14,10 @@ pub struct RawTerminal {
 }
 
 impl RawTerminal {
-    /// Makes `terminal` raw, if it is a terminal.
+    /// Switches `terminal` to raw mode. `None`: it is not a terminal.
     ///
     /// # Errors
-    /// When it is one and cannot be made raw.
+    /// When it is a terminal and cannot be switched to raw mode.
     pub fn enter(terminal: impl AsFd) -> std::io::Result<Option<RawTerminal>> {
         if !isatty(&terminal) {
             return Ok(None);
@@ -48,15 +49,15 @@ fn set(terminal: &OwnedFd, modes: &Termios) -> Result<(), Errno> {
 /// Ctrl-A.
 const ESCAPE: u8 = 1;
 
-/// Takes our own keys out of what is typed, as QEMU's `-nographic` does: Ctrl-A x quits, Ctrl-A Ctrl-A is one Ctrl-A, and
-/// Ctrl-A with anything else is nothing.
+/// Takes our own keys out of what is typed, as QEMU's `-nographic` does: Ctrl-A x quits, Ctrl-A
+/// Ctrl-A sends one Ctrl-A, and Ctrl-A with any other key sends nothing.
 #[derive(Debug, Default)]
 pub struct Keys {
     escaped: bool,
 }
 
 impl Keys {
-    /// Appends what the guest gets of `typed` to `guest`; true: the user quits.
+    /// Appends those bytes of `typed` that are for the guest to `guest`. True: the user quits.
     pub fn filter(&mut self, typed: &[u8], guest: &mut Vec<u8>) -> bool {
         for &byte in typed {
             match (std::mem::take(&mut self.escaped), byte) {

@@ -1,19 +1,19 @@
-//! A bus: which device answers at which address. The same type serves I/O ports and MMIO.
+//! A bus: finds the device that answers at an address. The same type serves I/O ports and MMIO.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What a write asks of the machine as a whole.
+/// The effect of a write on the machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing: the device has dealt with it.
+    /// No effect outside the device.
     None,
-    /// Start again from the reset vector.
+    /// The guest resets the machine.
     Reset,
-    /// Switch off.
+    /// The guest switches the machine off.
     PowerOff,
 }
 
-/// Something that answers on a bus.
+/// A device that answers on a bus.
 pub trait Device: Send {
     /// Reads at `offset` from the start of the device's range.
     fn read(&mut self, offset: u64, data: &mut [u8]);
@@ -22,10 +22,11 @@ pub trait Device: Send {
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect;
 }
 
-/// First address, number of addresses, and who answers there.
+/// First address, number of addresses, and the device that answers there.
 type Range = (u64, u64, Arc<Mutex<dyn Device>>);
 
-/// Devices by address. What no device answers reads as all ones and ignores writes, as on a PC.
+/// Devices by address. As on a PC, an address without a device reads as all ones and ignores
+/// writes.
 #[derive(Default)]
 pub struct Bus {
     ranges: Vec<Range>,
@@ -40,7 +41,7 @@ impl std::fmt::Debug for Bus {
 }
 
 impl Bus {
-    /// Puts `device` at `base..base + len`. Of overlapping devices the one added first answers.
+    /// Adds `device` at `base..base + len`. Of overlapping devices the one added first answers.
     #[must_use]
     pub fn with(mut self, base: u64, len: u64, device: Arc<Mutex<dyn Device>>) -> Bus {
         self.ranges.push((base, len, device));
@@ -77,6 +78,15 @@ impl Bus {
     }
 }
 
+/// The two address spaces in which a vCPU reaches devices.
+#[derive(Debug, Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Memory-mapped I/O, by guest-physical address.
+    pub mmio: Bus,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_device_in_range_answers_and_nobody_else() {
+    fn only_the_device_in_range_answers() {
         let echo = Arc::new(Mutex::new(Echo(0)));
         let bus = Bus::default().with(0x60, 5, echo.clone());
         let mut data = [0; 2];

@@ -1,7 +1,9 @@
-//! What the guest's CPUID instruction says: what KVM offers, plus which vCPU this is and how they are arranged.
+//! What the guest's CPUID instruction returns: what KVM supports, plus the topology and each vCPU's
+//! place in it.
 //!
-//! Staged: the shared leaves are made once ([`shared`]), the ones that name a vCPU for each of them ([`for_vcpu`]). The topology
-//! is one socket of cores without siblings, the APIC id being the vCPU's index.
+//! The leaves that all vCPUs share are made once ([`shared`]); [`for_vcpu`] then fills in those
+//! that identify a vCPU. The topology is one socket of cores with one thread each; the APIC id is
+//! the vCPU's index.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
@@ -21,24 +23,24 @@ const FEATURES_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const FEATURES_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURES_EDX_HTT: u32 = 1 << 28;
 const EXTENDED_ECX_CMP_LEGACY: u32 = 1 << 1;
-/// KVM's entries name a subleaf in `index`.
+/// `KVM_CPUID_FLAG_SIGNIFCANT_INDEX`: `index` of the entry is a subleaf.
 const SIGNIFICANT_INDEX: u32 = 1;
 
-/// The CPUID could not be made.
+/// Why the CPUID leaves could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuidError {
-    /// KVM does not say what it supports.
-    #[error("KVM_GET_SUPPORTED_CPUID: {0}")]
-    Supported(kvm_ioctls::Error),
-    /// More leaves than KVM takes.
+    /// KVM does not report what it supports.
+    #[error("KVM_GET_SUPPORTED_CPUID")]
+    Supported(#[source] kvm_ioctls::Error),
+    /// There are more leaves than KVM accepts.
     #[error("too many CPUID leaves")]
     TooMany,
 }
 
-/// The leaves that all of `cpus` vCPUs share; those that name a vCPU are still to be filled in.
+/// The leaves of `cpus` vCPUs, without what identifies one of them.
 ///
 /// # Errors
-/// [`CpuidError`].
+/// [`CpuidError::Supported`].
 pub fn shared(kvm: &Kvm, cpus: u8) -> Result<Vec<kvm_cpuid_entry2>, CpuidError> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -47,7 +49,7 @@ pub fn shared(kvm: &Kvm, cpus: u8) -> Result<Vec<kvm_cpuid_entry2>, CpuidError> 
     Ok(arrange(supported.as_slice(), cpus, deadline_timer))
 }
 
-/// The width of guest-physical addresses that `leaves` announce.
+/// The number of guest-physical address bits that `leaves` report.
 #[must_use]
 pub fn physical_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
     let eax = leaves
@@ -55,7 +57,7 @@ pub fn physical_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
         .find(|leaf| leaf.function == ADDRESS_SIZES)
         .map_or(0, |leaf| leaf.eax);
     match eax.to_le_bytes() {
-        // ADDRESS_SIZES is missing only from processors too old to run here; 36 bits is what those have.
+        // Only processors too old to run here lack ADDRESS_SIZES; they have 36 bits.
         [0, ..] => 36,
         [bits, ..] => bits.min(52),
     }
@@ -76,7 +78,7 @@ fn arrange(
         .max();
     let mut leaves: Vec<_> = supported
         .iter()
-        // The host's own arrangement of cores is none of the guest's business; ours comes below.
+        // The host's topology does not apply to the guest; the guest's own is added below.
         .filter(|leaf| {
             ![
                 EXTENDED_TOPOLOGY,
@@ -95,17 +97,18 @@ fn arrange(
                     leaf.ecx |= FEATURES_ECX_TSC_DEADLINE;
                 }
                 set(&mut leaf.edx, FEATURES_EDX_HTT, several);
-                // Number of APIC ids of the package in EBX[23:16].
+                // EBX[23:16]: the number of APIC ids in the package.
                 leaf.ebx = leaf.ebx & 0x0000_ffff | (1 << id_bits) << 16;
             }
-            // Cores of the package in EAX[31:26] and sharers of the cache in EAX[25:14], both less one, where it is a cache.
+            // EAX[31:26]: cores of the package, less one. EAX[25:14]: threads that share the cache,
+            // less one. EAX[4:0] is 0 where there is no cache.
             CACHES if leaf.eax & 0x1f != 0 => {
                 let last_level = (leaf.eax >> 5) & 7 >= 3;
                 let sharers = if last_level { cores - 1 } else { 0 };
                 leaf.eax = leaf.eax & 0x3fff | sharers << 14 | (cores - 1) << 26;
             }
             EXTENDED_FEATURES => set(&mut leaf.ecx, EXTENDED_ECX_CMP_LEGACY, several),
-            // Cores less one in ECX[7:0], width of a core's id in ECX[15:12].
+            // ECX[7:0]: cores less one. ECX[15:12]: bits of a core's id.
             ADDRESS_SIZES => leaf.ecx = leaf.ecx & !0xf0ff | (cores - 1) | id_bits << 12,
             AMD_CACHES if leaf.eax & 0x1f != 0 => {
                 let last_level = (leaf.eax >> 5) & 7 >= 3;
@@ -121,7 +124,8 @@ fn arrange(
     leaves
 }
 
-/// Leaf 0xb: one thread a core, then all cores of the package, then the end.
+/// Leaf 0xb: the thread level (one thread a core), the core level (all cores of the package), and
+/// the level that ends the list.
 fn topology(cores: u32, id_bits: u32) -> [kvm_cpuid_entry2; 3] {
     [(0, 1, 1), (id_bits, cores, 2), (0, 0, 0)].map(|(shift, count, kind)| {
         let index = if kind == 0 { 2 } else { kind - 1 };
@@ -137,7 +141,7 @@ fn topology(cores: u32, id_bits: u32) -> [kvm_cpuid_entry2; 3] {
     })
 }
 
-/// The leaves of vCPU `index`, made of the shared ones.
+/// The leaves of vCPU `index`, made from the [`shared`] ones.
 ///
 /// # Errors
 /// [`CpuidError::TooMany`].
@@ -150,7 +154,8 @@ pub fn for_vcpu(shared: &[kvm_cpuid_entry2], index: u8) -> Result<CpuId, CpuidEr
             EXTENDED_TOPOLOGY => leaf.edx = id,
             AMD_TOPOLOGY => {
                 leaf.eax = id;
-                // Threads a core less one in EBX[15:8], the core's id in EBX[7:0]; one node in all.
+                // EBX[15:8]: threads of a core, less one. EBX[7:0]: the core's id. ECX: node 0 of
+                // one.
                 leaf.ebx = id;
                 leaf.ecx = 0;
             }
@@ -160,7 +165,7 @@ pub fn for_vcpu(shared: &[kvm_cpuid_entry2], index: u8) -> Result<CpuId, CpuidEr
     CpuId::from_entries(&leaves).map_err(|_| CpuidError::TooMany)
 }
 
-/// How many bits of an APIC id tell `cpus` cores apart.
+/// How many bits of the APIC id distinguish `cpus` cores.
 fn id_bits(cpus: u8) -> u32 {
     u32::from(cpus.max(1)).next_power_of_two().trailing_zeros()
 }

@@ -1,36 +1,16 @@
-//! What others than the vCPUs hold of a running machine: its state, its pause, its end.
+//! The operator's handle on a running machine: pauses it, resumes it, requests its stop, and
+//! reports its state and size. The patcher's is [`VmMachine`].
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use patcher::MachineError;
-use serde::Serialize;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::vm::Vm;
-use crate::vm::machine::{VmMachine, vcpu_error};
-use crate::vm::vcpu_set::{PauseStats, Vcpus};
+use crate::vm::machine::VmMachine;
+use crate::vm::shared::{Shared, VmState};
+use crate::vm::vcpu_set::PauseStats;
 
-/// Whether the operator lets the guest run. Short pauses for a look into the guest do not count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum VmState {
-    /// It runs.
-    Running,
-    /// The operator has paused it.
-    Paused,
-}
-
-/// What all handles share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    // Before the VM: the vCPU threads must have ended before memory goes.
-    pub(crate) vcpus: Vcpus,
-    pub(crate) vm: Vm,
-    pub(crate) state: Mutex<VmState>,
-    pub(crate) stop: EventFd,
-}
-
-/// A running machine. Cheap to clone, for any thread.
+/// A handle on a running machine for any thread but a vCPU's. Clones share the machine and are
+/// cheap.
 #[derive(Clone, Debug)]
 pub struct VmHandle {
     shared: Arc<Shared>,
@@ -41,16 +21,17 @@ impl VmHandle {
         VmHandle { shared }
     }
 
-    /// A new view of the machine for the patcher, with no pause held.
+    /// A new [`VmMachine`] for the patcher, which holds no pause yet.
     #[must_use]
     pub fn machine(&self) -> VmMachine {
         VmMachine::new(Arc::clone(&self.shared))
     }
 
-    /// The operator's pause: the guest stands until [`resume`](Self::resume). Pausing a paused guest is no error.
+    /// The operator's pause: the guest does not run until [`resume`](Self::resume). Pausing a
+    /// paused guest is no error.
     ///
     /// # Errors
-    /// [`MachineError::Vcpu`].
+    /// [`MachineError::Vcpu`]: a vCPU did not stop, or the guest has ended.
     pub fn pause(&self) -> Result<(), MachineError> {
         let mut state = self
             .shared
@@ -58,7 +39,7 @@ impl VmHandle {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if *state == VmState::Running {
-            self.shared.vcpus.pause().map_err(vcpu_error)?;
+            self.shared.vcpus.pause()?;
             *state = VmState::Paused;
         }
         Ok(())
@@ -67,7 +48,7 @@ impl VmHandle {
     /// Ends the operator's pause. Resuming a running guest is no error.
     ///
     /// # Errors
-    /// [`MachineError::Vcpu`].
+    /// [`MachineError::Vcpu`]: the vCPUs are not paused.
     pub fn resume(&self) -> Result<(), MachineError> {
         let mut state = self
             .shared
@@ -75,7 +56,7 @@ impl VmHandle {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         if *state == VmState::Paused {
-            self.shared.vcpus.resume().map_err(vcpu_error)?;
+            self.shared.vcpus.resume()?;
             *state = VmState::Running;
         }
         Ok(())
@@ -91,26 +72,26 @@ impl VmHandle {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for the machine to be switched off, without the guest having a say.
+    /// Requests that the machine stop. It stops soon after, without shutting the guest down first.
     pub fn request_stop(&self) {
         if let Err(e) = self.shared.stop.write(1) {
             tracing::error!("the request to stop is lost: {e}");
         }
     }
 
-    /// Number of vCPUs.
+    /// The number of vCPUs.
     #[must_use]
     pub fn cpus(&self) -> u32 {
         self.shared.vcpus.count()
     }
 
-    /// Bytes of guest RAM.
+    /// The size of the guest's RAM in bytes.
     #[must_use]
     pub fn memory_size(&self) -> u64 {
         self.shared.vm.ram_size()
     }
 
-    /// What all pauses so far have cost the guest, whoever asked for them.
+    /// How often and for how long the vCPUs were paused so far, by all users together.
     #[must_use]
     pub fn pauses(&self) -> PauseStats {
         self.shared.vcpus.stats()

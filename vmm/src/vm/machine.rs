@@ -1,4 +1,8 @@
-//! The patcher's and the introspection's view of the machine: [`patcher::Machine`] over KVM.
+//! [`patcher::Machine`] over KVM: how the patcher, and introspection with it, pauses, reads and
+//! writes a running machine.
+//!
+//! Knows pauses, guest-physical memory and interrupts; must not know what the patcher does with
+//! them.
 
 use std::sync::Arc;
 
@@ -6,14 +10,14 @@ use introspect::VcpuRegs;
 use patcher::{Machine, MachineError};
 use vm_memory::GuestAddress;
 
-use crate::vm::handle::Shared;
+use crate::vm::error::PauseError;
 use crate::vm::memory::VmMemory;
-use crate::vm::vcpu_set::PauseError;
+use crate::vm::shared::Shared;
 
-/// A handle on a running machine, for any thread but a vCPU's.
+/// The patcher's handle on a running machine, for any thread but a vCPU's.
 ///
-/// Each handle counts its own pauses; what it still holds when it is dropped is resumed, so that nobody who fails half-way
-/// leaves a guest standing. A clone starts with none.
+/// Each handle counts its own pauses and releases those that it still holds when it is dropped, so
+/// that a caller that fails half-way does not leave the guest paused. A clone starts with none.
 #[derive(Debug)]
 pub struct VmMachine {
     shared: Arc<Shared>,
@@ -54,51 +58,43 @@ impl Machine for VmMachine {
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
-        self.shared.vcpus.pause().map_err(vcpu_error)?;
+        self.shared.vcpus.pause()?;
         self.pauses += 1;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        self.pauses = self
-            .pauses
-            .checked_sub(1)
-            .ok_or_else(|| vcpu_error(PauseError::NotPaused))?;
-        self.shared.vcpus.resume().map_err(vcpu_error)
+        self.pauses = self.pauses.checked_sub(1).ok_or(PauseError::NotPaused)?;
+        Ok(self.shared.vcpus.resume()?)
     }
 
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        self.must_hold_a_pause()?;
-        self.shared.vcpus.regs().map_err(vcpu_error)
+        self.check_paused()?;
+        Ok(self.shared.vcpus.regs()?)
     }
 
-    /// Code may be written too. The vCPUs are outside the guest, the processors that ran them keep their instruction caches
-    /// coherent with our stores (x86 does so across all processors), and each vCPU's next entry into the guest is a
-    /// serialising event, so none can go on with an instruction fetched before the write.
+    /// The bytes may be code. The vCPUs are outside the guest, the processors that ran them keep
+    /// their instruction caches coherent with our stores (x86 does so across all processors), and
+    /// each vCPU's next entry into the guest is a serializing event, so none can continue with an
+    /// instruction fetched before the write.
     fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
         if self.pauses == 0 && gpa.0 < self.shared.vm.hidden_base() {
-            return Err(vcpu_error(PauseError::NotPaused));
+            return Err(PauseError::NotPaused.into());
         }
         self.memory
             .write(gpa, bytes)
-            .map_err(|missed| MachineError::Memory {
-                gpa: missed.gpa,
-                len: missed.len,
+            .map_err(|outside| MachineError::Memory {
+                gpa: outside.gpa,
+                len: outside.len,
             })
     }
 
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
-        self.shared
-            .vm
-            .add_hidden(len)
-            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+        Ok(self.shared.vm.add_hidden(len)?)
     }
 
     fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError> {
-        self.shared
-            .vm
-            .remove_hidden(gpa)
-            .map_err(|e| MachineError::HiddenMemory(e.to_string()))
+        Ok(self.shared.vm.remove_hidden(gpa)?)
     }
 
     fn interrupt(&mut self, index: u32, vector: u8) -> Result<(), MachineError> {
@@ -111,21 +107,17 @@ impl Machine for VmMachine {
             .ok_or_else(|| refused("there is no such vCPU".to_owned()))?;
         match self.shared.vm.interrupt(id, vector) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(refused("its APIC does not take it".to_owned())),
+            Ok(false) => Err(refused("its APIC does not accept it".to_owned())),
             Err(e) => Err(refused(format!("KVM_SIGNAL_MSI: {e}"))),
         }
     }
 }
 
 impl VmMachine {
-    fn must_hold_a_pause(&self) -> Result<(), MachineError> {
+    fn check_paused(&self) -> Result<(), MachineError> {
         if self.pauses == 0 {
-            return Err(vcpu_error(PauseError::NotPaused));
+            return Err(PauseError::NotPaused.into());
         }
         Ok(())
     }
-}
-
-pub(crate) fn vcpu_error(error: PauseError) -> MachineError {
-    MachineError::Vcpu(error.to_string())
 }

@@ -1,7 +1,8 @@
-//! The guest's physical memory: its RAM, and hidden memory that its memory map never named.
+//! Guest-physical memory: the guest's RAM, and hidden memory that its memory map never lists.
 //!
-//! Knows which host mapping backs which guest-physical range; knows nothing of what the guest keeps there. RAM never changes
-//! after the guest is built, so reading it takes no lock; hidden memory comes and goes, and every clone sees the same.
+//! Knows which host mapping backs which guest-physical range; must not know what the guest keeps
+//! there. The RAM's mappings never change after the guest is built, so reading RAM takes no lock.
+//! Hidden memory is added and removed at run time, and all clones see the same.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -11,7 +12,7 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-/// Guest-physical memory of one VM. Clones share it.
+/// The guest-physical memory of one VM. Clones share it.
 #[derive(Clone, Debug)]
 pub struct VmMemory {
     ram: GuestMemoryMmap,
@@ -28,7 +29,7 @@ impl VmMemory {
         }
     }
 
-    /// What the guest was told it has.
+    /// The RAM: what the guest's memory map lists.
     #[must_use]
     pub fn ram(&self) -> &GuestMemoryMmap {
         &self.ram
@@ -39,7 +40,7 @@ impl VmMemory {
     /// # Errors
     /// [`OutOfBounds`] when the range is not all RAM or all hidden memory.
     pub fn write(&self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), OutOfBounds> {
-        let missed = OutOfBounds {
+        let outside = OutOfBounds {
             gpa,
             len: bytes.len(),
         };
@@ -49,14 +50,14 @@ impl VmMemory {
         } else {
             hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
             if !GuestMemoryBackend::check_range(&*hidden, gpa, bytes.len()) {
-                return Err(missed);
+                return Err(outside);
             }
             &*hidden
         };
-        backing.write_slice(bytes, gpa).map_err(|_| missed)
+        backing.write_slice(bytes, gpa).map_err(|_| outside)
     }
 
-    /// All that backs the guest, RAM and hidden memory: start and length, in order of address.
+    /// Start and length in bytes of each range of RAM and hidden memory, in order of address.
     #[must_use]
     pub fn ranges(&self) -> Vec<(GuestAddress, u64)> {
         let hidden = self.hidden.read().unwrap_or_else(PoisonError::into_inner);
@@ -68,7 +69,7 @@ impl VmMemory {
         ranges
     }
 
-    /// Makes `region` readable and writable here; refused (false) when it overlaps other hidden memory.
+    /// Adds `region` to the hidden memory. False: it overlaps other hidden memory and is not added.
     pub(crate) fn insert_hidden(&self, region: Arc<GuestRegionMmap>) -> bool {
         let mut hidden = self.hidden.write().unwrap_or_else(PoisonError::into_inner);
         match hidden.insert_region(region) {
@@ -80,7 +81,7 @@ impl VmMemory {
         }
     }
 
-    /// Takes the hidden region of `len` bytes at `gpa` away.
+    /// Removes the hidden region of `len` bytes at `gpa`.
     pub(crate) fn remove_hidden(&self, gpa: GuestAddress, len: u64) {
         let mut hidden = self.hidden.write().unwrap_or_else(PoisonError::into_inner);
         if let Ok((rest, _)) = hidden.remove_region(gpa, len) {
@@ -108,7 +109,7 @@ impl PhysMemory for VmMemory {
         parts: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
-        // What the guest's kernel has is in its RAM.
+        // Records of the guest's kernel are in its RAM, never in hidden memory.
         self.ram.gather(gpa, parts, buf)
     }
 

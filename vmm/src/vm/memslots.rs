@@ -1,5 +1,6 @@
-//! Memory slots: which host memory KVM lets the guest use at which guest-physical address, and what pages the host makes it of.
-//! The other module with `unsafe`.
+//! KVM's memory slots: which host memory is guest memory at which guest-physical address, and which
+//! page size the host should use for it. One of the two modules with `unsafe`; the other is
+//! `kvm_run`.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -11,21 +12,24 @@ use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-/// The memory slots of one VM. Owns a share of every mapping that it has given to KVM.
+/// The memory slots of one VM. Owns a share of every mapping that was added by
+/// [`add`](Self::add).
 #[derive(Debug, Default)]
 pub struct Memslots {
+    /// The lowest slot number that was never used.
     next: u32,
-    /// Numbers of slots that were given back.
+    /// Numbers of slots that were removed.
     free: Vec<u32>,
+    /// Slot number and mapping of each region that was added, by guest-physical address.
     by_gpa: BTreeMap<u64, (u32, Arc<GuestRegionMmap>)>,
 }
 
 impl Memslots {
-    /// Gives all of `ram` to the guest. KVM keeps the host addresses: `ram` must be kept for as long as `vm` can run, and is,
-    /// because the VM owns both.
+    /// Adds a slot for each region of `ram`. KVM keeps the host addresses, so `ram` must live for
+    /// as long as `vm` can run. It does, because the VM owns both.
     ///
     /// # Errors
-    /// What KVM said, for the first region that it refused.
+    /// KVM's error for the first region that it refused.
     pub fn add_ram(&mut self, vm: &VmFd, ram: &GuestMemoryMmap) -> Result<(), kvm_ioctls::Error> {
         for region in ram.iter() {
             let number = self.next;
@@ -41,10 +45,10 @@ impl Memslots {
         Ok(())
     }
 
-    /// Gives one more region to the guest.
+    /// Adds a slot for one more region.
     ///
     /// # Errors
-    /// What KVM said.
+    /// KVM's error; the guest does not have the region then.
     pub fn add(
         &mut self,
         vm: &VmFd,
@@ -66,17 +70,18 @@ impl Memslots {
         Ok(())
     }
 
-    /// The regions that came by [`add`](Self::add): start and length, in order of address.
+    /// Start and length in bytes of the regions added by [`add`](Self::add), in order of address.
     pub fn added(&self) -> impl Iterator<Item = (u64, u64)> {
         self.by_gpa
             .iter()
             .map(|(gpa, (_, region))| (*gpa, region.len()))
     }
 
-    /// Takes the region at `gpa`, which came by [`add`](Self::add), away from the guest. `None`: there is none.
+    /// Removes the slot of the region that [`add`](Self::add) added at `gpa`. `None`: there is
+    /// none.
     ///
     /// # Errors
-    /// What KVM said; the guest keeps the region then.
+    /// KVM's error; the guest keeps the region then.
     pub fn remove(
         &mut self,
         vm: &VmFd,
@@ -94,23 +99,28 @@ impl Memslots {
     }
 }
 
-/// Asks the host to make guest memory of 2 MiB pages where it can: the guest's tables and ours are then walked less, and so is the
-/// pause shorter, in which much memory is looked at once. A host that has none (`transparent_hugepage` is `never`) goes on without.
+/// Advises the host to back guest memory with 2 MiB pages where it can. The guest's and the host's
+/// page tables are then walked less, which shortens pauses, in which much memory is read once.
+/// Without large pages (`transparent_hugepage` is `never`) the guest works as well.
+///
+/// The VMM does this for every guest; it is public for tests that read and time a guest's memory
+/// from a core file in the same way.
 pub fn prefer_large_pages(ram: &GuestMemoryMmap) {
     for region in ram.iter() {
         let Ok(len) = usize::try_from(region.len()) else {
             continue;
         };
-        // SAFETY: the range is one live mapping of `ram`; the advice changes neither what is mapped nor what stands there.
+        // SAFETY: The range is one live mapping of `ram`. The advice changes neither what is mapped
+        // nor its contents.
         let advised = unsafe { libc::madvise(region.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
         if advised != 0 {
             let error = std::io::Error::last_os_error();
-            tracing::debug!(%error, "guest memory of small pages only");
+            tracing::debug!(%error, "guest memory has small pages only");
         }
     }
 }
 
-/// (Re)defines slot `number`; length 0 deletes it.
+/// Defines or redefines slot `number`; length 0 deletes it.
 fn register(
     vm: &VmFd,
     number: u32,
@@ -125,8 +135,9 @@ fn register(
         memory_size: len,
         userspace_addr: host as u64,
     };
-    // SAFETY: `host` is the start of a live mapping of `len` bytes that is Rust's to share (vm-memory accesses it as volatile
-    // memory only). The mapping outlives its slot: RAM is owned by the VM beside its KVM handle and dropped after its vCPU
-    // threads were joined, and any other region is owned by `Memslots` until KVM has confirmed the deletion of the slot.
+    // SAFETY: `host` is the start of a live mapping of `len` bytes that the guest may share
+    // (vm-memory accesses it as volatile memory only). The mapping outlives its slot: RAM is owned
+    // by the VM together with its KVM handle and dropped after its vCPU threads were joined, and
+    // any other region is owned by `Memslots` until KVM has confirmed the deletion of the slot.
     unsafe { vm.set_user_memory_region(slot) }
 }

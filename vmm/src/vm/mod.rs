@@ -1,43 +1,51 @@
-//! The machine as KVM sees it: memory slots, interrupt controllers, timers, vCPUs. Knows nothing of what the guest runs.
+//! The virtual machine over KVM: memory slots, interrupt controllers, timers, vCPUs and their
+//! threads, and the handles by which other threads pause, read and change it.
+//!
+//! Knows KVM; must not know what the guest runs, how it was loaded, or which devices it has (it is
+//! given their buses).
 
 pub mod cpuid;
+pub mod error;
 pub mod handle;
 pub mod kvm_run;
 pub mod machine;
 pub mod memory;
 pub mod memslots;
 pub mod regs;
+pub mod shared;
 pub mod vcpu;
 pub mod vcpu_set;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_msi, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::RunError;
 use crate::layout::{self, HIDDEN_UNIT};
+use crate::vm::error::{HiddenError, VmError};
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::memory::VmMemory;
 use crate::vm::memslots::{Memslots, prefer_large_pages};
 
-/// The most hidden memory that a guest is given, all together.
-const HIDDEN_LIMIT: u64 = 1 << 30;
+/// How many bytes of hidden memory one guest can have in all.
+const MAX_HIDDEN: u64 = 1 << 30;
 
-/// Opens `/dev/kvm` and checks that it offers what the machine is made of.
+/// Opens `/dev/kvm` and checks that it has every capability that the machine needs.
 ///
 /// # Errors
-/// [`RunError`] saying what is missing.
-pub fn open_kvm() -> Result<Kvm, RunError> {
+/// [`VmError::NoKvm`], [`VmError::Permission`], [`VmError::Open`], [`VmError::Lacks`].
+pub fn open_kvm() -> Result<Kvm, VmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => RunError::NoKvm,
-        libc::EACCES | libc::EPERM => RunError::KvmPermission,
-        _ => RunError::KvmOpen(e),
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => VmError::NoKvm,
+        libc::EACCES | libc::EPERM => VmError::Permission,
+        _ => VmError::Open(e),
     })?;
     if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
-        return Err(RunError::KvmLacks("API version 12"));
+        return Err(VmError::Lacks("API version 12"));
     }
     for (cap, name) in [
         (Cap::Irqchip, "an in-kernel interrupt controller"),
@@ -50,20 +58,20 @@ pub fn open_kvm() -> Result<Kvm, RunError> {
         (Cap::MpState, "KVM_CAP_MP_STATE"),
     ] {
         if !kvm.check_extension(cap) {
-            return Err(RunError::KvmLacks(name));
+            return Err(VmError::Lacks(name));
         }
     }
     Ok(kvm)
 }
 
-/// Checks that the module behind `/dev/kvm` runs guest kernels on the processor. Others exist that open and answer, and take
-/// minutes over a guest kernel that they then do not finish.
+/// Checks that the module that serves `/dev/kvm` runs guest kernels on the processor. Other modules
+/// exist that open and answer, but take minutes to boot a kernel and then do not finish.
 ///
 /// # Errors
-/// [`RunError::KvmNotServing`].
-pub fn check_serving() -> Result<(), RunError> {
+/// [`VmError::NotServing`].
+pub fn check_serving() -> Result<(), VmError> {
     let Ok(entries) = std::fs::read_dir("/sys/module") else {
-        // Without sysfs nothing is known; KVM itself will say what it cannot do.
+        // Without sysfs the modules are unknown; KVM itself reports what it cannot do.
         return Ok(());
     };
     let modules: Vec<String> = entries
@@ -76,84 +84,48 @@ pub fn check_serving() -> Result<(), RunError> {
     {
         Ok(())
     } else {
-        Err(RunError::KvmNotServing { modules })
+        Err(VmError::NotServing { modules })
     }
 }
 
-/// A machine.
+/// A virtual machine: its KVM handle and its guest-physical memory.
 #[derive(Debug)]
 pub struct Vm {
-    // Before the memory that it was told of: dropped first.
+    // Before `memory`, because it is dropped first: KVM holds the addresses of that memory.
     fd: VmFd,
-    slots: Mutex<Memslots>,
+    memslots: Mutex<Memslots>,
     memory: VmMemory,
     ram_size: u64,
     physical_bits: u8,
     cpus: u8,
 }
 
-/// Hidden memory cannot be given.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum HiddenError {
-    /// Not a multiple of 2 MiB, or none at all.
-    #[error("{0:#x} bytes is not a multiple of 2 MiB")]
-    Length(u64),
-    /// There is no more address space, or more was asked for than any patch needs.
-    #[error("no room for {0:#x} more bytes")]
-    NoRoom(u64),
-    /// The host refused.
-    #[error("{0}")]
-    Host(String),
-    /// There is no hidden memory at this address.
-    #[error("no hidden memory at {0:#x}")]
-    Unknown(u64),
-}
-
 impl Vm {
-    /// A machine with `ram_size` bytes of RAM and the vCPUs' interrupt controllers, and its `cpus` vCPUs.
+    /// Creates a VM with `ram_size` bytes of RAM and in-kernel interrupt controllers, and its
+    /// `cpus` vCPUs in order of their indices.
     ///
     /// # Errors
-    /// [`RunError`].
+    /// [`VmError`]: the host cannot map the RAM, or KVM refuses a call.
     pub fn new(
         kvm: &Kvm,
         ram_size: u64,
         cpus: u8,
-    ) -> Result<(Vm, Vec<(VcpuFd, ImmediateExit)>), RunError> {
-        let refused = |call| move |e| RunError::Kvm(call, e);
+    ) -> Result<(Vm, Vec<(VcpuFd, ImmediateExit)>), VmError> {
         let shared_cpuid = cpuid::shared(kvm, cpus)?;
         let physical_bits = cpuid::physical_bits(&shared_cpuid);
         let memory = map_ram(ram_size, physical_bits)?;
         let fd = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
-        let mut slots = Memslots::default();
-        slots
+        let mut memslots = Memslots::default();
+        memslots
             .add_ram(&fd, memory.ram())
             .map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-            .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        fd.set_tss_address(layout::KVM_TSS)
-            .map_err(refused("KVM_SET_TSS_ADDR"))?;
-        fd.create_irq_chip()
-            .map_err(refused("KVM_CREATE_IRQCHIP"))?;
-        // The dummy speaker makes KVM answer port 0x61, by which guests calibrate the TSC against the PIT.
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        fd.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))?;
-        let mut vcpus = Vec::new();
-        for index in 0..cpus {
-            let vcpu = fd
-                .create_vcpu(index.into())
-                .map_err(refused("KVM_CREATE_VCPU"))?;
-            let leaves = cpuid::for_vcpu(&shared_cpuid, index)?;
-            vcpu.set_cpuid2(&leaves)
-                .map_err(refused("KVM_SET_CPUID2"))?;
-            let exit = ImmediateExit::new(&fd, &vcpu).map_err(refused("mmap of kvm_run"))?;
-            vcpus.push((vcpu, exit));
-        }
+        create_interrupt_controllers(&fd)?;
+        let vcpus = (0..cpus)
+            .map(|index| create_vcpu(&fd, index, &shared_cpuid))
+            .collect::<Result<_, _>>()?;
         let vm = Vm {
             fd,
-            slots: Mutex::new(slots),
+            memslots: Mutex::new(memslots),
             memory,
             ram_size,
             physical_bits,
@@ -162,47 +134,48 @@ impl Vm {
         Ok((vm, vcpus))
     }
 
-    /// Guest-physical memory.
+    /// The guest-physical memory.
     #[must_use]
     pub fn memory(&self) -> &VmMemory {
         &self.memory
     }
 
-    /// Bytes of RAM.
+    /// The size of the guest's RAM in bytes.
     #[must_use]
     pub fn ram_size(&self) -> u64 {
         self.ram_size
     }
 
-    /// Where hidden memory begins: no RAM is at or above it.
+    /// The guest-physical address at which hidden memory begins: no RAM is at or above it.
     #[must_use]
     pub fn hidden_base(&self) -> u64 {
         layout::hidden_base(self.ram_size)
     }
 
-    /// Number of vCPUs.
+    /// The number of vCPUs.
     #[must_use]
     pub fn cpus(&self) -> u8 {
         self.cpus
     }
 
-    /// An eventfd that raises interrupt line `gsi` when written.
+    /// An eventfd that raises interrupt line `gsi` when it is written to.
     ///
     /// # Errors
-    /// [`RunError`].
-    pub fn irq_line(&self, gsi: u32) -> Result<EventFd, RunError> {
-        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(|e| RunError::Host("eventfd", e))?;
+    /// [`VmError::EventFd`], [`VmError::Call`].
+    pub fn irq_line(&self, gsi: u32) -> Result<EventFd, VmError> {
+        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::EventFd)?;
         self.fd
             .register_irqfd(&line, gsi)
-            .map_err(|e| RunError::Kvm("KVM_IRQFD", e))?;
+            .map_err(refused("KVM_IRQFD"))?;
         Ok(line)
     }
 
-    /// Sends interrupt `vector` to vCPU `index` as a message-signalled one: fixed, edge, physical destination. Says whether the
-    /// vCPU's APIC took it; one that is switched off does not.
+    /// Sends interrupt `vector` to vCPU `index` as a message-signalled interrupt: fixed delivery,
+    /// edge-triggered, physical destination. False: the vCPU's APIC did not accept it, because it
+    /// is switched off.
     ///
     /// # Errors
-    /// What KVM said.
+    /// The error of `KVM_SIGNAL_MSI`.
     pub fn interrupt(&self, index: u8, vector: u8) -> Result<bool, kvm_ioctls::Error> {
         let msi = kvm_msi {
             address_lo: layout::LAPIC | u32::from(index) << 12,
@@ -212,76 +185,127 @@ impl Vm {
         self.fd.signal_msi(msi).map(|delivered| delivered > 0)
     }
 
-    /// Gives the guest `len` bytes that its memory map does not name, at the lowest free place behind its RAM.
+    /// Adds `len` bytes of guest-physical memory that the guest's memory map does not list, at the
+    /// lowest free address past its RAM.
     ///
     /// # Errors
-    /// [`HiddenError`].
+    /// [`HiddenError`], all but [`HiddenError::Unknown`].
     pub fn add_hidden(&self, len: u64) -> Result<GuestAddress, HiddenError> {
         if len == 0 || !len.is_multiple_of(HIDDEN_UNIT) {
             return Err(HiddenError::Length(len));
         }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let used: Vec<(u64, u64)> = slots.added().collect();
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        let used: Vec<(u64, u64)> = memslots.added().collect();
         let total: u64 = used.iter().map(|(_, len)| len).sum();
         let gpa = first_gap(self.hidden_base(), &used, len);
         let end = gpa
             .checked_add(len)
             .filter(|end| *end <= 1 << self.physical_bits);
-        if end.is_none() || total.saturating_add(len) > HIDDEN_LIMIT {
-            return Err(HiddenError::NoRoom(len));
+        if end.is_none() || total.saturating_add(len) > MAX_HIDDEN {
+            return Err(HiddenError::Exhausted(len));
         }
         let gpa = GuestAddress(gpa);
-        let size = usize::try_from(len).map_err(|_| HiddenError::NoRoom(len))?;
-        let region = GuestRegionMmap::from_range(gpa, size, None)
-            .map_err(|e| HiddenError::Host(e.to_string()))?;
+        let size = usize::try_from(len).map_err(|_| HiddenError::Exhausted(len))?;
+        let region = GuestRegionMmap::from_range(gpa, size, None).map_err(HiddenError::Map)?;
         let region = Arc::new(region);
-        slots
+        memslots
             .add(&self.fd, Arc::clone(&region))
-            .map_err(|e| HiddenError::Host(format!("KVM_SET_USER_MEMORY_REGION: {e}")))?;
+            .map_err(HiddenError::Slot)?;
         if self.memory.insert_hidden(region) {
             Ok(gpa)
         } else {
-            let _ = slots.remove(&self.fd, gpa);
-            Err(HiddenError::Host(format!("{:#x} is in use", gpa.0)))
+            let _ = memslots.remove(&self.fd, gpa);
+            Err(HiddenError::InUse(gpa.0))
         }
     }
 
-    /// Takes memory that [`add_hidden`](Self::add_hidden) gave away again.
+    /// Removes the memory that [`add_hidden`](Self::add_hidden) has added at `gpa`.
     ///
     /// # Errors
-    /// [`HiddenError`].
+    /// [`HiddenError::Unknown`], [`HiddenError::Slot`].
     pub fn remove_hidden(&self, gpa: GuestAddress) -> Result<(), HiddenError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let removed = slots
+        let mut memslots = self.memslots.lock().unwrap_or_else(PoisonError::into_inner);
+        let removed = memslots
             .remove(&self.fd, gpa)
-            .map_err(|e| HiddenError::Host(format!("KVM_SET_USER_MEMORY_REGION: {e}")))?
+            .map_err(HiddenError::Slot)?
             .ok_or(HiddenError::Unknown(gpa.0))?;
         self.memory.remove_hidden(gpa, removed.size() as u64);
         Ok(())
     }
 }
 
-fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, RunError> {
-    let no = |why: String| RunError::Memory { size, why };
+/// Makes the error of a call that KVM refused.
+fn refused(name: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |error| VmError::Call(name, error)
+}
+
+/// Places KVM's own memory and creates the in-kernel interrupt controllers and the PIT, before any
+/// vCPU is created.
+fn create_interrupt_controllers(vm: &VmFd) -> Result<(), VmError> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(refused("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .map_err(refused("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(refused("KVM_CREATE_IRQCHIP"))?;
+    // With the dummy speaker KVM answers port 0x61, with which guests calibrate the TSC against
+    // the PIT.
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit).map_err(refused("KVM_CREATE_PIT2"))
+}
+
+/// Creates vCPU `index` with its CPUID, and maps its [`ImmediateExit`].
+fn create_vcpu(
+    vm: &VmFd,
+    index: u8,
+    shared_cpuid: &[kvm_cpuid_entry2],
+) -> Result<(VcpuFd, ImmediateExit), VmError> {
+    let vcpu = vm
+        .create_vcpu(index.into())
+        .map_err(refused("KVM_CREATE_VCPU"))?;
+    let leaves = cpuid::for_vcpu(shared_cpuid, index)?;
+    vcpu.set_cpuid2(&leaves)
+        .map_err(refused("KVM_SET_CPUID2"))?;
+    let exit = ImmediateExit::new(vm, &vcpu).map_err(refused("mmap of kvm_run"))?;
+    Ok((vcpu, exit))
+}
+
+/// Maps `size` bytes of RAM for a guest whose processor has `physical_bits` address bits.
+fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, VmError> {
+    let invalid = |why: String| VmError::MemorySize { size, why };
     if size == 0 {
-        return Err(no("a guest needs some".to_owned()));
+        return Err(invalid("a guest needs some".to_owned()));
     }
     if size > (1 << physical_bits) - (layout::HOLE_END.0 - layout::HOLE.0) {
-        return Err(no(format!("the processor addresses {physical_bits} bits")));
+        return Err(invalid(format!(
+            "the processor addresses {physical_bits} bits"
+        )));
     }
     if !size.is_multiple_of(4096) {
-        return Err(no("it is not a whole number of 4 KiB pages".to_owned()));
+        return Err(invalid(
+            "it is not a whole number of 4 KiB pages".to_owned(),
+        ));
     }
     let ranges = layout::ram_ranges(size)
         .into_iter()
-        .map(|(start, len)| Ok((start, usize::try_from(len).map_err(|e| no(e.to_string()))?)))
-        .collect::<Result<Vec<_>, RunError>>()?;
-    let ram = GuestMemoryMmap::from_ranges(&ranges).map_err(|e| no(e.to_string()))?;
+        .map(|(start, len)| {
+            Ok((
+                start,
+                usize::try_from(len).map_err(|e| invalid(e.to_string()))?,
+            ))
+        })
+        .collect::<Result<Vec<_>, VmError>>()?;
+    let ram =
+        GuestMemoryMmap::from_ranges(&ranges).map_err(|error| VmError::Memory { size, error })?;
     prefer_large_pages(&ram);
     Ok(VmMemory::new(ram))
 }
 
-/// The lowest address from `base` on where `len` bytes fit between `used`, which is sorted.
+/// The lowest address, from `base` on, at which `len` bytes overlap none of the `used` ranges
+/// (start and length, in order of address).
 fn first_gap(base: u64, used: &[(u64, u64)], len: u64) -> u64 {
     let mut candidate = base;
     for (start, used_len) in used {

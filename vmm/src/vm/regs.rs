@@ -1,4 +1,7 @@
-//! The registers of a vCPU: as the patcher wants them of a stopped one, and as a person wants them of one that died.
+//! The registers of a stopped vCPU: read through KVM for introspection, and printed for a crash
+//! report.
+//!
+//! Knows KVM's register calls; must not know vCPU threads or what the guest runs.
 
 use std::fmt;
 
@@ -16,32 +19,69 @@ const CR4_VMXE: u64 = 1 << 13;
 const CR4_FRED: u64 = 1 << 32;
 const EFER_SVME: u64 = 1 << 12;
 
-/// Reads the registers of vCPU `index`, which is outside `KVM_RUN` and has no I/O pending.
+/// Why the registers of a vCPU cannot be read. They reach the patcher as text, so each message
+/// names its cause.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegsError {
+    /// The named KVM call failed.
+    #[error("vCPU {vcpu}: {call}: {error}")]
+    Kvm {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// The call.
+        call: &'static str,
+        /// KVM's error.
+        error: kvm_ioctls::Error,
+    },
+    /// KVM does not read an MSR.
+    #[error("vCPU {vcpu}: KVM_GET_MSRS: MSR {msr:#x} cannot be read")]
+    Msr {
+        /// Index of the vCPU.
+        vcpu: u32,
+        /// Index of the MSR.
+        msr: u32,
+    },
+    /// The registers are those in the middle of an I/O instruction.
+    #[error("vCPU {0}: an I/O instruction does not complete")]
+    IoPending(u32),
+    /// The vCPU has not run yet.
+    #[error("vCPU {0} has not started")]
+    NotStarted(u32),
+    /// The vCPU's thread panicked.
+    #[error("the vCPU's thread panicked")]
+    Panicked,
+}
+
+/// Reads the registers of vCPU `index`, which must be outside `KVM_RUN` with no I/O pending.
 ///
 /// # Errors
-/// Which of KVM's calls failed, and how.
-pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
-    let said =
-        |what: &'static str| move |e: kvm_ioctls::Error| format!("vCPU {index}: {what}: {e}");
-    let regs = vcpu.get_regs().map_err(said("KVM_GET_REGS"))?;
-    let sregs = vcpu.get_sregs().map_err(said("KVM_GET_SREGS"))?;
+/// [`RegsError::Kvm`], [`RegsError::Msr`].
+pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, RegsError> {
+    let failed = |call| {
+        move |error| RegsError::Kvm {
+            vcpu: index,
+            call,
+            error,
+        }
+    };
+    let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
+    let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     let events = vcpu
         .get_vcpu_events()
-        .map_err(said("KVM_GET_VCPU_EVENTS"))?;
+        .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
     let mp_state = vcpu
         .get_mp_state()
-        .map_err(said("KVM_GET_MP_STATE"))?
+        .map_err(failed("KVM_GET_MP_STATE"))?
         .mp_state;
-    let [lstar, kernel_gs_base] = read_msrs(vcpu, [MSR_LSTAR, MSR_KERNEL_GS_BASE])
-        .map_err(|e| format!("vCPU {index}: {e}"))?;
+    let [lstar, kernel_gs_base] = read_msrs(vcpu, index, [MSR_LSTAR, MSR_KERNEL_GS_BASE])?;
     let fred_config = if sregs.cr4 & CR4_FRED == 0 {
         None
     } else {
-        let [config] =
-            read_msrs(vcpu, [MSR_IA32_FRED_CONFIG]).map_err(|e| format!("vCPU {index}: {e}"))?;
+        let [config] = read_msrs(vcpu, index, [MSR_IA32_FRED_CONFIG])?;
         Some(config)
     };
-    // Asking for the nested state copies pages of it, so only a guest that switched virtualization on is asked.
+    // KVM_GET_NESTED_STATE copies pages, so it is called only for a guest that has virtualization
+    // switched on.
     let nested =
         (sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0) && in_nested_guest(vcpu);
     Ok(VcpuRegs {
@@ -64,7 +104,7 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
         r15: regs.r15,
         rip: regs.rip,
         rflags: regs.rflags,
-        // KVM keeps the CPL in SS.DPL on both vendors, also where SS itself is null.
+        // KVM keeps the CPL in SS.DPL for both vendors, even when SS itself is null.
         cpl: sregs.ss.dpl & 3,
         cr0: sregs.cr0,
         cr3: sregs.cr3,
@@ -82,26 +122,34 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, String> {
     })
 }
 
-fn read_msrs<const N: usize>(vcpu: &VcpuFd, indices: [u32; N]) -> Result<[u64; N], String> {
-    let entries = indices.map(|index| kvm_msr_entry {
+fn read_msrs<const N: usize>(
+    vcpu: &VcpuFd,
+    index: u32,
+    msrs: [u32; N],
+) -> Result<[u64; N], RegsError> {
+    let refused = |msr| RegsError::Msr { vcpu: index, msr };
+    let entries = msrs.map(|index| kvm_msr_entry {
         index,
         ..Default::default()
     });
-    let mut msrs = Msrs::from_entries(&entries).map_err(|e| format!("KVM_GET_MSRS: {e:?}"))?;
-    let count = vcpu
-        .get_msrs(&mut msrs)
-        .map_err(|e| format!("KVM_GET_MSRS: {e}"))?;
+    let mut read =
+        Msrs::from_entries(&entries).map_err(|_| refused(msrs.first().copied().unwrap_or(0)))?;
+    let count = vcpu.get_msrs(&mut read).map_err(|error| RegsError::Kvm {
+        vcpu: index,
+        call: "KVM_GET_MSRS",
+        error,
+    })?;
     let mut values = [0; N];
-    for (value, entry) in values.iter_mut().zip(msrs.as_slice()) {
+    for (value, entry) in values.iter_mut().zip(read.as_slice()) {
         *value = entry.data;
     }
-    match indices.get(count) {
+    match msrs.get(count) {
         None => Ok(values),
-        Some(refused) => Err(format!("KVM_GET_MSRS: MSR {refused:#x} cannot be read")),
+        Some(msr) => Err(refused(*msr)),
     }
 }
 
-/// Whether the vCPU is in its own guest at this moment; a vCPU that cannot tell is taken to be.
+/// Whether the vCPU is in a nested guest. If that cannot be read, it counts as being in one.
 fn in_nested_guest(vcpu: &VcpuFd) -> bool {
     let mut state = KvmNestedStateBuffer::empty();
     match vcpu.nested_state(&mut state) {
@@ -110,11 +158,11 @@ fn in_nested_guest(vcpu: &VcpuFd) -> bool {
     }
 }
 
-/// Registers as a person reads them in a crash report.
+/// Prints registers for a crash report.
 #[derive(Debug)]
-pub struct Dump<'a>(pub &'a VcpuRegs);
+pub struct RegsReport<'a>(pub &'a VcpuRegs);
 
-impl fmt::Display for Dump<'_> {
+impl fmt::Display for RegsReport<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let r = self.0;
         writeln!(

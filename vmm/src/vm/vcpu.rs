@@ -1,6 +1,7 @@
-//! One vCPU and the thread that runs it: in the guest, stopped on command, or ended.
+//! One vCPU and the thread that runs it: in the guest, paused on command, or exited.
 //!
-//! The thread alone touches its vCPU. It knows the buses and the console's back-pressure; of other vCPUs it knows nothing.
+//! Only this thread touches its vCPU. Knows the buses and the console's back-pressure; must not
+//! know other vCPUs.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -11,130 +12,125 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::output::Output;
-use crate::devices::{Bus, Effect};
+use crate::devices::{Buses, Effect};
 use crate::vm::kvm_run::{ImmediateExit, internal_error};
-use crate::vm::regs::capture;
+use crate::vm::regs::{RegsError, capture};
 
-/// What a vCPU thread is told.
+/// A command to a vCPU thread.
 #[derive(Debug)]
 pub enum Command {
-    /// Stop outside the guest with no I/O pending, and say so.
+    /// Stop outside the guest with no I/O pending, and report that to this channel.
     Pause(Sender<Stopped>),
-    /// Go on.
+    /// Run the guest again.
     Resume,
-    /// Leave the thread.
+    /// End the thread.
     Quit,
 }
 
-/// A vCPU has stopped.
+/// The answer to [`Command::Pause`]: the vCPU has stopped.
 #[derive(Debug)]
 pub struct Stopped {
-    /// Which.
+    /// Index of the vCPU.
     pub index: u32,
     /// When it had left the guest.
     pub at: Instant,
-    /// Its registers: they cannot change until it is resumed, so the answer carries them and spares a second round of wakeups.
-    pub regs: Result<VcpuRegs, String>,
+    /// Its registers. They cannot change until it is resumed, so the answer carries them and saves
+    /// a second round of wakeups.
+    pub regs: Result<VcpuRegs, RegsError>,
 }
 
-/// Why a vCPU will not enter the guest again.
+/// Why a vCPU does not enter the guest any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest switched the machine off.
     PowerOff,
-    /// The guest asked for a reset.
+    /// The guest reset the machine.
     Reset,
     /// A fault while a double fault was delivered: a PC would reset.
     TripleFault,
-    /// KVM met something that it cannot emulate, or is confused.
+    /// KVM met something that it cannot emulate, or found its own state inconsistent: the suberror
+    /// and its data words, if KVM gave any.
     InternalError(Option<(u32, Vec<u64>)>),
-    /// The processor refused to enter the guest.
+    /// The processor refused to enter the guest, for this hardware reason.
     FailEntry(u64),
     /// `KVM_RUN` failed.
     RunFailed(kvm_ioctls::Error),
-    /// An exit that this machine has no use for.
+    /// A KVM exit that this machine does not handle, as kvm-ioctls prints it.
     Unexpected(String),
-    /// Our own thread panicked.
+    /// The vCPU's thread panicked.
     Panicked,
 }
 
-/// A vCPU has ended, and the machine with it.
+/// The report of a vCPU that has exited, which ends the machine.
 #[derive(Debug)]
 pub struct ExitedVcpu {
-    /// Which; the caller's own bookkeeping when a thread died.
+    /// Index of the vCPU.
     pub index: u32,
-    /// Why.
-    pub end: ExitReason,
-    /// Its registers at the end.
-    pub regs: Result<VcpuRegs, String>,
+    /// Why it exited.
+    pub reason: ExitReason,
+    /// Its registers at the exit.
+    pub regs: Result<VcpuRegs, RegsError>,
 }
 
-/// Where vCPU threads report their end.
+/// Where vCPU threads report that their vCPU has exited.
 #[derive(Debug)]
-pub struct EndReporter {
+pub struct ExitReporter {
     /// Takes the report.
     pub reports: Sender<ExitedVcpu>,
-    /// Wakes who reads the reports.
-    pub wake: EventFd,
+    /// Written to after each report, to wake the receiver.
+    pub event: EventFd,
 }
 
-impl EndReporter {
-    /// Another one to the same reader.
+impl ExitReporter {
+    /// Another reporter to the same receiver.
     ///
     /// # Errors
     /// When the process is out of file descriptors.
-    pub fn try_clone(&self) -> std::io::Result<EndReporter> {
-        Ok(EndReporter {
+    pub fn try_clone(&self) -> std::io::Result<ExitReporter> {
+        Ok(ExitReporter {
             reports: self.reports.clone(),
-            wake: self.wake.try_clone()?,
+            event: self.event.try_clone()?,
         })
     }
 
-    /// Reports. Nobody listening means that the machine is being taken down already.
-    pub fn report(&self, ended: ExitedVcpu) {
-        if self.reports.send(ended).is_ok() {
-            let _ = self.wake.write(1);
+    /// Reports `exited`. If the receiver is gone, the machine is being taken down already.
+    pub fn report(&self, exited: ExitedVcpu) {
+        if self.reports.send(exited).is_ok() {
+            let _ = self.event.write(1);
         }
     }
 }
 
-/// The buses as a vCPU sees them.
-#[derive(Debug, Default)]
-pub struct Buses {
-    /// I/O ports.
-    pub pio: Bus,
-    /// Memory-mapped I/O.
-    pub mmio: Bus,
-}
-
-/// How often a vCPU that waits for room in the output buffer looks again.
+/// How often a vCPU that waits for free space in the output buffer checks it.
 const OUTPUT_RETRY: Duration = Duration::from_millis(2);
-/// After a stop at least this long the guest is told that it was stopped, so that its watchdogs do not take it for a lockup.
-/// Shorter ones are left alone: to be told resets the guest's watchdogs, which would then never see a real lockup.
-const TELL_GUEST_AFTER: Duration = Duration::from_secs(1);
-/// How many exits in a row the completion of one I/O instruction may take. String instructions take several; none this many.
-const COMPLETION_LIMIT: u32 = 1 << 16;
+/// After a pause of at least this length the guest is notified (`KVM_KVMCLOCK_CTRL`), so that its
+/// watchdogs do not take the pause for a lockup. It is not notified of shorter ones: a notification
+/// resets the guest's watchdogs, which would then never detect a real lockup.
+const NOTIFY_GUEST_AFTER: Duration = Duration::from_secs(1);
+/// How many exits in a row the completion of one I/O instruction may take. String instructions take
+/// several; none takes this many.
+const MAX_COMPLETION_EXITS: u32 = 1 << 16;
 
-/// What the vCPU thread does next.
+/// What the vCPU thread does.
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     Running,
     Paused { since: Instant },
-    ExitedVcpu,
+    Exited,
     Quit,
 }
 
-/// What came of one `KVM_RUN`.
-enum Ran {
-    /// It was interrupted, or has nothing to say: look for commands.
+/// The result of one `KVM_RUN`.
+enum RunResult {
+    /// It was interrupted, or the exit needs no answer: check for commands.
     Interrupted,
-    /// An I/O exit was answered; the instruction completes with the next `KVM_RUN`.
+    /// An I/O exit was answered; the instruction completes in the next `KVM_RUN`.
     AnsweredIo,
-    /// It is over.
-    ExitedVcpu(ExitReason),
+    /// The vCPU does not enter the guest any more.
+    Exited(ExitReason),
 }
 
-/// A vCPU, in the hands of its thread.
+/// A vCPU, owned by its thread.
 #[derive(Debug)]
 pub struct Vcpu {
     index: u32,
@@ -143,19 +139,19 @@ pub struct Vcpu {
     buses: Arc<Buses>,
     output: Output,
     commands: Receiver<Command>,
-    ends: EndReporter,
+    exits: ExitReporter,
     /// An I/O exit was answered and the instruction has not completed.
     io_pending: bool,
 }
 
 impl Vcpu {
-    /// Puts a vCPU together; it does not run yet.
+    /// A vCPU that does not run yet; [`run`](Self::run) is its thread.
     pub fn new(
         (index, fd, exit): (u32, VcpuFd, Arc<ImmediateExit>),
         buses: Arc<Buses>,
         output: Output,
         commands: Receiver<Command>,
-        ends: EndReporter,
+        exits: ExitReporter,
     ) -> Vcpu {
         Vcpu {
             index,
@@ -164,35 +160,37 @@ impl Vcpu {
             buses,
             output,
             commands,
-            ends,
+            exits,
             io_pending: false,
         }
     }
 
-    /// The thread: starts paused, returns when told to quit or when nobody can tell it anything any more.
+    /// The body of the thread. It starts paused, and returns on [`Command::Quit`] or when no sender
+    /// of commands is left.
     pub fn run(mut self) {
         let mut state = State::Paused {
             since: Instant::now(),
         };
         while state != State::Quit {
-            // Clear first, then look for commands: see `ImmediateExit`.
+            // Clear first, then check for commands: see `ImmediateExit`.
             self.exit.clear();
             if let Some(command) = self.next_command(&state) {
-                state = self.obey(command, state);
+                state = self.execute(command, state);
             } else if state == State::Running && !self.output.is_full() {
                 match self.enter() {
-                    Ran::Interrupted => self.io_pending = false,
-                    Ran::AnsweredIo => self.io_pending = true,
-                    Ran::ExitedVcpu(end) => {
-                        self.report(end);
-                        state = State::ExitedVcpu;
+                    RunResult::Interrupted => self.io_pending = false,
+                    RunResult::AnsweredIo => self.io_pending = true,
+                    RunResult::Exited(reason) => {
+                        self.report(reason);
+                        state = State::Exited;
                     }
                 }
             }
         }
     }
 
-    /// The next command: waited for when there is nothing else to do. `None`: there is none, go on.
+    /// The next command. Waits for one when there is nothing else to do; `None`: there is none,
+    /// and the guest can run.
     fn next_command(&self, state: &State) -> Option<Command> {
         match state {
             State::Running if self.output.is_full() => {
@@ -211,21 +209,21 @@ impl Vcpu {
         }
     }
 
-    fn obey(&mut self, command: Command, state: State) -> State {
+    fn execute(&mut self, command: Command, state: State) -> State {
         match (command, state) {
             (Command::Quit, _) => State::Quit,
             (Command::Pause(stopped), State::Running) => {
-                let after = self.complete_io();
+                let state = self.complete_io();
                 self.answer(&stopped);
-                after
+                state
             }
             (Command::Pause(stopped), state) => {
                 self.answer(&stopped);
                 state
             }
             (Command::Resume, State::Paused { since }) => {
-                if since.elapsed() >= TELL_GUEST_AFTER {
-                    // EINVAL only says that this vCPU's guest does not use kvmclock.
+                if since.elapsed() >= NOTIFY_GUEST_AFTER {
+                    // EINVAL only means that this vCPU does not use kvmclock.
                     let _ = self.fd.kvmclock_ctrl();
                 }
                 State::Running
@@ -236,7 +234,7 @@ impl Vcpu {
 
     fn answer(&self, stopped: &Sender<Stopped>) {
         let at = Instant::now();
-        // Whoever asked may have given up waiting.
+        // The receiver may have given up waiting.
         let _ = stopped.send(Stopped {
             index: self.index,
             at,
@@ -244,19 +242,17 @@ impl Vcpu {
         });
     }
 
-    fn registers(&self) -> Result<VcpuRegs, String> {
+    fn registers(&self) -> Result<VcpuRegs, RegsError> {
         if self.io_pending {
-            return Err(format!(
-                "vCPU {}: an I/O instruction does not complete",
-                self.index
-            ));
+            return Err(RegsError::IoPending(self.index));
         }
         capture(&self.fd, self.index)
     }
 
-    /// Lets a pending I/O instruction complete, so that the registers are those after it. KVM completes it at the next
-    /// `KVM_RUN` (`arch/x86/kvm/x86.c: kvm_arch_vcpu_ioctl_run`, `complete_userspace_io`), which with `immediate_exit` does
-    /// nothing else. An instruction with several parts (string I/O, MMIO across pages) gives an exit for each.
+    /// Lets a pending I/O instruction complete, so that the registers are those after it. KVM
+    /// completes it in the next `KVM_RUN` (`arch/x86/kvm/x86.c: kvm_arch_vcpu_ioctl_run`,
+    /// `complete_userspace_io`), which does nothing else when `immediate_exit` is set. An
+    /// instruction with several parts (string I/O, MMIO across pages) causes an exit for each part.
     fn complete_io(&mut self) -> State {
         let paused = State::Paused {
             since: Instant::now(),
@@ -265,40 +261,40 @@ impl Vcpu {
             return paused;
         }
         self.exit.set();
-        for _ in 0..COMPLETION_LIMIT {
+        for _ in 0..MAX_COMPLETION_EXITS {
             match self.enter() {
-                Ran::Interrupted => {
+                RunResult::Interrupted => {
                     self.io_pending = false;
                     return paused;
                 }
-                Ran::AnsweredIo => {}
-                Ran::ExitedVcpu(end) => {
-                    self.report(end);
-                    return State::ExitedVcpu;
+                RunResult::AnsweredIo => {}
+                RunResult::Exited(reason) => {
+                    self.report(reason);
+                    return State::Exited;
                 }
             }
         }
         paused
     }
 
-    fn report(&mut self, end: ExitReason) {
+    fn report(&mut self, reason: ExitReason) {
         self.io_pending = false;
-        self.ends.report(ExitedVcpu {
+        self.exits.report(ExitedVcpu {
             index: self.index,
-            end,
+            reason,
             regs: capture(&self.fd, self.index),
         });
     }
 
-    /// One `KVM_RUN` and the answer to its exit.
-    fn enter(&mut self) -> Ran {
+    /// Does one `KVM_RUN` and answers its exit.
+    fn enter(&mut self) -> RunResult {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
-            // EAGAIN: an application processor has got its INIT or SIPI.
+            // EAGAIN: an application processor has received its INIT or SIPI.
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
-                return Ran::Interrupted;
+                return RunResult::Interrupted;
             }
-            Err(e) => return Ran::ExitedVcpu(ExitReason::RunFailed(e)),
+            Err(e) => return RunResult::Exited(ExitReason::RunFailed(e)),
         };
         let effect = match exit {
             VcpuExit::IoOut(port, data) => self.buses.pio.write(port.into(), data),
@@ -311,22 +307,24 @@ impl Vcpu {
                 self.buses.mmio.read(address, data);
                 Effect::None
             }
-            VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => return Ran::Interrupted,
-            VcpuExit::Shutdown => return Ran::ExitedVcpu(ExitReason::TripleFault),
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => {
+                return RunResult::Interrupted;
+            }
+            VcpuExit::Shutdown => return RunResult::Exited(ExitReason::TripleFault),
             VcpuExit::FailEntry(reason, _) => {
-                return Ran::ExitedVcpu(ExitReason::FailEntry(reason));
+                return RunResult::Exited(ExitReason::FailEntry(reason));
             }
             VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN, _) => Effect::PowerOff,
             VcpuExit::SystemEvent(kvm_bindings::KVM_SYSTEM_EVENT_RESET, _) => Effect::Reset,
             VcpuExit::InternalError => {
-                return Ran::ExitedVcpu(ExitReason::InternalError(internal_error(&mut self.fd)));
+                return RunResult::Exited(ExitReason::InternalError(internal_error(&mut self.fd)));
             }
-            other => return Ran::ExitedVcpu(ExitReason::Unexpected(format!("{other:?}"))),
+            other => return RunResult::Exited(ExitReason::Unexpected(format!("{other:?}"))),
         };
         match effect {
-            Effect::None => Ran::AnsweredIo,
-            Effect::Reset => Ran::ExitedVcpu(ExitReason::Reset),
-            Effect::PowerOff => Ran::ExitedVcpu(ExitReason::PowerOff),
+            Effect::None => RunResult::AnsweredIo,
+            Effect::Reset => RunResult::Exited(ExitReason::Reset),
+            Effect::PowerOff => RunResult::Exited(ExitReason::PowerOff),
         }
     }
 }

@@ -153,7 +153,7 @@ fn serve(options: &[String]) -> Result<()> {
     };
     let path = PathBuf::from(option("--socket")?);
     let socket = ControlSocket::claim(&path)?;
-    vmm::run(&config, |vm| {
+    vmm::run_vm(&config, |vm| {
         let server = Server::start(socket, Controller::new(vm.clone()), Limits::default())?;
         let vm = vm.clone();
         // It ends with the process, if not before.

@@ -1,4 +1,4 @@
-//! The boot loader against made-up bzImages: what it checks, and where it puts things.
+//! The boot loader with made-up bzImages: what it checks, and where it loads the parts.
 
 use std::io::Write;
 
@@ -6,7 +6,7 @@ use super::*;
 
 const LOAD: u64 = 16 * MIB;
 
-/// A file of our own in the temporary directory, gone with the value.
+/// A file in the temporary directory, removed on drop.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -49,9 +49,14 @@ fn memory(mib: usize) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), mib << 20)]).unwrap()
 }
 
+/// The message with its causes, as the command line prints it.
+fn message(error: BootError) -> String {
+    format!("{:#}", anyhow::Error::from(error))
+}
+
 fn open_error(name: &str, image: &[u8]) -> String {
     let file = Scratch::new(name, image);
-    Kernel::open(&file.0).unwrap_err().to_string()
+    message(Kernel::open(&file.0).unwrap_err())
 }
 
 #[test]
@@ -107,7 +112,7 @@ fn kernel_initrd_and_command_line_go_where_the_zero_page_says() {
 }
 
 #[test]
-fn wrong_files_are_named_and_told_apart() {
+fn wrong_files_are_named_and_distinguished() {
     assert!(open_error("empty", b"").contains("not a bzImage"));
     assert!(open_error("text", &[b'x'; 4096]).contains("not a bzImage"));
     let mut old = bzimage();
@@ -123,16 +128,9 @@ fn wrong_files_are_named_and_told_apart() {
             "{cut}"
         );
     }
-    let missing = Kernel::open(Path::new("/no/such/kernel"))
-        .unwrap_err()
-        .to_string();
+    let missing = message(Kernel::open(Path::new("/no/such/kernel")).unwrap_err());
     assert!(missing.contains("/no/such/kernel") && missing.contains("No such file"));
-    assert!(
-        Kernel::open(Path::new("/"))
-            .unwrap_err()
-            .to_string()
-            .contains("not a regular file")
-    );
+    assert!(message(Kernel::open(Path::new("/")).unwrap_err()).contains("not a regular file"));
 }
 
 fn load_error(mib: usize, initrd: Option<&Path>, cmdline: &str, name: &str) -> BootError {
@@ -157,12 +155,17 @@ fn what_does_not_fit_is_refused() {
     );
     assert!(matches!(
         load_error(32, None, &"x".repeat(2048), "long"),
-        BootError::CommandLineTooLong { takes: 2047, .. }
+        BootError::CommandLineTooLong { max: 2047, .. }
     ));
     assert!(matches!(
         load_error(32, None, "a\0b", "nul"),
         BootError::BadCommandLine
     ));
-    let missing = load_error(32, Some(Path::new("/no/such/initrd")), "", "noinitrd").to_string();
+    let missing = message(load_error(
+        32,
+        Some(Path::new("/no/such/initrd")),
+        "",
+        "noinitrd",
+    ));
     assert!(missing.starts_with("initrd /no/such/initrd: "), "{missing}");
 }

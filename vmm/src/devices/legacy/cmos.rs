@@ -1,13 +1,14 @@
-//! A little of the CMOS clock: enough that a guest reads the time at boot and does not wait for an update that never ends.
+//! The part of the CMOS clock that a guest needs to read the time at boot, without waiting for an
+//! update that never ends.
 //!
-//! Time is UTC, in BCD, 24 hours, as PCs have it. Alarms and interrupts are not there; writes to the clock are ignored and the
-//! scratch bytes keep what is written.
+//! The time is UTC, in BCD and 24-hour mode, as on PCs. There are no alarms and no interrupts.
+//! Writes to the clock are ignored; the other bytes are RAM and keep what is written.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::devices::{Device, Effect};
 
-/// The index port; data is the next.
+/// The index port; the next port is the data port.
 pub const PORT: u16 = 0x70;
 /// Number of ports.
 pub const PORTS: u64 = 2;
@@ -16,7 +17,8 @@ const STATUS_A: u8 = 0x0a;
 const STATUS_B: u8 = 0x0b;
 const STATUS_C: u8 = 0x0c;
 const STATUS_D: u8 = 0x0d;
-/// The century, where the IBM PC/AT and Linux's `mach_get_cmos_time` expect it when the FADT names none.
+/// The century, where the IBM PC/AT and Linux's `mach_get_cmos_time` expect it when the FADT names
+/// none.
 const CENTURY: u8 = 0x32;
 /// 32768 Hz time base, no update in progress.
 const A_RUNNING: u8 = 0x26;
@@ -31,7 +33,7 @@ const SECONDS_PER_DAY: u64 = 86_400;
 pub struct Cmos {
     index: u8,
     ram: [u8; 128],
-    /// Seconds since 1970.
+    /// Returns the seconds since 1970.
     now: fn() -> u64,
 }
 
@@ -46,7 +48,7 @@ impl Default for Cmos {
 }
 
 impl Cmos {
-    /// A clock that shows what `now` says, in seconds since 1970.
+    /// A clock that shows the time that `now` returns, in seconds since 1970.
     #[must_use]
     pub fn with_clock(now: fn() -> u64) -> Cmos {
         Cmos {
@@ -99,7 +101,7 @@ impl Device for Cmos {
     }
 }
 
-/// A moment, in UTC.
+/// A date and time of day in UTC.
 #[derive(Debug, PartialEq, Eq)]
 struct Time {
     year: u64,
@@ -113,7 +115,8 @@ struct Time {
 }
 
 impl Time {
-    /// Days to civil date by counting eras of 400 years that begin on 1 March, so that the leap day is the last of its year.
+    /// Converts days to a date by counting eras of 400 years that begin on 1 March, so that the
+    /// leap day is the last day of its year.
     fn from_unix(seconds: u64) -> Time {
         let days = seconds / SECONDS_PER_DAY;
         let of_day = seconds % SECONDS_PER_DAY;
@@ -141,7 +144,7 @@ impl Time {
     }
 }
 
-/// Two decimal digits in a byte; what does not fit is cut to its last two digits.
+/// The last two decimal digits of `value`, in BCD.
 fn bcd(value: u64) -> u8 {
     let value = u8::try_from(value % 100).unwrap_or(0);
     ((value / 10) << 4) | (value % 10)

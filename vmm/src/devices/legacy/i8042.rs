@@ -1,22 +1,25 @@
-//! The keyboard controller, as far as a PC without keyboard needs it: to be reset by it.
+//! The reset command of the keyboard controller, the only part of it that a PC without a keyboard
+//! needs.
 
 use crate::devices::{Device, Effect};
 
-/// First of its ports.
+/// First port: the data port.
 pub const PORT: u64 = 0x60;
-/// Number of its ports, data to command.
+/// Number of ports, from data to command.
 pub const PORTS: u64 = 5;
 /// Offset of the command port.
 const COMMAND: u64 = 4;
-/// The command that pulses the CPU's reset line.
+/// The command that pulses the processor's reset line.
 pub const PULSE_RESET: u8 = 0xfe;
 
-/// The reset half of an i8042. Ports between data and command belong to others (0x61 is the in-kernel PIT's).
+/// The keyboard controller's reset. The ports between data and command belong to other devices
+/// (0x61 is the in-kernel PIT's).
 #[derive(Debug, Default)]
 pub struct I8042;
 
 impl Device for I8042 {
-    /// Zero: output and input buffer empty. With all ones a guest would wait for the input buffer before its reset command.
+    /// Reads 0: both buffers are empty. With all ones a guest would wait for the input buffer to
+    /// become empty before it sends its reset command.
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

@@ -1,4 +1,5 @@
-//! Devices of the PC that a stock kernel looks for at fixed ports.
+//! The PC's devices that a stock kernel expects at fixed ports: COM1, the CMOS clock, the keyboard
+//! controller's reset, and the ACPI power registers.
 
 pub mod cmos;
 pub mod i8042;

@@ -1,34 +1,35 @@
-//! The ACPI registers of a hardware-reduced machine that switch it off and reset it: sleep control, sleep status, reset.
+//! The ACPI registers with which a guest switches a hardware-reduced machine off or resets it:
+//! sleep control, sleep status and reset.
 
 use crate::devices::{Device, Effect};
 
-/// First of the three ports; the FADT names them.
+/// First of the three ports; the FADT lists them.
 pub const PORT: u16 = 0x600;
 /// Number of ports.
 pub const PORTS: u64 = 3;
-/// Sleep control register.
+/// Offset of the sleep control register.
 pub const SLEEP_CONTROL: u16 = 0;
-/// Sleep status register.
+/// Offset of the sleep status register.
 pub const SLEEP_STATUS: u16 = 1;
-/// Reset register.
+/// Offset of the reset register.
 pub const RESET: u16 = 2;
-/// What the FADT tells the guest to write to the reset register.
+/// The value that resets the machine; the FADT gives it to the guest.
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that the DSDT's `\_S5` gives for soft-off.
 pub const S5_TYPE: u8 = 5;
 
 /// ACPI 6.5, 4.8.3.7: the bit that starts the transition.
 const SLP_EN: u8 = 1 << 5;
-/// ACPI 6.5, 4.8.3.7: where the sleep type lies.
+/// ACPI 6.5, 4.8.3.7: the position of the sleep type.
 const SLP_TYP_SHIFT: u32 = 2;
 const SLP_TYP_MASK: u8 = 7;
 
-/// The registers themselves hold nothing.
+/// The power registers, which hold no state.
 #[derive(Debug, Default)]
 pub struct Power;
 
 impl Device for Power {
-    /// Zero: no wake event to report.
+    /// Reads 0: there is no wake event to report.
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

@@ -1,4 +1,5 @@
-//! COM1: vm-superio's UART with what it leaves to its user: input that waits until the guest can take it.
+//! COM1: vm-superio's UART, and what that leaves to its user: a queue of input that waits until the
+//! guest can take it.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -9,24 +10,25 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::{Device, Effect};
 
-/// First of its ports.
+/// First port.
 pub const PORT: u16 = 0x3f8;
-/// Number of its ports.
+/// Number of ports.
 pub const PORTS: u16 = 8;
-/// Its interrupt line.
+/// The interrupt line.
 pub const GSI: u32 = 4;
 
-/// The interrupt identification register, its bit for *none*, and that for received data.
+/// The interrupt identification register, its value for no interrupt, and its bit for received
+/// data.
 const IIR: u8 = 2;
 const IIR_NONE: u8 = 1;
 const IIR_RECEIVED_DATA: u8 = 4;
 /// The line status register, and its bit for received data.
 const LSR: u8 = 5;
 const LSR_DATA_READY: u8 = 1;
-/// Bit of the interrupt enable register: interrupt on received data.
+/// The bit of the interrupt enable register for received data.
 const IER_RECEIVED_DATA: u8 = 1;
 
-/// The UART's interrupt line: an eventfd that KVM turns into an edge.
+/// The UART's interrupt line: an eventfd on whose writes KVM raises an edge-triggered interrupt.
 #[derive(Debug)]
 pub struct IrqLine(pub EventFd);
 
@@ -38,18 +40,19 @@ impl Trigger for IrqLine {
     }
 }
 
-/// COM1.
+/// COM1, printing to a `W`.
 #[derive(Debug)]
 pub struct Com1<W: Write> {
     uart: Serial<IrqLine, NoEvents, W>,
-    /// Input that the UART's FIFO had no room for, or that came before the guest listened.
+    /// Input that did not fit in the UART's FIFO, or that came before the guest enabled reception.
     waiting: VecDeque<u8>,
-    /// Told when `waiting` has become empty.
+    /// Written to when `waiting` has become empty.
     taken: EventFd,
 }
 
 impl<W: Write> Com1<W> {
-    /// A UART that prints to `out`, raises `irq`, and writes to `taken` when it has given all its input to the guest.
+    /// A UART that prints to `out`, raises `irq`, and writes to `taken` when the guest has taken
+    /// all its input.
     pub fn new(irq: EventFd, out: W, taken: EventFd) -> Com1<W> {
         Com1 {
             uart: Serial::new(IrqLine(irq), out),
@@ -58,41 +61,43 @@ impl<W: Write> Com1<W> {
         }
     }
 
-    /// Sends `bytes` to the guest, as it takes them.
+    /// Queues `bytes` for the guest, and moves as many to the FIFO as it takes now.
     pub fn send(&mut self, bytes: &[u8]) {
         self.waiting.extend(bytes);
         self.feed();
     }
 
-    /// How much input the guest has not taken yet.
+    /// How many bytes of input are not in the FIFO yet.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// What there is to interrupt for. vm-superio takes received data back when the first byte is read, a real UART when the last is:
-    /// a driver that stops at some number of bytes and asks again (`8250_port.c: serial8250_rx_chars`, at 256) would leave the rest
-    /// there for good.
+    /// The reason for the interrupt. vm-superio withdraws received data as the reason when the
+    /// first byte is read, a real UART when the last byte is read. A driver that stops after some
+    /// number of bytes and reads the reason again (`8250_port.c: serial8250_rx_chars`, at 256)
+    /// would never read the rest.
     fn identify(&mut self) -> u8 {
         let identity = self.uart.read(IIR);
-        // First what costs nothing: the state is a copy, and most interrupts are of output.
-        let is_there = self.uart.read(LSR) & LSR_DATA_READY != 0;
-        if is_there && self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0 {
+        // The cheap check comes first: `state()` copies, and most interrupts are for output.
+        let has_data = self.uart.read(LSR) & LSR_DATA_READY != 0;
+        if has_data && self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0 {
             identity & !IIR_NONE | IIR_RECEIVED_DATA
         } else {
             identity
         }
     }
 
-    /// Moves input into the FIFO. Only while the guest listens: its driver reads and throws away what it finds when it starts
-    /// (`drivers/tty/serial/8250/8250_port.c: serial8250_do_startup`), which would eat the beginning of piped input.
+    /// Moves input into the FIFO, but only while the guest has reception enabled: when its driver
+    /// starts, it discards what is in the FIFO (`drivers/tty/serial/8250/8250_port.c:
+    /// serial8250_do_startup`), which would lose the beginning of piped input.
     fn feed(&mut self) {
         if self.waiting.is_empty() || self.uart.state().interrupt_enable & IER_RECEIVED_DATA == 0 {
             return;
         }
-        let room = self.uart.fifo_capacity().min(self.waiting.len());
-        let chunk: Vec<u8> = self.waiting.iter().take(room).copied().collect();
-        // The UART takes none in loopback mode; what it did not take stays here.
+        let free = self.uart.fifo_capacity().min(self.waiting.len());
+        let chunk: Vec<u8> = self.waiting.iter().take(free).copied().collect();
+        // The UART takes nothing in loopback mode; what it does not take stays in the queue.
         if let Ok(count) = self.uart.enqueue_raw_bytes(&chunk) {
             self.waiting.drain(..count);
         }
@@ -120,7 +125,8 @@ impl<W: Write + Send> Device for Com1<W> {
         }
     }
 
-    /// More than one byte is a string instruction on one register, not several registers: UARTs are byte devices.
+    /// More than one byte comes from a string instruction on one register, not from an access to
+    /// several registers: UARTs are byte devices.
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         let Ok(offset) = u8::try_from(offset) else {
             return Effect::None;
@@ -188,9 +194,10 @@ mod tests {
         assert_eq!(taken.read().unwrap(), 1);
     }
 
-    /// As Linux does it (`8250_port.c: serial8250_handle_irq`): it asks for the reason, and reads what is there, up to a number.
+    /// As Linux does it (`8250_port.c: serial8250_handle_irq`): it reads the reason, and then the
+    /// data, up to a number of bytes.
     #[test]
-    fn a_driver_that_stops_and_asks_again_gets_all() {
+    fn a_driver_that_stops_and_reads_the_reason_again_gets_all() {
         for len in 250..=600_usize {
             let (mut com1, irq, _) = com1();
             com1.write(IER, &[IER_RECEIVED_DATA]);

@@ -1,4 +1,5 @@
-//! Tiny guests, a few bytes of machine code each, on the machine's own KVM: vCPU threads, pauses and ends for real.
+//! vCPU threads, pauses and exits, tested with guests of a few bytes of machine code on the host's
+//! KVM.
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -15,8 +16,9 @@ use crate::console::output::OutputWriter;
 use crate::devices::legacy::i8042::I8042;
 use crate::devices::legacy::power::Power;
 use crate::devices::legacy::serial::Com1;
-use crate::devices::{Bus, Device, Effect};
-use crate::vm::handle::{Shared, VmHandle, VmState};
+use crate::devices::{Bus, Buses, Device, Effect};
+use crate::vm::handle::VmHandle;
+use crate::vm::shared::{Shared, VmState};
 use crate::vm::{Vm, open_kvm};
 
 const CODE: u64 = 0x1000;
@@ -49,7 +51,8 @@ impl Device for Counter {
 }
 
 impl Guest {
-    /// `runnable` of `cpus` vCPUs run `code`; the others wait for INIT, as application processors do.
+    /// `runnable` of `cpus` vCPUs run `code`; the others wait for INIT, as application processors
+    /// do.
     fn new(code: &[u8], cpus: u8, runnable: u8) -> Guest {
         let kvm = open_kvm().expect("these tests need /dev/kvm");
         let (vm, vcpus) = Vm::new(&kvm, RAM, cpus).unwrap();
@@ -77,7 +80,7 @@ impl Guest {
 
     fn start(vm: Vm, vcpus: Vec<(VcpuFd, ImmediateExit)>) -> Guest {
         let (ours, console) = UnixStream::pair().unwrap();
-        let (output, writer) = Output::to(ours.into()).unwrap();
+        let (output, writer) = Output::start(ours.into()).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let com1 = Com1::new(vm.irq_line(4).unwrap(), output.clone(), event());
         let pio = Bus::default()
@@ -90,11 +93,11 @@ impl Guest {
             mmio: Bus::default(),
         });
         let (sender, reports) = channel();
-        let ends = EndReporter {
+        let exits = ExitReporter {
             reports: sender,
-            wake: event(),
+            event: event(),
         };
-        let vcpus = Vcpus::start(vcpus, &buses, &output, &ends).unwrap();
+        let vcpus = Vcpus::start(vcpus, &buses, &output, &exits).unwrap();
         let shared = Arc::new(Shared {
             vcpus,
             vm,
@@ -110,7 +113,7 @@ impl Guest {
         }
     }
 
-    fn go(&self) -> &Vcpus {
+    fn resume(&self) -> &Vcpus {
         self.vcpus().resume().unwrap();
         self.vcpus()
     }
@@ -133,15 +136,15 @@ impl Guest {
         byte[0]
     }
 
-    fn end(&self) -> ExitedVcpu {
-        self.reports.recv_timeout(SOON).expect("the guest ends")
+    fn exited(&self) -> ExitedVcpu {
+        self.reports.recv_timeout(SOON).expect("a vCPU exits")
     }
 
     /// Waits until the guest has written `value` at `gpa`.
     fn wait_for(&self, gpa: u64, value: u8) {
         let deadline = Instant::now() + SOON;
         while self.byte(gpa) != value {
-            assert!(Instant::now() < deadline, "the guest does not get there");
+            assert!(Instant::now() < deadline, "the guest does not write it");
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -171,13 +174,13 @@ const SPIN: &[u8] = &[0xc6, 0x87, 0x00, 0x20, 0x01, 0xeb, 0xfe];
 #[test]
 fn a_spinning_guest_stops_at_once_and_its_registers_can_be_read() {
     let guest = Guest::new(SPIN, 4, 4);
-    let vcpus = guest.go();
+    let vcpus = guest.resume();
     (0..4).for_each(|index| guest.wait_for(0x2000 + index, 1));
     let mut answers = Vec::new();
     for _ in 0..300 {
-        let asked = Instant::now();
+        let requested = Instant::now();
         vcpus.pause().unwrap();
-        answers.push(asked.elapsed());
+        answers.push(requested.elapsed());
         let regs = vcpus.regs().unwrap();
         assert_eq!(regs.len(), 4);
         for (index, regs) in (0_u64..).zip(&regs) {
@@ -203,7 +206,7 @@ fn a_spinning_guest_stops_at_once_and_its_registers_can_be_read() {
 fn halted_and_not_yet_started_vcpus_stop_too() {
     // cli ; mov byte [bx + 0x2000], 1 ; hlt
     let guest = Guest::new(&[0xfa, 0xc6, 0x87, 0x00, 0x20, 0x01, 0xf4], 3, 2);
-    let vcpus = guest.go();
+    let vcpus = guest.resume();
     (0..2).for_each(|index| guest.wait_for(0x2000 + index, 1));
     for _ in 0..50 {
         vcpus.pause().unwrap();
@@ -232,7 +235,7 @@ fn a_storm_of_pauses_loses_and_doubles_no_output() {
         console.read_to_end(&mut all).unwrap();
         all
     });
-    let vcpus = guest.go();
+    let vcpus = guest.resume();
     for round in 0..2000 {
         vcpus.pause().unwrap();
         let regs = vcpus.regs().unwrap();
@@ -261,17 +264,19 @@ fn a_storm_of_pauses_loses_and_doubles_no_output() {
 
 #[test]
 fn a_storm_of_pauses_loses_no_input() {
-    // mov di, 0x3000 ; next: in al, 0x10 ; mov [di], al ; inc di ; cmp di, 0x7000 ; jne next ; mov byte [0x2000], 1 ; hlt
+    // mov di, 0x3000 ; next: in al, 0x10 ; mov [di], al ; inc di ; cmp di, 0x7000 ; jne next ;
+    // mov byte [0x2000], 1 ; hlt
     let code = [
         0xbf, 0x00, 0x30, 0xe4, 0x10, 0x88, 0x05, 0x47, 0x81, 0xff, 0x00, 0x70, 0x75, 0xf5, 0xc6,
         0x06, 0x00, 0x20, 0x01, 0xf4,
     ];
     let guest = Guest::new(&code, 1, 1);
-    let vcpus = guest.go();
-    // Pauses may come so fast that the guest takes a byte in several of them: the rest is left to it.
+    let vcpus = guest.resume();
+    // Pauses may come so fast that the guest takes several of them for one byte: it reads the rest
+    // after the last pause.
     for _ in 0..4000 {
         vcpus.pause().unwrap();
-        // What the port gave is in AL or in memory already: the instruction has completed.
+        // The port's value is in AL or already in memory: the instruction has completed.
         let regs = vcpus.regs().unwrap();
         let taken = (regs[0].rdi & 0xffff).saturating_sub(0x3000);
         if regs[0].rip == CODE + 5 {
@@ -291,13 +296,13 @@ fn a_storm_of_pauses_loses_no_input() {
 }
 
 #[test]
-fn a_guest_that_prints_to_nobody_can_be_paused_and_loses_nothing() {
+fn a_guest_whose_output_is_not_read_can_be_paused_and_loses_nothing() {
     let guest = Guest::new(
         &[0xba, 0xf8, 0x03, 0x88, 0xc8, 0xee, 0x41, 0xeb, 0xfa],
         1,
         1,
     );
-    let vcpus = guest.go();
+    let vcpus = guest.resume();
     let deadline = Instant::now() + Duration::from_secs(60);
     while !guest.output.is_full() {
         assert!(Instant::now() < deadline, "the buffer never fills");
@@ -322,9 +327,9 @@ fn a_guest_that_prints_to_nobody_can_be_paused_and_loses_nothing() {
 }
 
 #[test]
-fn pauses_nest_across_users_and_a_dropped_machine_lets_go() {
+fn pauses_nest_across_users_and_a_dropped_machine_releases_its_own() {
     let guest = Guest::new(SPIN, 2, 2);
-    guest.go();
+    guest.resume();
     let handle = guest.handle();
     let mut first = handle.machine();
     let mut second = first.clone();
@@ -339,7 +344,10 @@ fn pauses_nest_across_users_and_a_dropped_machine_lets_go() {
     assert!(first.resume().is_err());
     first.pause().unwrap();
     first.pause().unwrap();
-    assert!(second.vcpus().is_err(), "somebody else's pause is not ours");
+    assert!(
+        second.vcpus().is_err(),
+        "another machine's pause is not this one's"
+    );
     second.pause().unwrap();
     handle.pause().unwrap();
     handle.pause().unwrap();
@@ -367,7 +375,7 @@ fn pauses_nest_across_users_and_a_dropped_machine_lets_go() {
 #[test]
 fn new_code_is_run_after_a_pause() {
     let guest = Guest::new(SPIN, 1, 1);
-    guest.go();
+    guest.resume();
     guest.wait_for(0x2000, 1);
     let mut machine = guest.handle().machine();
     machine.pause().unwrap();
@@ -407,7 +415,7 @@ fn the_guest_sees_hidden_memory_that_is_mapped_for_it() {
         .write(GuestAddress(0x1_0000), &(base | 0x83).to_le_bytes())
         .unwrap();
     machine.resume().unwrap();
-    guest.go();
+    guest.resume();
     machine.write(gpa, &[0x5a]).unwrap();
     guest.wait_for(0x2000, 0x5a);
     let mut seen = [0];
@@ -424,43 +432,43 @@ fn the_guest_sees_hidden_memory_that_is_mapped_for_it() {
     assert_eq!(
         machine.add_hidden_memory(2 << 20).unwrap(),
         second,
-        "the place is used again"
+        "the address is used again"
     );
 }
 
 #[test]
-fn ways_to_end() {
+fn a_guest_ends_by_reset_power_off_and_triple_fault() {
     // mov al, 0xfe ; out 0x64, al
     let reset = Guest::new(&[0xb0, 0xfe, 0xe6, 0x64], 2, 1);
-    ends(&reset, &ExitReason::Reset);
+    check_exit(&reset, &ExitReason::Reset);
     // mov dx, 0x600 ; mov al, 0x34 ; out dx, al
     let off = Guest::new(&[0xba, 0x00, 0x06, 0xb0, 0x34, 0xee], 2, 1);
-    ends(&off, &ExitReason::PowerOff);
+    check_exit(&off, &ExitReason::PowerOff);
     // mov al, [8 GiB], with no page table for it and an interrupt table of length 0
     let fault = Guest::long_mode(&[0xa0, 0, 0, 0, 0, 2, 0, 0, 0]);
-    ends(&fault, &ExitReason::TripleFault);
+    check_exit(&fault, &ExitReason::TripleFault);
 }
 
-fn ends(guest: &Guest, end: &ExitReason) {
-    let vcpus = guest.go();
-    let ended = guest.end();
-    assert_eq!((ended.index, &ended.end), (0, end));
-    assert!(ended.regs.is_ok());
+fn check_exit(guest: &Guest, reason: &ExitReason) {
+    let vcpus = guest.resume();
+    let exited = guest.exited();
+    assert_eq!((exited.index, &exited.reason), (0, reason));
+    assert!(exited.regs.is_ok());
     vcpus.pause().unwrap();
     assert_eq!(
         vcpus.regs().unwrap().len(),
         usize::try_from(vcpus.count()).unwrap(),
-        "a guest that has ended can still be looked at"
+        "a guest that has ended can still be read"
     );
     vcpus.resume().unwrap();
     assert!(guest.reports.try_recv().is_err(), "and ends once");
 }
 
 #[test]
-fn after_the_end_nobody_waits() {
+fn after_the_end_no_caller_waits() {
     let guest = Guest::new(SPIN, 2, 2);
     let mut machine = guest.handle().machine();
-    guest.go();
+    guest.resume();
     machine.pause().unwrap();
     guest.vcpus().end();
     assert_eq!(
@@ -468,7 +476,7 @@ fn after_the_end_nobody_waits() {
         Err(MachineError::Vcpu("the guest has ended".to_owned()))
     );
     machine.resume().unwrap();
-    assert_eq!(guest.vcpus().pause(), Err(PauseError::ExitedVcpu));
+    assert_eq!(guest.vcpus().pause(), Err(PauseError::GuestEnded));
     assert_eq!(guest.byte(CODE), SPIN[0], "its memory can still be read");
 }
 
