@@ -64,6 +64,7 @@ pub mod task_list;
 mod testing;
 pub mod unwind;
 mod vcpu;
+pub mod x86;
 
 pub use addr::{Gva, GvaRange};
 pub use btf::{Btf, BtfError};

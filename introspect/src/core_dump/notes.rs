@@ -8,6 +8,7 @@
 use object::elf;
 
 use crate::vcpu::VcpuRegs;
+use crate::x86::{CR0_PG, CR4_PAE, EFER_LMA, EFER_LME};
 
 /// Name of the notes that any debugger understands.
 pub const CORE: &str = "CORE";
@@ -20,10 +21,8 @@ pub const VMCOREINFO: &str = "VMCOREINFO";
 
 /// The only version of each layout so far. Newer fields go to the end and show in the size.
 const VERSION: u32 = 1;
-/// CR0.PG, CR4.PAE, and EFER.LME with EFER.LMA.
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+/// EFER of a vCPU in long mode.
+const EFER_LONG_MODE: u64 = EFER_LME | EFER_LMA;
 
 /// Flags in our own note.
 const ONLINE: u32 = 1 << 0;

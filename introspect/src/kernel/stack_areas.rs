@@ -9,8 +9,7 @@ use crate::kernel::percpu::PerCpu;
 use crate::memory::kernel::{Field, KernelMemory};
 use crate::symbols::{SymbolError, Symbols};
 use crate::unwind::stack_memory::{MAX_STACK, ReadMemory, StackArea, StackType};
-
-const PAGE: u64 = 4096;
+use crate::x86::PAGE_SIZE;
 
 /// The exception stacks of a CPU, by their members in `struct cea_exception_stacks`. Not each kernel has all.
 const EXCEPTION_STACKS: &[&str] = &[
@@ -117,7 +116,7 @@ impl StackAreas {
         };
         let mut spans = Vec::with_capacity(self.exceptions.len() + 2);
         if let Ok(pointer) = memory.pointer(pointers.irq)
-            && let Some(top) = pointer.0.checked_next_multiple_of(PAGE)
+            && let Some(top) = pointer.0.checked_next_multiple_of(PAGE_SIZE)
         {
             spans.push(StackArea {
                 kind: StackType::Irq,
@@ -144,7 +143,7 @@ fn part(base: Gva, field: Field) -> GvaRange {
 }
 
 fn checked(what: &'static str, size: u64) -> Result<u64, StackAreaError> {
-    if (PAGE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
+    if (PAGE_SIZE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
         Ok(size)
     } else {
         Err(StackAreaError::Size { what, size })

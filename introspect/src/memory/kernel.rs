@@ -11,11 +11,10 @@ use vm_memory::GuestAddress;
 use crate::addr::Gva;
 use crate::memory::paging::{self, AddressSpace, Mapping, Unmapped};
 use crate::memory::{self, FieldRange, OutOfBounds, PhysMemory};
+use crate::x86::{LARGE_PAGE_SIZE, PAGE_SIZE};
 
 /// Slots of each translation cache; a power of two.
 const SLOTS: usize = 256;
-const SMALL_PAGE: u64 = 1 << 12;
-const LARGE_PAGE: u64 = 1 << 21;
 /// Strings and blocks are read in pieces of at most this.
 const CHUNK: usize = 4096;
 
@@ -225,25 +224,25 @@ impl<'m> KernelMemory<'m> {
             let offset = gva.0 % size;
             (GuestAddress(frame.wrapping_add(offset)), size - offset)
         };
-        if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE) {
-            return Ok(within(frame, LARGE_PAGE));
+        if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE_SIZE) {
+            return Ok(within(frame, LARGE_PAGE_SIZE));
         }
-        if let Some(frame) = self.small.get(gva.0 / SMALL_PAGE) {
-            return Ok(within(frame, SMALL_PAGE));
+        if let Some(frame) = self.small.get(gva.0 / PAGE_SIZE) {
+            return Ok(within(frame, PAGE_SIZE));
         }
         if let Some(frame) = self.last_level(gva) {
-            self.small.set(gva.0 / SMALL_PAGE, frame);
-            return Ok(within(frame, SMALL_PAGE));
+            self.small.set(gva.0 / PAGE_SIZE, frame);
+            return Ok(within(frame, PAGE_SIZE));
         }
         let mapping = self.translate(gva)?;
-        if mapping.page_size == SMALL_PAGE {
-            let table = mapping.entry_gpa.0 & !(SMALL_PAGE - 1);
-            self.tables.set(gva.0 / LARGE_PAGE, table);
+        if mapping.page_size == PAGE_SIZE {
+            let table = mapping.entry_gpa.0 & !(PAGE_SIZE - 1);
+            self.tables.set(gva.0 / LARGE_PAGE_SIZE, table);
         }
-        let (cache, size) = if mapping.page_size >= LARGE_PAGE {
-            (&self.large, LARGE_PAGE)
+        let (cache, size) = if mapping.page_size >= LARGE_PAGE_SIZE {
+            (&self.large, LARGE_PAGE_SIZE)
         } else {
-            (&self.small, SMALL_PAGE)
+            (&self.small, PAGE_SIZE)
         };
         let frame = mapping.gpa.0 & !(size - 1);
         cache.set(gva.0 / size, frame);
@@ -252,7 +251,7 @@ impl<'m> KernelMemory<'m> {
 
     /// The frame of a small page whose last table is known; `None` also when its entry does not lead on, so that the walk says why.
     fn last_level(&self, gva: Gva) -> Option<u64> {
-        let table = self.tables.get(gva.0 / LARGE_PAGE)?;
+        let table = self.tables.get(gva.0 / LARGE_PAGE_SIZE)?;
         let entry = GuestAddress(paging::last_entry(table, gva));
         let mut raw = [0; 8];
         self.phys.read(entry, &mut raw).ok()?;

@@ -7,21 +7,13 @@ use vm_memory::GuestAddress;
 use crate::addr::Gva;
 use crate::memory::{OutOfBounds, PhysMemory};
 use crate::vcpu::VcpuRegs;
+use crate::x86::{
+    CR0_PG, CR4_LA57, EFER_LMA, PAGE_SHIFT, PAGE_SIZE, PTE_FRAME, PTE_LARGE, PTE_NO_EXECUTE,
+    PTE_PRESENT, PTE_USER, PTE_WRITABLE, TABLE_SHIFT,
+};
 
-/// Bits 51:12 of an entry or of CR3: the frame it points to.
-const FRAME: u64 = 0x000f_ffff_ffff_f000;
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-/// CR0.PG and CR4.LA57.
-const CR0_PG: u64 = 1 << 31;
-const CR4_LA57: u64 = 1 << 12;
-/// EFER.LMA: the vCPU is in long mode.
-const EFER_LMA: u64 = 1 << 10;
 /// Under page table isolation the user's top-level table is the page behind the kernel's (`arch/x86/mm/pti.c`).
-const PTI_USER_TABLE: u64 = 1 << 12;
+const PTI_USER_TABLE: u64 = PAGE_SIZE;
 
 /// A set of page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +79,7 @@ impl AddressSpace {
     pub fn of_vcpu(regs: &VcpuRegs) -> Option<AddressSpace> {
         let long_mode = regs.cr0 & CR0_PG != 0 && regs.efer & EFER_LMA != 0;
         long_mode.then_some(AddressSpace {
-            root: GuestAddress(regs.cr3 & FRAME),
+            root: GuestAddress(regs.cr3 & PTE_FRAME),
             levels: if regs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
         })
     }
@@ -109,21 +101,21 @@ impl AddressSpace {
         if !self.is_canonical(gva) {
             return Err(Unmapped::NonCanonical);
         }
-        let mut table = self.root.0 & FRAME;
+        let mut table = self.root.0 & PTE_FRAME;
         let (mut writable, mut executable, mut user) = (true, true, true);
         for level in (1..=self.levels).rev() {
-            let shift = 12 + 9 * u32::from(level - 1);
-            let entry_gpa = GuestAddress(table | ((gva.0 >> shift) & 0x1ff) << 3);
+            let shift = PAGE_SHIFT + TABLE_SHIFT * u32::from(level - 1);
+            let entry_gpa = GuestAddress(entry_address(table, gva, shift));
             let mut raw = [0; 8];
             memory.read(entry_gpa, &mut raw)?;
             let entry = u64::from_le_bytes(raw);
-            if entry & PRESENT == 0 {
+            if entry & PTE_PRESENT == 0 {
                 return Err(Unmapped::NotPresent { level, entry });
             }
-            writable &= entry & WRITABLE != 0;
-            executable &= entry & NO_EXECUTE == 0;
-            user &= entry & USER != 0;
-            let large = level > 1 && entry & LARGE != 0;
+            writable &= entry & PTE_WRITABLE != 0;
+            executable &= entry & PTE_NO_EXECUTE == 0;
+            user &= entry & PTE_USER != 0;
+            let large = level > 1 && entry & PTE_LARGE != 0;
             if large && level > 3 {
                 return Err(Unmapped::Malformed { level, entry });
             }
@@ -131,7 +123,7 @@ impl AddressSpace {
                 let page_size = 1u64 << shift;
                 let offset = gva.0 & (page_size - 1);
                 return Ok(Mapping {
-                    gpa: GuestAddress(entry & FRAME & !(page_size - 1) | offset),
+                    gpa: GuestAddress(entry & PTE_FRAME & !(page_size - 1) | offset),
                     page_size,
                     entry,
                     entry_gpa,
@@ -140,7 +132,7 @@ impl AddressSpace {
                     user,
                 });
             }
-            table = entry & FRAME;
+            table = entry & PTE_FRAME;
         }
         Err(Unmapped::NonCanonical)
     }
@@ -153,17 +145,23 @@ impl AddressSpace {
     }
 }
 
-/// Where the entry for `gva` is in the last table on the way to it.
+/// Where the entry for `gva` is in a table whose entries map `1 << shift` bytes each.
+const fn entry_address(table: u64, gva: Gva, shift: u32) -> u64 {
+    let index = (gva.0 >> shift) & ((1 << TABLE_SHIFT) - 1);
+    table | index << 3
+}
+
+/// Where the entry for `gva` is in the level 1 table on the way to it.
 pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
-    table | ((gva.0 >> 12) & 0x1ff) << 3
+    entry_address(table, gva, PAGE_SHIFT)
 }
 
 /// The frame that an entry of a last table leads to; `None` when it leads nowhere.
 pub(crate) const fn small_frame(entry: u64) -> Option<u64> {
-    if entry & PRESENT == 0 {
+    if entry & PTE_PRESENT == 0 {
         return None;
     }
-    Some(entry & FRAME)
+    Some(entry & PTE_FRAME)
 }
 
 #[cfg(test)]
@@ -178,11 +176,17 @@ mod tests {
 
     fn four_levels() -> Ram {
         let mut ram = Ram::new(0x10_0000);
-        ram.u64(0x1000 + 8 * 511, 0x2000 | PRESENT | WRITABLE | USER);
-        ram.u64(0x2000 + 8 * 510, 0x3000 | PRESENT | WRITABLE);
-        ram.u64(0x3000, 0x4000 | PRESENT | WRITABLE);
-        ram.u64(0x4000 + 8, 0x5000 | PRESENT | NO_EXECUTE);
-        ram.u64(0x3000 + 8, 0x20_1000 | PRESENT | LARGE | WRITABLE); // bit 12 is PAT here
+        ram.u64(
+            0x1000 + 8 * 511,
+            0x2000 | PTE_PRESENT | PTE_WRITABLE | PTE_USER,
+        );
+        ram.u64(0x2000 + 8 * 510, 0x3000 | PTE_PRESENT | PTE_WRITABLE);
+        ram.u64(0x3000, 0x4000 | PTE_PRESENT | PTE_WRITABLE);
+        ram.u64(0x4000 + 8, 0x5000 | PTE_PRESENT | PTE_NO_EXECUTE);
+        ram.u64(
+            0x3000 + 8,
+            0x20_1000 | PTE_PRESENT | PTE_LARGE | PTE_WRITABLE,
+        ); // bit 12 is PAT here
         ram
     }
 
@@ -212,12 +216,12 @@ mod tests {
         let at = |ram: &Ram, gva| SPACE.translate(ram, Gva(gva)).unwrap_err();
         assert_eq!(at(&ram, 0x0000_8000_0000_0000), Unmapped::NonCanonical);
         assert_eq!(at(&ram, 0), Unmapped::NotPresent { level: 4, entry: 0 });
-        ram.u64(0x1000, PRESENT | LARGE);
+        ram.u64(0x1000, PTE_PRESENT | PTE_LARGE);
         assert!(matches!(at(&ram, 0), Unmapped::Malformed { level: 4, .. }));
-        ram.u64(0x1000, 0x7f_ffff_f000 | PRESENT);
+        ram.u64(0x1000, 0x7f_ffff_f000 | PTE_PRESENT);
         assert!(matches!(at(&ram, 0), Unmapped::Table(_)));
         // A table that points to itself ends with the levels.
-        ram.u64(0x1000, 0x1000 | PRESENT);
+        ram.u64(0x1000, 0x1000 | PTE_PRESENT);
         assert_eq!(
             SPACE.translate(&ram, Gva(0x10)).unwrap().gpa,
             GuestAddress(0x1010)
@@ -227,7 +231,7 @@ mod tests {
     #[test]
     fn five_levels_and_the_kernel_half() {
         let mut ram = four_levels();
-        ram.u64(0x6000 + 8 * 511, 0x1000 | PRESENT | WRITABLE);
+        ram.u64(0x6000 + 8 * 511, 0x1000 | PTE_PRESENT | PTE_WRITABLE);
         let user = AddressSpace {
             root: GuestAddress(0x7000),
             levels: 5,
