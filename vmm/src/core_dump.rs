@@ -332,10 +332,10 @@ mod tests {
         let folder = TempDir::new();
         let path = folder.path().join("core");
         let memory = memory();
-        let vcpus = [0, 1].map(|index| VcpuRegs {
-            index,
-            lstar: 7,
-            ..VcpuRegs::default()
+        let vcpus = [0, 1].map(|index| {
+            let mut regs = VcpuRegs::default();
+            (regs.index, regs.lstar) = (index, 7);
+            regs
         });
         let mut dump = CoreDumpWriter::create(&path).unwrap();
         let bytes = dump.write(&memory, &vcpus, Some(b"OSRELEASE=6\n")).unwrap();

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use introspect::PhysMemory;
 use introspect::core_dump::notes;
-use introspect::{PhysMemory, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use super::image;
@@ -68,10 +68,11 @@ pub fn with(parts: &[Part<'_>], n: usize, field: usize, value: u64) -> Vec<u8> {
 
 /// The notes of `count` vCPUs; each has page tables of its own, in one row from [`ROOT`] on.
 pub fn notes(count: u32) -> Vec<u8> {
-    let regs = |index| VcpuRegs {
-        index,
-        cr3: ROOT + 0x2000 * u64::from(index),
-        ..image::vcpus().remove(0)
+    let regs = |index| {
+        let mut regs = image::vcpus().remove(0);
+        regs.index = index;
+        regs.cr3 = ROOT + 0x2000 * u64::from(index);
+        regs
     };
     let vcpus: Vec<_> = (0..count).map(regs).collect();
     notes::write(&vcpus, Some(b"OSRELEASE=6.12.0-made-up\n"))

@@ -2,6 +2,7 @@
 //! modules, and stacks that can be walked to their ends.
 
 use introspect::VcpuRegs;
+use introspect::x86::{CR0_PG, EFER_LMA};
 
 use super::mutate::Part;
 use super::{btf, symbols};
@@ -356,15 +357,14 @@ fn made_code(ram: &mut Builder) {
 
 /// The one vCPU that is up: it runs `init_task`, in `schedule`.
 pub fn vcpus() -> Vec<VcpuRegs> {
-    vec![VcpuRegs {
-        cr0: 1 << 31,
-        efer: 1 << 10,
-        cr3: (IMAGE + TABLES) as u64,
-        rip: BASE + 0x110,
-        rsp: BASE + INIT_STACK + STACK as u64 - 0x40,
-        gs_base: virt(PERCPU),
-        lstar: BASE + SYSCALL,
-        online: true,
-        ..VcpuRegs::default()
-    }]
+    let mut regs = VcpuRegs::default();
+    regs.cr0 = CR0_PG;
+    regs.efer = EFER_LMA;
+    regs.cr3 = (IMAGE + TABLES) as u64;
+    regs.rip = BASE + 0x110;
+    regs.rsp = BASE + INIT_STACK + STACK as u64 - 0x40;
+    regs.gs_base = virt(PERCPU);
+    regs.lstar = BASE + SYSCALL;
+    regs.online = true;
+    vec![regs]
 }
