@@ -22,7 +22,7 @@ use vm_memory::GuestAddress;
 use crate::core_dump::block_cache::CachedFile;
 pub use crate::core_dump::error::CoreError;
 use crate::core_dump::notes::NoteError;
-use crate::memory::{FieldRange, OutOfBounds, PhysMemory, each_part};
+use crate::memory::{FieldRange, OutOfBounds, PhysMemory, each_field};
 use crate::vcpu::VcpuRegs;
 
 type Header = elf::FileHeader64<LE>;
@@ -196,14 +196,14 @@ impl PhysMemory for CoreFile {
         Ok(())
     }
 
-    fn gather(
+    fn read_fields(
         &self,
         gpa: GuestAddress,
         parts: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
         let whole = self.around(gpa, parts);
-        each_part(parts, buf, |offset, now| {
+        each_field(parts, buf, |offset, now| {
             let held = whole.as_ref().and_then(|(start, bytes)| {
                 let from = usize::try_from(offset.checked_sub(*start)?).ok()?;
                 bytes.get(from..from.checked_add(now.len())?)

@@ -158,7 +158,7 @@ fn gathered_is_as_read() {
             let expected = each.try_for_each(|(part, buf)| {
                 core.read(GuestAddress(base.wrapping_add(part.offset)), buf)
             });
-            let got = core.gather(GuestAddress(base), &parts, &mut gathered);
+            let got = core.read_fields(GuestAddress(base), &parts, &mut gathered);
             assert_eq!(got, expected, "{offsets:x?} at {base:#x}");
             if got.is_ok() {
                 assert_eq!(gathered, read, "{offsets:x?} at {base:#x}");

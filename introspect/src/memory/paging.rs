@@ -1,6 +1,9 @@
-//! x86-64 page tables: where a guest virtual address lies in guest-physical memory, and through which entry.
+//! x86-64 page tables: which guest-physical address a virtual address is mapped to, and by which
+//! entry.
 //!
-//! Knows the architecture (Intel SDM volume 3, 4.5), nothing of Linux. The tables are the guest's: the walk is bounded by its levels.
+//! Knows the architecture (Intel SDM volume 3, 4.5); must not know Linux, except for the pairs of
+//! tables under page table isolation. The tables are the guest's and may be hostile: a walk takes
+//! at most as many steps as there are levels.
 
 use vm_memory::GuestAddress;
 
@@ -12,69 +15,71 @@ use crate::x86::{
     PTE_PRESENT, PTE_USER, PTE_WRITABLE, TABLE_SHIFT,
 };
 
-/// Under page table isolation the user's top-level table is the page behind the kernel's (`arch/x86/mm/pti.c`).
+/// Under page table isolation the user's top-level table is the page after the kernel's
+/// (`arch/x86/mm/pti.c`).
 const PTI_USER_TABLE: u64 = PAGE_SIZE;
 
-/// A set of page tables.
+/// An address space: a set of page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressSpace {
-    /// The top-level table.
+    /// The guest-physical address of the top-level table.
     pub root: GuestAddress,
-    /// 4, or 5 with LA57.
+    /// The number of levels: 4, or 5 with CR4.LA57.
     pub levels: u8,
 }
 
 /// What a virtual address is mapped to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// The address itself, translated.
+    /// The guest-physical address.
     pub gpa: GuestAddress,
-    /// 4 KiB, 2 MiB or 1 GiB.
+    /// The size of the page in bytes: 4 KiB, 2 MiB or 1 GiB.
     pub page_size: u64,
-    /// The leaf entry, raw.
+    /// The leaf entry's value.
     pub entry: u64,
-    /// Where the leaf entry lies.
+    /// The guest-physical address of the leaf entry.
     pub entry_gpa: GuestAddress,
-    /// Every level permits writes.
+    /// Whether writes are permitted at every level.
     pub writable: bool,
-    /// No level forbids execution.
+    /// Whether execution is forbidden at no level.
     pub executable: bool,
-    /// Every level permits user mode.
+    /// Whether user mode is permitted at every level.
     pub user: bool,
 }
 
-/// Why a virtual address leads nowhere.
+/// Why a virtual address is not mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unmapped {
-    /// The entry is not present.
+    /// An entry on the way is not present.
     #[error("not mapped (level {level} entry {entry:#x})")]
     NotPresent {
-        /// 1 for the last table, up to the number of levels.
+        /// The level of the entry: 1 for the last table, up to the number of levels.
         level: u8,
-        /// The entry found.
+        /// The entry's value.
         entry: u64,
     },
-    /// Not an address the processor would accept.
+    /// The address is not canonical: the processor would refuse it.
     #[error("not a canonical address")]
     NonCanonical,
-    /// An entry says "large page" where there are none.
+    /// An entry maps a large page at a level that has none.
     #[error("level {level} entry {entry:#x} is malformed")]
     Malformed {
-        /// The level.
+        /// The level of the entry, 4 or 5.
         level: u8,
-        /// The entry found.
+        /// The entry's value.
         entry: u64,
     },
-    /// A table lies outside guest memory.
-    #[error("page table: {0}")]
+    /// A table is outside guest memory.
+    #[error("page table outside guest memory: {0}")]
     Table(#[from] OutOfBounds),
 }
 
 impl AddressSpace {
-    /// The tables that the vCPU runs on; `None` when it is not in long mode with paging on.
+    /// The page tables in use by the vCPU; `None` when it is not in long mode with paging on.
     ///
-    /// In user mode under page table isolation these map little of the kernel: see [`kernel_half`](Self::kernel_half).
+    /// In user mode under page table isolation these map little of the kernel: see
+    /// [`kernel_half`](Self::kernel_half).
     #[must_use]
     pub fn of_vcpu(regs: &VcpuRegs) -> Option<AddressSpace> {
         let long_mode = regs.cr0 & CR0_PG != 0 && regs.efer & EFER_LMA != 0;
@@ -84,7 +89,8 @@ impl AddressSpace {
         })
     }
 
-    /// The kernel's half of a pair of tables under page table isolation. Wrong for a kernel without it: its tables are not in pairs.
+    /// The kernel's tables of a pair under page table isolation. Wrong for a kernel without it,
+    /// whose tables are not in pairs.
     #[must_use]
     pub fn kernel_half(self) -> AddressSpace {
         AddressSpace {
@@ -93,10 +99,10 @@ impl AddressSpace {
         }
     }
 
-    /// Walks to `gva`.
+    /// Walks the tables for `gva`.
     ///
     /// # Errors
-    /// [`Unmapped`], naming the level where the walk ended.
+    /// [`Unmapped`], with the level at which the walk ended.
     pub fn translate(&self, memory: &dyn PhysMemory, gva: Gva) -> Result<Mapping, Unmapped> {
         if !self.is_canonical(gva) {
             return Err(Unmapped::NonCanonical);
@@ -137,7 +143,7 @@ impl AddressSpace {
         Err(Unmapped::NonCanonical)
     }
 
-    /// Whether the bits above the translated ones repeat the sign.
+    /// Whether the bits above the translated ones are copies of the highest translated bit.
     fn is_canonical(&self, gva: Gva) -> bool {
         let unused = if self.levels == 5 { 7 } else { 16 };
         let value = gva.0.cast_signed();
@@ -156,7 +162,7 @@ pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
     entry_address(table, gva, PAGE_SHIFT)
 }
 
-/// The frame that an entry of a last table leads to; `None` when it leads nowhere.
+/// The frame that an entry of a level 1 table maps; `None` when it is not present.
 pub(crate) const fn small_frame(entry: u64) -> Option<u64> {
     if entry & PTE_PRESENT == 0 {
         return None;
@@ -211,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals() {
+    fn what_is_not_mapped_is_refused_with_its_reason() {
         let mut ram = four_levels();
         let at = |ram: &Ram, gva| SPACE.translate(ram, Gva(gva)).unwrap_err();
         assert_eq!(at(&ram, 0x0000_8000_0000_0000), Unmapped::NonCanonical);
