@@ -10,7 +10,7 @@ use std::{
 use crate::addr::GvaRange;
 
 /// So many changes are remembered. Who has missed more takes all code for changed.
-const MOST: usize = 64;
+const MAX_CHANGES: usize = 64;
 
 /// The last changes of one guest's code.
 #[derive(Clone, Debug)]
@@ -37,18 +37,18 @@ impl ChangeLog {
     }
 
     /// Notes a change of `code`.
-    pub(crate) fn note(&mut self, code: GvaRange) {
+    pub(crate) fn record(&mut self, code: GvaRange) {
         self.push(Some(code));
     }
 
     /// Notes a change that may be anywhere.
-    pub(crate) fn note_all(&mut self) {
+    pub(crate) fn record_anywhere(&mut self) {
         self.push(None);
     }
 
     fn push(&mut self, code: Option<GvaRange>) {
         self.generation = self.generation.wrapping_add(1);
-        if self.last.len() >= MOST {
+        if self.last.len() >= MAX_CHANGES {
             self.last.pop_front();
         }
         self.last.push_back(code);
@@ -72,29 +72,29 @@ mod tests {
     }
 
     #[test]
-    fn what_was_missed_is_told_and_no_more() {
+    fn exactly_the_missed_changes_are_returned() {
         let mut changes = ChangeLog::new();
         let start = changes.generation();
         assert_eq!(changes.since(start), Some(vec![]));
-        changes.note(range(1));
+        changes.record(range(1));
         let middle = changes.generation();
-        changes.note(range(2));
+        changes.record(range(2));
         assert_eq!(changes.since(start), Some(vec![range(1), range(2)]));
         assert_eq!(changes.since(middle), Some(vec![range(2)]));
-        changes.note_all();
+        changes.record_anywhere();
         assert_eq!(changes.since(middle), None);
         assert_eq!(changes.since(changes.generation()), Some(vec![]));
     }
 
     #[test]
-    fn who_has_missed_too_many_or_knows_another_guest_takes_all_for_changed() {
+    fn after_too_many_changes_or_for_another_guest_any_code_may_have_changed() {
         let mut changes = ChangeLog::new();
         let start = changes.generation();
-        for n in 0..MOST as u64 {
-            changes.note(range(n));
+        for n in 0..MAX_CHANGES as u64 {
+            changes.record(range(n));
         }
-        assert_eq!(changes.since(start).map(|all| all.len()), Some(MOST));
-        changes.note(range(0));
+        assert_eq!(changes.since(start).map(|all| all.len()), Some(MAX_CHANGES));
+        changes.record(range(0));
         assert_eq!(changes.since(start), None);
         assert_eq!(changes.since(changes.generation() + 1), None);
         for other in [0, ChangeLog::new().generation()] {

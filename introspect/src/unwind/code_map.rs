@@ -20,7 +20,7 @@ pub enum CodeClass {
     /// Entry from and exit to user mode: ORC's END is true where this code itself runs.
     UserEntry,
     /// While this code runs, the stack or its owner is not what it seems.
-    Busy,
+    Transient,
     /// If this interrupted kernel code, that code's stack is not what it seems.
     Breakpoint,
     /// Callers have been replaced by a tracer.
@@ -38,7 +38,7 @@ pub struct CodeRegion {
     pub orc: OrcTable,
     /// Words of guest memory that hold these values for as long as the region is what it is. Empty: nobody but us can
     /// change it. A module can leave between two looks, and another can take its place.
-    pub proof: Vec<(Gva, u64)>,
+    pub fingerprint: Vec<(Gva, u64)>,
 }
 
 /// Who owns a region, so that it can be replaced or dropped.
@@ -49,7 +49,7 @@ pub struct RegionId(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnwindAction {
     /// By this entry.
-    On(Entry),
+    Orc(Entry),
     /// By this entry, unless it leads to interrupted kernel code.
     OrcToUser(Entry),
     /// Not at all: the first frame of a kernel thread or of an idle task.
@@ -68,7 +68,7 @@ pub struct CoreText {
     /// The core kernel's ORC, for both.
     pub orc: OrcTable,
     /// Rules by range, sorted and disjoint.
-    pub rules: Vec<(GvaRange, CodeClass)>,
+    pub special: Vec<(GvaRange, CodeClass)>,
 }
 
 /// All code of a guest.
@@ -78,9 +78,9 @@ pub struct CodeMap {
     /// By start; disjoint. These go before the core: patches lie in the padding of its text. Boxed, so that little is moved where
     /// thousands are inserted before others.
     regions: Vec<(RegionId, Box<CodeRegion>)>,
-    busy: Vec<GvaRange>,
+    transient: Vec<GvaRange>,
     /// Around all of `busy`: ordinary frames lie outside and need no look at each.
-    busy_around: GvaRange,
+    transient_bounds: GvaRange,
     next_id: u64,
     changes: ChangeLog,
 }
@@ -99,12 +99,12 @@ impl CodeMap {
     /// A map of the core kernel alone.
     #[must_use]
     pub fn new(mut core: CoreText) -> CodeMap {
-        core.rules.sort_by_key(|(range, _)| range.start);
+        core.special.sort_by_key(|(range, _)| range.start);
         CodeMap {
             core,
             regions: Vec::new(),
-            busy: Vec::new(),
-            busy_around: GvaRange::default(),
+            transient: Vec::new(),
+            transient_bounds: GvaRange::default(),
             next_id: 0,
             changes: ChangeLog::new(),
         }
@@ -122,8 +122,8 @@ impl CodeMap {
     }
 
     /// What is known may no longer be so.
-    pub(crate) fn touch(&mut self) {
-        self.changes.note_all();
+    pub(crate) fn mark_all_changed(&mut self) {
+        self.changes.record_anywhere();
     }
 
     /// The core kernel's ORC table.
@@ -141,14 +141,14 @@ impl CodeMap {
             .regions
             .partition_point(|(_, other)| other.text.start < region.text.start);
         let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
-        let touching = before
+        let overlapping = before
             .filter(|(_, other)| other.text.end > region.text.start)
             .or_else(|| {
                 self.regions
                     .get(at)
                     .filter(|(_, other)| other.text.start < region.text.end)
             });
-        if let Some((_, other)) = touching {
+        if let Some((_, other)) = overlapping {
             return Err(Overlap {
                 name: region.name,
                 other: other.name.clone(),
@@ -156,7 +156,7 @@ impl CodeMap {
         }
         let id = RegionId(self.next_id);
         self.next_id += 1;
-        self.changes.note(region.text);
+        self.changes.record(region.text);
         self.regions.insert(at, (id, Box::new(region)));
         Ok(id)
     }
@@ -171,38 +171,38 @@ impl CodeMap {
         self.remove_where(|id| ids.contains(&id));
     }
 
-    fn remove_where(&mut self, goes: impl Fn(RegionId) -> bool) {
+    fn remove_where(&mut self, removed: impl Fn(RegionId) -> bool) {
         let changes = &mut self.changes;
         self.regions.retain(|(id, region)| {
-            let goes = goes(*id);
-            if goes {
-                changes.note(region.text);
+            let removed = removed(*id);
+            if removed {
+                changes.record(region.text);
             }
-            !goes
+            !removed
         });
     }
 
     /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
     pub fn add_transient(&mut self, range: GvaRange) {
         if !range.is_empty() {
-            self.busy.push(range);
-            self.bound_busy(range);
+            self.transient.push(range);
+            self.transient_changed(range);
         }
     }
 
     /// Takes back what one call of [`CodeMap::add_transient`] declared.
     pub fn remove_transient(&mut self, range: GvaRange) {
-        if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
-            self.busy.swap_remove(at);
-            self.bound_busy(range);
+        if let Some(at) = self.transient.iter().position(|added| *added == range) {
+            self.transient.swap_remove(at);
+            self.transient_changed(range);
         }
     }
 
-    fn bound_busy(&mut self, changed: GvaRange) {
-        self.changes.note(changed);
-        let start = self.busy.iter().map(|range| range.start).min();
-        let end = self.busy.iter().map(|range| range.end).max();
-        self.busy_around = match (start, end) {
+    fn transient_changed(&mut self, changed: GvaRange) {
+        self.changes.record(changed);
+        let start = self.transient.iter().map(|range| range.start).min();
+        let end = self.transient.iter().map(|range| range.end).max();
+        self.transient_bounds = match (start, end) {
             (Some(start), Some(end)) => GvaRange::new(start, end),
             _ => GvaRange::default(),
         };
@@ -211,10 +211,10 @@ impl CodeMap {
     /// The region with an ORC table of its own that `code` lies in.
     #[must_use]
     pub fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
-        let behind = self
+        let after = self
             .regions
             .partition_point(|(_, region)| region.text.start <= code);
-        let (id, region) = self.regions.get(behind.checked_sub(1)?)?;
+        let (id, region) = self.regions.get(after.checked_sub(1)?)?;
         region.text.contains(code).then_some((*id, region))
     }
 
@@ -224,59 +224,64 @@ impl CodeMap {
     ///
     /// # Errors
     /// Why the frame cannot be relied on.
-    pub fn way(
+    pub fn action_at(
         &self,
         ip: Gva,
         exact: bool,
         through_init: bool,
     ) -> Result<UnwindAction, Unreliable> {
         let code = if exact { ip } else { ip.sub(1) };
-        if self.is_busy(code) {
+        if self.is_transient(code) {
             return Err(Unreliable::TransientCode(ip));
         }
         if let Some((_, region)) = self.region(code) {
             return match region.orc.lookup(code) {
                 // No stack begins in a module or in a patch.
                 Some(entry) if entry.kind == Kind::End => Err(Unreliable::UnexpectedEnd(ip)),
-                Some(entry) => going_on(entry, ip).map(UnwindAction::On),
+                Some(entry) => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
                 None => Err(Unreliable::NoOrc(ip)),
             };
         }
         // A tracer's return address is the first byte of its trampoline, which `code` lies before.
-        if self.rule(ip) == Some(CodeClass::Traced) || self.rule(code) == Some(CodeClass::Traced) {
+        if self.class_at(ip) == Some(CodeClass::Traced)
+            || self.class_at(code) == Some(CodeClass::Traced)
+        {
             return Err(Unreliable::Traced(ip));
         }
         let in_init = through_init && self.core.init.contains(code);
         if !self.core.text.contains(code) && !in_init {
             return Err(Unreliable::NotText(ip));
         }
-        let rule = self.rule(code);
-        if rule == Some(CodeClass::Busy) {
+        let class = self.class_at(code);
+        if class == Some(CodeClass::Transient) {
             return Err(Unreliable::TransientCode(ip));
         }
         let entry = self.core.orc.lookup(code).ok_or(Unreliable::NoOrc(ip))?;
-        match (entry.kind, rule) {
+        match (entry.kind, class) {
             (Kind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
             (Kind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
             (Kind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
-            (_, Some(CodeClass::Breakpoint)) => going_on(entry, ip).map(UnwindAction::OrcToUser),
-            _ => going_on(entry, ip).map(UnwindAction::On),
+            (_, Some(CodeClass::Breakpoint)) => {
+                orc_or_undefined(entry, ip).map(UnwindAction::OrcToUser)
+            }
+            _ => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
         }
     }
 
-    fn is_busy(&self, code: Gva) -> bool {
-        self.busy_around.contains(code) && self.busy.iter().any(|range| range.contains(code))
+    fn is_transient(&self, code: Gva) -> bool {
+        self.transient_bounds.contains(code)
+            && self.transient.iter().any(|range| range.contains(code))
     }
 
-    fn rule(&self, code: Gva) -> Option<CodeClass> {
-        let rules = &self.core.rules;
-        let behind = rules.partition_point(|(range, _)| range.start <= code);
-        let (range, rule) = rules.get(behind.checked_sub(1)?)?;
-        range.contains(code).then_some(*rule)
+    fn class_at(&self, code: Gva) -> Option<CodeClass> {
+        let special = &self.core.special;
+        let after = special.partition_point(|(range, _)| range.start <= code);
+        let (range, class) = special.get(after.checked_sub(1)?)?;
+        range.contains(code).then_some(*class)
     }
 }
 
-fn going_on(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
+fn orc_or_undefined(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
     match entry.kind {
         Kind::Undefined => Err(Unreliable::NoOrc(ip)),
         _ => Ok(entry),
@@ -316,8 +321,8 @@ pub(crate) mod tests {
             text: range(TEXT, 0x1000),
             init: range(INIT, 0x1000),
             orc,
-            rules: vec![
-                (range(TEXT.add(0x700), 0x10), CodeClass::Busy),
+            special: vec![
+                (range(TEXT.add(0x700), 0x10), CodeClass::Transient),
                 (range(TEXT.add(0x200), 0x100), CodeClass::TaskEntry),
                 (range(TEXT.add(0x300), 0x100), CodeClass::UserEntry),
                 (range(TEXT.add(0x600), 0x10), CodeClass::Traced),
@@ -326,30 +331,36 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn ordinary_code_goes_on_and_holes_do_not() {
+    fn ordinary_code_has_an_orc_entry_and_holes_do_not() {
         let map = CodeMap::new(core());
         assert!(matches!(
-            map.way(TEXT, true, false),
-            Ok(UnwindAction::On(_))
+            map.action_at(TEXT, true, false),
+            Ok(UnwindAction::Orc(_))
         ));
         let hole = TEXT.add(0x100);
-        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
-        // A call that ends its function returns behind it: the call is what counts.
-        assert!(matches!(
-            map.way(hole, false, false),
-            Ok(UnwindAction::On(_))
-        ));
-        assert_eq!(map.way(TEXT, false, false), Err(Unreliable::NotText(TEXT)));
         assert_eq!(
-            map.way(Gva(0), true, false),
+            map.action_at(hole, true, false),
+            Err(Unreliable::NoOrc(hole))
+        );
+        // A call that ends its function returns after it: the call is what counts.
+        assert!(matches!(
+            map.action_at(hole, false, false),
+            Ok(UnwindAction::Orc(_))
+        ));
+        assert_eq!(
+            map.action_at(TEXT, false, false),
+            Err(Unreliable::NotText(TEXT))
+        );
+        assert_eq!(
+            map.action_at(Gva(0), true, false),
             Err(Unreliable::NotText(Gva(0)))
         );
     }
 
     #[test]
-    fn an_end_is_believed_only_where_stacks_end() {
+    fn an_end_is_accepted_only_where_stacks_end() {
         let map = CodeMap::new(core());
-        let end = |at, exact| map.way(TEXT.add(at), exact, false);
+        let end = |at, exact| map.action_at(TEXT.add(at), exact, false);
         assert_eq!(end(0x210, false), Ok(UnwindAction::TaskEntry));
         assert_eq!(end(0x210, true), Ok(UnwindAction::TaskEntry));
         assert_eq!(end(0x310, true), Ok(UnwindAction::UserEntry));
@@ -368,44 +379,53 @@ pub(crate) mod tests {
         let map = CodeMap::new(core());
         for (at, exact) in [(0x600, false), (0x600, true), (0x608, true), (0x610, false)] {
             let ip = TEXT.add(at);
-            assert_eq!(map.way(ip, exact, false), Err(Unreliable::Traced(ip)));
+            assert_eq!(map.action_at(ip, exact, false), Err(Unreliable::Traced(ip)));
         }
     }
 
     #[test]
-    fn init_text_only_for_who_came_through_it() {
+    fn init_text_counts_only_for_a_task_that_came_through_it() {
         let map = CodeMap::new(core());
         let ip = INIT.add(5);
-        assert!(matches!(map.way(ip, false, true), Ok(UnwindAction::On(_))));
-        assert_eq!(map.way(ip, false, false), Err(Unreliable::NotText(ip)));
+        assert!(matches!(
+            map.action_at(ip, false, true),
+            Ok(UnwindAction::Orc(_))
+        ));
+        assert_eq!(
+            map.action_at(ip, false, false),
+            Err(Unreliable::NotText(ip))
+        );
     }
 
     #[test]
-    fn regions_go_before_the_core_and_never_overlap() {
+    fn regions_have_precedence_over_the_core_and_never_overlap() {
         let mut map = CodeMap::new(core());
         let patch = |at: Gva, len| CodeRegion {
             name: format!("patch at {at}"),
             text: range(at, len),
             orc: OrcTable::from_unsorted(vec![(at, CALL8), (at.add(len), HOLE)], Encoding::Typed)
                 .unwrap(),
-            proof: Vec::new(),
+            fingerprint: Vec::new(),
         };
         let hole = TEXT.add(0x140);
         let id = map.add(patch(hole, 0x20)).unwrap();
         map.add(patch(MODULE, 0x100)).unwrap();
         assert!(matches!(
-            map.way(hole, true, false),
-            Ok(UnwindAction::On(_))
+            map.action_at(hole, true, false),
+            Ok(UnwindAction::Orc(_))
         ));
-        assert!(map.way(hole.add(0x20), true, false).is_err());
+        assert!(map.action_at(hole.add(0x20), true, false).is_err());
         assert!(map.add(patch(hole.add(0x10), 0x20)).is_err());
         assert!(map.add(patch(hole.sub(0x10), 0x11)).is_err());
         assert!(map.add(patch(hole.sub(0x10), 0x10)).is_ok());
         map.remove(id);
-        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
+        assert_eq!(
+            map.action_at(hole, true, false),
+            Err(Unreliable::NoOrc(hole))
+        );
         assert!(matches!(
-            map.way(MODULE, true, false),
-            Ok(UnwindAction::On(_))
+            map.action_at(MODULE, true, false),
+            Ok(UnwindAction::Orc(_))
         ));
     }
 
@@ -416,29 +436,35 @@ pub(crate) mod tests {
             name: "module".into(),
             text: range(MODULE, 0x100),
             orc: OrcTable::from_unsorted(vec![(MODULE, END)], Encoding::Typed).unwrap(),
-            proof: Vec::new(),
+            fingerprint: Vec::new(),
         })
         .unwrap();
         assert_eq!(
-            map.way(MODULE, true, false),
+            map.action_at(MODULE, true, false),
             Err(Unreliable::UnexpectedEnd(MODULE))
         );
     }
 
     #[test]
-    fn busy_code_is_busy_whoever_says_so() {
+    fn transient_code_of_the_kernel_and_of_the_caller_is_refused() {
         let mut map = CodeMap::new(core());
         let ip = TEXT.add(0x705);
-        assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
+        assert_eq!(
+            map.action_at(ip, true, false),
+            Err(Unreliable::TransientCode(ip))
+        );
         let stub = range(TEXT.add(0x20), 0x10);
         map.add_transient(stub);
         map.add_transient(range(TEXT.add(0x24), 0x4));
         for at in [0x20, 0x2f] {
             let ip = TEXT.add(at);
-            assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
+            assert_eq!(
+                map.action_at(ip, true, false),
+                Err(Unreliable::TransientCode(ip))
+            );
         }
-        assert!(map.way(TEXT.add(0x30), true, false).is_ok());
+        assert!(map.action_at(TEXT.add(0x30), true, false).is_ok());
         map.remove_transient(stub);
-        assert!(map.way(TEXT.add(0x2f), true, false).is_ok());
+        assert!(map.action_at(TEXT.add(0x2f), true, false).is_ok());
     }
 }

@@ -29,7 +29,7 @@ use crate::unwind::code_map::{CodeClass, CodeMap, CodeRegion, CoreText, Overlap,
 use crate::unwind::module_code::{ModuleRegions, RefreshError};
 use crate::unwind::orc::{ENTRY_SIZE, Encoding, Kind, RawEntry};
 use crate::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
-use crate::unwind::special_code::{FRESH_TASK, ORDINARY, rules};
+use crate::unwind::special_code::{NEW_TASK_ENTRIES, ORDINARY_FUNCTIONS, special_ranges};
 use crate::unwind::stack::{Stack, Unreliable};
 use crate::unwind::stack_memory::WalkMemory;
 use crate::unwind::step::{Cursor, StackMemory};
@@ -54,35 +54,35 @@ pub enum UnwinderError {
     Table(#[from] OrcTableError),
     /// The stacks could not be found.
     #[error(transparent)]
-    Places(#[from] StackAreaError),
+    StackAreas(#[from] StackAreaError),
     /// The tables say something else of a well-known function than is true of it.
     #[error(
         "the kernel's unwind data do not fit its function {0}: their encoding is not understood"
     )]
-    Unproven(&'static str),
+    Unverified(&'static str),
 }
 
 /// So many stacks take longer to walk than a thread to start.
-const WORTH_A_THREAD: usize = 512;
+const MIN_STACKS_PER_THREAD: usize = 512;
 
 /// Walks the stacks of one guest.
 #[derive(Clone, Debug)]
 pub struct Unwinder {
     code: CodeMap,
     modules: ModuleRegions,
-    places: StackAreas,
-    sleeping: SleepingFrame,
+    areas: StackAreas,
+    inactive_frame: InactiveFrame,
     stack_refcount: Field,
     /// The boot CPU's idle task, which came through init text.
     init_task: Gva,
     /// Where tasks that have never run begin.
-    fresh: Vec<Gva>,
-    sched: [GvaRange; 2],
+    new_task_entries: Vec<Gva>,
+    sched_text: [GvaRange; 2],
 }
 
 /// What `__switch_to_asm` leaves on the stack of a task that does not run (`struct inactive_task_frame`).
 #[derive(Clone, Copy, Debug)]
-struct SleepingFrame {
+struct InactiveFrame {
     bp: Field,
     ret_addr: Field,
     size: u64,
@@ -96,11 +96,11 @@ impl Unwinder {
     /// What is missing or not as it must be.
     pub fn new(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Unwinder, UnwinderError> {
         let symbols = &kernel.symbols;
-        let rules = rules(symbols, kernel.text.core);
+        let special = special_ranges(symbols, kernel.text.core);
         let orc = core_table(symbols, memory)?;
-        prove(&orc, symbols, &rules)?;
+        verify(&orc, symbols, &special)?;
         let btf = &kernel.btf;
-        let sleeping = SleepingFrame {
+        let inactive_frame = InactiveFrame {
             bp: btf.field("inactive_task_frame.bp")?,
             ret_addr: btf.field("inactive_task_frame.ret_addr")?,
             size: btf.size_of("inactive_task_frame")?,
@@ -110,15 +110,15 @@ impl Unwinder {
                 text: kernel.text.core,
                 init: kernel.text.init,
                 orc,
-                rules,
+                special,
             }),
             modules: ModuleRegions::default(),
-            places: kernel.places()?.clone(),
-            sleeping,
+            areas: kernel.places()?.clone(),
+            inactive_frame,
             stack_refcount: kernel.layout.task.stack_refcount,
             init_task: symbols.address("init_task")?,
-            fresh: fresh_starts(symbols),
-            sched: [
+            new_task_entries: new_task_entries(symbols),
+            sched_text: [
                 symbols
                     .between("__sched_text_start", "__sched_text_end")
                     .unwrap_or_default(),
@@ -140,12 +140,12 @@ impl Unwinder {
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
     ) -> Result<(), RefreshError> {
-        let done = self.modules.refresh(&mut self.code, kernel, memory);
-        if done.is_err() {
+        let result = self.modules.refresh(&mut self.code, kernel, memory);
+        if result.is_err() {
             // Modules may have come and gone unseen.
-            self.code.touch();
+            self.code.mark_all_changed();
         }
-        done
+        result
     }
 
     /// Another number after every change of what is known of the guest's code: stacks from before it may look different now.
@@ -199,7 +199,7 @@ impl Unwinder {
     /// Whether `/proc/PID/stack` leaves out frames at this address (`kernel/sched/core.c: in_sched_functions`).
     #[must_use]
     pub fn is_sched_text(&self, ip: Gva) -> bool {
-        self.sched.iter().any(|range| range.contains(ip))
+        self.sched_text.iter().any(|range| range.contains(ip))
     }
 
     /// The kernel stack of `task`, as read in this pause, with the registers of the vCPU that runs it, if one does.
@@ -230,7 +230,7 @@ impl Unwinder {
         vcpus: &[VcpuRegs],
     ) -> Vec<Stack> {
         let (phys, space) = (memory.phys(), memory.space());
-        spread(tasks, WORTH_A_THREAD, |tasks| {
+        spread(tasks, MIN_STACKS_PER_THREAD, |tasks| {
             // Each thread remembers translations of its own.
             let memory = KernelMemory::new(phys, space);
             let of = |task: &&Task| {
@@ -245,21 +245,21 @@ impl Unwinder {
         if regs.cpl != 0 {
             return empty();
         }
-        let mut spans = vec![self.places.task(task.stack)];
+        let mut areas = vec![self.areas.task(task.stack)];
         if let Some(cpu) = task.cpu {
-            spans.extend(self.places.of_cpu(memory, cpu));
+            areas.extend(self.areas.of_cpu(memory, cpu));
         }
         let origin = Origin {
             through_init: task.addr == self.init_task,
             running: true,
         };
-        let mut stacks = WalkMemory::new(memory, &spans);
+        let mut stacks = WalkMemory::new(memory, &areas);
         walk(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
     }
 
     fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
-        let spans = [self.places.task(task.stack)];
-        let mut stacks = WalkMemory::new(memory, &spans);
+        let areas = [self.areas.task(task.stack)];
+        let mut stacks = WalkMemory::new(memory, &areas);
         match self.saved_cursor(&mut stacks, task.sp) {
             Err(reason) => unreliable(reason),
             Ok(start) => {
@@ -278,13 +278,13 @@ impl Unwinder {
         stacks: &mut WalkMemory<'_, KernelMemory<'_>>,
         sp: Gva,
     ) -> Result<Cursor, Unreliable> {
-        let bp = stacks.word(self.sleeping.bp.of(sp))?;
-        let ip = Gva(stacks.word(self.sleeping.ret_addr.of(sp))?);
+        let bp = stacks.word(self.inactive_frame.bp.of(sp))?;
+        let ip = Gva(stacks.word(self.inactive_frame.ret_addr.of(sp))?);
         Ok(Cursor {
             ip,
-            sp: sp.add(self.sleeping.size),
+            sp: sp.add(self.inactive_frame.size),
             bp,
-            exact: self.fresh.contains(&ip),
+            exact: self.new_task_entries.contains(&ip),
             regs: None,
         })
     }
@@ -298,9 +298,9 @@ impl Unwinder {
     }
 }
 
-fn fresh_starts(symbols: &Symbols) -> Vec<Gva> {
+fn new_task_entries(symbols: &Symbols) -> Vec<Gva> {
     // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task begins there.
-    FRESH_TASK
+    NEW_TASK_ENTRIES
         .iter()
         .find_map(|name| symbols.address(name).ok())
         .into_iter()
@@ -322,13 +322,13 @@ fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, 
 }
 
 /// Holds the table against what is known of code that every kernel has.
-fn prove(
+fn verify(
     orc: &OrcTable,
     symbols: &Symbols,
-    rules: &[(GvaRange, CodeClass)],
+    special: &[(GvaRange, CodeClass)],
 ) -> Result<(), UnwinderError> {
-    let mut proofs = 0;
-    for name in ORDINARY {
+    let mut verified = 0;
+    for name in ORDINARY_FUNCTIONS {
         let Ok(at) = symbols.address(name) else {
             continue;
         };
@@ -336,17 +336,17 @@ fn prove(
             .lookup(at)
             .is_some_and(|entry| entry.is_function_entry())
         {
-            return Err(UnwinderError::Unproven(name));
+            return Err(UnwinderError::Unverified(name));
         }
-        proofs += 1;
+        verified += 1;
     }
     let is_end = |at: Gva| orc.lookup(at).is_some_and(|entry| entry.kind == Kind::End);
-    let kthreads_end = rules
+    let kthread_entry_ends = special
         .iter()
-        .any(|(range, rule)| *rule == CodeClass::TaskEntry && is_end(range.start));
-    match (proofs, kthreads_end) {
+        .any(|(range, class)| *class == CodeClass::TaskEntry && is_end(range.start));
+    match (verified, kthread_entry_ends) {
         (4.., true) => Ok(()),
-        (4.., false) => Err(UnwinderError::Unproven("ret_from_fork")),
-        _ => Err(UnwinderError::Unproven("schedule")),
+        (4.., false) => Err(UnwinderError::Unverified("ret_from_fork")),
+        _ => Err(UnwinderError::Unverified("schedule")),
     }
 }

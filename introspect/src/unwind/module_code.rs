@@ -1,6 +1,6 @@
 //! The guest's modules as regions of code.
 //!
-//! Knows which modules were there at the last look, and copies the unwind data of those that came since; it must not know how
+//! Knows which modules were there at the last look, and copies the unwind data of those that added since; it must not know how
 //! the list of modules is laid out ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
 
 use std::collections::{HashMap, HashSet};
@@ -24,12 +24,12 @@ pub type RefreshError = ModulesError;
 /// What was known of the modules at the last look.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ModuleRegions {
-    known: HashMap<Gva, Known>,
+    known: HashMap<Gva, KnownModule>,
 }
 
 #[derive(Clone, Debug)]
-struct Known {
-    proof: Vec<(Gva, u64)>,
+struct KnownModule {
+    fingerprint: Vec<(Gva, u64)>,
     regions: Vec<RegionId>,
     /// How many unwind entries the regions have together.
     entries: usize,
@@ -44,51 +44,54 @@ impl ModuleRegions {
     ) -> Result<(), RefreshError> {
         let present = modules::list(kernel, memory)?;
         let encoding = code.core_orc().encoding();
-        let mut gone = std::mem::take(&mut self.known);
-        let mut came = Vec::new();
+        let mut removed = std::mem::take(&mut self.known);
+        let mut added = Vec::new();
         for module in present {
-            let proof = proof(&module, memory);
-            match gone.remove(&module.addr) {
-                Some(known) if known.proof == proof => {
+            let fingerprint = fingerprint(&module, memory);
+            match removed.remove(&module.addr) {
+                Some(known) if known.fingerprint == fingerprint => {
                     self.known.insert(module.addr, known);
                 }
                 // Another module where one was: what was known of the old one goes with the rest.
                 Some(known) => {
-                    gone.insert(module.addr, known);
-                    came.push((module, proof));
+                    removed.insert(module.addr, known);
+                    added.push((module, fingerprint));
                 }
-                None => came.push((module, proof)),
+                None => added.push((module, fingerprint)),
             }
         }
-        let gone: HashSet<RegionId> = gone.into_values().flat_map(|known| known.regions).collect();
-        if !gone.is_empty() {
-            code.remove_all(&gone);
+        let removed: HashSet<RegionId> = removed
+            .into_values()
+            .flat_map(|known| known.regions)
+            .collect();
+        if !removed.is_empty() {
+            code.remove_all(&removed);
         }
         let kept: usize = self.known.values().map(|known| known.entries).sum();
-        let mut room = MAX_ALL_ENTRIES.saturating_sub(kept);
-        for (module, proof) in came {
-            let known = add(code, memory, encoding, &module, proof, room);
-            room = room.saturating_sub(known.entries);
+        let mut budget = MAX_ALL_ENTRIES.saturating_sub(kept);
+        for (module, fingerprint) in added {
+            let known = add(code, memory, encoding, &module, fingerprint, budget);
+            budget = budget.saturating_sub(known.entries);
             self.known.insert(module.addr, known);
         }
         Ok(())
     }
 }
 
-/// A module whose data are not to be had, are more than there is `room` for, or that lies over another, is left out: stacks on it
+/// A module whose data are not to be had, are more than there is `budget` for, or that lies over another, is left out: stacks on it
 /// are unreliable.
 fn add(
     code: &mut CodeMap,
     memory: &KernelMemory<'_>,
     encoding: Encoding,
     module: &Module,
-    proof: Vec<(Gva, u64)>,
-    room: usize,
-) -> Known {
+    fingerprint: Vec<(Gva, u64)>,
+    budget: usize,
+) -> KnownModule {
     let needed = |orc: &&ModuleOrc| orc.count as usize * module.text.len();
-    let orc = module.orc.as_ref().filter(|orc| needed(orc) <= room);
-    let mut known = Known {
-        proof,
+    let orc = module.orc.as_ref().filter(|orc| needed(orc) <= budget);
+    let mut known = KnownModule {
+        fingerprint,
         regions: Vec::new(),
         entries: 0,
     };
@@ -100,7 +103,7 @@ fn add(
             name: module.name.clone(),
             text: *text,
             orc: orc.clone(),
-            proof: known.proof.clone(),
+            fingerprint: known.fingerprint.clone(),
         };
         if let Ok(id) = code.add(region) {
             known.regions.push(id);
@@ -127,14 +130,14 @@ fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Opti
 
 /// Words that change when the module goes: its links in the list of modules are poisoned, its memory is given back; and the
 /// first and last addresses that its table speaks of.
-fn proof(module: &Module, memory: &KernelMemory<'_>) -> Vec<(Gva, u64)> {
-    let mut places = vec![module.name_at, module.name_at.add(8)];
+fn fingerprint(module: &Module, memory: &KernelMemory<'_>) -> Vec<(Gva, u64)> {
+    let mut addresses = vec![module.name_at, module.name_at.add(8)];
     if let Some(orc) = &module.orc {
-        places.push(orc.ips);
-        places.push(orc.ips.add(u64::from(orc.count) * 4).sub(8));
-        places.push(orc.entries);
+        addresses.push(orc.ips);
+        addresses.push(orc.ips.add(u64::from(orc.count) * 4).sub(8));
+        addresses.push(orc.entries);
     }
-    places
+    addresses
         .into_iter()
         .filter_map(|at| Some((at, memory.u64(at).ok()?)))
         .collect()

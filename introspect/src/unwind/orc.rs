@@ -181,8 +181,8 @@ fn decode_typed(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
         4 => Kind::PartialRegs,
         _ => return None,
     };
-    let says_where = sp_base != Base::Undefined;
-    if says_where == matches!(kind, Kind::Undefined | Kind::End) {
+    let has_base = sp_base != Base::Undefined;
+    if has_base == matches!(kind, Kind::Undefined | Kind::End) {
         return None;
     }
     Some((kind, rest & 0b1000 != 0))
@@ -194,12 +194,14 @@ fn decode_typed(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
 /// encoding does, or more than one.
 #[must_use]
 pub fn detect(entries: &[RawEntry]) -> Option<Encoding> {
-    let mut fitting = Encoding::ALL.into_iter().filter(|e| fits(*e, entries));
-    let found = fitting.next()?;
-    fitting.next().is_none().then_some(found)
+    let mut matching = Encoding::ALL
+        .into_iter()
+        .filter(|e| matches_all(*e, entries));
+    let found = matching.next()?;
+    matching.next().is_none().then_some(found)
 }
 
-fn fits(encoding: Encoding, entries: &[RawEntry]) -> bool {
+fn matches_all(encoding: Encoding, entries: &[RawEntry]) -> bool {
     let mut calls_from_sp = 0usize;
     for raw in entries {
         let Some(entry) = encoding.decode(*raw) else {
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn ends_and_holes() {
+    fn end_and_undefined_entries() {
         let kind = |e: Encoding, r| e.decode(r).map(|e| e.kind);
         assert_eq!(kind(Encoding::EndBit, raw(0, 0, 0, 0, 4)), Some(Kind::End));
         assert_eq!(

@@ -153,14 +153,14 @@ impl OrcTable {
         let offset = u32::try_from(at.since(self.base)).ok()?;
         let block = usize::try_from(offset >> self.shift).ok()?;
         let first = self.index_at(block);
-        let beyond = self.index_at(block + 1).saturating_add(1);
-        let run = self.starts.get(first..beyond)?;
-        let behind = run.partition_point(|start| *start <= offset);
-        let found = first + behind.checked_sub(1)?;
+        let end = self.index_at(block + 1).saturating_add(1);
+        let run = self.starts.get(first..end)?;
+        let after = run.partition_point(|start| *start <= offset);
+        let found = first + after.checked_sub(1)?;
         self.encoding.decode(*self.entries.get(found)?)
     }
 
-    /// Blocks behind the last one all belong to the last entry.
+    /// Blocks after the last one all belong to the last entry.
     fn index_at(&self, block: usize) -> usize {
         self.index
             .get(block)
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_the_entry_in_force() {
+    fn lookup_finds_the_entry_in_force() {
         let addresses = [TEXT, TEXT.add(1), TEXT.add(0x100), TEXT.add(0x10_0000)];
         let raws = [call(8), call(16), HOLE, call(24)];
         let at = TEXT.add(0x80_0000);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_no_kernel_makes() {
+    fn tables_that_no_kernel_has_are_refused() {
         let build = |addresses: &[Gva], raws: &[RawEntry]| {
             let (ips, entries) = sections(TEXT, addresses, raws);
             OrcTable::from_sections(TEXT, &ips, &entries, Encoding::Typed).map(|t| t.len())

@@ -1,4 +1,4 @@
-//! Which of a kernel's functions need a rule of their own when a stack passes through them.
+//! Which of a kernel's functions need a class of their own when a stack passes through them.
 //!
 //! Knows names, and why each is here; it must not know what is done about them. Names that a kernel lacks are no error: each
 //! generation has its own. What is not named here ends no stack.
@@ -8,7 +8,7 @@ use crate::symbols::Symbols;
 use crate::unwind::code_map::CodeClass;
 
 /// Assembly that kernel threads, new tasks and idle tasks begin in (`arch/x86/entry/entry_64.S`, `arch/x86/kernel/head_64.S`).
-const STACK_BEGINS: &[&str] = &[
+const TASK_ENTRIES: &[&str] = &[
     "ret_from_fork",
     "ret_from_fork_asm",
     "secondary_startup_64",
@@ -18,7 +18,7 @@ const STACK_BEGINS: &[&str] = &[
 
 /// Entry from and exit to user mode (`arch/x86/entry/entry_64{,_compat,_fred}.S`), with the labels inside that kallsyms lists.
 /// `asm_fred_entrypoint_kernel` is not among them: it says END too, and kernel frames lie below it.
-const ENTRY_STUBS: &[&str] = &[
+const USER_ENTRIES: &[&str] = &[
     "entry_SYSCALL_64",
     "entry_SYSCALL_64_safe_stack",
     "entry_SYSCALL_64_after_hwframe",
@@ -37,7 +37,7 @@ const ENTRY_STUBS: &[&str] = &[
 ];
 
 /// Return addresses that function graph tracing, kretprobes and rethooks put in the place of the real ones.
-const TRACERS: &[&str] = &[
+const TRACER_RETURNS: &[&str] = &[
     "return_to_handler",
     "arch_rethook_trampoline",
     "kretprobe_trampoline",
@@ -45,7 +45,7 @@ const TRACERS: &[&str] = &[
 ];
 
 /// Code that runs while the stack or its owner is changing.
-const BUSY: &[&str] = &[
+const TRANSIENT: &[&str] = &[
     // The stack is already the next task's, and `current` is not, or the previous task is not yet let go.
     "__switch_to_asm",
     "__switch_to",
@@ -69,7 +69,7 @@ const BUSY: &[&str] = &[
 
 /// Handlers that may change the stack pointer and then the ip of the kernel code that they interrupted, to emulate a call or a
 /// step (`text_poke`, kprobes). What they interrupt in user mode is left alone: a debugger's stopped tasks sleep in them.
-const BREAKPOINTS: &[&str] = &[
+const BREAKPOINT_HANDLERS: &[&str] = &[
     "asm_exc_int3",
     "exc_int3",
     "do_int3",
@@ -77,41 +77,41 @@ const BREAKPOINTS: &[&str] = &[
     "exc_debug",
 ];
 
-/// As `BUSY`, for families of names: compilers add suffixes, thunks come one for each register.
-const BUSY_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
+/// As `TRANSIENT`, for families of names: compilers add suffixes, thunks come one for each register.
+const TRANSIENT_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
 
-/// The rules that hold for the kernel of these symbols, within its `text`.
+/// The ranges that hold for the kernel of these symbols, within its `text`.
 #[must_use]
-pub fn rules(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
+pub fn special_ranges(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
     let named = [
-        (STACK_BEGINS, CodeClass::TaskEntry),
-        (ENTRY_STUBS, CodeClass::UserEntry),
-        (TRACERS, CodeClass::Traced),
-        (BUSY, CodeClass::Busy),
-        (BREAKPOINTS, CodeClass::Breakpoint),
+        (TASK_ENTRIES, CodeClass::TaskEntry),
+        (USER_ENTRIES, CodeClass::UserEntry),
+        (TRACER_RETURNS, CodeClass::Traced),
+        (TRANSIENT, CodeClass::Transient),
+        (BREAKPOINT_HANDLERS, CodeClass::Breakpoint),
     ];
-    let mut rules: Vec<(GvaRange, CodeClass)> = named
+    let mut ranges: Vec<(GvaRange, CodeClass)> = named
         .into_iter()
-        .flat_map(|(names, rule)| names.iter().map(move |name| (*name, rule)))
-        .flat_map(|(name, rule)| symbols.all(name).map(move |symbol| (symbol.gva, rule)))
-        .chain(BUSY_PREFIXES.iter().flat_map(|prefix| {
+        .flat_map(|(names, class)| names.iter().map(move |name| (*name, class)))
+        .flat_map(|(name, class)| symbols.all(name).map(move |symbol| (symbol.gva, class)))
+        .chain(TRANSIENT_PREFIXES.iter().flat_map(|prefix| {
             symbols
                 .prefixed(prefix)
-                .map(|symbol| (symbol.gva, CodeClass::Busy))
+                .map(|symbol| (symbol.gva, CodeClass::Transient))
         }))
-        .filter_map(|(gva, rule)| Some((symbols.extent(gva)?, rule)))
+        .filter_map(|(gva, class)| Some((symbols.extent(gva)?, class)))
         .filter(|(range, _)| text.contains(range.start) && !range.is_empty())
         .collect();
-    rules.sort_by_key(|(range, _)| range.start);
-    rules.dedup_by_key(|(range, _)| range.start);
-    rules
+    ranges.sort_by_key(|(range, _)| range.start);
+    ranges.dedup_by_key(|(range, _)| range.start);
+    ranges
 }
 
 /// Where a task that has never run begins: its saved return address is exactly this.
-pub const FRESH_TASK: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
+pub const NEW_TASK_ENTRIES: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
 
 /// Ordinary functions that every kernel has: where each begins, only the return address is on the stack.
-pub const ORDINARY: &[&str] = &[
+pub const ORDINARY_FUNCTIONS: &[&str] = &[
     "schedule",
     "do_exit",
     "vfs_read",

@@ -122,23 +122,23 @@ impl Cursor {
     /// # Errors
     /// What [`StackMemory`] refuses, a register that this frame does not have, or an entry that does not go on.
     pub fn step(&self, entry: &Entry, stacks: &mut impl StackMemory) -> Result<Step, Unreliable> {
-        let frame = self.callers_frame(entry, stacks)?;
+        let frame = self.frame_address(entry, stacks)?;
         match entry.kind {
             Kind::Call => {
                 let ip = Gva(stacks.word(frame.sub(8))?);
-                self.to(ip, frame, None, frame, entry, stacks)
+                self.caller(ip, frame, None, frame, entry, stacks)
             }
             Kind::Regs => {
                 let regs = saved_regs(frame, stacks)?;
-                self.through_iret(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
+                self.interrupted_frame(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
             }
             // Registers that an outer full frame saved are still the interrupted code's: nothing between has run.
-            Kind::PartialRegs => self.through_iret(frame, self.regs, frame, entry, stacks),
+            Kind::PartialRegs => self.interrupted_frame(frame, self.regs, frame, entry, stacks),
             Kind::Undefined | Kind::End => Err(Unreliable::NoOrc(self.ip)),
         }
     }
 
-    fn callers_frame(
+    fn frame_address(
         &self,
         entry: &Entry,
         stacks: &mut impl StackMemory,
@@ -164,7 +164,7 @@ impl Cursor {
         })
     }
 
-    fn through_iret(
+    fn interrupted_frame(
         &self,
         at: Gva,
         regs: Option<SavedRegs>,
@@ -181,10 +181,10 @@ impl Cursor {
                 regs_end: at.add(iret::SIZE),
             });
         }
-        self.to(ip, sp, regs, frame, entry, stacks)
+        self.caller(ip, sp, regs, frame, entry, stacks)
     }
 
-    fn to(
+    fn caller(
         &self,
         ip: Gva,
         sp: Gva,
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_from_bp_leaves_bp_alone_when_told_nothing() {
+    fn a_call_from_bp_keeps_bp_without_a_rule_for_it() {
         let mut stack = Words::default();
         stack.put(TOP.sub(8), TEXT.0);
         let call = entry(Kind::Call, (Base::Bp, 16), (Base::Undefined, 0));
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn indirect_bases_load_first_or_last_as_they_should() {
+    fn indirect_bases_load_before_or_after_adding_the_offset() {
         let mut stack = Words::default();
         stack.put(TOP.sub(64), TOP.0 - 8).put(TOP.sub(8), TEXT.0);
         let sp = entry(Kind::Call, (Base::SpIndirect, 8), (Base::Undefined, 0));
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn registers_of_a_frame_are_asked_for_and_missed() {
+    fn a_register_that_the_frame_lacks_is_reported() {
         let mut stack = Words::default();
         stack.put(TOP.sub(8), TEXT.0);
         let drap = entry(Kind::Call, (Base::R10, 0), (Base::Undefined, 0));
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn registers_lead_to_exact_code_or_to_user_mode() {
+    fn saved_registers_lead_to_an_exact_position_or_to_user_mode() {
         let regs = entry(Kind::Regs, (Base::Sp, 0), (Base::Undefined, 0));
         let next = frame(cursor(TOP.sub(168), 0).step(&regs, &mut interrupted(0x10)));
         assert_eq!(
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_interrupt_frame_keeps_the_registers_it_was_reached_with() {
+    fn a_bare_interrupt_frame_keeps_the_registers_of_the_inner_frame() {
         let partial = entry(Kind::PartialRegs, (Base::Sp, 0), (Base::Undefined, 0));
         let at = TOP.sub(40);
         let next = frame(cursor(at, 9).step(&partial, &mut interrupted(0x10)));
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_ends_do_not_step() {
+    fn undefined_and_end_entries_do_not_step() {
         let end = entry(Kind::End, (Base::Undefined, 0), (Base::Undefined, 0));
         assert_eq!(
             cursor(TOP, 0).step(&end, &mut Words::default()),

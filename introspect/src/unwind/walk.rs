@@ -29,14 +29,14 @@ pub fn walk<R: ReadMemory + ?Sized>(
     origin: Origin,
 ) -> Stack {
     let mut frames = Vec::with_capacity(MAX_FRAMES / 4);
-    let verdict = match to_the_end(code, stacks, start, origin, &mut frames) {
+    let verdict = match walk_frames(code, stacks, start, origin, &mut frames) {
         Ok(()) => Verdict::Reliable,
         Err(reason) => Verdict::Unreliable(reason),
     };
     Stack { frames, verdict }
 }
 
-fn to_the_end<R: ReadMemory + ?Sized>(
+fn walk_frames<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
@@ -44,12 +44,12 @@ fn to_the_end<R: ReadMemory + ?Sized>(
     frames: &mut Vec<Frame>,
 ) -> Result<(), Unreliable> {
     let mut at = start;
-    let mut proven = None;
+    let mut checked = None;
     let mut breakpoint = None;
     loop {
-        let way = code.way(at.ip, at.exact, origin.through_init);
+        let action = code.action_at(at.ip, at.exact, origin.through_init);
         // Neither is an address in a function that the task is in.
-        if !matches!(way, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
+        if !matches!(action, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
             frames.push(Frame {
                 ip: at.ip,
                 sp: at.sp,
@@ -59,8 +59,8 @@ fn to_the_end<R: ReadMemory + ?Sized>(
         if frames.len() >= MAX_FRAMES {
             return Err(Unreliable::TooDeep(MAX_FRAMES));
         }
-        let entry = match way? {
-            UnwindAction::On(entry) => entry,
+        let entry = match action? {
+            UnwindAction::Orc(entry) => entry,
             UnwindAction::OrcToUser(entry) => {
                 breakpoint = Some(at.ip);
                 entry
@@ -70,7 +70,7 @@ fn to_the_end<R: ReadMemory + ?Sized>(
             UnwindAction::UserEntry if origin.running => return Ok(()),
             UnwindAction::UserEntry => return Err(Unreliable::UnexpectedEnd(at.ip)),
         };
-        prove_region(code, stacks, &at, &mut proven)?;
+        check_region(code, stacks, &at, &mut checked)?;
         stacks.check_sp(at.sp)?;
         let next = match at.step(&entry, stacks)? {
             Step::User { regs_end } if stacks.is_entry_from_user(regs_end) => return Ok(()),
@@ -88,17 +88,17 @@ fn to_the_end<R: ReadMemory + ?Sized>(
 }
 
 /// A module may have gone since its unwind data were copied.
-fn prove_region<R: ReadMemory + ?Sized>(
+fn check_region<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &WalkMemory<'_, R>,
     at: &Cursor,
-    proven: &mut Option<RegionId>,
+    checked: &mut Option<RegionId>,
 ) -> Result<(), Unreliable> {
     let Some((id, region)) = code.region(at.code()) else {
         return Ok(());
     };
-    if *proven == Some(id) || stacks.holds(&region.proof) {
-        *proven = Some(id);
+    if *checked == Some(id) || stacks.has_words(&region.fingerprint) {
+        *checked = Some(id);
         return Ok(());
     }
     Err(Unreliable::NoOrc(at.ip))
@@ -134,11 +134,11 @@ mod tests {
     use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
     use crate::unwind::orc::Encoding;
     use crate::unwind::orc_table::OrcTable;
-    use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, span};
+    use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, area};
     use crate::unwind::stack_memory::{StackArea, StackType};
 
     const TOP: Gva = TASK.add(SIZE);
-    const KTHREAD_BEGIN: Gva = TEXT.add(0x200);
+    const KTHREAD_ENTRY: Gva = TEXT.add(0x200);
     const ENTRY: Gva = TEXT.add(0x300);
     const SYSCALL: Gva = TEXT.add(0x320);
     const INTERRUPTED: Gva = TEXT.add(0x340);
@@ -150,7 +150,7 @@ mod tests {
         let orc = OrcTable::from_unsorted(
             vec![
                 (TEXT, CALL8),
-                (KTHREAD_BEGIN, END),
+                (KTHREAD_ENTRY, END),
                 (ENTRY, END),
                 (SYSCALL, [0, 0, 0, 0, 5, 3 | 8]),
                 (INTERRUPTED, [0, 0, 0, 0, 5, 4 | 8]),
@@ -165,8 +165,8 @@ mod tests {
             text: range(TEXT, 0x1000),
             init: range(Gva(0), 0),
             orc,
-            rules: vec![
-                (range(KTHREAD_BEGIN, 0x100), CodeClass::TaskEntry),
+            special: vec![
+                (range(KTHREAD_ENTRY, 0x100), CodeClass::TaskEntry),
                 (range(ENTRY, 0x20), CodeClass::UserEntry),
                 (range(BREAKPOINT, 0x20), CodeClass::Breakpoint),
             ],
@@ -201,7 +201,7 @@ mod tests {
         }
     }
 
-    const SPANS: [StackArea; 2] = [
+    const AREAS: [StackArea; 2] = [
         StackArea {
             kind: StackType::Task,
             range: crate::GvaRange::new(TASK, TOP),
@@ -212,7 +212,7 @@ mod tests {
         },
     ];
 
-    fn from(guest: &Guest, ip: Gva, sp: Gva, exact: bool) -> Stack {
+    fn walk_from(guest: &Guest, ip: Gva, sp: Gva, exact: bool) -> Stack {
         let start = Cursor {
             ip,
             sp,
@@ -224,7 +224,7 @@ mod tests {
             running: exact,
             ..Origin::default()
         };
-        walk(&map(), &mut WalkMemory::new(guest, &SPANS), start, origin)
+        walk(&map(), &mut WalkMemory::new(guest, &AREAS), start, origin)
     }
 
     fn ips(stack: &Stack) -> Vec<Gva> {
@@ -232,20 +232,20 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_thread_ends_where_it_began() {
-        let begin = KTHREAD_BEGIN.add(0x22);
+    fn a_kernel_thread_ends_at_its_entry() {
+        let entry = KTHREAD_ENTRY.add(0x22);
         let guest = Guest::default()
             .put(TOP.sub(0x100), TEXT.add(0x40))
-            .put(TOP.sub(0xf8), begin);
-        let stack = from(&guest, TEXT.add(0x10), TOP.sub(0x100), false);
+            .put(TOP.sub(0xf8), entry);
+        let stack = walk_from(&guest, TEXT.add(0x10), TOP.sub(0x100), false);
         assert_eq!(stack.verdict, Verdict::Reliable);
-        assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), begin]);
+        assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), entry]);
     }
 
     #[test]
-    fn the_same_end_far_from_the_top_is_not_believed() {
-        let guest = Guest::default().put(TASK.add(0x100), KTHREAD_BEGIN.add(0x22));
-        let stack = from(&guest, TEXT.add(0x10), TASK.add(0x100), false);
+    fn the_same_end_far_from_the_top_is_refused() {
+        let guest = Guest::default().put(TASK.add(0x100), KTHREAD_ENTRY.add(0x22));
+        let stack = walk_from(&guest, TEXT.add(0x10), TASK.add(0x100), false);
         assert_eq!(
             stack.verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(TASK.add(0x108)))
@@ -261,20 +261,20 @@ mod tests {
             0x33,
             Gva(0x7fff_0000),
         );
-        let stack = from(&guest, TEXT.add(0x10), regs.sub(8), false);
+        let stack = walk_from(&guest, TEXT.add(0x10), regs.sub(8), false);
         assert!(stack.is_reliable());
         assert_eq!(ips(&stack), [TEXT.add(0x10), SYSCALL.add(4)]);
     }
 
     #[test]
-    fn a_breakpoint_is_left_alone_only_when_it_hit_user_mode() {
+    fn a_breakpoint_is_accepted_only_when_it_hit_user_mode() {
         let hit = |cs, ip| {
             let regs = TOP.sub(168);
             let guest = Guest::default()
                 .put(regs.sub(16), BREAKPOINT.add(8))
                 .put(regs.sub(8), SYSCALL.add(4))
                 .regs(regs, ip, cs, TOP);
-            from(&guest, TEXT.add(0x10), regs.sub(16), false).verdict
+            walk_from(&guest, TEXT.add(0x10), regs.sub(16), false).verdict
         };
         assert_eq!(hit(0x33, Gva(0x40_0000)), Verdict::Reliable);
         assert_eq!(
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn user_registers_in_the_middle_of_a_stack_are_not_believed() {
+    fn user_registers_in_the_middle_of_a_stack_are_refused() {
         let regs = TOP.sub(0x200);
         let guest = Guest::default().put(regs.sub(8), SYSCALL.add(4)).regs(
             regs,
@@ -292,7 +292,7 @@ mod tests {
             0x33,
             Gva(0x7fff_0000),
         );
-        let stack = from(&guest, TEXT.add(0x10), regs.sub(8), false);
+        let stack = walk_from(&guest, TEXT.add(0x10), regs.sub(8), false);
         assert_eq!(
             stack.verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(regs.add(168)))
@@ -308,8 +308,8 @@ mod tests {
             .put(saved, regs.sub(8))
             .put(regs.sub(8), SYSCALL.add(2))
             .regs(regs, TEXT.add(0x80), 0x10, TOP.sub(0x100))
-            .put(TOP.sub(0x100), KTHREAD_BEGIN.add(0x22));
-        let stack = from(&guest, TEXT.add(0x10), saved.sub(8), true);
+            .put(TOP.sub(0x100), KTHREAD_ENTRY.add(0x22));
+        let stack = walk_from(&guest, TEXT.add(0x10), saved.sub(8), true);
         assert_eq!(stack.verdict, Verdict::Reliable);
         let exact: Vec<_> = stack.frames.iter().map(|f| (f.ip, f.exact)).collect();
         assert_eq!(
@@ -319,7 +319,7 @@ mod tests {
                 (SWITCHES_STACK.add(5), false),
                 (SYSCALL.add(2), false),
                 (TEXT.add(0x80), true),
-                (KTHREAD_BEGIN.add(0x22), false),
+                (KTHREAD_ENTRY.add(0x22), false),
             ]
         );
     }
@@ -328,7 +328,7 @@ mod tests {
     fn entry_stubs_end_only_what_runs() {
         let guest = Guest::default();
         let user_sp = Gva(0x7fff_1234);
-        let stack = from(&guest, ENTRY.add(3), user_sp, true);
+        let stack = walk_from(&guest, ENTRY.add(3), user_sp, true);
         assert!(stack.is_reliable());
         assert_eq!(ips(&stack), [ENTRY.add(3)]);
         // A sleeping task whose saved frame was overwritten does not get away with it.
@@ -341,7 +341,7 @@ mod tests {
         };
         let sleeping = walk(
             &map(),
-            &mut WalkMemory::new(&guest, &SPANS),
+            &mut WalkMemory::new(&guest, &AREAS),
             start,
             Origin::default(),
         );
@@ -352,21 +352,21 @@ mod tests {
     }
 
     #[test]
-    fn hostile_stacks_stop() {
+    fn hostile_stacks_end() {
         // A return address that is no code, a stack pointer that does not move, one outside, one that leads downwards.
         let sp = TASK.add(0x100);
-        let no_code = Guest::default().put(sp, Gva(0x1234));
+        let not_text = Guest::default().put(sp, Gva(0x1234));
         assert_eq!(
-            from(&no_code, TEXT.add(0x10), sp, false).verdict,
+            walk_from(&not_text, TEXT.add(0x10), sp, false).verdict,
             Verdict::Unreliable(Unreliable::NotText(Gva(0x1234)))
         );
         let stuck = Guest::default().put(sp.sub(8), STUCK.add(1));
         assert_eq!(
-            from(&stuck, STUCK.add(1), sp, false).verdict,
+            walk_from(&stuck, STUCK.add(1), sp, false).verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(sp))
         );
         assert_eq!(
-            from(&Guest::default(), TEXT.add(0x10), Gva(0x1000), false).verdict,
+            walk_from(&Guest::default(), TEXT.add(0x10), Gva(0x1000), false).verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(Gva(0x1000)))
         );
         let down = Guest::default().put(sp, SYSCALL.add(1)).regs(
@@ -376,7 +376,7 @@ mod tests {
             sp.sub(0x40),
         );
         assert_eq!(
-            from(&down, TEXT.add(0x10), sp, false).verdict,
+            walk_from(&down, TEXT.add(0x10), sp, false).verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(sp.sub(0x40)))
         );
         // The interrupt stack may be left, but not come back to.
@@ -386,7 +386,7 @@ mod tests {
             .put(TOP.sub(0x208), SWITCHES_STACK.add(1))
             .put(TOP.sub(0x200), IRQ.add(0x100));
         assert!(matches!(
-            from(&back, SWITCHES_STACK.add(1), saved, true).verdict,
+            walk_from(&back, SWITCHES_STACK.add(1), saved, true).verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(_))
         ));
     }
@@ -397,7 +397,7 @@ mod tests {
         for frame in 0..200u64 {
             guest = guest.put(TASK.add(8 * frame), TEXT.add(0x10));
         }
-        let stack = from(&guest, TEXT.add(0x10), TASK, false);
+        let stack = walk_from(&guest, TEXT.add(0x10), TASK, false);
         assert_eq!(stack.frames.len(), MAX_FRAMES);
         assert_eq!(
             stack.verdict,
@@ -406,19 +406,19 @@ mod tests {
     }
 
     #[test]
-    fn a_module_that_has_gone_is_not_unwound_by_its_old_data() {
+    fn a_freed_module_is_not_unwound_with_its_old_data() {
         let module = Gva(0xffff_ffff_c000_0000);
-        let proof = Gva(0xffff_ffff_c000_4000);
+        let fingerprint = Gva(0xffff_ffff_c000_4000);
         let mut code = map();
         code.add(CodeRegion {
             name: "module".into(),
             text: range(module, 0x100),
             orc: OrcTable::from_unsorted(vec![(module, CALL8)], Encoding::Typed).unwrap(),
-            proof: vec![(proof, 7)],
+            fingerprint: vec![(fingerprint, 7)],
         })
         .unwrap();
         let sp = TOP.sub(0x100);
-        let go = |guest: Guest| {
+        let verdict = |guest: Guest| {
             let start = Cursor {
                 ip: module.add(4),
                 sp,
@@ -426,20 +426,23 @@ mod tests {
                 exact: true,
                 regs: None,
             };
-            let mut stacks = WalkMemory::new(&guest, &SPANS);
+            let mut stacks = WalkMemory::new(&guest, &AREAS);
             walk(&code, &mut stacks, start, Origin::default()).verdict
         };
-        let there = || Guest::default().put(sp, KTHREAD_BEGIN.add(1));
-        assert_eq!(go(there().put(proof, Gva(7))), Verdict::Reliable);
+        let present = || Guest::default().put(sp, KTHREAD_ENTRY.add(1));
         assert_eq!(
-            go(there().put(proof, Gva(8))),
+            verdict(present().put(fingerprint, Gva(7))),
+            Verdict::Reliable
+        );
+        assert_eq!(
+            verdict(present().put(fingerprint, Gva(8))),
             Verdict::Unreliable(Unreliable::NoOrc(module.add(4)))
         );
     }
 
     proptest! {
         #[test]
-        fn any_stack_ends_in_time(
+        fn a_walk_of_any_stack_is_bounded(
             words in prop::collection::vec((0u64..SIZE / 8, 0u64..0x10), 0..400),
             ip in 0u64..0x500,
             sp in 0u64..SIZE / 8,
@@ -458,10 +461,10 @@ mod tests {
                 guest = guest.put(TASK.add(8 * at), value);
             }
             let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, regs: None };
-            let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
+            let areas = [area(StackType::Task, TASK), area(StackType::Irq, IRQ)];
             let stack = walk(
                 &map(),
-                &mut WalkMemory::new(&guest, &spans),
+                &mut WalkMemory::new(&guest, &areas),
                 start,
                 Origin { running: exact, through_init: true },
             );

@@ -396,7 +396,7 @@ fn add_region(
         name: image.name.clone(),
         text: image.text,
         orc,
-        proof: Vec::new(),
+        fingerprint: Vec::new(),
     };
     let id = unwinder
         .add_region(region)
