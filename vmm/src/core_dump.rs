@@ -111,7 +111,7 @@ impl CoreDumpWriter {
         vmcoreinfo: Option<&[u8]>,
     ) -> Result<u64, DumpError> {
         let ranges = memory.ranges();
-        let notes = notes::write(vcpus, vmcoreinfo);
+        let notes = notes::encode(vcpus, vmcoreinfo);
         let layout = Layout::new(&ranges, notes.len())?;
         self.put(&layout.head(), 0)?;
         self.put(&notes, layout.notes.offset)?;

@@ -75,7 +75,7 @@ pub fn notes(count: u32) -> Vec<u8> {
         regs
     };
     let vcpus: Vec<_> = (0..count).map(regs).collect();
-    notes::write(&vcpus, Some(b"OSRELEASE=6.12.0-made-up\n"))
+    notes::encode(&vcpus, Some(b"OSRELEASE=6.12.0-made-up\n"))
 }
 
 /// Where the first vCPU's tables are.

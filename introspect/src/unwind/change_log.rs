@@ -1,4 +1,4 @@
-//! Where what is known of a guest's code has changed, and since when.
+//! A bounded log of the code whose unwind data changed.
 //!
 //! Knows ranges of code and the order of their changes; must not know what the changes were.
 
@@ -9,24 +9,25 @@ use std::{
 
 use crate::addr::GvaRange;
 
-/// So many changes are remembered. Who has missed more takes all code for changed.
+/// How many changes are kept. A reader that missed more must assume that any code changed.
 const MAX_CHANGES: usize = 64;
 
-/// The last changes of one guest's code.
+/// The last changes of the known code of one guest.
 #[derive(Clone, Debug)]
 pub(crate) struct ChangeLog {
-    /// Another number after every change, and in every guest.
+    /// Differs after every change, and between guests.
     generation: u64,
-    /// Where each of the last changes was, the newest at the end; none: anywhere.
+    /// The range of each of the last changes, the newest last; `None` if the change may be
+    /// anywhere.
     last: VecDeque<Option<GvaRange>>,
 }
 
 impl ChangeLog {
-    /// None yet.
+    /// An empty log.
     pub(crate) fn new() -> ChangeLog {
         static GUESTS: AtomicU64 = AtomicU64::new(1);
         ChangeLog {
-            // No guest sees so many changes that it comes to the numbers of the next.
+            // No guest has enough changes to reach the next guest's numbers.
             generation: GUESTS.fetch_add(1, Ordering::Relaxed) << 40,
             last: VecDeque::new(),
         }
@@ -36,12 +37,12 @@ impl ChangeLog {
         self.generation
     }
 
-    /// Notes a change of `code`.
+    /// Records a change of `code`.
     pub(crate) fn record(&mut self, code: GvaRange) {
         self.push(Some(code));
     }
 
-    /// Notes a change that may be anywhere.
+    /// Records a change that may be anywhere.
     pub(crate) fn record_anywhere(&mut self) {
         self.push(None);
     }
@@ -54,7 +55,7 @@ impl ChangeLog {
         self.last.push_back(code);
     }
 
-    /// The code that has changed since `generation`; none if that may be any.
+    /// The code that changed since `generation`; `None` if that may be any code.
     pub(crate) fn since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         let missed = usize::try_from(self.generation.wrapping_sub(generation)).ok()?;
         let first = self.last.len().checked_sub(missed)?;

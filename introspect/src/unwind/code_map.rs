@@ -1,8 +1,9 @@
-//! What code there is in a guest, and how each piece of it is unwound.
+//! [`CodeMap`]: all kernel code of a guest, and how each piece of it is unwound.
 //!
-//! Knows regions of code, their ORC tables and the places where the kernel's own data is not to be trusted; it must not know
-//! stacks or tasks. Regions are the core kernel, its modules, and whatever the patcher placed: the kernel knows nothing of the
-//! last, so whoever places code adds its region here.
+//! Knows regions of code, their ORC tables, and the code at which the kernel's own unwind data must
+//! not be trusted; must not know stacks or tasks. Regions are the core kernel, its modules, and
+//! code that the caller placed in the guest: the kernel does not know the last, so the caller adds
+//! a region for it.
 
 use std::collections::HashSet;
 
@@ -12,91 +13,97 @@ use crate::unwind::orc::{Entry, Kind};
 use crate::unwind::orc_table::OrcTable;
 use crate::unwind::stack::Unreliable;
 
-/// What is special about a run of code.
+/// Why a range of core kernel code needs more than its ORC entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CodeClass {
-    /// Stacks of kernel threads and of idle tasks begin here: ORC's END is true.
+    /// Stacks of kernel threads and idle tasks end here: an ORC END is correct.
     TaskEntry,
-    /// Entry from and exit to user mode: ORC's END is true where this code itself runs.
+    /// Entry from and exit to user mode: an ORC END is correct for the innermost frame only.
     UserEntry,
-    /// While this code runs, the stack or its owner is not what it seems.
+    /// While this code runs, its stack, or the task that the stack belongs to, is changing.
     Transient,
-    /// If this interrupted kernel code, that code's stack is not what it seems.
+    /// A breakpoint or debug handler: if it interrupted kernel code, the stack of that code may not
+    /// be what it seems.
     Breakpoint,
-    /// Callers have been replaced by a tracer.
+    /// A tracer replaced the return address with the address of this code.
     Traced,
 }
 
-/// A piece of code with unwind data of its own.
+/// A range of code with unwind data of its own: a module, or code that the caller placed in the
+/// guest.
 #[derive(Clone, Debug)]
 pub struct CodeRegion {
-    /// What it is called in messages.
+    /// The region's name in error messages.
     pub name: String,
-    /// Where it lies.
+    /// The addresses of the code.
     pub text: GvaRange,
-    /// Its unwind data.
+    /// The ORC table of the code.
     pub orc: OrcTable,
-    /// Words of guest memory that hold these values for as long as the region is what it is. Empty: nobody but us can
-    /// change it. A module can leave between two looks, and another can take its place.
+    /// Addresses of words in guest memory, and the values that they have as long as the region is
+    /// valid. Empty if the guest cannot change or free the code. A module can be unloaded between
+    /// two pauses, and another can be loaded at its address.
     pub fingerprint: Vec<(Gva, u64)>,
 }
 
-/// Who owns a region, so that it can be replaced or dropped.
+/// Identifies an added region, so that it can be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionId(u64);
 
-/// How the code at an address is unwound.
+/// How a frame at an address is unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnwindAction {
-    /// By this entry.
+    /// By this ORC entry.
     Orc(Entry),
-    /// By this entry, unless it leads to interrupted kernel code.
+    /// By this ORC entry, if that leads to user mode; not if it leads to interrupted kernel code.
     OrcToUser(Entry),
-    /// Not at all: the first frame of a kernel thread or of an idle task.
+    /// Not at all: this is the outermost frame of a kernel thread or idle task.
     TaskEntry,
     /// Not at all: entry from or exit to user mode, with no kernel function active.
     UserEntry,
 }
 
-/// The core kernel's text.
+/// The core kernel's code and unwind data.
 #[derive(Clone, Debug)]
 pub struct CoreText {
     /// `_stext.._etext`.
     pub text: GvaRange,
-    /// `_sinittext.._einittext`: freed after boot, but the boot CPU's idle task came through it and it stays on its stack.
+    /// `_sinittext.._einittext`: freed after boot, but still on the stack of the boot CPU's idle
+    /// task, which came through it.
     pub init: GvaRange,
-    /// The core kernel's ORC, for both.
+    /// The core kernel's ORC table, for both ranges.
     pub orc: OrcTable,
-    /// Rules by range, sorted and disjoint.
+    /// Ranges that need more than their ORC entry, sorted and disjoint.
     pub special: Vec<(GvaRange, CodeClass)>,
 }
 
-/// All code of a guest.
+/// All known kernel code of a guest.
 #[derive(Clone, Debug)]
 pub struct CodeMap {
     core: CoreText,
-    /// By start; disjoint. These go before the core: patches lie in the padding of its text. Boxed, so that little is moved where
-    /// thousands are inserted before others.
+    /// Sorted by start, and disjoint. These have precedence over the core: patches can be in the
+    /// padding of its text. Boxed, so that an insertion moves little memory among thousands of
+    /// regions.
     regions: Vec<(RegionId, Box<CodeRegion>)>,
     transient: Vec<GvaRange>,
-    /// Around all of `busy`: ordinary frames lie outside and need no look at each.
+    /// The range around all of `transient`: ordinary frames are outside it and need no further
+    /// check.
     transient_bounds: GvaRange,
     next_id: u64,
     changes: ChangeLog,
 }
 
-/// A region lies over another.
+/// A region overlaps another one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("code region {name} overlaps {other}")]
 pub struct Overlap {
-    /// The region that was to be added.
+    /// The name of the region that was to be added.
     pub name: String,
-    /// The one that is there.
+    /// The name of the region that exists.
     pub other: String,
 }
 
 impl CodeMap {
-    /// A map of the core kernel alone.
+    /// A map of the core kernel only.
     #[must_use]
     pub fn new(mut core: CoreText) -> CodeMap {
         core.special.sort_by_key(|(range, _)| range.start);
@@ -110,18 +117,19 @@ impl CodeMap {
         }
     }
 
-    /// Another number after every change of what is known of the guest's code.
+    /// A number that differs after every change of the known code.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.changes.generation()
     }
 
-    /// The code of which something else is known than when [`generation`](Self::generation) said so; none: of any.
+    /// The code whose unwind data changed since [`generation`](Self::generation) returned this
+    /// number; `None` if that may be any code.
     pub(crate) fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         self.changes.since(generation)
     }
 
-    /// What is known may no longer be so.
+    /// Records that any code may have changed.
     pub(crate) fn mark_all_changed(&mut self) {
         self.changes.record_anywhere();
     }
@@ -135,7 +143,8 @@ impl CodeMap {
     /// Adds a region.
     ///
     /// # Errors
-    /// [`Overlap`] when another region is there already. (The core's text is none: its padding is where patches go.)
+    /// [`Overlap`] when another region covers some of its code. The core kernel's text is no
+    /// region: patches go in its padding.
     pub fn add(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
         let at = self
             .regions
@@ -161,12 +170,12 @@ impl CodeMap {
         Ok(id)
     }
 
-    /// Drops a region; unknown ones are gone already.
+    /// Removes a region, if it exists.
     pub fn remove(&mut self, id: RegionId) {
         self.remove_where(|other| other == id);
     }
 
-    /// Drops many regions in one go.
+    /// Removes many regions in one pass.
     pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
         self.remove_where(|id| ids.contains(&id));
     }
@@ -182,7 +191,8 @@ impl CodeMap {
         });
     }
 
-    /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
+    /// Makes every stack with code of `range` on it unreliable: trampolines, stubs, code that is
+    /// being replaced.
     pub fn add_transient(&mut self, range: GvaRange) {
         if !range.is_empty() {
             self.transient.push(range);
@@ -190,7 +200,7 @@ impl CodeMap {
         }
     }
 
-    /// Takes back what one call of [`CodeMap::add_transient`] declared.
+    /// Undoes one call of [`CodeMap::add_transient`] with the same `range`.
     pub fn remove_transient(&mut self, range: GvaRange) {
         if let Some(at) = self.transient.iter().position(|added| *added == range) {
             self.transient.swap_remove(at);
@@ -208,7 +218,7 @@ impl CodeMap {
         };
     }
 
-    /// The region with an ORC table of its own that `code` lies in.
+    /// The region whose code includes `code`; `None` in the core kernel and outside of kernel code.
     #[must_use]
     pub fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
         let after = self
@@ -218,12 +228,12 @@ impl CodeMap {
         region.text.contains(code).then_some((*id, region))
     }
 
-    /// How to unwind from a frame at `ip`, which `exact` says is a position and not a return address.
+    /// How to unwind a frame at `ip`. `exact`: `ip` is a position in code, not a return address.
     ///
-    /// Freed init text counts as code for `through_init` only.
+    /// Init text, freed after boot, counts as code only if `through_init` is set.
     ///
     /// # Errors
-    /// Why the frame cannot be relied on.
+    /// [`Unreliable`] with the reason why the frame cannot be unwound reliably.
     pub fn action_at(
         &self,
         ip: Gva,
@@ -236,13 +246,14 @@ impl CodeMap {
         }
         if let Some((_, region)) = self.region(code) {
             return match region.orc.lookup(code) {
-                // No stack begins in a module or in a patch.
+                // No stack ends in a module or in a patch.
                 Some(entry) if entry.kind == Kind::End => Err(Unreliable::UnexpectedEnd(ip)),
                 Some(entry) => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
                 None => Err(Unreliable::NoOrc(ip)),
             };
         }
-        // A tracer's return address is the first byte of its trampoline, which `code` lies before.
+        // A return address that a tracer put there is the first byte of its trampoline, so `code`
+        // is before it.
         if self.class_at(ip) == Some(CodeClass::Traced)
             || self.class_at(code) == Some(CodeClass::Traced)
         {
@@ -304,7 +315,8 @@ pub(crate) mod tests {
         GvaRange::new(start, start.add(len))
     }
 
-    /// Ordinary code at +0, a hole at +0x100, ENDs at +0x200 (kthread), +0x300 (entry), +0x400 (nobody's), init text.
+    /// Ordinary code at +0, a hole at +0x100, ENDs at +0x200 (kernel thread), +0x300 (entry) and
+    /// +0x400 (ordinary code), then init text.
     pub(crate) fn core() -> CoreText {
         let orc = OrcTable::from_unsorted(
             vec![
@@ -342,7 +354,8 @@ pub(crate) mod tests {
             map.action_at(hole, true, false),
             Err(Unreliable::NoOrc(hole))
         );
-        // A call that ends its function returns after it: the call is what counts.
+        // The return address of a call that ends its function is after the function: the call
+        // counts.
         assert!(matches!(
             map.action_at(hole, false, false),
             Ok(UnwindAction::Orc(_))

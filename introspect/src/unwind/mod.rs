@@ -1,10 +1,13 @@
-//! The stack of any task of a guest, with a verdict on whether it shows all.
+//! [`Unwinder`]: the kernel stack of any task of a guest, with a verdict on whether it is complete.
 //!
-//! Puts together what the other `stacks_*` modules know: made once for a guest ([`Unwinder::new`]), told of modules before
-//! each look ([`Unwinder::refresh`]) and of the patcher's own code, and asked for stacks while the guest is paused.
+//! Combines the other files of this folder. An unwinder is made once for a guest
+//! ([`Unwinder::new`]), learns of modules in each pause ([`Unwinder::refresh`]) and of code that
+//! the caller places in the guest ([`Unwinder::add_region`]), and returns stacks while the guest is
+//! paused ([`Unwinder::stack`]). It must not know how patches work.
 //!
-//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable`;
-//! where those give up on running tasks, the stopped vCPUs' registers are used.
+//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c:
+//! arch_stack_walk_reliable`; where those refuse running tasks, the registers of the stopped vCPUs
+//! are used.
 
 mod change_log;
 pub mod code_map;
@@ -36,36 +39,36 @@ use crate::unwind::step::{Cursor, StackMemory};
 use crate::unwind::walk::{Origin, empty, unreliable, walk};
 use crate::vcpu::VcpuRegs;
 
-/// Why no stack of a guest can be walked.
+/// Why the stacks of a guest cannot be walked at all.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnwinderError {
     /// A symbol is missing: a kernel without `CONFIG_UNWINDER_ORC` has no tables.
     #[error("no unwind data in the guest's kernel: {0}")]
     Symbol(#[from] SymbolError),
-    /// A type or a member is missing.
+    /// A type or a member is missing from the kernel's BTF.
     #[error("cannot read stacks: {0}")]
     Type(#[from] BtfError),
-    /// The tables could not be read.
+    /// The ORC tables could not be read.
     #[error("cannot read the kernel's unwind data: {0}")]
     Read(#[from] ReadError),
-    /// The tables are broken.
-    #[error("the kernel's unwind data are broken: {0}")]
+    /// The ORC tables are malformed.
+    #[error("the kernel's unwind data is malformed: {0}")]
     Table(#[from] OrcTableError),
-    /// The stacks could not be found.
+    /// The locations of the kernel's stacks could not be determined.
     #[error(transparent)]
     StackAreas(#[from] StackAreaError),
-    /// The tables say something else of a well-known function than is true of it.
+    /// The tables contradict what is known of this function, which every kernel has.
     #[error(
-        "the kernel's unwind data do not fit its function {0}: their encoding is not understood"
+        "the kernel's unwind data contradicts its function {0}: the encoding is not understood"
     )]
     Unverified(&'static str),
 }
 
-/// So many stacks take longer to walk than a thread to start.
+/// How many stacks take longer to walk than a thread takes to start.
 const MIN_STACKS_PER_THREAD: usize = 512;
 
-/// Walks the stacks of one guest.
+/// Walks the kernel stacks of one guest's tasks.
 #[derive(Clone, Debug)]
 pub struct Unwinder {
     code: CodeMap,
@@ -75,12 +78,13 @@ pub struct Unwinder {
     stack_refcount: Field,
     /// The boot CPU's idle task, which came through init text.
     init_task: Gva,
-    /// Where tasks that have never run begin.
+    /// Functions at which tasks that have never run start.
     new_task_entries: Vec<Gva>,
     sched_text: [GvaRange; 2],
 }
 
-/// What `__switch_to_asm` leaves on the stack of a task that does not run (`struct inactive_task_frame`).
+/// What `__switch_to_asm` leaves on the stack of a task that is not running (`struct
+/// inactive_task_frame`).
 #[derive(Clone, Copy, Debug)]
 struct InactiveFrame {
     bp: Field,
@@ -89,11 +93,14 @@ struct InactiveFrame {
 }
 
 impl Unwinder {
-    /// Copies the core kernel's unwind data and proves that they are understood. They are fixed once the guest runs: no lock is needed.
-    /// Linear in their number, some hundred thousand entries.
+    /// Copies the core kernel's unwind data and verifies, on well-known functions, that it is
+    /// understood.
+    ///
+    /// Needs no lock: the data does not change once the guest runs. Linear in the number of
+    /// entries, some hundred thousand.
     ///
     /// # Errors
-    /// What is missing or not as it must be.
+    /// [`UnwinderError`]: what is missing, or not as expected.
     pub fn new(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Unwinder, UnwinderError> {
         let symbols = &kernel.symbols;
         let special = special_ranges(symbols, kernel.text.core);
@@ -129,12 +136,16 @@ impl Unwinder {
         })
     }
 
-    /// Learns of modules that came and forgets those that went. Call it in each pause before asking for stacks: a module
-    /// that is not known yet makes the stacks that it is on unreliable, and so does one that has gone. Depends on no lock, as
-    /// [`modules`](crate::modules) says. Linear in the number of modules, and in the unwind data of those that came.
+    /// Adds modules that were loaded and removes those that were unloaded since the last call.
+    ///
+    /// Call it in each pause before asking for stacks: a stack with code of an unknown module is
+    /// unreliable, and so is one with code of a module that was unloaded. Needs no lock, as
+    /// [`modules`](crate::modules) explains. Linear in the number of modules, and in the unwind
+    /// data of new ones.
     ///
     /// # Errors
-    /// When the list of modules cannot be read now; stacks without modules on them are none the worse for it.
+    /// [`RefreshError`] when the list of modules cannot be read. Stacks that contain no module code
+    /// remain reliable.
     pub fn refresh(
         &mut self,
         kernel: &Kernel,
@@ -142,49 +153,52 @@ impl Unwinder {
     ) -> Result<(), RefreshError> {
         let result = self.modules.refresh(&mut self.code, kernel, memory);
         if result.is_err() {
-            // Modules may have come and gone unseen.
+            // Modules may have been loaded and unloaded unnoticed.
             self.code.mark_all_changed();
         }
         result
     }
 
-    /// Another number after every change of what is known of the guest's code: stacks from before it may look different now.
+    /// A number that differs after every change of the known code: a stack that was walked before
+    /// may be walked differently now.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.code.generation()
     }
 
-    /// The code of which something else is known than at that `generation`: a stack without any of it, if it was reliable, still looks
-    /// as it did. None: any code.
+    /// The code whose unwind data changed since [`generation`](Self::generation) returned this
+    /// number; `None` if that may be any code. A reliable stack without any of this code is still
+    /// the same.
     #[must_use]
     pub fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         self.code.changed_since(generation)
     }
 
-    /// Adds code that the kernel does not know of, with its own unwind data.
+    /// Adds code that the guest's kernel does not know, with unwind data for it.
     ///
     /// # Errors
-    /// When other such code is there already.
+    /// [`Overlap`] when another region covers some of this code.
     pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
         self.code.add(region)
     }
 
-    /// Takes back what [`Unwinder::add_region`] added.
+    /// Removes what [`Unwinder::add_region`] added.
     pub fn remove_region(&mut self, id: RegionId) {
         self.code.remove(id);
     }
 
-    /// Declares that a stack with code of `range` on it is busy: trampolines, stubs.
+    /// Makes every stack with code of `range` on it unreliable: trampolines, stubs, and other code
+    /// during which the stack is not what it seems.
     pub fn add_transient(&mut self, range: GvaRange) {
         self.code.add_transient(range);
     }
 
-    /// Takes back what one call of [`Unwinder::add_transient`] declared.
+    /// Undoes one call of [`Unwinder::add_transient`] with the same `range`.
     pub fn remove_transient(&mut self, range: GvaRange) {
         self.code.remove_transient(range);
     }
 
-    /// How this kernel packs its unwind data; a module built for it does the same.
+    /// The encoding of this kernel's unwind data; modules built for the kernel have the same.
     #[must_use]
     pub fn encoding(&self) -> Encoding {
         self.code.core_orc().encoding()
@@ -196,19 +210,23 @@ impl Unwinder {
         self.code.core_orc()
     }
 
-    /// Whether `/proc/PID/stack` leaves out frames at this address (`kernel/sched/core.c: in_sched_functions`).
+    /// Whether `/proc/PID/stack` omits frames at this address (`kernel/sched/core.c:
+    /// in_sched_functions`).
     #[must_use]
     pub fn is_sched_text(&self, ip: Gva) -> bool {
         self.sched_text.iter().any(|range| range.contains(ip))
     }
 
-    /// The kernel stack of `task`, as read in this pause, with the registers of the vCPU that runs it, if one does.
+    /// The kernel stack of `task`, which was read in this pause. `regs` are the registers of the
+    /// vCPU that runs it, if one does.
     ///
-    /// Empty and reliable: in user mode, or dead with its stack given back.
+    /// The stack is empty and reliable if the task is in user mode, or is dead and its stack was
+    /// freed.
     ///
-    /// Depends on no lock: a stack is written only by who runs on it. A task that says it is on a CPU while no vCPU runs it is just being
-    /// switched to or from, and is unreliable. Of a reliable stack every frame is there and right; of any other, the frames are those up to
-    /// where it was given up. Linear in frames, of which there is a limit.
+    /// Needs no lock: only the code that runs on a stack writes to it. A task that is marked as on
+    /// a CPU while no vCPU runs it is just being switched to or from; its stack is unreliable. A
+    /// reliable stack has every frame, and each is correct; any other stack has the frames up to
+    /// the one at which the walk was given up. Linear in the number of frames, which is limited.
     #[must_use]
     pub fn stack(&self, memory: &KernelMemory<'_>, task: &Task, regs: Option<&VcpuRegs>) -> Stack {
         match (regs, task.vcpu) {
@@ -220,8 +238,9 @@ impl Unwinder {
         }
     }
 
-    /// The kernel stacks of all of `tasks`, in their order: each as [`stack`](Self::stack) gives it with the registers of that of the
-    /// `vcpus` that runs the task. Many are walked by several threads, for which the guest must be paused just as well.
+    /// The kernel stacks of all `tasks`, in their order: each as [`stack`](Self::stack) returns it,
+    /// with the registers of that one of the `vcpus` that runs the task. Many stacks are walked by
+    /// several threads. The guest must be paused.
     #[must_use]
     pub fn stacks(
         &self,
@@ -231,7 +250,7 @@ impl Unwinder {
     ) -> Vec<Stack> {
         let (phys, space) = (memory.phys(), memory.space());
         spread(tasks, MIN_STACKS_PER_THREAD, |tasks| {
-            // Each thread remembers translations of its own.
+            // Each thread caches its own address translations.
             let memory = KernelMemory::new(phys, space);
             let of = |task: &&Task| {
                 let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
@@ -272,7 +291,7 @@ impl Unwinder {
         }
     }
 
-    /// `unwind_orc.c: __unwind_start` for a task that does not run.
+    /// Follows `unwind_orc.c: __unwind_start` for a task that is not running.
     fn saved_cursor(
         &self,
         stacks: &mut WalkMemory<'_, KernelMemory<'_>>,
@@ -289,7 +308,8 @@ impl Unwinder {
         })
     }
 
-    /// A dead task gives its stack back before its `task_struct` goes (`put_task_stack`).
+    /// Whether the task is dead and its stack was freed, which happens before its `task_struct` is
+    /// freed (`put_task_stack`).
     fn is_stackless(&self, memory: &KernelMemory<'_>, task: &Task) -> bool {
         !task.on_cpu
             && task.kind != TaskKind::Idle
@@ -299,7 +319,7 @@ impl Unwinder {
 }
 
 fn new_task_entries(symbols: &Symbols) -> Vec<Gva> {
-    // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task begins there.
+    // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task starts there.
     NEW_TASK_ENTRIES
         .iter()
         .find_map(|name| symbols.address(name).ok())
@@ -307,7 +327,8 @@ fn new_task_entries(symbols: &Symbols) -> Vec<Gva> {
         .collect()
 }
 
-/// The table between `__start_orc_unwind*` and `__stop_orc_unwind*`, sorted at build time (`scripts/sorttable.c`).
+/// Copies the table between `__start_orc_unwind*` and `__stop_orc_unwind*`, which is sorted at
+/// build time (`scripts/sorttable.c`).
 fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, UnwinderError> {
     let section = |start, end| -> Result<(Gva, Vec<u8>), UnwinderError> {
         let range = symbols.between(start, end)?;
@@ -321,7 +342,7 @@ fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, 
     Ok(OrcTable::from_sections(ips_at, &ips, &entries, encoding)?)
 }
 
-/// Holds the table against what is known of code that every kernel has.
+/// Verifies the table against what is known of code that every kernel has.
 fn verify(
     orc: &OrcTable,
     symbols: &Symbols,

@@ -1,7 +1,8 @@
 //! The guest's modules as regions of code.
 //!
-//! Knows which modules were there at the last look, and copies the unwind data of those that added since; it must not know how
-//! the list of modules is laid out ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
+//! Knows which modules were loaded at the last refresh, and copies the unwind data of those that
+//! were loaded since; must not know how the kernel's list of modules is laid out
+//! ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,15 +14,16 @@ use crate::unwind::code_map::{CodeMap, CodeRegion, RegionId};
 use crate::unwind::orc::{ENTRY_SIZE, Encoding};
 use crate::unwind::orc_table::OrcTable;
 
-/// No module has more entries; the largest of a stock kernel have about 40,000.
+/// The most ORC entries of one module; the largest of a stock kernel have about 40,000.
 const MAX_MODULE_ENTRIES: usize = 1 << 20;
-/// All modules together, in entries: they take some 30 MiB here. Thousands of modules can name one and the same table.
+/// The most ORC entries of all modules together: they take some 30 MiB here. A hostile guest's
+/// modules can all name the same table.
 const MAX_ALL_ENTRIES: usize = 2 << 20;
 
-/// Why the modules could not be looked at.
+/// Why the list of modules cannot be read.
 pub type RefreshError = ModulesError;
 
-/// What was known of the modules at the last look.
+/// The modules that were loaded at the last refresh.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ModuleRegions {
     known: HashMap<Gva, KnownModule>,
@@ -31,7 +33,7 @@ pub(crate) struct ModuleRegions {
 struct KnownModule {
     fingerprint: Vec<(Gva, u64)>,
     regions: Vec<RegionId>,
-    /// How many unwind entries the regions have together.
+    /// How many ORC entries the regions have together.
     entries: usize,
 }
 
@@ -52,7 +54,8 @@ impl ModuleRegions {
                 Some(known) if known.fingerprint == fingerprint => {
                     self.known.insert(module.addr, known);
                 }
-                // Another module where one was: what was known of the old one goes with the rest.
+                // Another module at the same address: the regions of the old one are removed with
+                // the rest.
                 Some(known) => {
                     removed.insert(module.addr, known);
                     added.push((module, fingerprint));
@@ -78,8 +81,8 @@ impl ModuleRegions {
     }
 }
 
-/// A module whose data are not to be had, are more than there is `budget` for, or that lies over another, is left out: stacks on it
-/// are unreliable.
+/// Adds the regions of one module. Skips a module whose unwind data cannot be read, exceeds the
+/// `budget` of entries, or overlaps another region: stacks with its code are unreliable.
 fn add(
     code: &mut CodeMap,
     memory: &KernelMemory<'_>,
@@ -128,8 +131,8 @@ fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Opti
     OrcTable::from_sections(orc.ips, &ips, &entries, encoding).ok()
 }
 
-/// Words that change when the module goes: its links in the list of modules are poisoned, its memory is given back; and the
-/// first and last addresses that its table speaks of.
+/// Words that change when the module is unloaded: its links in the list of modules are poisoned and
+/// its memory is freed; and the first and last addresses that its table describes.
 fn fingerprint(module: &Module, memory: &KernelMemory<'_>) -> Vec<(Gva, u64)> {
     let mut addresses = vec![module.name_at, module.name_at.add(8)];
     if let Some(orc) = &module.orc {

@@ -1,78 +1,79 @@
-//! ORC entries: three encodings, one meaning.
+//! ORC entries: three encodings with one meaning.
 //!
-//! An ORC entry says, for a run of instructions, where the caller's frame is. Linux has packed the same six bytes in three
-//! ways; which one a guest uses is found from its table ([`detect`]), never from a version. This module knows bits and their
-//! meaning; it must not know addresses, symbols or stacks.
+//! An ORC entry says, for a run of instructions, where the caller's frame is. Linux has packed the
+//! same six bytes in three ways; the encoding that a guest uses is found from its table
+//! ([`detect`]), never from its version. Knows bits and their meaning; must not know addresses,
+//! symbols or stacks.
 //!
 //! Follows `arch/x86/include/asm/orc_types.h` as of 5.10/6.1, 6.12 and 7.3.
 
-/// The six bytes of `struct orc_entry`.
+/// The six bytes of a `struct orc_entry`.
 pub type RawEntry = [u8; ENTRY_SIZE];
 
 /// `sizeof(struct orc_entry)`, the same in every encoding.
 pub const ENTRY_SIZE: usize = 6;
 
-/// What an offset is relative to.
+/// The base that an offset is added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Base {
-    /// Nothing: for the stack pointer, no caller; for the frame pointer, unchanged.
+    /// No base: for the stack pointer, there is no caller; for the frame pointer, it is unchanged.
     Undefined,
     /// The stack pointer.
     Sp,
     /// The frame pointer.
     Bp,
-    /// The caller's stack pointer, just found.
+    /// The caller's stack pointer, which was found first.
     PrevSp,
-    /// The value that the stack pointer points at; the offset comes after the load.
+    /// The value in memory at the stack pointer; the offset is added after the load.
     SpIndirect,
-    /// The value at the frame pointer plus the offset.
+    /// The value in memory at the frame pointer plus the offset.
     BpIndirect,
-    /// `rax`, of a frame with all registers.
+    /// `rax`, in a frame with all registers.
     Ax,
-    /// `rdx`, of a frame with all registers.
+    /// `rdx`, in a frame with all registers.
     Dx,
-    /// `rdi`, of a frame with all registers.
+    /// `rdi`, in a frame with all registers.
     Di,
-    /// `r10`, of a frame with all registers.
+    /// `r10`, in a frame with all registers.
     R10,
-    /// `r13`, of a frame with all registers.
+    /// `r13`, in a frame with all registers.
     R13,
 }
 
-/// What lies at the caller's frame.
+/// What is stored at the caller's frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// The unwinder cannot pass here.
+    /// Unknown: the unwinder cannot continue.
     Undefined,
-    /// The kernel says that stacks end here.
+    /// Nothing: according to the kernel, stacks end here.
     End,
-    /// A return address just below the frame.
+    /// A return address, just below the frame.
     Call,
-    /// A whole `pt_regs`.
+    /// A complete `pt_regs`.
     Regs,
-    /// Only what the processor pushed: ip, cs, flags, sp, ss.
+    /// Only what the processor pushed: ip, cs, flags, sp and ss.
     PartialRegs,
 }
 
-/// One entry, whatever its encoding was.
+/// One decoded entry, independent of the encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Entry {
-    /// What lies at the caller's frame.
+    /// What is stored at the caller's frame.
     pub kind: Kind,
-    /// What the caller's frame is found from.
+    /// The base from which the caller's frame is found.
     pub sp_base: Base,
-    /// Added to `sp_base`.
+    /// The offset added to `sp_base`, in bytes.
     pub sp_offset: i16,
-    /// Where the caller's frame pointer is found from: `Undefined`, `PrevSp` or `Bp`.
+    /// The base from which the caller's frame pointer is found: `Undefined`, `PrevSp` or `Bp`.
     pub bp_base: Base,
-    /// Added to `bp_base`.
+    /// The offset added to `bp_base`, in bytes.
     pub bp_offset: i16,
-    /// The next ip is an exact position, not a return address.
+    /// Whether the caller's ip is an exact position, not a return address.
     pub signal: bool,
 }
 
 impl Entry {
-    /// The entry for code that nothing is known of.
+    /// The entry for code of which nothing is known.
     pub const UNDEFINED: Entry = Entry {
         kind: Kind::Undefined,
         sp_base: Base::Undefined,
@@ -82,29 +83,31 @@ impl Entry {
         signal: false,
     };
 
-    /// Whether this is what holds at the first instruction of every ordinary function: only the return address pushed.
+    /// Whether the entry is the one of the first instruction of an ordinary function: only the
+    /// return address is pushed.
     #[must_use]
     pub fn is_function_entry(&self) -> bool {
         self.kind == Kind::Call && self.sp_base == Base::Sp && self.sp_offset == 8
     }
 }
 
-/// How a kernel packs its entries.
+/// How a kernel packs its ORC entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Encoding {
-    /// Two bits of type and an `end` bit; no sp register and no `end` means undefined (5.10, 6.1).
+    /// Two bits of type and an `end` bit; without an sp register and `end`, the entry is undefined
+    /// (5.10, 6.1).
     EndBit,
     /// Three bits of type and a `signal` bit (6.4 and later).
     Typed,
-    /// As `Typed`, with the registers numbered anew (7.x).
+    /// As `Typed`, with other numbers for the registers (7.x).
     TypedRenumbered,
 }
 
 impl Encoding {
-    /// Every encoding that is known.
+    /// All known encodings.
     pub const ALL: [Encoding; 3] = [Encoding::EndBit, Encoding::Typed, Encoding::TypedRenumbered];
 
-    /// The meaning of `raw`, or `None` when no kernel of this encoding writes such an entry.
+    /// Decodes `raw`; `None` when no kernel with this encoding writes such an entry.
     #[must_use]
     pub fn decode(self, raw: RawEntry) -> Option<Entry> {
         let [sp0, sp1, bp0, bp1, regs, rest] = raw;
@@ -151,7 +154,7 @@ impl Encoding {
     }
 }
 
-/// `type:2, end:1`; the next frame is exact after registers.
+/// Decodes `type:2, end:1`; the caller's position is exact after registers.
 fn decode_end_bit(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
     let end = rest & 0b100 != 0;
     if rest & !0b111 != 0 || (end && sp_base != Base::Undefined) {
@@ -163,12 +166,12 @@ fn decode_end_bit(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
         (_, 0) => (Kind::Call, false),
         (_, 1) => (Kind::Regs, true),
         (_, 2) => (Kind::PartialRegs, true),
-        // 5.10 has a fourth type, for return trampolines that no code of its uses any more.
+        // 5.10 has a fourth type, for return trampolines, which none of its code uses any more.
         _ => (Kind::Undefined, false),
     })
 }
 
-/// `type:3, signal:1`.
+/// Decodes `type:3, signal:1`.
 fn decode_typed(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
     if rest & !0b1111 != 0 {
         return None;
@@ -188,10 +191,10 @@ fn decode_typed(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
     Some((kind, rest & 0b1000 != 0))
 }
 
-/// Finds the encoding of a kernel's own table from its entries.
+/// Detects the encoding of a kernel's own table from its entries.
 ///
-/// The right one gives every entry a meaning, and makes most entries calls found from the stack pointer. `None` when no
-/// encoding does, or more than one.
+/// The right one decodes every entry, and most entries are calls found from the stack pointer.
+/// `None` when no encoding does, or more than one.
 #[must_use]
 pub fn detect(entries: &[RawEntry]) -> Option<Encoding> {
     let mut matching = Encoding::ALL
@@ -271,7 +274,8 @@ mod tests {
 
     #[test]
     fn entries_that_no_kernel_writes_are_refused() {
-        // An end with a place to go on from; undefined with one; a call from nowhere; unused bits; unknown registers.
+        // END with a base; undefined with a base; a call without one; unused bits; unknown
+        // registers.
         assert_eq!(Encoding::EndBit.decode(raw(8, 0, 5, 0, 4)), None);
         assert_eq!(Encoding::Typed.decode(raw(8, 0, 5, 0, 0)), None);
         assert_eq!(Encoding::Typed.decode(raw(8, 0, 0, 0, 2)), None);
@@ -303,7 +307,9 @@ mod tests {
         fn any_bytes_decode_without_panic(raw in any::<[u8; 6]>()) {
             for encoding in Encoding::ALL {
                 if let Some(entry) = encoding.decode(raw) {
-                    prop_assert!(matches!(entry.bp_base, Base::Undefined | Base::PrevSp | Base::Bp));
+                    let is_bp_base =
+                        matches!(entry.bp_base, Base::Undefined | Base::PrevSp | Base::Bp);
+                    prop_assert!(is_bp_base);
                 }
             }
         }

@@ -1,69 +1,72 @@
-//! One ORC table in host memory: code addresses to entries, quickly.
+//! [`OrcTable`]: a copy of an ORC table, with fast lookup by code address.
 //!
-//! Knows how a table is ordered and searched (`arch/x86/kernel/unwind_orc.c: __orc_find`); it must not know where it came
-//! from. A table says nothing of where the code that it describes ends: whoever asks has checked the address first.
+//! Knows how a table is sorted and searched (`arch/x86/kernel/unwind_orc.c: __orc_find`); must not
+//! know where it came from. A table does not say where the code that it describes ends: the caller
+//! must check that first.
 
 use crate::addr::Gva;
 use crate::unwind::orc::{ENTRY_SIZE, Encoding, Entry, Kind, RawEntry};
 
-/// Most entries that are accepted in one table; a stock kernel has half a million.
+/// The most entries that are accepted in one table; a stock kernel has half a million.
 pub const MAX_ENTRIES: usize = 2 << 20;
 
-/// A table that cannot be what a kernel made.
+/// Why a table cannot be one that a kernel made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OrcTableError {
-    /// No entry at all.
+    /// The table has no entry.
     #[error("ORC table is empty")]
     Empty,
-    /// More entries than any kernel has.
-    #[error("ORC table has {0} entries, more than the {MAX_ENTRIES} that are accepted")]
+    /// The table has more entries than any kernel has.
+    #[error("ORC table has {0} entries; at most {MAX_ENTRIES} are accepted")]
     TooLong(u64),
-    /// The two parallel arrays do not belong together.
+    /// The two parallel arrays differ in length.
     #[error("ORC table has {ips} addresses and {entries} entries")]
     Mismatch {
-        /// Length of the array of addresses.
+        /// The length of the array of addresses.
         ips: usize,
-        /// Length of the array of entries.
+        /// The length of the array of entries.
         entries: usize,
     },
-    /// Addresses must rise: the kernel bisects them too.
+    /// The addresses are not ascending at this index: the kernel needs them sorted too.
     #[error("ORC table is not sorted at entry {0}")]
     Unsorted(usize),
-    /// Addresses further apart than kernel text ever is.
+    /// The addresses span more bytes than kernel text can.
     #[error("ORC table spans {0:#x} bytes, more than kernel text can")]
     TooWide(u64),
-    /// An entry that the encoding has no meaning for.
+    /// The encoding has no meaning for an entry.
     #[error("ORC entry {index} ({raw:02x?}) has no meaning in this kernel's encoding")]
     BadEntry {
-        /// Its index.
+        /// The entry's index.
         index: usize,
-        /// Its bytes.
+        /// The entry's bytes.
         raw: RawEntry,
     },
-    /// None of the known encodings gives the table a meaning.
+    /// No known encoding decodes the whole table, or several do.
     #[error("ORC table is in no known encoding")]
     UnknownEncoding,
 }
 
-/// A sorted ORC table with a coarse index in front of the bisection.
+/// A sorted ORC table, with a coarse index that narrows the binary search.
 #[derive(Clone, Debug)]
 pub struct OrcTable {
     encoding: Encoding,
-    /// Address of the first entry; the others are stored relative to it.
+    /// The address of the first entry; the others are stored relative to it.
     base: Gva,
     starts: Vec<u32>,
     entries: Vec<RawEntry>,
-    /// For each block of `1 << shift` bytes from `base`: the last entry that starts at or before the block.
+    /// For each block of `1 << shift` bytes from `base` on: the last entry that starts at or before
+    /// the block.
     index: Vec<u32>,
     shift: u32,
 }
 
 impl OrcTable {
-    /// A table from the kernel's two arrays: self-relative 32-bit addresses (the first of them at `ips_at`) and entries.
+    /// Makes a table from the kernel's two arrays: self-relative 32-bit addresses, the first of
+    /// them at `ips_at`, and entries.
     ///
     /// # Errors
-    /// Anything that a kernel's own sorted table cannot be.
+    /// [`OrcTableError`] for a table that no kernel has.
     pub fn from_sections(
         ips_at: Gva,
         ips: &[u8],
@@ -80,15 +83,16 @@ impl OrcTable {
         Self::build(addresses, ips.len(), entries.to_vec(), encoding)
     }
 
-    /// A table from entries in any order, as in an object file: what `unwind_module_init` makes of them.
+    /// Makes a table from entries in any order, as an object file has them: the result is that of
+    /// `unwind_module_init`.
     ///
     /// # Errors
-    /// Anything that a kernel's own table cannot be.
+    /// [`OrcTableError`] for a table that no kernel has.
     pub fn from_unsorted(
         mut entries: Vec<(Gva, RawEntry)>,
         encoding: Encoding,
     ) -> Result<OrcTable, OrcTableError> {
-        // Terminators of sections yield to a real entry at the same address (`orc_sort_cmp`).
+        // A section's terminator gives way to a real entry at the same address (`orc_sort_cmp`).
         let real = |raw: &RawEntry| {
             encoding
                 .decode(*raw)
@@ -147,7 +151,7 @@ impl OrcTable {
         })
     }
 
-    /// The entry in force at `at`: the last one that starts at or before it.
+    /// The entry that applies at `at`: the last one that starts at or before it.
     #[must_use]
     pub fn lookup(&self, at: Gva) -> Option<Entry> {
         let offset = u32::try_from(at.since(self.base)).ok()?;
@@ -160,32 +164,32 @@ impl OrcTable {
         self.encoding.decode(*self.entries.get(found)?)
     }
 
-    /// Blocks after the last one all belong to the last entry.
+    /// All blocks after the last one belong to the last entry.
     fn index_at(&self, block: usize) -> usize {
         self.index
             .get(block)
             .map_or(self.starts.len().saturating_sub(1), |i| *i as usize)
     }
 
-    /// How the entries are packed.
+    /// The encoding of the entries.
     #[must_use]
     pub fn encoding(&self) -> Encoding {
         self.encoding
     }
 
-    /// Number of entries.
+    /// The number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
         self.starts.len()
     }
 
-    /// Whether there is no entry; never so for a table that was built.
+    /// Whether there is no entry; always false, as an empty table cannot be made.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
 
-    /// All entries in order of address, for checks and for listings.
+    /// All entries in order of address, for checks and listings.
     pub fn iter(&self) -> impl Iterator<Item = (Gva, Entry)> + '_ {
         self.starts.iter().zip(&self.entries).map(|(start, raw)| {
             let entry = self.encoding.decode(*raw).unwrap_or(Entry::UNDEFINED);
@@ -194,7 +198,7 @@ impl OrcTable {
     }
 }
 
-/// An address below the first one also fails to fit: it is the order that is wrong then.
+/// An address below the first one does not fit either: there, the order is wrong.
 fn too_wide_or_unsorted(base: Gva, at: Gva, index: usize) -> OrcTableError {
     if at < base {
         OrcTableError::Unsorted(index)
@@ -203,7 +207,8 @@ fn too_wide_or_unsorted(base: Gva, at: Gva, index: usize) -> OrcTableError {
     }
 }
 
-/// About one block for each entry: four entries or so to bisect in a stock kernel's text.
+/// About one block for each entry: the binary search is left with some four entries in a stock
+/// kernel's text.
 fn coarse_index(starts: &[u32]) -> (Vec<u32>, u32) {
     let span = starts.last().copied().unwrap_or(0);
     let mut shift = 6;
@@ -241,7 +246,7 @@ mod tests {
 
     const HOLE: RawEntry = [0; 6];
 
-    /// The two sections as a linker would lay them out for entries at `addresses`.
+    /// The two sections as a linker lays them out for entries at `addresses`.
     fn sections(at: Gva, addresses: &[Gva], raws: &[RawEntry]) -> (Vec<u8>, Vec<u8>) {
         let mut ips = Vec::new();
         for (slot, address) in (0u64..).step_by(4).zip(addresses) {

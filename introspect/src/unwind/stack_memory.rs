@@ -1,18 +1,20 @@
-//! The stacks that one walk may be on, and reading from them.
+//! The memory of the stacks that one walk may be on.
 //!
-//! Knows ranges of addresses, their order and how to read each only once; it must not know registers, code or how the ranges
-//! were found. Follows `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c: stack_access_ok`.
+//! Knows ranges of addresses, the order in which stacks may follow each other, and how to read each
+//! only once; must not know registers, code, or how the ranges were found. Follows
+//! `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c:
+//! stack_access_ok`.
 
 use crate::addr::{Gva, GvaRange};
 use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;
 
-/// Reading guest-virtual memory: all that a walk needs of the guest.
+/// Read access to guest-virtual memory: all that a walk needs of the guest.
 pub trait ReadMemory {
-    /// Fills `buf` from `at` on, or says at which address that failed.
+    /// Fills `buf` from `at` on.
     ///
     /// # Errors
-    /// The address that could not be read.
+    /// The first address that could not be read.
     fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva>;
 }
 
@@ -49,21 +51,24 @@ pub struct StackArea {
 /// No stack is larger (`THREAD_SIZE` with KASAN is 32 KiB).
 pub const MAX_STACK: u64 = 64 << 10;
 
-/// How far below the top of its stack the outermost frame of a task may lie: a `pt_regs` and a first frame, with room.
+/// How far below the top of its stack the outermost frame of a task may be: a `pt_regs` and one
+/// frame, with some margin.
 const MAX_OUTERMOST_FRAME: u64 = 512;
 
-/// Padding between `pt_regs` of an entry from user mode and the top of the stack: none, or what FRED pushes beyond them
-/// (`TOP_OF_KERNEL_STACK_PADDING`).
+/// Padding between `pt_regs` of an entry from user mode and the top of the stack: none, or what
+/// FRED pushes beyond them (`TOP_OF_KERNEL_STACK_PADDING`).
 const TOP_PADDING: u64 = 16;
 
 /// The memory of the stacks of one walk.
+///
+/// Each stack is entered at most once and copied at once, from where it is entered to its top.
 ///
 /// Each stack is entered at most once and read at once, from where it is entered to its top.
 #[derive(Debug)]
 pub struct WalkMemory<'a, R: ?Sized> {
     guest: &'a R,
     areas: &'a [StackArea],
-    /// Stacks not yet entered, by index.
+    /// Bit mask of the stacks that were not entered yet, by index in `areas`.
     not_entered: u64,
     current: Option<StackArea>,
     copied_from: Gva,
@@ -71,7 +76,7 @@ pub struct WalkMemory<'a, R: ?Sized> {
 }
 
 impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
-    /// A walk over `areas` (at most 64 of them are seen).
+    /// Memory of a walk over `areas`, of which only the first 64 are used.
     #[must_use]
     pub fn new(guest: &'a R, areas: &'a [StackArea]) -> Self {
         WalkMemory {
@@ -113,10 +118,11 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
         }
     }
 
-    /// Whether a frame may have its stack pointer at `sp`; the top itself is an empty stack.
+    /// Checks that a frame may have its stack pointer at `sp`; at the top itself, the stack is
+    /// empty.
     ///
     /// # Errors
-    /// When it may not.
+    /// [`Unreliable::BadStackPointer`] when it may not.
     pub fn check_sp(&mut self, sp: Gva) -> Result<(), Unreliable> {
         let at_top = self.current.is_some_and(|area| area.range.end == sp);
         if at_top {
@@ -125,7 +131,8 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
         self.enter(sp, 8).map(drop)
     }
 
-    /// Whether going from a frame at `from` to its caller at `to` goes up: on one stack it must.
+    /// Whether the stack pointer may go from `from` in a frame to `to` in its caller: within one
+    /// stack it must rise.
     #[must_use]
     pub fn rises(&self, from: Gva, to: Gva) -> bool {
         let on = |sp: Gva| {
@@ -135,14 +142,15 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
         !(on(from) && on(to)) || to > from
     }
 
-    /// Whether registers that end at `end` were pushed by an entry from user mode, which starts at the top of a stack.
+    /// Whether a `pt_regs` that ends at `end` was pushed by an entry from user mode, which starts
+    /// at the top of a stack.
     #[must_use]
     pub fn is_entry_from_user(&self, end: Gva) -> bool {
         self.current
             .is_some_and(|area| end <= area.range.end && area.range.end.since(end) <= TOP_PADDING)
     }
 
-    /// Whether the outermost frame of a task's stack may have its stack pointer at `sp`.
+    /// Whether the outermost frame of a task may have its stack pointer at `sp`.
     #[must_use]
     pub fn is_stack_begin(&self, sp: Gva) -> bool {
         self.areas.iter().any(|area| {
@@ -152,7 +160,7 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
         })
     }
 
-    /// Whether every word of guest memory in `words` still has the value it should have.
+    /// Whether each of these addresses in guest memory still has its value.
     #[must_use]
     pub fn has_words(&self, words: &[(Gva, u64)]) -> bool {
         words.iter().all(|(at, value)| {
@@ -162,7 +170,8 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     }
 
     fn copy_to_top(&mut self, at: Gva, area: StackArea) -> Result<(), Unreliable> {
-        // Registers below the stack pointer are not asked for in order, so a second, longer read may be needed.
+        // Words below the stack pointer are not read in order, so a second, longer read may be
+        // needed.
         let len = area.range.end.since(at).min(MAX_STACK);
         let len = usize::try_from(len).map_err(|_| Unreliable::BadStackPointer(at))?;
         self.copied.clear();

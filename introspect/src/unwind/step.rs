@@ -1,15 +1,15 @@
-//! One step from a frame to its caller, by one ORC entry.
+//! One step of a walk: from a frame to its caller, by one ORC entry.
 //!
-//! Knows registers and what ORC entries mean; it must not know where stacks lie, what code is where, or when a stack may be
-//! relied on: memory comes through [`StackMemory`], which decides what may be read. Follows
-//! `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
+//! Knows registers and the meaning of ORC entries; must not know where stacks are, what code is
+//! where, or when a stack is reliable: it reads memory through [`StackMemory`], which decides what
+//! may be read. Follows `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
 
 use crate::addr::Gva;
 use crate::unwind::orc::{Base, Entry, Kind};
 use crate::unwind::stack::Unreliable;
 use crate::vcpu::VcpuRegs;
 
-/// `pt_regs` as the entry code pushes it: the layout that ptrace has fixed for ever.
+/// Offsets in `pt_regs` as the entry code pushes it; ptrace makes this layout permanent.
 pub mod pt_regs {
     /// Offset of `r13`.
     pub const R13: u64 = 0x10;
@@ -23,11 +23,11 @@ pub mod pt_regs {
     pub const DX: u64 = 0x60;
     /// Offset of `di`.
     pub const DI: u64 = 0x70;
-    /// Offset of what the processor pushed.
+    /// Offset of the part that the processor pushed.
     pub const IRET: u64 = 0x80;
 }
 
-/// What the processor pushes on an interrupt.
+/// Offsets in what the processor pushes on an interrupt.
 mod iret {
     pub const IP: u64 = 0x00;
     pub const CS: u64 = 0x08;
@@ -35,16 +35,16 @@ mod iret {
     pub const SIZE: u64 = 0x28;
 }
 
-/// The stacks that a walk may read.
+/// The memory of the stacks that a walk may read.
 pub trait StackMemory {
-    /// The eight bytes at `at`.
+    /// Reads the eight bytes at `at`.
     ///
     /// # Errors
-    /// When `at` is on no stack that this walk may be on now, or cannot be read.
+    /// [`Unreliable`] when `at` is on no stack that this walk may be on now, or cannot be read.
     fn word(&mut self, at: Gva) -> Result<u64, Unreliable>;
 }
 
-/// The registers that ORC can ask for, where a frame has them.
+/// The registers that an ORC entry can refer to, in a frame where they are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SavedRegs {
     bp: u64,
@@ -68,35 +68,35 @@ impl From<&VcpuRegs> for SavedRegs {
     }
 }
 
-/// A place in a walk.
+/// The position of a walk: one frame and its registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cursor {
-    /// Instruction pointer or return address.
+    /// The instruction pointer or return address.
     pub ip: Gva,
-    /// Stack pointer at that instruction.
+    /// The stack pointer at that instruction.
     pub sp: Gva,
-    /// Frame pointer register.
+    /// The frame pointer register.
     pub bp: u64,
-    /// `ip` is an exact position, not a return address.
+    /// Whether `ip` is an exact position, not a return address.
     pub exact: bool,
-    /// The other registers, as far as they are known to be this frame's.
+    /// The other registers, if they are known for this frame.
     pub regs: Option<SavedRegs>,
 }
 
-/// Where one step led.
+/// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// To a frame in the kernel.
+    /// A caller in the kernel.
     Frame(Cursor),
-    /// To user mode.
+    /// The entry from user mode.
     User {
-        /// First address behind the saved user registers.
+        /// The first address after the saved user registers.
         regs_end: Gva,
     },
 }
 
 impl Cursor {
-    /// The place of a vCPU that is in the kernel.
+    /// The position of a vCPU that is in kernel mode.
     #[must_use]
     pub fn from_vcpu(regs: &VcpuRegs) -> Cursor {
         Cursor {
@@ -108,19 +108,20 @@ impl Cursor {
         }
     }
 
-    /// The address to look code up by: a call may be the last instruction of its function, so its return address may not
-    /// be in it.
+    /// The address at which to look up code and unwind data: a call may be the last instruction of
+    /// its function, and its return address is then outside of it.
     #[must_use]
     pub fn code(&self) -> Gva {
         if self.exact { self.ip } else { self.ip.sub(1) }
     }
 
-    /// The caller's place.
+    /// The caller's position.
     ///
-    /// `entry` must be one that goes on: neither `Undefined` nor `End`.
+    /// `entry` must be one that can be unwound: neither `Undefined` nor `End`.
     ///
     /// # Errors
-    /// What [`StackMemory`] refuses, a register that this frame does not have, or an entry that does not go on.
+    /// [`Unreliable`] when [`StackMemory`] refuses a read, a register is needed that is not known
+    /// in this frame, or the entry cannot be unwound.
     pub fn step(&self, entry: &Entry, stacks: &mut impl StackMemory) -> Result<Step, Unreliable> {
         let frame = self.frame_address(entry, stacks)?;
         match entry.kind {
@@ -132,7 +133,8 @@ impl Cursor {
                 let regs = saved_regs(frame, stacks)?;
                 self.interrupted_frame(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
             }
-            // Registers that an outer full frame saved are still the interrupted code's: nothing between has run.
+            // Registers saved by an earlier full frame still belong to the interrupted code:
+            // nothing ran in between.
             Kind::PartialRegs => self.interrupted_frame(frame, self.regs, frame, entry, stacks),
             Kind::Undefined | Kind::End => Err(Unreliable::NoOrc(self.ip)),
         }
@@ -175,7 +177,8 @@ impl Cursor {
         let ip = Gva(stacks.word(at.add(iret::IP))?);
         let cs = stacks.word(at.add(iret::CS))?;
         let sp = Gva(stacks.word(at.add(iret::SP))?);
-        // FRED keeps more than the selector in the slot of cs; the privilege level is where it always was.
+        // FRED stores more than the selector in the slot of cs; the privilege level is in the same
+        // two bits.
         if cs & 3 != 0 {
             return Ok(Step::User {
                 regs_end: at.add(iret::SIZE),
@@ -275,7 +278,7 @@ mod tests {
     fn frame(step: Result<Step, Unreliable>) -> Cursor {
         match step {
             Ok(Step::Frame(cursor)) => cursor,
-            other => panic!("no frame but {other:?}"),
+            other => panic!("expected a frame, got {other:?}"),
         }
     }
 
@@ -356,7 +359,7 @@ mod tests {
         );
         assert_eq!(next.bp, 0x1020);
         assert_eq!(next.regs.map(|r| r.r13), Some(0x1010));
-        // The upper bits are FRED's.
+        // FRED uses the upper bits.
         let user = cursor(TOP.sub(168), 0).step(&regs, &mut interrupted(0x0003_0033));
         assert_eq!(user, Ok(Step::User { regs_end: TOP }));
     }

@@ -1,27 +1,29 @@
-//! One walk, from where a task is to where its stack ends, and the verdict on it.
+//! One walk, from the innermost frame of a task to the end of its stack, and the verdict on it.
 //!
-//! Knows when a stack may be relied on; it must not know how tasks, vCPUs or code are found. The rules are those of
-//! `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and stricter: a stack must end where
-//! stacks end, at the top of a task's stack, and no frame may be in code that makes the stack say something else than it seems.
+//! Knows when a stack is reliable; must not know how tasks, vCPUs or code are found. The rules are
+//! those of `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and
+//! stricter: a stack must end where stacks end, at the top of a task's stack, and no frame may be
+//! in code during which the stack is not what it seems.
 
 use crate::unwind::code_map::{CodeMap, RegionId, UnwindAction};
 use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
 use crate::unwind::stack_memory::{ReadMemory, WalkMemory};
 use crate::unwind::step::{Cursor, Step};
 
-/// As many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`: a full array is refused).
+/// This many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`:
+/// a full array is refused).
 pub const MAX_FRAMES: usize = 100;
 
-/// What is known of the task before its stack is looked at.
+/// What is known of the task before its stack is walked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
-    /// It came through init text that has been freed since (the boot CPU's idle task).
+    /// Whether it came through init text that has been freed since (the boot CPU's idle task).
     pub through_init: bool,
-    /// A vCPU runs it: only then can it be in the middle of an entry from user mode.
+    /// Whether a vCPU runs it: only then can it be in the middle of an entry from user mode.
     pub running: bool,
 }
 
-/// Walks from `start` to the end of the stack, or to the first thing that makes it unreliable.
+/// Walks from `start` to the end of the stack, or to the first frame that makes it unreliable.
 pub fn walk<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
@@ -48,7 +50,7 @@ fn walk_frames<R: ReadMemory + ?Sized>(
     let mut breakpoint = None;
     loop {
         let action = code.action_at(at.ip, at.exact, origin.through_init);
-        // Neither is an address in a function that the task is in.
+        // Neither of these is an address in a function that the task is in.
         if !matches!(action, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
             frames.push(Frame {
                 ip: at.ip,
@@ -87,7 +89,8 @@ fn walk_frames<R: ReadMemory + ?Sized>(
     }
 }
 
-/// A module may have gone since its unwind data were copied.
+/// Checks that the region at `at` is still the code whose unwind data was copied: a module may have
+/// been unloaded since.
 fn check_region<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &WalkMemory<'_, R>,
@@ -104,7 +107,7 @@ fn check_region<R: ReadMemory + ?Sized>(
     Err(Unreliable::NoOrc(at.ip))
 }
 
-/// A stack that nothing was found out about.
+/// A stack of which no frame is known.
 #[must_use]
 pub fn unreliable(reason: Unreliable) -> Stack {
     Stack {
@@ -113,7 +116,7 @@ pub fn unreliable(reason: Unreliable) -> Stack {
     }
 }
 
-/// A stack with no kernel function on it.
+/// A stack without any kernel function.
 #[must_use]
 pub fn empty() -> Stack {
     Stack {
@@ -173,7 +176,7 @@ mod tests {
         })
     }
 
-    /// Guest memory of 64-bit words; what was not put is zero, what is on no stack cannot be read.
+    /// Guest memory of 64-bit words; words that were not set are zero.
     #[derive(Default)]
     struct Guest(HashMap<u64, u64>);
 
@@ -353,7 +356,8 @@ mod tests {
 
     #[test]
     fn hostile_stacks_end() {
-        // A return address that is no code, a stack pointer that does not move, one outside, one that leads downwards.
+        // A return address that is not code, a stack pointer that does not move, one outside, and
+        // one that goes down.
         let sp = TASK.add(0x100);
         let not_text = Guest::default().put(sp, Gva(0x1234));
         assert_eq!(
@@ -379,7 +383,7 @@ mod tests {
             walk_from(&down, TEXT.add(0x10), sp, false).verdict,
             Verdict::Unreliable(Unreliable::BadStackPointer(sp.sub(0x40)))
         );
-        // The interrupt stack may be left, but not come back to.
+        // The interrupt stack may be left, but not entered again.
         let saved = IRQ.add(SIZE).sub(8);
         let back = Guest::default()
             .put(saved, TOP.sub(0x208))
@@ -449,7 +453,7 @@ mod tests {
             bp in any::<u64>(),
             exact in any::<bool>(),
         ) {
-            // Words that look like code, like stack, or like nothing.
+            // Words that look like code, like stack addresses, or like neither.
             let mut guest = Guest::default();
             for (at, kind) in words {
                 let value = match kind {
