@@ -12,12 +12,12 @@ use std::fs;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use introspect::internals;
 use introspect::modules::list;
 use introspect::modules::proc_kallsyms::modules_and_runtime;
-use introspect::symbols::kallsyms::Window;
 use introspect::task_list::cache::TaskCache;
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::OrcTable;
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::OrcTable;
 use introspect::{
     AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Task,
     Unwinder, VcpuRegs,
@@ -124,8 +124,8 @@ pub fn kallsyms(data: &[u8]) -> usize {
         }
         _ => return 0,
     };
-    let window = Window { start, bytes };
-    introspect::symbols::kallsyms::parse(window, covers).map_or(0, |symbols| {
+    let window = internals::kallsyms::Window { start, bytes };
+    internals::kallsyms::parse(window, covers).map_or(0, |symbols| {
         symbols
             .iter()
             .step_by(97)
@@ -153,9 +153,9 @@ pub fn orc(data: &[u8]) -> usize {
     let at = Gva(u64::from_le_bytes(at));
     let len = usize::from(u16::from_le_bytes([low, high])).min(rest.len());
     let (ips, entries) = rest.split_at(len);
-    let detected = introspect::unwind::orc::detect(entries.as_chunks().0);
+    let detected = internals::orc::detect(entries.as_chunks().0);
     let mut built = usize::from(detected.is_some());
-    for encoding in Encoding::ALL {
+    for encoding in OrcEncoding::ALL {
         if let Ok(table) = OrcTable::from_sections(at, ips, entries, encoding) {
             let ends = table.iter().flat_map(|(ip, _)| [ip.sub(1), ip, ip.add(1)]);
             built += ends.filter(|ip| table.lookup(*ip).is_some()).count();

@@ -4,9 +4,9 @@
 //! Live memory, a core file and a test's byte array all implement the trait. This file knows
 //! nothing of page tables or of a kernel.
 
-pub mod kernel;
-pub mod paging;
-pub(crate) mod prefetch;
+pub(crate) mod kernel;
+pub(crate) mod paging;
+mod prefetch;
 pub(crate) mod struct_reader;
 
 use std::collections::VecDeque;
@@ -17,7 +17,10 @@ use vm_memory::{
     VolatileMemory, VolatileSlice,
 };
 
-use crate::memory::prefetch::prefetch;
+use crate::memory::prefetch::prefetch_line;
+
+pub use crate::memory::kernel::{Field, KernelMemory, ReadCause, ReadError};
+pub use crate::memory::paging::{AddressSpace, Mapping, Unmapped};
 
 /// How many structures are prefetched ahead of the one that is compared: more than a processor has
 /// outstanding loads for, less than its first-level cache holds.
@@ -213,7 +216,7 @@ impl<M: GuestMemory + Sync> PhysMemory for M {
             let fields = fields
                 .iter()
                 .filter_map(|field| usize::try_from(field.offset).ok());
-            fields.for_each(|offset| prefetch(start.wrapping_add(offset)));
+            fields.for_each(|offset| prefetch_line(start.wrapping_add(offset)));
             Some(slice)
         };
         let mut slices = gpas.iter().map(fetch);

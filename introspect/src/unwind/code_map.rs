@@ -9,16 +9,16 @@ use std::collections::HashSet;
 
 use crate::addr::{Gva, GvaRange};
 use crate::unwind::change_log::ChangeLog;
-use crate::unwind::orc::{Entry, Kind};
+use crate::unwind::orc::{OrcEntry, OrcKind};
 use crate::unwind::orc_table::OrcTable;
 use crate::unwind::stack::Unreliable;
 
 /// Why a range of core kernel code needs more than its ORC entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CodeClass {
+pub(crate) enum CodeClass {
     /// Stacks of kernel threads and idle tasks end here: an ORC END is correct.
     TaskEntry,
-    /// Entry from and exit to user mode: an ORC END is correct for the innermost frame only.
+    /// OrcEntry from and exit to user mode: an ORC END is correct for the innermost frame only.
     UserEntry,
     /// While this code runs, its stack, or the task that the stack belongs to, is changing.
     Transient,
@@ -51,11 +51,11 @@ pub struct RegionId(u64);
 
 /// How a frame at an address is unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UnwindAction {
+pub(crate) enum UnwindAction {
     /// By this ORC entry.
-    Orc(Entry),
+    Orc(OrcEntry),
     /// By this ORC entry, if that leads to user mode; not if it leads to interrupted kernel code.
-    OrcToUser(Entry),
+    OrcToUser(OrcEntry),
     /// Not at all: this is the outermost frame of a kernel thread or idle task.
     TaskEntry,
     /// Not at all: entry from or exit to user mode, with no kernel function active.
@@ -64,7 +64,7 @@ pub enum UnwindAction {
 
 /// The core kernel's code and unwind data.
 #[derive(Clone, Debug)]
-pub struct CoreText {
+pub(crate) struct CoreText {
     /// `_stext.._etext`.
     pub text: GvaRange,
     /// `_sinittext.._einittext`: freed after boot, but still on the stack of the boot CPU's idle
@@ -78,7 +78,7 @@ pub struct CoreText {
 
 /// All known kernel code of a guest.
 #[derive(Clone, Debug)]
-pub struct CodeMap {
+pub(crate) struct CodeMap {
     core: CoreText,
     /// Sorted by start, and disjoint. These have precedence over the core: patches can be in the
     /// padding of its text. Boxed, so that an insertion moves little memory among thousands of
@@ -95,7 +95,7 @@ pub struct CodeMap {
 /// A region overlaps another one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("code region {name} overlaps {other}")]
-pub struct Overlap {
+pub struct RegionOverlap {
     /// The name of the region that was to be added.
     pub name: String,
     /// The name of the region that exists.
@@ -105,7 +105,7 @@ pub struct Overlap {
 impl CodeMap {
     /// A map of the core kernel only.
     #[must_use]
-    pub fn new(mut core: CoreText) -> CodeMap {
+    pub(crate) fn new(mut core: CoreText) -> CodeMap {
         core.special.sort_by_key(|(range, _)| range.start);
         CodeMap {
             core,
@@ -119,7 +119,7 @@ impl CodeMap {
 
     /// A number that differs after every change of the known code.
     #[must_use]
-    pub fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         self.changes.generation()
     }
 
@@ -136,16 +136,16 @@ impl CodeMap {
 
     /// The core kernel's ORC table.
     #[must_use]
-    pub fn core_orc(&self) -> &OrcTable {
+    pub(crate) fn core_orc(&self) -> &OrcTable {
         &self.core.orc
     }
 
     /// Adds a region.
     ///
     /// # Errors
-    /// [`Overlap`] when another region covers some of its code. The core kernel's text is no
+    /// [`RegionOverlap`] when another region covers some of its code. The core kernel's text is no
     /// region: patches go in its padding.
-    pub fn add(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+    pub(crate) fn add(&mut self, region: CodeRegion) -> Result<RegionId, RegionOverlap> {
         let at = self
             .regions
             .partition_point(|(_, other)| other.text.start < region.text.start);
@@ -158,7 +158,7 @@ impl CodeMap {
                     .filter(|(_, other)| other.text.start < region.text.end)
             });
         if let Some((_, other)) = overlapping {
-            return Err(Overlap {
+            return Err(RegionOverlap {
                 name: region.name,
                 other: other.name.clone(),
             });
@@ -171,7 +171,7 @@ impl CodeMap {
     }
 
     /// Removes a region, if it exists.
-    pub fn remove(&mut self, id: RegionId) {
+    pub(crate) fn remove(&mut self, id: RegionId) {
         self.remove_where(|other| other == id);
     }
 
@@ -193,7 +193,7 @@ impl CodeMap {
 
     /// Makes every stack with code of `range` on it unreliable: trampolines, stubs, code that is
     /// being replaced.
-    pub fn add_transient(&mut self, range: GvaRange) {
+    pub(crate) fn add_transient(&mut self, range: GvaRange) {
         if !range.is_empty() {
             self.transient.push(range);
             self.transient_changed(range);
@@ -201,7 +201,7 @@ impl CodeMap {
     }
 
     /// Undoes one call of [`CodeMap::add_transient`] with the same `range`.
-    pub fn remove_transient(&mut self, range: GvaRange) {
+    pub(crate) fn remove_transient(&mut self, range: GvaRange) {
         if let Some(at) = self.transient.iter().position(|added| *added == range) {
             self.transient.swap_remove(at);
             self.transient_changed(range);
@@ -220,7 +220,7 @@ impl CodeMap {
 
     /// The region whose code includes `code`; `None` in the core kernel and outside of kernel code.
     #[must_use]
-    pub fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
+    pub(crate) fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
         let after = self
             .regions
             .partition_point(|(_, region)| region.text.start <= code);
@@ -234,7 +234,7 @@ impl CodeMap {
     ///
     /// # Errors
     /// [`Unreliable`] with the reason why the frame cannot be unwound reliably.
-    pub fn action_at(
+    pub(crate) fn action_at(
         &self,
         ip: Gva,
         exact: bool,
@@ -247,7 +247,7 @@ impl CodeMap {
         if let Some((_, region)) = self.region(code) {
             return match region.orc.lookup(code) {
                 // No stack ends in a module or in a patch.
-                Some(entry) if entry.kind == Kind::End => Err(Unreliable::UnexpectedEnd(ip)),
+                Some(entry) if entry.kind == OrcKind::End => Err(Unreliable::UnexpectedEnd(ip)),
                 Some(entry) => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
                 None => Err(Unreliable::NoOrc(ip)),
             };
@@ -269,9 +269,9 @@ impl CodeMap {
         }
         let entry = self.core.orc.lookup(code).ok_or(Unreliable::NoOrc(ip))?;
         match (entry.kind, class) {
-            (Kind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
-            (Kind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
-            (Kind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
+            (OrcKind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
+            (OrcKind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
+            (OrcKind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
             (_, Some(CodeClass::Breakpoint)) => {
                 orc_or_undefined(entry, ip).map(UnwindAction::OrcToUser)
             }
@@ -292,9 +292,9 @@ impl CodeMap {
     }
 }
 
-fn orc_or_undefined(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
+fn orc_or_undefined(entry: OrcEntry, ip: Gva) -> Result<OrcEntry, Unreliable> {
     match entry.kind {
-        Kind::Undefined => Err(Unreliable::NoOrc(ip)),
+        OrcKind::Undefined => Err(Unreliable::NoOrc(ip)),
         _ => Ok(entry),
     }
 }
@@ -302,14 +302,14 @@ fn orc_or_undefined(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::unwind::orc::{Encoding, RawEntry};
+    use crate::unwind::orc::{OrcEncoding, RawOrcEntry};
 
     pub(crate) const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
     const INIT: Gva = Gva(0xffff_ffff_8200_0000);
     const MODULE: Gva = Gva(0xffff_ffff_c000_0000);
-    pub(crate) const CALL8: RawEntry = [8, 0, 0, 0, 5, 2];
-    pub(crate) const END: RawEntry = [0, 0, 0, 0, 0, 1];
-    const HOLE: RawEntry = [0; 6];
+    pub(crate) const CALL8: RawOrcEntry = [8, 0, 0, 0, 5, 2];
+    pub(crate) const END: RawOrcEntry = [0, 0, 0, 0, 0, 1];
+    const HOLE: RawOrcEntry = [0; 6];
 
     pub(crate) fn range(start: Gva, len: u64) -> GvaRange {
         GvaRange::new(start, start.add(len))
@@ -326,7 +326,7 @@ pub(crate) mod tests {
                 (TEXT.add(0x500), CALL8),
                 (INIT, CALL8),
             ],
-            Encoding::Typed,
+            OrcEncoding::Typed,
         )
         .unwrap();
         CoreText {
@@ -416,8 +416,11 @@ pub(crate) mod tests {
         let patch = |at: Gva, len| CodeRegion {
             name: format!("patch at {at}"),
             text: range(at, len),
-            orc: OrcTable::from_unsorted(vec![(at, CALL8), (at.add(len), HOLE)], Encoding::Typed)
-                .unwrap(),
+            orc: OrcTable::from_unsorted(
+                vec![(at, CALL8), (at.add(len), HOLE)],
+                OrcEncoding::Typed,
+            )
+            .unwrap(),
             fingerprint: Vec::new(),
         };
         let hole = TEXT.add(0x140);
@@ -448,7 +451,7 @@ pub(crate) mod tests {
         map.add(CodeRegion {
             name: "module".into(),
             text: range(MODULE, 0x100),
-            orc: OrcTable::from_unsorted(vec![(MODULE, END)], Encoding::Typed).unwrap(),
+            orc: OrcTable::from_unsorted(vec![(MODULE, END)], OrcEncoding::Typed).unwrap(),
             fingerprint: Vec::new(),
         })
         .unwrap();

@@ -10,34 +10,39 @@
 //! are used.
 
 mod change_log;
-pub mod code_map;
-pub mod module_code;
-pub mod orc;
-pub mod orc_table;
-pub mod special_code;
-pub mod stack;
-pub mod stack_memory;
-pub mod step;
-pub mod walk;
+mod code_map;
+mod module_code;
+pub(crate) mod orc;
+pub(crate) mod orc_table;
+mod special_code;
+pub(crate) mod stack;
+pub(crate) mod stack_memory;
+mod step;
+mod walk;
 
 use crate::addr::{Gva, GvaRange};
 use crate::btf::BtfError;
 use crate::kernel::Kernel;
 use crate::kernel::stack_areas::{StackAreaError, StackAreas};
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::modules::ModulesError;
 use crate::parallel::spread;
 use crate::symbols::{SymbolError, Symbols};
 use crate::task::{Task, TaskKind};
-use crate::unwind::code_map::{CodeClass, CodeMap, CodeRegion, CoreText, Overlap, RegionId};
-use crate::unwind::module_code::{ModuleRegions, RefreshError};
-use crate::unwind::orc::{ENTRY_SIZE, Encoding, Kind, RawEntry};
-use crate::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
+use crate::unwind::code_map::{CodeClass, CodeMap, CoreText};
+use crate::unwind::module_code::ModuleRegions;
+use crate::unwind::orc::ENTRY_SIZE;
+use crate::unwind::orc_table::MAX_ENTRIES;
 use crate::unwind::special_code::{NEW_TASK_ENTRIES, ORDINARY_FUNCTIONS, special_ranges};
-use crate::unwind::stack::{Stack, Unreliable};
 use crate::unwind::stack_memory::WalkMemory;
 use crate::unwind::step::{Cursor, StackMemory};
-use crate::unwind::walk::{Origin, empty, unreliable, walk};
+use crate::unwind::walk::{Origin, empty, unreliable, walk_stack};
 use crate::vcpu::VcpuRegs;
+
+pub use crate::unwind::code_map::{CodeRegion, RegionId, RegionOverlap};
+pub use crate::unwind::orc::{OrcBase, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry};
+pub use crate::unwind::orc_table::{OrcTable, OrcTableError};
+pub use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
 
 /// Why the stacks of a guest cannot be walked at all.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -144,13 +149,13 @@ impl Unwinder {
     /// data of new ones.
     ///
     /// # Errors
-    /// [`RefreshError`] when the list of modules cannot be read. Stacks that contain no module code
+    /// [`ModulesError`] when the list of modules cannot be read. Stacks that contain no module code
     /// remain reliable.
     pub fn refresh(
         &mut self,
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
-    ) -> Result<(), RefreshError> {
+    ) -> Result<(), ModulesError> {
         let result = self.modules.refresh(&mut self.code, kernel, memory);
         if result.is_err() {
             // Modules may have been loaded and unloaded unnoticed.
@@ -177,8 +182,8 @@ impl Unwinder {
     /// Adds code that the guest's kernel does not know, with unwind data for it.
     ///
     /// # Errors
-    /// [`Overlap`] when another region covers some of this code.
-    pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+    /// [`RegionOverlap`] when another region covers some of this code.
+    pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, RegionOverlap> {
         self.code.add(region)
     }
 
@@ -200,14 +205,8 @@ impl Unwinder {
 
     /// The encoding of this kernel's unwind data; modules built for the kernel have the same.
     #[must_use]
-    pub fn encoding(&self) -> Encoding {
+    pub fn encoding(&self) -> OrcEncoding {
         self.code.core_orc().encoding()
-    }
-
-    /// The core kernel's unwind data.
-    #[must_use]
-    pub fn core_orc(&self) -> &OrcTable {
-        self.code.core_orc()
     }
 
     /// Whether `/proc/PID/stack` omits frames at this address (`kernel/sched/core.c:
@@ -273,7 +272,7 @@ impl Unwinder {
             running: true,
         };
         let mut stacks = WalkMemory::new(memory, &areas);
-        walk(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
+        walk_stack(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
     }
 
     fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
@@ -286,7 +285,7 @@ impl Unwinder {
                     through_init: task.addr == self.init_task,
                     running: false,
                 };
-                walk(&self.code, &mut stacks, start, origin)
+                walk_stack(&self.code, &mut stacks, start, origin)
             }
         }
     }
@@ -337,7 +336,7 @@ fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, 
     };
     let (ips_at, ips) = section("__start_orc_unwind_ip", "__stop_orc_unwind_ip")?;
     let (_, entries) = section("__start_orc_unwind", "__stop_orc_unwind")?;
-    let raw: &[RawEntry] = entries.as_chunks().0;
+    let raw: &[RawOrcEntry] = entries.as_chunks().0;
     let encoding = orc::detect(raw).ok_or(OrcTableError::UnknownEncoding)?;
     Ok(OrcTable::from_sections(ips_at, &ips, &entries, encoding)?)
 }
@@ -361,7 +360,10 @@ fn verify(
         }
         verified += 1;
     }
-    let is_end = |at: Gva| orc.lookup(at).is_some_and(|entry| entry.kind == Kind::End);
+    let is_end = |at: Gva| {
+        orc.lookup(at)
+            .is_some_and(|entry| entry.kind == OrcKind::End)
+    };
     let kthread_entry_ends = special
         .iter()
         .any(|(range, class)| *class == CodeClass::TaskEntry && is_end(range.start));

@@ -11,7 +11,7 @@ use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::modules::{self, Module, ModuleOrc, ModulesError};
 use crate::unwind::code_map::{CodeMap, CodeRegion, RegionId};
-use crate::unwind::orc::{ENTRY_SIZE, Encoding};
+use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding};
 use crate::unwind::orc_table::OrcTable;
 
 /// The most ORC entries of one module; the largest of a stock kernel have about 40,000.
@@ -19,9 +19,6 @@ const MAX_MODULE_ENTRIES: usize = 1 << 20;
 /// The most ORC entries of all modules together: they take some 30 MiB here. A hostile guest's
 /// modules can all name the same table.
 const MAX_ALL_ENTRIES: usize = 2 << 20;
-
-/// Why the list of modules cannot be read.
-pub type RefreshError = ModulesError;
 
 /// The modules that were loaded at the last refresh.
 #[derive(Clone, Debug, Default)]
@@ -43,7 +40,7 @@ impl ModuleRegions {
         code: &mut CodeMap,
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
-    ) -> Result<(), RefreshError> {
+    ) -> Result<(), ModulesError> {
         let present = modules::list(kernel, memory)?;
         let encoding = code.core_orc().encoding();
         let mut removed = std::mem::take(&mut self.known);
@@ -86,7 +83,7 @@ impl ModuleRegions {
 fn add(
     code: &mut CodeMap,
     memory: &KernelMemory<'_>,
-    encoding: Encoding,
+    encoding: OrcEncoding,
     module: &Module,
     fingerprint: Vec<(Gva, u64)>,
     budget: usize,
@@ -116,7 +113,7 @@ fn add(
     known
 }
 
-fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Option<OrcTable> {
+fn table(memory: &KernelMemory<'_>, encoding: OrcEncoding, orc: &ModuleOrc) -> Option<OrcTable> {
     let count = u64::from(orc.count);
     let ips = memory
         .bytes(orc.ips, count * 4, MAX_MODULE_ENTRIES * 4)

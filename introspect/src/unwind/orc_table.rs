@@ -5,7 +5,7 @@
 //! must check that first.
 
 use crate::addr::Gva;
-use crate::unwind::orc::{ENTRY_SIZE, Encoding, Entry, Kind, RawEntry};
+use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry};
 
 /// The most entries that are accepted in one table; a stock kernel has half a million.
 pub const MAX_ENTRIES: usize = 2 << 20;
@@ -40,7 +40,7 @@ pub enum OrcTableError {
         /// The entry's index.
         index: usize,
         /// The entry's bytes.
-        raw: RawEntry,
+        raw: RawOrcEntry,
     },
     /// No known encoding decodes the whole table, or several do.
     #[error("ORC table is in no known encoding")]
@@ -50,11 +50,11 @@ pub enum OrcTableError {
 /// A sorted ORC table, with a coarse index that narrows the binary search.
 #[derive(Clone, Debug)]
 pub struct OrcTable {
-    encoding: Encoding,
+    encoding: OrcEncoding,
     /// The address of the first entry; the others are stored relative to it.
     base: Gva,
     starts: Vec<u32>,
-    entries: Vec<RawEntry>,
+    entries: Vec<RawOrcEntry>,
     /// For each block of `1 << shift` bytes from `base` on: the last entry that starts at or before
     /// the block.
     index: Vec<u32>,
@@ -71,7 +71,7 @@ impl OrcTable {
         ips_at: Gva,
         ips: &[u8],
         entries: &[u8],
-        encoding: Encoding,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
         let (ips, _) = ips.as_chunks::<4>();
         let (entries, _) = entries.as_chunks::<ENTRY_SIZE>();
@@ -89,14 +89,14 @@ impl OrcTable {
     /// # Errors
     /// [`OrcTableError`] for a table that no kernel has.
     pub fn from_unsorted(
-        mut entries: Vec<(Gva, RawEntry)>,
-        encoding: Encoding,
+        mut entries: Vec<(Gva, RawOrcEntry)>,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
         // A section's terminator gives way to a real entry at the same address (`orc_sort_cmp`).
-        let real = |raw: &RawEntry| {
+        let real = |raw: &RawOrcEntry| {
             encoding
                 .decode(*raw)
-                .is_some_and(|entry| entry.kind != Kind::Undefined)
+                .is_some_and(|entry| entry.kind != OrcKind::Undefined)
         };
         entries.sort_by_key(|(at, raw)| (*at, real(raw)));
         let raws = entries.iter().map(|(_, raw)| *raw).collect();
@@ -107,8 +107,8 @@ impl OrcTable {
     fn build(
         addresses: impl Iterator<Item = Gva>,
         count: usize,
-        entries: Vec<RawEntry>,
-        encoding: Encoding,
+        entries: Vec<RawOrcEntry>,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
         if count != entries.len() {
             return Err(OrcTableError::Mismatch {
@@ -153,7 +153,7 @@ impl OrcTable {
 
     /// The entry that applies at `at`: the last one that starts at or before it.
     #[must_use]
-    pub fn lookup(&self, at: Gva) -> Option<Entry> {
+    pub fn lookup(&self, at: Gva) -> Option<OrcEntry> {
         let offset = u32::try_from(at.since(self.base)).ok()?;
         let block = usize::try_from(offset >> self.shift).ok()?;
         let first = self.index_at(block);
@@ -173,7 +173,7 @@ impl OrcTable {
 
     /// The encoding of the entries.
     #[must_use]
-    pub fn encoding(&self) -> Encoding {
+    pub fn encoding(&self) -> OrcEncoding {
         self.encoding
     }
 
@@ -190,9 +190,9 @@ impl OrcTable {
     }
 
     /// All entries in order of address, for checks and listings.
-    pub fn iter(&self) -> impl Iterator<Item = (Gva, Entry)> + '_ {
+    pub fn iter(&self) -> impl Iterator<Item = (Gva, OrcEntry)> + '_ {
         self.starts.iter().zip(&self.entries).map(|(start, raw)| {
-            let entry = self.encoding.decode(*raw).unwrap_or(Entry::UNDEFINED);
+            let entry = self.encoding.decode(*raw).unwrap_or(OrcEntry::UNDEFINED);
             (self.base.add(u64::from(*start)), entry)
         })
     }
@@ -235,19 +235,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::unwind::orc::Base;
+    use crate::unwind::orc::OrcBase;
 
     const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
 
-    fn call(offset: i16) -> RawEntry {
+    fn call(offset: i16) -> RawOrcEntry {
         let [a, b] = offset.to_le_bytes();
         [a, b, 0, 0, 5, 2]
     }
 
-    const HOLE: RawEntry = [0; 6];
+    const HOLE: RawOrcEntry = [0; 6];
 
     /// The two sections as a linker lays them out for entries at `addresses`.
-    fn sections(at: Gva, addresses: &[Gva], raws: &[RawEntry]) -> (Vec<u8>, Vec<u8>) {
+    fn sections(at: Gva, addresses: &[Gva], raws: &[RawOrcEntry]) -> (Vec<u8>, Vec<u8>) {
         let mut ips = Vec::new();
         for (slot, address) in (0u64..).step_by(4).zip(addresses) {
             let relative = address.since(at.add(slot)).cast_signed();
@@ -262,16 +262,16 @@ mod tests {
         let raws = [call(8), call(16), HOLE, call(24)];
         let at = TEXT.add(0x80_0000);
         let (ips, entries) = sections(at, &addresses, &raws);
-        let table = OrcTable::from_sections(at, &ips, &entries, Encoding::Typed).unwrap();
+        let table = OrcTable::from_sections(at, &ips, &entries, OrcEncoding::Typed).unwrap();
         let offset = |ip| table.lookup(ip).map(|e| (e.kind, e.sp_offset));
         assert_eq!(offset(TEXT.sub(1)), None);
-        assert_eq!(offset(TEXT), Some((Kind::Call, 8)));
-        assert_eq!(offset(TEXT.add(1)), Some((Kind::Call, 16)));
-        assert_eq!(offset(TEXT.add(0xff)), Some((Kind::Call, 16)));
-        assert_eq!(offset(TEXT.add(0x100)), Some((Kind::Undefined, 0)));
-        assert_eq!(offset(TEXT.add(0xf_ffff)), Some((Kind::Undefined, 0)));
-        assert_eq!(offset(TEXT.add(0x10_0000)), Some((Kind::Call, 24)));
-        assert_eq!(offset(TEXT.add(0xffff_ffff)), Some((Kind::Call, 24)));
+        assert_eq!(offset(TEXT), Some((OrcKind::Call, 8)));
+        assert_eq!(offset(TEXT.add(1)), Some((OrcKind::Call, 16)));
+        assert_eq!(offset(TEXT.add(0xff)), Some((OrcKind::Call, 16)));
+        assert_eq!(offset(TEXT.add(0x100)), Some((OrcKind::Undefined, 0)));
+        assert_eq!(offset(TEXT.add(0xf_ffff)), Some((OrcKind::Undefined, 0)));
+        assert_eq!(offset(TEXT.add(0x10_0000)), Some((OrcKind::Call, 24)));
+        assert_eq!(offset(TEXT.add(0xffff_ffff)), Some((OrcKind::Call, 24)));
         assert_eq!(offset(TEXT.add(1 << 32)), None);
     }
 
@@ -284,19 +284,19 @@ mod tests {
                 (TEXT.add(8), HOLE),
                 (TEXT, call(8)),
             ],
-            Encoding::Typed,
+            OrcEncoding::Typed,
         )
         .unwrap();
         assert_eq!(table.lookup(TEXT.add(8)).unwrap().sp_offset, 16);
-        assert_eq!(table.lookup(TEXT.add(17)).unwrap().sp_base, Base::Sp);
+        assert_eq!(table.lookup(TEXT.add(17)).unwrap().sp_base, OrcBase::Sp);
         assert_eq!(table.len(), 4);
     }
 
     #[test]
     fn tables_that_no_kernel_has_are_refused() {
-        let build = |addresses: &[Gva], raws: &[RawEntry]| {
+        let build = |addresses: &[Gva], raws: &[RawOrcEntry]| {
             let (ips, entries) = sections(TEXT, addresses, raws);
-            OrcTable::from_sections(TEXT, &ips, &entries, Encoding::Typed).map(|t| t.len())
+            OrcTable::from_sections(TEXT, &ips, &entries, OrcEncoding::Typed).map(|t| t.len())
         };
         assert_eq!(build(&[], &[]), Err(OrcTableError::Empty));
         assert_eq!(
@@ -329,13 +329,13 @@ mod tests {
                 .zip(0i16..)
                 .map(|(o, i)| (TEXT.add(u64::from(*o)), call(i)))
                 .collect();
-            let table = OrcTable::from_unsorted(entries.clone(), Encoding::Typed).unwrap();
+            let table = OrcTable::from_unsorted(entries.clone(), OrcEncoding::Typed).unwrap();
             for probe in probes {
                 let ip = TEXT.add(u64::from(probe));
                 let expected = entries.iter().rfind(|(at, _)| *at <= ip).map(|(_, raw)| *raw);
                 prop_assert_eq!(
                     table.lookup(ip),
-                    expected.and_then(|raw| Encoding::Typed.decode(raw))
+                    expected.and_then(|raw| OrcEncoding::Typed.decode(raw))
                 );
             }
         }
@@ -347,7 +347,7 @@ mod tests {
             entries in prop::collection::vec(any::<u8>(), 0..96),
             ip in any::<u64>(),
         ) {
-            for encoding in Encoding::ALL {
+            for encoding in OrcEncoding::ALL {
                 if let Ok(table) = OrcTable::from_sections(Gva(at), &ips, &entries, encoding) {
                     let _ = table.lookup(Gva(ip));
                 }

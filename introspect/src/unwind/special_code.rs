@@ -88,7 +88,7 @@ const TRANSIENT_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
 
 /// The special ranges of the kernel with these symbols, within its `text`, sorted and disjoint.
 #[must_use]
-pub fn special_ranges(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
+pub(crate) fn special_ranges(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
     let named = [
         (TASK_ENTRIES, CodeClass::TaskEntry),
         (USER_ENTRIES, CodeClass::UserEntry),
@@ -114,11 +114,11 @@ pub fn special_ranges(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeC
 }
 
 /// Functions at which a task that has never run starts: its saved return address is exactly this.
-pub const NEW_TASK_ENTRIES: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
+pub(crate) const NEW_TASK_ENTRIES: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
 
 /// Ordinary functions that every kernel has: at the first instruction of each, only the return
 /// address is on the stack.
-pub const ORDINARY_FUNCTIONS: &[&str] = &[
+pub(crate) const ORDINARY_FUNCTIONS: &[&str] = &[
     "schedule",
     "do_exit",
     "vfs_read",

@@ -10,7 +10,7 @@ use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;
 
 /// Read access to guest-virtual memory: all that a walk needs of the guest.
-pub trait ReadMemory {
+pub(crate) trait ReadMemory {
     /// Fills `buf` from `at` on.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ pub struct StackArea {
 }
 
 /// No stack is larger (`THREAD_SIZE` with KASAN is 32 KiB).
-pub const MAX_STACK: u64 = 64 << 10;
+pub(crate) const MAX_STACK: u64 = 64 << 10;
 
 /// How far below the top of its stack the outermost frame of a task may be: a `pt_regs` and one
 /// frame, with some margin.
@@ -65,7 +65,7 @@ const TOP_PADDING: u64 = 16;
 ///
 /// Each stack is entered at most once and read at once, from where it is entered to its top.
 #[derive(Debug)]
-pub struct WalkMemory<'a, R: ?Sized> {
+pub(crate) struct WalkMemory<'a, R: ?Sized> {
     guest: &'a R,
     areas: &'a [StackArea],
     /// Bit mask of the stacks that were not entered yet, by index in `areas`.
@@ -78,7 +78,7 @@ pub struct WalkMemory<'a, R: ?Sized> {
 impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     /// Memory of a walk over `areas`, of which only the first 64 are used.
     #[must_use]
-    pub fn new(guest: &'a R, areas: &'a [StackArea]) -> Self {
+    pub(crate) fn new(guest: &'a R, areas: &'a [StackArea]) -> Self {
         WalkMemory {
             guest,
             areas,
@@ -123,7 +123,7 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     ///
     /// # Errors
     /// [`Unreliable::BadStackPointer`] when it may not.
-    pub fn check_sp(&mut self, sp: Gva) -> Result<(), Unreliable> {
+    pub(crate) fn check_sp(&mut self, sp: Gva) -> Result<(), Unreliable> {
         let at_top = self.current.is_some_and(|area| area.range.end == sp);
         if at_top {
             return Ok(());
@@ -134,7 +134,7 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     /// Whether the stack pointer may go from `from` in a frame to `to` in its caller: within one
     /// stack it must rise.
     #[must_use]
-    pub fn rises(&self, from: Gva, to: Gva) -> bool {
+    pub(crate) fn rises(&self, from: Gva, to: Gva) -> bool {
         let on = |sp: Gva| {
             self.current
                 .is_some_and(|area| area.range.contains(sp) || area.range.end == sp)
@@ -145,14 +145,14 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     /// Whether a `pt_regs` that ends at `end` was pushed by an entry from user mode, which starts
     /// at the top of a stack.
     #[must_use]
-    pub fn is_entry_from_user(&self, end: Gva) -> bool {
+    pub(crate) fn is_entry_from_user(&self, end: Gva) -> bool {
         self.current
             .is_some_and(|area| end <= area.range.end && area.range.end.since(end) <= TOP_PADDING)
     }
 
     /// Whether the outermost frame of a task may have its stack pointer at `sp`.
     #[must_use]
-    pub fn is_stack_begin(&self, sp: Gva) -> bool {
+    pub(crate) fn is_stack_begin(&self, sp: Gva) -> bool {
         self.areas.iter().any(|area| {
             area.kind == StackType::Task
                 && sp <= area.range.end
@@ -162,7 +162,7 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
 
     /// Whether each of these addresses in guest memory still has its value.
     #[must_use]
-    pub fn has_words(&self, words: &[(Gva, u64)]) -> bool {
+    pub(crate) fn has_words(&self, words: &[(Gva, u64)]) -> bool {
         words.iter().all(|(at, value)| {
             let mut raw = [0; 8];
             self.guest.read_virtual(*at, &mut raw).is_ok() && u64::from_le_bytes(raw) == *value

@@ -5,38 +5,38 @@
 //! may be read. Follows `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
 
 use crate::addr::Gva;
-use crate::unwind::orc::{Base, Entry, Kind};
+use crate::unwind::orc::{OrcBase, OrcEntry, OrcKind};
 use crate::unwind::stack::Unreliable;
 use crate::vcpu::VcpuRegs;
 
 /// Offsets in `pt_regs` as the entry code pushes it; ptrace makes this layout permanent.
-pub mod pt_regs {
+pub(crate) mod pt_regs {
     /// Offset of `r13`.
-    pub const R13: u64 = 0x10;
+    pub(crate) const R13: u64 = 0x10;
     /// Offset of `bp`.
-    pub const BP: u64 = 0x20;
+    pub(crate) const BP: u64 = 0x20;
     /// Offset of `r10`.
-    pub const R10: u64 = 0x38;
+    pub(crate) const R10: u64 = 0x38;
     /// Offset of `ax`.
-    pub const AX: u64 = 0x50;
+    pub(crate) const AX: u64 = 0x50;
     /// Offset of `dx`.
-    pub const DX: u64 = 0x60;
+    pub(crate) const DX: u64 = 0x60;
     /// Offset of `di`.
-    pub const DI: u64 = 0x70;
+    pub(crate) const DI: u64 = 0x70;
     /// Offset of the part that the processor pushed.
-    pub const IRET: u64 = 0x80;
+    pub(crate) const IRET: u64 = 0x80;
 }
 
 /// Offsets in what the processor pushes on an interrupt.
 mod iret {
-    pub const IP: u64 = 0x00;
-    pub const CS: u64 = 0x08;
-    pub const SP: u64 = 0x18;
-    pub const SIZE: u64 = 0x28;
+    pub(crate) const IP: u64 = 0x00;
+    pub(crate) const CS: u64 = 0x08;
+    pub(crate) const SP: u64 = 0x18;
+    pub(crate) const SIZE: u64 = 0x28;
 }
 
 /// The memory of the stacks that a walk may read.
-pub trait StackMemory {
+pub(crate) trait StackMemory {
     /// Reads the eight bytes at `at`.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ pub trait StackMemory {
 
 /// The registers that an ORC entry can refer to, in a frame where they are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SavedRegs {
+pub(crate) struct SavedRegs {
     bp: u64,
     r10: u64,
     r13: u64,
@@ -70,7 +70,7 @@ impl From<&VcpuRegs> for SavedRegs {
 
 /// The position of a walk: one frame and its registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cursor {
+pub(crate) struct Cursor {
     /// The instruction pointer or return address.
     pub ip: Gva,
     /// The stack pointer at that instruction.
@@ -85,7 +85,7 @@ pub struct Cursor {
 
 /// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// A caller in the kernel.
     Frame(Cursor),
     /// The entry from user mode.
@@ -98,7 +98,7 @@ pub enum Step {
 impl Cursor {
     /// The position of a vCPU that is in kernel mode.
     #[must_use]
-    pub fn from_vcpu(regs: &VcpuRegs) -> Cursor {
+    pub(crate) fn from_vcpu(regs: &VcpuRegs) -> Cursor {
         Cursor {
             ip: Gva(regs.rip),
             sp: Gva(regs.rsp),
@@ -111,7 +111,7 @@ impl Cursor {
     /// The address at which to look up code and unwind data: a call may be the last instruction of
     /// its function, and its return address is then outside of it.
     #[must_use]
-    pub fn code(&self) -> Gva {
+    pub(crate) fn code(&self) -> Gva {
         if self.exact { self.ip } else { self.ip.sub(1) }
     }
 
@@ -122,27 +122,31 @@ impl Cursor {
     /// # Errors
     /// [`Unreliable`] when [`StackMemory`] refuses a read, a register is needed that is not known
     /// in this frame, or the entry cannot be unwound.
-    pub fn step(&self, entry: &Entry, stacks: &mut impl StackMemory) -> Result<Step, Unreliable> {
+    pub(crate) fn step(
+        &self,
+        entry: &OrcEntry,
+        stacks: &mut impl StackMemory,
+    ) -> Result<Step, Unreliable> {
         let frame = self.frame_address(entry, stacks)?;
         match entry.kind {
-            Kind::Call => {
+            OrcKind::Call => {
                 let ip = Gva(stacks.word(frame.sub(8))?);
                 self.caller(ip, frame, None, frame, entry, stacks)
             }
-            Kind::Regs => {
+            OrcKind::Regs => {
                 let regs = saved_regs(frame, stacks)?;
                 self.interrupted_frame(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
             }
             // Registers saved by an earlier full frame still belong to the interrupted code:
             // nothing ran in between.
-            Kind::PartialRegs => self.interrupted_frame(frame, self.regs, frame, entry, stacks),
-            Kind::Undefined | Kind::End => Err(Unreliable::NoOrc(self.ip)),
+            OrcKind::PartialRegs => self.interrupted_frame(frame, self.regs, frame, entry, stacks),
+            OrcKind::Undefined | OrcKind::End => Err(Unreliable::NoOrc(self.ip)),
         }
     }
 
     fn frame_address(
         &self,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Gva, Unreliable> {
         let offset = i64::from(entry.sp_offset);
@@ -153,16 +157,16 @@ impl Cursor {
                 .ok_or(Unreliable::MissingRegister(self.ip))
         };
         Ok(match entry.sp_base {
-            Base::Sp => self.sp.offset(offset),
-            Base::Bp => Gva(self.bp).offset(offset),
-            Base::SpIndirect => Gva(stacks.word(self.sp)?).offset(offset),
-            Base::BpIndirect => Gva(stacks.word(Gva(self.bp).offset(offset))?),
-            Base::Ax => known(|regs| regs.ax)?,
-            Base::Dx => known(|regs| regs.dx)?,
-            Base::Di => known(|regs| regs.di)?,
-            Base::R10 => known(|regs| regs.r10)?,
-            Base::R13 => known(|regs| regs.r13)?,
-            Base::Undefined | Base::PrevSp => return Err(Unreliable::NoOrc(self.ip)),
+            OrcBase::Sp => self.sp.offset(offset),
+            OrcBase::Bp => Gva(self.bp).offset(offset),
+            OrcBase::SpIndirect => Gva(stacks.word(self.sp)?).offset(offset),
+            OrcBase::BpIndirect => Gva(stacks.word(Gva(self.bp).offset(offset))?),
+            OrcBase::Ax => known(|regs| regs.ax)?,
+            OrcBase::Dx => known(|regs| regs.dx)?,
+            OrcBase::Di => known(|regs| regs.di)?,
+            OrcBase::R10 => known(|regs| regs.r10)?,
+            OrcBase::R13 => known(|regs| regs.r13)?,
+            OrcBase::Undefined | OrcBase::PrevSp => return Err(Unreliable::NoOrc(self.ip)),
         })
     }
 
@@ -171,7 +175,7 @@ impl Cursor {
         at: Gva,
         regs: Option<SavedRegs>,
         frame: Gva,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Step, Unreliable> {
         let ip = Gva(stacks.word(at.add(iret::IP))?);
@@ -193,13 +197,13 @@ impl Cursor {
         sp: Gva,
         regs: Option<SavedRegs>,
         frame: Gva,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Step, Unreliable> {
         let offset = i64::from(entry.bp_offset);
         let bp = match entry.bp_base {
-            Base::PrevSp => stacks.word(frame.offset(offset))?,
-            Base::Bp => stacks.word(Gva(self.bp).offset(offset))?,
+            OrcBase::PrevSp => stacks.word(frame.offset(offset))?,
+            OrcBase::Bp => stacks.word(Gva(self.bp).offset(offset))?,
             _ => regs.map_or(self.bp, |regs| regs.bp),
         };
         Ok(Step::Frame(Cursor {
@@ -230,7 +234,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::unwind::orc::Encoding;
+    use crate::unwind::orc::OrcEncoding;
 
     const TOP: Gva = Gva(0xffff_c900_0000_4000);
     const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
@@ -264,14 +268,14 @@ mod tests {
         }
     }
 
-    fn entry(kind: Kind, sp: (Base, i16), bp: (Base, i16)) -> Entry {
-        Entry {
+    fn entry(kind: OrcKind, sp: (OrcBase, i16), bp: (OrcBase, i16)) -> OrcEntry {
+        OrcEntry {
             kind,
             sp_base: sp.0,
             sp_offset: sp.1,
             bp_base: bp.0,
             bp_offset: bp.1,
-            signal: matches!(kind, Kind::Regs | Kind::PartialRegs),
+            signal: matches!(kind, OrcKind::Regs | OrcKind::PartialRegs),
         }
     }
 
@@ -286,7 +290,7 @@ mod tests {
     fn a_call_from_sp_restores_bp() {
         let mut stack = Words::default();
         stack.put(TOP.sub(8), TEXT.0 + 5).put(TOP.sub(16), 0xb0);
-        let call = entry(Kind::Call, (Base::Sp, 32), (Base::PrevSp, -16));
+        let call = entry(OrcKind::Call, (OrcBase::Sp, 32), (OrcBase::PrevSp, -16));
         let next = frame(cursor(TOP.sub(32), 1).step(&call, &mut stack));
         assert_eq!(next.ip, TEXT.add(5));
         assert_eq!(next.sp, TOP);
@@ -298,7 +302,7 @@ mod tests {
     fn a_call_from_bp_keeps_bp_without_a_rule_for_it() {
         let mut stack = Words::default();
         stack.put(TOP.sub(8), TEXT.0);
-        let call = entry(Kind::Call, (Base::Bp, 16), (Base::Undefined, 0));
+        let call = entry(OrcKind::Call, (OrcBase::Bp, 16), (OrcBase::Undefined, 0));
         let next = frame(cursor(TOP.sub(64), TOP.0 - 16).step(&call, &mut stack));
         assert_eq!((next.sp, next.bp), (TOP, TOP.0 - 16));
     }
@@ -307,10 +311,18 @@ mod tests {
     fn indirect_bases_load_before_or_after_adding_the_offset() {
         let mut stack = Words::default();
         stack.put(TOP.sub(64), TOP.0 - 8).put(TOP.sub(8), TEXT.0);
-        let sp = entry(Kind::Call, (Base::SpIndirect, 8), (Base::Undefined, 0));
+        let sp = entry(
+            OrcKind::Call,
+            (OrcBase::SpIndirect, 8),
+            (OrcBase::Undefined, 0),
+        );
         assert_eq!(frame(cursor(TOP.sub(64), 0).step(&sp, &mut stack)).sp, TOP);
         stack.put(TOP.sub(48), TOP.0);
-        let bp = entry(Kind::Call, (Base::BpIndirect, -8), (Base::Undefined, 0));
+        let bp = entry(
+            OrcKind::Call,
+            (OrcBase::BpIndirect, -8),
+            (OrcBase::Undefined, 0),
+        );
         assert_eq!(
             frame(cursor(Gva(0), TOP.0 - 40).step(&bp, &mut stack)).sp,
             TOP
@@ -321,7 +333,7 @@ mod tests {
     fn a_register_that_the_frame_lacks_is_reported() {
         let mut stack = Words::default();
         stack.put(TOP.sub(8), TEXT.0);
-        let drap = entry(Kind::Call, (Base::R10, 0), (Base::Undefined, 0));
+        let drap = entry(OrcKind::Call, (OrcBase::R10, 0), (OrcBase::Undefined, 0));
         assert_eq!(
             cursor(TOP.sub(64), 0).step(&drap, &mut stack),
             Err(Unreliable::MissingRegister(TEXT))
@@ -351,7 +363,7 @@ mod tests {
 
     #[test]
     fn saved_registers_lead_to_an_exact_position_or_to_user_mode() {
-        let regs = entry(Kind::Regs, (Base::Sp, 0), (Base::Undefined, 0));
+        let regs = entry(OrcKind::Regs, (OrcBase::Sp, 0), (OrcBase::Undefined, 0));
         let next = frame(cursor(TOP.sub(168), 0).step(&regs, &mut interrupted(0x10)));
         assert_eq!(
             (next.ip, next.sp, next.exact),
@@ -366,7 +378,11 @@ mod tests {
 
     #[test]
     fn a_bare_interrupt_frame_keeps_the_registers_of_the_inner_frame() {
-        let partial = entry(Kind::PartialRegs, (Base::Sp, 0), (Base::Undefined, 0));
+        let partial = entry(
+            OrcKind::PartialRegs,
+            (OrcBase::Sp, 0),
+            (OrcBase::Undefined, 0),
+        );
         let at = TOP.sub(40);
         let next = frame(cursor(at, 9).step(&partial, &mut interrupted(0x10)));
         assert_eq!((next.bp, next.regs), (9, None));
@@ -381,7 +397,11 @@ mod tests {
 
     #[test]
     fn undefined_and_end_entries_do_not_step() {
-        let end = entry(Kind::End, (Base::Undefined, 0), (Base::Undefined, 0));
+        let end = entry(
+            OrcKind::End,
+            (OrcBase::Undefined, 0),
+            (OrcBase::Undefined, 0),
+        );
         assert_eq!(
             cursor(TOP, 0).step(&end, &mut Words::default()),
             Err(Unreliable::NoOrc(TEXT))
@@ -403,7 +423,7 @@ mod tests {
             }
             let [ip, sp, bp, r10] = words;
             let regs = VcpuRegs { rip: ip, rsp: sp, rbp: bp, r10, ..VcpuRegs::default() };
-            for entry in Encoding::ALL.into_iter().filter_map(|e| e.decode(raw)) {
+            for entry in OrcEncoding::ALL.into_iter().filter_map(|e| e.decode(raw)) {
                 let _ = Cursor::from_vcpu(&regs).step(&entry, &mut Same(value));
             }
         }

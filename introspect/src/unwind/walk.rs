@@ -12,11 +12,11 @@ use crate::unwind::step::{Cursor, Step};
 
 /// This many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`:
 /// a full array is refused).
-pub const MAX_FRAMES: usize = 100;
+pub(crate) const MAX_FRAMES: usize = 100;
 
 /// What is known of the task before its stack is walked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Origin {
+pub(crate) struct Origin {
     /// Whether it came through init text that has been freed since (the boot CPU's idle task).
     pub through_init: bool,
     /// Whether a vCPU runs it: only then can it be in the middle of an entry from user mode.
@@ -24,7 +24,7 @@ pub struct Origin {
 }
 
 /// Walks from `start` to the end of the stack, or to the first frame that makes it unreliable.
-pub fn walk<R: ReadMemory + ?Sized>(
+pub(crate) fn walk_stack<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
@@ -109,7 +109,7 @@ fn check_region<R: ReadMemory + ?Sized>(
 
 /// A stack of which no frame is known.
 #[must_use]
-pub fn unreliable(reason: Unreliable) -> Stack {
+pub(crate) fn unreliable(reason: Unreliable) -> Stack {
     Stack {
         frames: Vec::new(),
         verdict: Verdict::Unreliable(reason),
@@ -118,7 +118,7 @@ pub fn unreliable(reason: Unreliable) -> Stack {
 
 /// A stack without any kernel function.
 #[must_use]
-pub fn empty() -> Stack {
+pub(crate) fn empty() -> Stack {
     Stack {
         frames: Vec::new(),
         verdict: Verdict::Reliable,
@@ -135,7 +135,7 @@ mod tests {
     use crate::addr::Gva;
     use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
     use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
-    use crate::unwind::orc::Encoding;
+    use crate::unwind::orc::OrcEncoding;
     use crate::unwind::orc_table::OrcTable;
     use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, area};
     use crate::unwind::stack_memory::{StackArea, StackType};
@@ -161,7 +161,7 @@ mod tests {
                 (STUCK, [0, 0, 0, 0, 5, 2]),
                 (TEXT.add(0x400), CALL8),
             ],
-            Encoding::Typed,
+            OrcEncoding::Typed,
         )
         .unwrap();
         CodeMap::new(CoreText {
@@ -227,7 +227,7 @@ mod tests {
             running: exact,
             ..Origin::default()
         };
-        walk(&map(), &mut WalkMemory::new(guest, &AREAS), start, origin)
+        walk_stack(&map(), &mut WalkMemory::new(guest, &AREAS), start, origin)
     }
 
     fn ips(stack: &Stack) -> Vec<Gva> {
@@ -342,7 +342,7 @@ mod tests {
             exact: true,
             regs: None,
         };
-        let sleeping = walk(
+        let sleeping = walk_stack(
             &map(),
             &mut WalkMemory::new(&guest, &AREAS),
             start,
@@ -417,7 +417,7 @@ mod tests {
         code.add(CodeRegion {
             name: "module".into(),
             text: range(module, 0x100),
-            orc: OrcTable::from_unsorted(vec![(module, CALL8)], Encoding::Typed).unwrap(),
+            orc: OrcTable::from_unsorted(vec![(module, CALL8)], OrcEncoding::Typed).unwrap(),
             fingerprint: vec![(fingerprint, 7)],
         })
         .unwrap();
@@ -431,7 +431,7 @@ mod tests {
                 regs: None,
             };
             let mut stacks = WalkMemory::new(&guest, &AREAS);
-            walk(&code, &mut stacks, start, Origin::default()).verdict
+            walk_stack(&code, &mut stacks, start, Origin::default()).verdict
         };
         let present = || Guest::default().put(sp, KTHREAD_ENTRY.add(1));
         assert_eq!(
@@ -466,7 +466,7 @@ mod tests {
             }
             let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, regs: None };
             let areas = [area(StackType::Task, TASK), area(StackType::Irq, IRQ)];
-            let stack = walk(
+            let stack = walk_stack(
                 &map(),
                 &mut WalkMemory::new(&guest, &areas),
                 start,

@@ -1,7 +1,8 @@
 //! Tables of any size: those at their caps keep the bounds, those beyond are refused.
 
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
+use introspect::internals::orc::MAX_ENTRIES;
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::{OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
 use introspect::modules;
@@ -51,7 +52,7 @@ fn an_orc_table_as_long_as_may_be() {
         bounded("ORC", || {
             // What is read of the guest is held beside it.
             let (ips, entries) = (ips.clone(), entries.clone());
-            OrcTable::from_sections(Gva(1 << 40), &ips, &entries, Encoding::Typed)
+            OrcTable::from_sections(Gva(1 << 40), &ips, &entries, OrcEncoding::Typed)
         })
         .map(|table| table.len())
     };

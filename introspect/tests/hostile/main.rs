@@ -5,11 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use introspect::internals::kallsyms::{self, KallsymsError, Window};
 use introspect::modules::proc_kallsyms::{ListingError, modules_and_runtime};
 use introspect::modules::{self, ModulesError};
-use introspect::symbols::kallsyms::{KallsymsError, Window};
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::{OrcTable, OrcTableError};
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::{OrcTable, OrcTableError};
 use introspect::{
     AddressSpace, Btf, BtfError, FindError, Gva, GvaRange, Kernel, KernelMemory, PhysMemory,
     TasksError, Unwinder,
@@ -179,11 +179,11 @@ fn kallsyms_cut_anywhere() {
         let start = Gva(virt(start));
         let window = Window { start, bytes };
         bounded("kallsyms", || {
-            introspect::symbols::kallsyms::parse(window, covers).map(|s| s.len())
+            kallsyms::parse(window, covers).map(|s| s.len())
         })
     };
     let all = parse(&whole).unwrap();
-    let digits = introspect::symbols::kallsyms::digits(&whole, 0).unwrap();
+    let digits = kallsyms::digits(&whole, 0).unwrap();
     let end = whole.iter().rposition(|&byte| byte != 0).unwrap() + 1;
     // In the count, the names, the markers, the tokens, their index, the offsets and the base.
     for cut in [
@@ -246,7 +246,8 @@ fn orc_tables_that_no_kernel_makes() {
             .flat_map(|ip| ip.to_le_bytes())
             .take(bytes)
             .collect();
-        let table = OrcTable::from_sections(Gva(0), &ips, &CALL.repeat(entries), Encoding::Typed);
+        let table =
+            OrcTable::from_sections(Gva(0), &ips, &CALL.repeat(entries), OrcEncoding::Typed);
         table.map(|table| table.len())
     };
     assert_eq!(build(&[0x10, 0x10, 0x10], 12, 3), Ok(3));

@@ -10,7 +10,7 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, eax, esi, qword_ptr, rbp, rbx, rdi, rsp};
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Field, Gva, Kernel, Task, VcpuRegs};
 
 use crate::error::PatchError;

@@ -6,7 +6,7 @@
 //! nothing of what stands at an entry.
 
 use introspect::btf::{Btf, BtfError};
-use introspect::memory::kernel::{Field, KernelMemory, ReadError};
+use introspect::memory::{Field, KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
 
 use crate::error::PatchError;

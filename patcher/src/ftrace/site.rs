@@ -6,7 +6,7 @@
 
 use introspect::Gva;
 use introspect::btf::{Btf, BtfError};
-use introspect::memory::kernel::{Field, KernelMemory, ReadError};
+use introspect::memory::{Field, KernelMemory, ReadError};
 
 use crate::x86::entry_stub::SITE_LEN;
 
