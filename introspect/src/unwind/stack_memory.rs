@@ -49,7 +49,7 @@ pub struct StackArea {
 }
 
 /// No stack is larger (`THREAD_SIZE` with KASAN is 32 KiB).
-pub(crate) const MAX_STACK: u64 = 64 << 10;
+pub const MAX_STACK: u64 = 64 << 10;
 
 /// How far below the top of its stack the outermost frame of a task may be: a `pt_regs` and one
 /// frame, with some margin.
