@@ -81,7 +81,9 @@ mod testing;
 
 // What introspection reads: guest-physical memory and vCPU registers, live or from a file.
 pub mod memory;
+#[doc(inline)]
 pub use memory::{AddressSpace, FieldRange, Mapping, OutOfBounds, PhysMemory, Unmapped};
+#[doc(inline)]
 pub use memory::{Field, KernelMemory, ReadCause, ReadError};
 
 mod addr;
@@ -91,6 +93,7 @@ mod vcpu;
 pub use vcpu::VcpuRegs;
 
 pub mod core_dump;
+#[doc(inline)]
 pub use core_dump::{CoreError, CoreFile, RawRange};
 
 pub mod x86;

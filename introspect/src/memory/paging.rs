@@ -28,7 +28,7 @@ pub struct AddressSpace {
     pub levels: u8,
 }
 
-/// What a virtual address is mapped to.
+/// The mapping of a virtual address: physical address, page size and permissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// The guest-physical address.

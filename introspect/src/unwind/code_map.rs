@@ -45,7 +45,7 @@ pub struct CodeRegion {
     pub fingerprint: Vec<(Gva, u64)>,
 }
 
-/// Identifies an added region, so that it can be removed.
+/// Identifies an added code region, so that it can be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionId(u64);
 
@@ -92,7 +92,7 @@ pub(crate) struct CodeMap {
     changes: ChangeLog,
 }
 
-/// A region overlaps another one.
+/// The error of adding a code region that overlaps another one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("code region {name} overlaps {other}")]
 pub struct RegionOverlap {

@@ -10,7 +10,7 @@ use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry
 /// The most entries that are accepted in one table; a stock kernel has half a million.
 pub const MAX_ENTRIES: usize = 2 << 20;
 
-/// Why a table cannot be one that a kernel made.
+/// Why an ORC table cannot be one that a kernel made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OrcTableError {

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::addr::{Gva, GvaRange};
 
-/// One frame: an address in code that the task has yet to execute or return to.
+/// A stack frame: an address in code that the task has yet to execute or return to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Frame {
     /// The instruction pointer, of the innermost or an interrupted frame, or the return address.
