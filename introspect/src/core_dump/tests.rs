@@ -168,7 +168,7 @@ fn read_fields_returns_what_read_returns() {
 }
 
 #[test]
-fn qemus_notes_do_where_ours_are_not() {
+fn qemu_notes_are_used_without_outpatch_notes() {
     let mut bytes = good();
     while let Some(at) = bytes.windows(9).position(|w| w == b"outpatch\0") {
         bytes[at] = b'x';
@@ -188,7 +188,7 @@ fn qemus_notes_do_where_ours_are_not() {
 }
 
 #[test]
-fn what_is_no_core_is_told_apart() {
+fn what_is_no_core_is_refused_with_its_reason() {
     assert!(refusal(b"").contains("not an ELF file"));
     assert!(refusal(b"KDUMP   and more").contains("without -z"));
     let mut other = good();

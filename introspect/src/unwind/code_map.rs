@@ -18,7 +18,7 @@ use crate::unwind::stack::Unreliable;
 pub(crate) enum CodeClass {
     /// Stacks of kernel threads and idle tasks end here: an ORC END is correct.
     TaskEntry,
-    /// OrcEntry from and exit to user mode: an ORC END is correct for the innermost frame only.
+    /// Entry from and exit to user mode: an ORC END is correct for the innermost frame only.
     UserEntry,
     /// While this code runs, its stack, or the task that the stack belongs to, is changing.
     Transient,

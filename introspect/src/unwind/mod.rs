@@ -172,8 +172,8 @@ impl Unwinder {
     }
 
     /// The code whose unwind data changed since [`generation`](Self::generation) returned this
-    /// number; `None` if that may be any code. A reliable stack without any of this code is still
-    /// the same.
+    /// number; `None` if that may be any code. A reliable stack without any of this code would be
+    /// walked in the same way again.
     #[must_use]
     pub fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         self.code.changed_since(generation)

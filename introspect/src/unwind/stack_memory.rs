@@ -62,8 +62,6 @@ const TOP_PADDING: u64 = 16;
 /// The memory of the stacks of one walk.
 ///
 /// Each stack is entered at most once and copied at once, from where it is entered to its top.
-///
-/// Each stack is entered at most once and read at once, from where it is entered to its top.
 #[derive(Debug)]
 pub(crate) struct WalkMemory<'a, R: ?Sized> {
     guest: &'a R,

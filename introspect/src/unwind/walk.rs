@@ -328,13 +328,13 @@ mod tests {
     }
 
     #[test]
-    fn entry_stubs_end_only_what_runs() {
+    fn entry_code_ends_only_the_stack_of_a_running_task() {
         let guest = Guest::default();
         let user_sp = Gva(0x7fff_1234);
         let stack = walk_from(&guest, ENTRY.add(3), user_sp, true);
         assert!(stack.is_reliable());
         assert_eq!(ips(&stack), [ENTRY.add(3)]);
-        // A sleeping task whose saved frame was overwritten does not get away with it.
+        // A sleeping task cannot be there: its saved frame was overwritten.
         let start = Cursor {
             ip: ENTRY.add(3),
             sp: user_sp,
