@@ -1,8 +1,9 @@
 //! Lists the tasks of a live guest, and whether their stacks are reliable, in short pauses:
 //! `cargo run --example live -p introspect -- guest.core`.
 //!
-//! A VMM implements `LiveGuest` for its own guests. To have something to run on, this example copies
-//! the memory of a core file into a `GuestMemoryMmap` and treats it as a guest whose vCPUs never run.
+//! A VMM implements `LiveGuest` for its own guests. To have something to run on, this example
+//! copies the memory of a core file into a `GuestMemoryMmap` and treats it as a guest whose vCPUs
+//! never run.
 
 use std::error::Error;
 use std::path::Path;
@@ -60,7 +61,7 @@ impl<'g, G: LiveGuest> Observer<'g, G> {
     fn observe(&mut self) -> Result<Vec<(Task, Stack)>, Box<dyn Error>> {
         let guest = self.guest;
         for _ in 0..MAX_TRIES {
-            // Most of the work, while the guest runs. The result is a hint: `refresh` revalidates it.
+            // Most of the work, while the guest runs. The result is a hint that `refresh` revalidates.
             let memory = self.kernel.memory(guest.memory());
             self.tasks.prewalk(&self.kernel, &self.unwinder, &memory);
 

@@ -12,8 +12,8 @@
 //!   [`vm_memory::GuestMemory`] implements it.
 //! - [`VcpuRegs`]: the registers of each vCPU when it was stopped, as plain data.
 //!
-//! A [`CoreFile`] (an ELF core, or a raw image plus registers) provides both, and so does a VMM that
-//! stops its vCPUs.
+//! A [`CoreFile`] (an ELF core, or a raw image plus registers) provides both, and so does a VMM
+//! that stops its vCPUs.
 //!
 //! # Example: a core file
 //! Print every kernel stack in a core file (`examples/stacks.rs`):
@@ -32,11 +32,11 @@
 //!
 //! # What is read, under which lock, and what can be wrong
 //! Stop every vCPU, read, and resume: only what is read in one pause is of one moment. A pause can
-//! come in the middle of a change, though, and no lock can be waited for from outside. Where a reader
-//! depends on a lock in the guest, it checks whether that lock is held, and if so returns a *busy*
-//! error; the caller then resumes the guest for a moment and retries. What the guest itself reads
-//! under RCU alone needs no lock here: an entry is complete before it is linked, and a stopped vCPU
-//! frees nothing.
+//! come in the middle of a change, though, and no lock can be waited for from outside. Where a
+//! reader depends on a lock in the guest, it checks whether that lock is held, and if so returns a
+//! *busy* error; the caller then resumes the guest for a moment and retries. What the guest itself
+//! reads under RCU alone needs no lock here: an entry is complete before it is linked, and a
+//! stopped vCPU frees nothing.
 //!
 //! | reader | depends on | what it can get wrong | cost |
 //! | --- | --- | --- | --- |

@@ -118,7 +118,8 @@ pub enum CoreError {
     },
     /// A raw image was given without the registers of any vCPU.
     #[error(
-        "no vCPU's registers were given with the raw image: they are required to find its page tables"
+        "no vCPU's registers were given with the raw image: they are required to find its page \
+         tables"
     )]
     NoRegisters,
 }
