@@ -61,7 +61,7 @@ impl<'g, G: LiveGuest> Observer<'g, G> {
     fn observe(&mut self) -> Result<Vec<(Task, Stack)>, Box<dyn Error>> {
         let guest = self.guest;
         for _ in 0..MAX_TRIES {
-            // Most of the work, while the guest runs. The result is a hint that `refresh` revalidates.
+            // Most of the work, while the guest runs. The result is a hint; `refresh` checks it.
             let memory = self.kernel.memory(guest.memory());
             self.tasks.prewalk(&self.kernel, &self.unwinder, &memory);
 
