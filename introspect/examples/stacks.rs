@@ -1,4 +1,5 @@
-//! Prints every kernel stack in a core file: `cargo run --example stacks -p introspect -- guest.core`.
+//! Prints every kernel stack in a core file:
+//! `cargo run --example stacks -p introspect -- guest.core`.
 
 use std::error::Error;
 use std::path::Path;

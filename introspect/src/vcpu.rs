@@ -5,6 +5,16 @@
 use serde::Serialize;
 
 /// The registers of one vCPU at the moment it stopped.
+///
+/// More registers may be added: make one with [`Default`] and assign its fields.
+///
+/// ```
+/// let mut regs = introspect::VcpuRegs::default();
+/// regs.index = 1;
+/// regs.rip = 0xffff_ffff_8100_0000;
+/// regs.online = true;
+/// ```
+#[non_exhaustive]
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[allow(missing_docs)] // Most fields are registers under the architecture's names.
 pub struct VcpuRegs {

@@ -114,7 +114,7 @@ impl CoreDumpWriter {
         vmcoreinfo: Option<&[u8]>,
     ) -> Result<u64, DumpError> {
         let ranges = memory.ranges();
-        let notes = notes::write(vcpus, vmcoreinfo);
+        let notes = notes::encode(vcpus, vmcoreinfo);
         let layout = Layout::new(&ranges, notes.len())?;
         self.put(&layout.headers(), 0)?;
         self.put(&notes, layout.notes.offset)?;
@@ -337,10 +337,10 @@ mod tests {
         let folder = TempDir::new();
         let path = folder.path().join("core");
         let memory = memory();
-        let vcpus = [0, 1].map(|index| VcpuRegs {
-            index,
-            lstar: 7,
-            ..VcpuRegs::default()
+        let vcpus = [0, 1].map(|index| {
+            let mut regs = VcpuRegs::default();
+            (regs.index, regs.lstar) = (index, 7);
+            regs
         });
         let mut dump = CoreDumpWriter::create(&path).unwrap();
         let bytes = dump.write(&memory, &vcpus, Some(b"OSRELEASE=6\n")).unwrap();

@@ -1,4 +1,5 @@
-//! What a target's inputs cost: `cargo run --release --example replay -- TARGET FILE...` prints the slowest and the largest.
+//! Reports what inputs of a fuzz target cost: `cargo run --release --example replay -- TARGET
+//! FILE...` prints the slowest and the largest.
 
 use std::time::Duration;
 

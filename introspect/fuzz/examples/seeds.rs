@@ -1,14 +1,14 @@
-//! Writes `seeds/TARGET/*`: inputs that come far, and one for each way of breaking a structure that is known.
+//! Writes `seeds/TARGET/*`: inputs that get far, and one for each known way to break a structure.
 
 use std::fs;
 use std::path::Path;
 
 use hostile_guest::{btf, cores, image, kallsyms, ram};
 
-/// A record of `mutate`: a value in a part of memory.
-fn record(part: u8, mode: u8, place: usize, value: u64) -> Vec<u8> {
+/// A record of `mutate`: a value to write in a part of memory.
+fn record(part: u8, mode: u8, offset: usize, value: u64) -> Vec<u8> {
     let mut out = vec![part, mode];
-    out.extend((place as u16).to_le_bytes());
+    out.extend((offset as u16).to_le_bytes());
     out.extend(value.to_le_bytes());
     out
 }
@@ -67,16 +67,17 @@ fn main() {
     core_files();
     records();
     write("whole", "good", &[]);
-    for (part, place) in (0..9).flat_map(|part| [(part, 8), (part, 0x100)]) {
+    for (part, offset) in (0..9).flat_map(|part| [(part, 8), (part, 0x100)]) {
         write(
             "whole",
-            &format!("part-{part}-{place:03x}"),
-            &record(part, 1, place, image::TASKS as u64),
+            &format!("part-{part}-{offset:03x}"),
+            &record(part, 1, offset, image::TASKS as u64),
         );
     }
 }
 
-/// Damage to a real guest (`dump`): what is found anew, and records all over what is read of it.
+/// Damage to a real guest (`dump`): how much of it is found again, and records with addresses all
+/// over what is read of it.
 fn records() {
     let mut random = 1u64;
     for how in 0..16u8 {

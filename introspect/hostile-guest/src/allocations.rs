@@ -1,21 +1,21 @@
-//! An allocator that counts what each thread holds.
+//! An allocator that counts the bytes that each thread holds.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The system's allocator, with a count for each thread: tests run beside each other.
+/// The system's allocator with a count for each thread, as tests run in parallel.
 struct Counting;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
 thread_local! {
-    /// Bytes held now, and the most since it was last set.
+    /// The bytes that are held now, and the most since the count was last reset.
     static HELD: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
 }
 
 fn count(bytes: isize) {
-    // A thread that is ending has no count any more, and needs none.
+    // A thread that is ending has no count any more and needs none.
     let _ = HELD.try_with(|held| {
         let (now, peak) = held.get();
         let now = now.saturating_add(bytes);
@@ -23,8 +23,8 @@ fn count(bytes: isize) {
     });
 }
 
-// SAFETY: every call is passed on to `System` as it came, so what `System` promises holds; the count is a `Cell` in a constant
-// thread-local, which neither allocates nor unwinds.
+// SAFETY: every call is passed on to `System` unchanged, so what `System` guarantees holds; the
+// count is a `Cell` in a constant thread-local, which neither allocates nor unwinds.
 #[allow(unsafe_code, reason = "an allocator cannot be had without")]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -55,7 +55,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What `work` gives, and how many bytes more this thread held during it, at most.
+/// Runs `work`, and returns its result and how many bytes more this thread held meanwhile, at most.
 pub fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.with(|held| {
         let (now, _) = held.get();

@@ -1,4 +1,5 @@
-//! BTF with the types that introspection asks for, and no more. Offsets are made up: only the guest's BTF knows them.
+//! A `.BTF` section with the types that introspection looks up, and no others. Offsets are
+//! invented: only this BTF knows them.
 
 /// Writes type records and strings.
 #[derive(Default)]
@@ -41,7 +42,7 @@ impl Writer {
         id
     }
 
-    /// Members by name, type and offset in bytes.
+    /// Writes a structure; a member has a name, a type and an offset in bytes.
     fn structure(&mut self, name: &str, size: u32, members: &[(&str, u32, u32)]) -> u32 {
         let id = self.record(name, 4, members.len(), size);
         for (name, kind, offset) in members {
@@ -93,7 +94,7 @@ pub fn section() -> Vec<u8> {
     w.structure("list_head", 16, &[("next", long, 0), ("prev", long, 8)]);
     task(&mut w, &basic);
     module(&mut w, &basic);
-    made_code(&mut w, &basic);
+    runtime_code(&mut w, &basic);
     stacks(&mut w, &basic);
     locks(&mut w, &basic);
     w.values(
@@ -176,8 +177,8 @@ fn module(w: &mut Writer, basic: &Basic) {
     w.values("mod_mem_type", &[("MOD_TEXT", 0), ("MOD_INIT_TEXT", 4)]);
 }
 
-/// Code that the kernel makes at run time.
-fn made_code(w: &mut Writer, basic: &Basic) {
+/// Code that the kernel generates at run time.
+fn runtime_code(w: &mut Writer, basic: &Basic) {
     let &Basic {
         byte, long, list, ..
     } = basic;

@@ -1,11 +1,12 @@
-//! Core files, byte by byte: what `vmm/src/dump.rs` writes, and what nobody would.
+//! Core files, byte by byte: those that `vmm/src/core_dump.rs` writes, and those that no writer
+//! makes.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use introspect::PhysMemory;
 use introspect::core_dump::notes;
-use introspect::{PhysMemory, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use super::image;
@@ -13,24 +14,24 @@ use super::image;
 pub const PT_LOAD: u32 = 1;
 pub const PT_NOTE: u32 = 4;
 
-/// Bytes of `Elf64_Ehdr` and of `Elf64_Phdr`.
+/// Bytes of an `Elf64_Ehdr` and of an `Elf64_Phdr`.
 const FILE_HEADER: usize = 64;
 const HEADER: usize = 56;
-/// Fields of `Elf64_Ehdr`.
+/// Offsets of fields of `Elf64_Ehdr`.
 pub const E_PHOFF: usize = 32;
 pub const E_SHOFF: usize = 40;
 pub const E_PHNUM: usize = 56;
-/// Fields of `Elf64_Phdr`.
+/// Offsets of fields of `Elf64_Phdr`.
 pub const P_OFFSET: usize = 8;
 pub const P_PADDR: usize = 24;
 pub const P_FILESZ: usize = 32;
 pub const P_MEMSZ: usize = 40;
 pub const P_ALIGN: usize = 48;
 
-/// A segment: type, physical address, bytes in memory, and those of them that are in the file.
+/// A segment: type, physical address, bytes in memory, and the bytes that are in the file.
 pub type Part<'a> = (u32, u64, u64, &'a [u8]);
 
-/// The file of these segments.
+/// The contents of a file with these segments.
 pub fn bytes(parts: &[Part<'_>]) -> Vec<u8> {
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
     out.resize(16, 0);
@@ -58,7 +59,7 @@ pub fn bytes(parts: &[Part<'_>]) -> Vec<u8> {
     out
 }
 
-/// The file with another value in a field of segment `n`.
+/// The contents of the file with another value in a field of segment `n`.
 pub fn with(parts: &[Part<'_>], n: usize, field: usize, value: u64) -> Vec<u8> {
     let mut out = bytes(parts);
     let at = FILE_HEADER + HEADER * n + field;
@@ -66,21 +67,24 @@ pub fn with(parts: &[Part<'_>], n: usize, field: usize, value: u64) -> Vec<u8> {
     out
 }
 
-/// The notes of `count` vCPUs; each has page tables of its own, in one row from [`ROOT`] on.
+/// The notes of `count` vCPUs; each has page tables of its own, one after the other from [`ROOT`]
+/// on.
 pub fn notes(count: u32) -> Vec<u8> {
-    let regs = |index| VcpuRegs {
-        index,
-        cr3: ROOT + 0x2000 * u64::from(index),
-        ..image::vcpus().remove(0)
+    let regs = |index| {
+        let mut regs = image::vcpus().remove(0);
+        regs.index = index;
+        regs.cr3 = ROOT + 0x2000 * u64::from(index);
+        regs
     };
     let vcpus: Vec<_> = (0..count).map(regs).collect();
-    notes::write(&vcpus, Some(b"OSRELEASE=6.12.0-made-up\n"))
+    notes::encode(&vcpus, Some(b"OSRELEASE=6.12.0-made-up\n"))
 }
 
-/// Where the first vCPU's tables are.
+/// The physical address of the first vCPU's page tables.
 pub const ROOT: u64 = 1 << 30;
 
-/// A small core: the words of the tables alone, so that even they are scattered, and an image that is all zero.
+/// The segments of a small core: of the page tables only the words in use, so that even these are
+/// scattered, and an image that is all zero.
 pub fn good(notes: &[u8]) -> Vec<Part<'_>> {
     const NEXT: &[u8] = &((ROOT + 0x1000) | 3).to_le_bytes();
     const LAST: &[u8] = &((ROOT + 0x2000) | 3).to_le_bytes();
@@ -95,10 +99,10 @@ pub fn good(notes: &[u8]) -> Vec<Part<'_>> {
     ]
 }
 
-/// A file that has no name any more.
+/// A temporary file with these contents, unlinked already.
 ///
 /// # Panics
-/// If the system has no room for it.
+/// If the file cannot be created or written.
 pub fn file(bytes: &[u8]) -> File {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -107,12 +111,12 @@ pub fn file(bytes: &[u8]) -> File {
     let mut options = File::options();
     options.read(true).write(true).create_new(true);
     let mut file = options.open(&path).expect("a temporary file");
-    fs::remove_file(&path).expect("it was made here");
-    file.write_all(bytes).expect("room for a small file");
+    fs::remove_file(&path).expect("it was just created");
+    file.write_all(bytes).expect("space for a small file");
     file
 }
 
-/// Reads around both ends of the first ranges: how often there was memory.
+/// Reads around both ends of the first ranges, and returns how many reads succeeded.
 pub fn edges(core: &introspect::CoreFile) -> usize {
     let around = |at: u64| [at.saturating_sub(32), at, at.saturating_add(1)];
     let mut buf = [0; 64];

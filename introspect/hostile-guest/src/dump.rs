@@ -1,7 +1,9 @@
-//! A real guest to damage, in place of the one made here: the core file that `OUTPATCH_FUZZ_CORE` names.
+//! A real guest to corrupt in place of the synthetic one: the core file that `OUTPATCH_FUZZ_CORE`
+//! names.
 //!
-//! What introspection reads of the guest while it is whole is noted once; damage goes to such places alone, so each record of a
-//! fuzzer's bytes counts. A record has sixteen bytes: which of the places, where in it, how the value is meant, and the value.
+//! The addresses that introspection reads of the undamaged guest are recorded once; only these are
+//! damaged, so that each record of the fuzzer's bytes matters. A record has sixteen bytes: which
+//! address, the offset from there, how the value is meant, and the value.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,22 +17,23 @@ use super::{stacks, stacks_of, walk};
 
 const RECORD: usize = 16;
 
-/// The guest, and what is read of it.
+/// The guest, and which of its memory is read.
 pub struct Dump {
     core: CoreFile,
     kernel: Kernel,
     unwinder: Unwinder,
-    /// Of each read, where and how much.
-    places: Vec<(usize, usize)>,
-    /// From where on of them the kernel has been found, and from where on its unwind data are known.
-    found: usize,
-    known: usize,
+    /// Start and length of each read.
+    reads: Vec<(usize, usize)>,
+    /// The index in `reads` of the first read after finding the kernel, and of the first after
+    /// reading the unwind data.
+    after_kernel: usize,
+    after_unwinder: usize,
 }
 
 /// The guest that the environment names.
 ///
 /// # Panics
-/// If it names one that cannot be used: fuzzing another than the one that was asked for would say nothing.
+/// If it cannot be used: fuzzing another guest than the requested one would be misleading.
 pub fn named() -> Option<&'static Dump> {
     static DUMP: OnceLock<Option<Dump>> = OnceLock::new();
     let open = || {
@@ -40,7 +43,7 @@ pub fn named() -> Option<&'static Dump> {
     DUMP.get_or_init(open).as_ref()
 }
 
-/// Memory that notes what is read of it.
+/// Memory that records what is read of it.
 struct Traced<'c> {
     core: &'c CoreFile,
     reads: Mutex<BTreeMap<usize, usize>>,
@@ -72,44 +75,45 @@ impl Dump {
             reads: Mutex::default(),
         };
         let kernel = Kernel::find(&traced, core.vcpus()).expect("a guest with a kernel");
-        let mut places = traced.take();
-        let found = places.len();
+        let mut reads = traced.take();
+        let after_kernel = reads.len();
         let unwinder = Unwinder::new(&kernel, &kernel.memory(&traced)).expect("unwind data");
-        places.extend(traced.take());
-        let known = places.len();
+        reads.extend(traced.take());
+        let after_unwinder = reads.len();
         let reliable = walk(&kernel, unwinder.clone(), &traced, core.vcpus());
         assert!(reliable > 0, "a guest with stacks that can be walked");
-        places.extend(traced.take());
+        reads.extend(traced.take());
         Dump {
             core,
             kernel,
             unwinder,
-            places,
-            found,
-            known,
+            reads,
+            after_kernel,
+            after_unwinder,
         }
     }
 
-    /// The guest with damage; the first byte says what of it is found anew. Most often not the kernel: that takes long, and is
-    /// the same for all damage to what comes later.
+    /// Runs introspection on the damaged guest. The first byte says how much of it is found again;
+    /// most often not the kernel, which takes long and gives the same for all damage to what is
+    /// read later.
     pub fn damaged(&self, data: &[u8]) -> usize {
         let Some((how, records)) = data.split_first() else {
             return stacks(&self.core, self.core.vcpus());
         };
         let from = match how & 15 {
             15 => 0,
-            13 | 14 => self.found,
-            _ => self.known,
+            13 | 14 => self.after_kernel,
+            _ => self.after_unwinder,
         };
-        let places = &self.places[from..];
+        let reads = &self.reads[from..];
         let mut memory = Mutated::of(&self.core);
         for record in records.as_chunks::<RECORD>().0.iter().take(MAX_CHANGES) {
-            self.change(&mut memory, places, record);
+            self.change(&mut memory, reads, record);
         }
         let vcpus = self.core.vcpus();
         match from {
             0 => stacks(&memory, vcpus),
-            from if from == self.found => stacks_of(&self.kernel, &memory, vcpus),
+            from if from == self.after_kernel => stacks_of(&self.kernel, &memory, vcpus),
             _ => walk(&self.kernel, self.unwinder.clone(), &memory, vcpus),
         }
     }
@@ -117,12 +121,12 @@ impl Dump {
     fn change(
         &self,
         memory: &mut Mutated<'_, CoreFile>,
-        places: &[(usize, usize)],
+        reads: &[(usize, usize)],
         record: &[u8; RECORD],
     ) {
         let [a, b, c, d, low, high, mode, _, value @ ..] = *record;
-        let place = |n: u32| places.get(n as usize % places.len().max(1)).copied();
-        let Some((start, len)) = place(u32::from_le_bytes([a, b, c, d])) else {
+        let read = |n: u32| reads.get(n as usize % reads.len().max(1)).copied();
+        let Some((start, len)) = read(u32::from_le_bytes([a, b, c, d])) else {
             return;
         };
         let offset = usize::from(u16::from_le_bytes([low, high]));
@@ -130,16 +134,16 @@ impl Dump {
         let value = u64::from_le_bytes(value);
         let value = match mode & 3 {
             0 => value,
-            // What stands elsewhere: a pointer of the guest's own, or one beside where it leads.
+            // The word at another address: a pointer of the guest's own, or one next to its target.
             1 | 2 => {
                 let mut word = [0; 8];
-                let (from, _) = place(value as u32).unwrap_or_default();
+                let (from, _) = read(value as u32).unwrap_or_default();
                 let _ = self.core.read(GuestAddress(from as u64), &mut word);
-                let beside = if mode & 3 == 1 { 0 } else { value >> 48 };
-                u64::from_le_bytes(word).wrapping_add(beside)
+                let distance = if mode & 3 == 1 { 0 } else { value >> 48 };
+                u64::from_le_bytes(word).wrapping_add(distance)
             }
-            // An entry of a page table, or where another place is in physical memory.
-            _ => place(value as u32).unwrap_or_default().0 as u64 & !0xfff | value >> 52,
+            // An entry of a page table, or the physical address of another read.
+            _ => read(value as u32).unwrap_or_default().0 as u64 & !0xfff | value >> 52,
         };
         let width = 1 << (3 - (mode >> 2 & 3));
         memory.set(start + offset, &value.to_le_bytes()[..width]);

@@ -1,20 +1,21 @@
-//! The memory of a guest that is just enough of a kernel: 4 MiB with an image, four tasks on the lists, one idle task more, two
-//! modules, and stacks that can be walked to their ends.
+//! The memory of the synthetic guest: 4 MiB with just enough of a kernel. It has an image, four
+//! tasks on the lists and an idle task, two modules, and stacks that can be walked to their ends.
 
 use introspect::VcpuRegs;
+use introspect::x86::{CR0_PG, EFER_LMA};
 
 use super::mutate::Part;
 use super::{btf, symbols};
 
 /// Bytes of guest memory, from physical 0 on.
 pub const RAM: usize = 4 << 20;
-/// Where the image is in physical memory, and `_text`.
+/// The physical address of the image, and its virtual one, which is `_text`.
 pub const IMAGE: usize = 2 << 20;
 pub const BASE: u64 = 0xffff_ffff_8100_0000;
-/// All memory below the image, once more.
+/// Where the memory below the image is in the direct map.
 pub const DIRECT: u64 = 0xffff_8880_0000_0000;
 
-// In the image.
+// Offsets in the image.
 pub const FORK: u64 = 0x400;
 pub const SYSCALL: u64 = 0x600;
 const UPDATE: u64 = 0x700;
@@ -30,12 +31,13 @@ pub const BTF: usize = 0x5_0000;
 pub const ORC: usize = 0x6_0000;
 pub const KALLSYMS: usize = 0x8_0000;
 
-// Below it.
+// Physical addresses below the image.
 pub const PERCPU: usize = 0x1_0000;
 pub const TASKS: usize = 0x2_0000;
 pub const MODULES: usize = 0x4_0000;
-/// What describes code that was made at run time: for ftrace, for BPF and for a kprobe, 0x400 bytes each.
-pub const MADE: usize = MODULES + 0x9000;
+/// Structures that describe code generated at run time: for ftrace, for BPF and for a kprobe, 0x400
+/// bytes each.
+pub const RUNTIME_CODE: usize = MODULES + 0x9000;
 const MODULE_TEXT: usize = 0x5_0000;
 pub const STACKS: usize = 0x8_0000;
 pub const STACK: usize = 0x4000;
@@ -83,7 +85,7 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("_end", 0x20_0000),
 ];
 
-/// Offsets in the per-CPU area.
+/// Per-CPU symbols and their offsets in the per-CPU area.
 const PERCPU_SYMBOLS: &[(&str, u64)] = &[
     ("__per_cpu_start", 0),
     ("idle_threads", 8),
@@ -106,7 +108,7 @@ const ENTRIES: [(u64, [u8; 6]); 8] = [
     (0x1_1000, CALL),
 ];
 
-/// Guest memory while it is put together.
+/// Guest memory while it is built.
 struct Builder(Vec<u8>);
 
 impl Builder {
@@ -123,7 +125,7 @@ impl Builder {
     }
 }
 
-/// The address of physical memory in the direct map, or in the image.
+/// The virtual address of physical memory in the direct map, or in the image.
 pub fn virt(at: usize) -> u64 {
     match at.checked_sub(IMAGE) {
         Some(offset) => BASE + offset as u64,
@@ -131,7 +133,8 @@ pub fn virt(at: usize) -> u64 {
     }
 }
 
-/// Where the `struct task_struct` of a task is: 0 is `init_task`, 4 the idle task of CPU 1.
+/// The physical address of a task's `struct task_struct`: 0 is `init_task`, 4 the idle task of CPU
+/// 1.
 pub fn task_at(n: usize) -> usize {
     match n {
         0 => IMAGE + INIT_TASK as usize,
@@ -139,33 +142,34 @@ pub fn task_at(n: usize) -> usize {
     }
 }
 
-/// Where the `struct signal_struct` of a task is.
+/// The physical address of a task's `struct signal_struct`.
 pub fn signal_at(n: usize) -> usize {
     TASKS + 0x8000 + 0x20 * n
 }
 
-/// Where the lists of tasks lead on: the next process, the next thread and the head of the threads of each task, and those heads.
+/// The words that link the lists of tasks: the next process, the next thread and the `signal`
+/// pointer of each task, and the heads of the lists of threads.
 pub fn list_words() -> impl Iterator<Item = Part> {
     let links = |n| [72, 88, 112].map(|offset| task_at(n) + offset);
     let places = (0..4).flat_map(links).chain((0..3).map(signal_at));
     places.map(|at| (at, 8))
 }
 
-/// Where it is counted who came to them and who left: an `int` and an `unsigned long`.
+/// The kernel's counts of tasks: `nr_threads`, an `int`, and `total_forks`, an `unsigned long`.
 pub const COUNTS: [Part; 2] = [
     (IMAGE + NR_THREADS as usize, 4),
     (IMAGE + TOTAL_FORKS as usize, 8),
 ];
 
-/// Where a module is.
+/// The physical address of a `struct module`.
 pub fn module_at(n: usize) -> usize {
     MODULES + 0x1000 * n
 }
 
-/// The list head of the modules.
+/// The physical address of the head of the list of modules.
 pub const MODULES_HEAD: usize = IMAGE + 0x2_00b0;
 
-/// The memory.
+/// Builds the memory.
 pub fn build() -> Vec<u8> {
     let mut ram = Builder(vec![0; RAM]);
     page_tables(&mut ram);
@@ -173,7 +177,7 @@ pub fn build() -> Vec<u8> {
     code(&mut ram);
     tasks(&mut ram);
     modules(&mut ram);
-    made_code(&mut ram);
+    runtime_code(&mut ram);
     let types = btf::section();
     let ends = [
         ("__stop_BTF", BTF + types.len()),
@@ -191,7 +195,7 @@ pub fn build() -> Vec<u8> {
     ram.0
 }
 
-/// The kernel's tables: the image and the direct map, a large page each.
+/// The kernel's page tables: the image and the direct map, each one large page.
 fn page_tables(ram: &mut Builder) {
     let at = |n: usize| IMAGE + TABLES + 0x1000 * n;
     let entry = |n: usize| at(n) as u64 | 3;
@@ -228,7 +232,7 @@ fn data(ram: &mut Builder) {
     ram.put(at(0x2_0240), &[1]);
 }
 
-/// `klp_update_patch_state`, as far as it is read.
+/// `klp_update_patch_state`, as far as introspection reads it.
 fn code(ram: &mut Builder) {
     let mut code = vec![0xf0, 0x48, 0x0f, 0xba, 0x37, 13, 0x8b, 0x05];
     let next = UPDATE + code.len() as u64 + 4;
@@ -237,7 +241,7 @@ fn code(ram: &mut Builder) {
     ram.put(IMAGE + UPDATE as usize, &code);
 }
 
-/// The two arrays of an ORC table at `at` and a page behind, for code at `text`.
+/// Writes the two arrays of an ORC table, at `at` and one page later, for code at `text`.
 fn orc(ram: &mut Builder, at: usize, text: usize, entries: &[(u64, [u8; 6])]) {
     for (n, (offset, entry)) in entries.iter().enumerate() {
         let distance = (text as u64 + offset).wrapping_sub(at as u64 + 4 * n as u64);
@@ -246,7 +250,8 @@ fn orc(ram: &mut Builder, at: usize, text: usize, entries: &[(u64, [u8; 6])]) {
     }
 }
 
-/// `init_task`; a kernel thread that has never run; a process in a system call, with a second thread in a module; an idle task.
+/// `init_task`; a kernel thread that has never run; a process in a system call, with a second
+/// thread in a module; an idle task.
 fn tasks(ram: &mut Builder) {
     let stack = |n: usize| match n {
         0 => IMAGE + INIT_STACK as usize,
@@ -277,14 +282,14 @@ fn tasks(ram: &mut Builder) {
         }
         ram.long(from, virt(signal_at(n)));
     }
-    let begin = BASE + FORK + 2;
+    let kthread_entry = BASE + FORK + 2;
     let top = |n: usize| stack(n) + STACK;
-    ram.long(top(0) - 0x40, begin);
+    ram.long(top(0) - 0x40, kthread_entry);
     for (n, below, words) in [
         (1, 0x100, &[BASE + FORK][..]),
         (2, 192, &[BASE + 0x110, BASE + SYSCALL + 4]),
-        (3, 0x80, &[virt(MODULE_TEXT) + 0x10, begin]),
-        (4, 0x80, &[BASE + 0x110, begin]),
+        (3, 0x80, &[virt(MODULE_TEXT) + 0x10, kthread_entry]),
+        (4, 0x80, &[BASE + 0x110, kthread_entry]),
     ] {
         ram.long(task_at(n) + 176, virt(top(n) - below));
         for (i, word) in words.iter().enumerate() {
@@ -333,13 +338,13 @@ fn modules(ram: &mut Builder) {
     }
 }
 
-fn made_code(ram: &mut Builder) {
+fn runtime_code(ram: &mut Builder) {
     let lists = IMAGE + LISTS as usize;
-    // Head, the first entry's link, and where the address of the code is.
+    // The head, the first entry's link, and the address of the word with the code's address.
     for (head, link, code) in [
-        (lists, MADE, MADE + 16),
-        (lists + 0x10, MADE + 0x408, MADE + 0x400),
-        (lists + 0x20, MADE + 0x800, MADE + 0x810),
+        (lists, RUNTIME_CODE, RUNTIME_CODE + 16),
+        (lists + 0x10, RUNTIME_CODE + 0x408, RUNTIME_CODE + 0x400),
+        (lists + 0x20, RUNTIME_CODE + 0x800, RUNTIME_CODE + 0x810),
     ] {
         ram.long(head, virt(link));
         ram.long(link, virt(head));
@@ -347,24 +352,23 @@ fn made_code(ram: &mut Builder) {
     }
     ram.long(lists + 0x40, virt(lists + 0x40));
     for cache in [lists + 0x20, lists + 0x40] {
-        ram.long(cache + 0x10, virt(MADE + 0xc00));
+        ram.long(cache + 0x10, virt(RUNTIME_CODE + 0xc00));
     }
-    ram.put(MADE + 0x418, b"bpf_prog\0");
-    ram.put(MADE + 0xc00, b"kprobe_insn_page\0");
+    ram.put(RUNTIME_CODE + 0x418, b"bpf_prog\0");
+    ram.put(RUNTIME_CODE + 0xc00, b"kprobe_insn_page\0");
     ram.word(lists + 0x70, 1);
 }
 
-/// The one vCPU that is up: it runs `init_task`, in `schedule`.
+/// The one online vCPU: it runs `init_task`, in `schedule`.
 pub fn vcpus() -> Vec<VcpuRegs> {
-    vec![VcpuRegs {
-        cr0: 1 << 31,
-        efer: 1 << 10,
-        cr3: (IMAGE + TABLES) as u64,
-        rip: BASE + 0x110,
-        rsp: BASE + INIT_STACK + STACK as u64 - 0x40,
-        gs_base: virt(PERCPU),
-        lstar: BASE + SYSCALL,
-        online: true,
-        ..VcpuRegs::default()
-    }]
+    let mut regs = VcpuRegs::default();
+    regs.cr0 = CR0_PG;
+    regs.efer = EFER_LMA;
+    regs.cr3 = (IMAGE + TABLES) as u64;
+    regs.rip = BASE + 0x110;
+    regs.rsp = BASE + INIT_STACK + STACK as u64 - 0x40;
+    regs.gs_base = virt(PERCPU);
+    regs.lstar = BASE + SYSCALL;
+    regs.online = true;
+    vec![regs]
 }

@@ -1,22 +1,25 @@
-//! What a fuzzer does with its bytes: one function for each parser of guest memory.
+//! A synthetic guest to corrupt, and the bodies of introspect's fuzz targets: one function for each
+//! parser of guest memory.
 //!
-//! The same functions replay seeds and past findings in `introspect/tests/hostile/`. Each takes any bytes, and none may panic, take long or
-//! allocate much; what they return says how far they came.
+//! `introspect/tests/hostile/` calls the same functions with seeds and past findings. Each takes
+//! any bytes, and none may panic, run for long or allocate much; the returned number says how far
+//! it got.
 
 #![allow(
     clippy::cast_possible_truncation,
-    reason = "numbers that were made here, for a guest that was made here"
+    reason = "all numbers are of the synthetic guest"
 )]
 
 use std::fs;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use introspect::modules::{list, modules_and_runtime};
-use introspect::symbols::kallsyms::ImagePart;
+use introspect::internals;
+use introspect::modules::list;
+use introspect::modules::modules_and_runtime;
 use introspect::task_list::TaskCache;
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::OrcTable;
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::OrcTable;
 use introspect::{
     AddressSpace, CoreFile, Gva, GvaRange, Kernel, KernelMemory, Layout, PhysMemory, Task,
     Unwinder, VcpuRegs,
@@ -33,37 +36,38 @@ pub mod symbols;
 
 use mutate::{Mutated, PARTS, Part};
 
-/// No input may make us hold more at once: the image is 4 MiB, and tables with caps of their own are smaller still.
+/// No input may make introspection hold more than this at once, in bytes: the image has 4 MiB, and
+/// tables with limits of their own are smaller still.
 pub const MAX_BYTES: usize = 64 << 20;
 
-/// Nor may it take longer, however it is built.
+/// No input may take longer than this.
 pub const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// Runs `work` and counts what it holds and takes.
+/// Runs `work`, and checks how much it allocates and how long it runs.
 ///
 /// # Panics
-/// If that was ever more than [`MAX_BYTES`], or longer than [`MAX_TIME`].
+/// If it held [`MAX_BYTES`] at once or more, or ran for [`MAX_TIME`] or longer.
 pub fn bounded<T>(what: &str, work: impl FnOnce() -> T) -> T {
     let start = cpu_time();
     let (out, peak) = allocations::measured(work);
-    let took = cpu_time() - start;
+    let elapsed = cpu_time() - start;
     assert!(peak < MAX_BYTES, "{what} held {peak} bytes at once");
-    assert!(took < MAX_TIME, "{what} took {took:?}");
+    assert!(elapsed < MAX_TIME, "{what} took {elapsed:?}");
     out
 }
 
-/// What this thread has run so far (`Documentation/scheduler/sched-stats.rst`): a machine that has other things to do is no
-/// input's fault.
+/// The CPU time of this thread so far (`Documentation/scheduler/sched-stats.rst`): other load on
+/// the machine must not count against an input.
 pub fn cpu_time() -> Duration {
     let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let ran = stat.split(' ').next().and_then(|ran| ran.parse().ok());
-    Duration::from_nanos(ran.expect("a kernel that tells how long a thread has run"))
+    Duration::from_nanos(ran.expect("a kernel with schedstats"))
 }
 
-/// A target: how far it came.
+/// A fuzz target: it returns how far it got.
 pub type Target = fn(&[u8]) -> usize;
 
-/// Every target by name.
+/// Every target with its name.
 pub const TARGETS: [(&str, Target); 8] = [
     ("kallsyms", kallsyms),
     ("btf", types),
@@ -75,38 +79,39 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("whole", whole),
 ];
 
-/// The memory of a guest that nobody has damaged.
+/// The memory of the synthetic guest, undamaged.
 pub fn ram() -> &'static [u8] {
     static RAM: OnceLock<Vec<u8>> = OnceLock::new();
     RAM.get_or_init(image::build)
 }
 
-/// Its kernel.
+/// The synthetic guest's kernel.
 pub fn kernel() -> &'static Kernel {
     static KERNEL: OnceLock<Kernel> = OnceLock::new();
     KERNEL.get_or_init(|| {
         let memory = Mutated::new(ram(), &PARTS, &[]);
-        Kernel::find(&memory, &image::vcpus()).expect("the guest that was made here has a kernel")
+        Kernel::find(&memory, &image::vcpus()).expect("the synthetic guest has a kernel")
     })
 }
 
-/// What walks its stacks.
+/// The unwinder of the synthetic guest.
 pub fn unwinder() -> &'static Unwinder {
     static UNWINDER: OnceLock<Unwinder> = OnceLock::new();
     UNWINDER.get_or_init(|| {
         let memory = Mutated::new(ram(), &PARTS, &[]);
         Unwinder::new(kernel(), &kernel().memory(&memory))
-            .expect("the guest that was made here has unwind data")
+            .expect("the synthetic guest has unwind data")
     })
 }
 
-/// Makes, or opens, the guests: what that takes is no input's fault.
+/// Builds or opens the guests, so that the time it takes does not count against an input.
 pub fn prepare() {
     unwinder();
     dump::named();
 }
 
-/// Symbols: after `R` the bytes are the image, otherwise damage to good tables, and where they are cut off.
+/// Symbols: after `R`, the bytes are the image; otherwise they are where the good tables are cut
+/// off, and damage to them.
 pub fn kallsyms(data: &[u8]) -> usize {
     let start = Gva(image::BASE + image::KALLSYMS as u64);
     let covers = GvaRange::new(Gva(image::BASE), Gva(image::BASE).add(2 << 20));
@@ -123,8 +128,8 @@ pub fn kallsyms(data: &[u8]) -> usize {
         }
         _ => return 0,
     };
-    let window = ImagePart { start, bytes };
-    introspect::symbols::kallsyms::parse(window, covers).map_or(0, |symbols| {
+    let window = internals::kallsyms::ImagePart { start, bytes };
+    internals::kallsyms::parse(window, covers).map_or(0, |symbols| {
         symbols
             .iter()
             .step_by(97)
@@ -135,7 +140,7 @@ pub fn kallsyms(data: &[u8]) -> usize {
     })
 }
 
-/// Types: a `.BTF` section.
+/// Types: the bytes are a `.BTF` section.
 pub fn types(data: &[u8]) -> usize {
     let Ok(btf) = introspect::Btf::parse(data.to_vec()) else {
         return 0;
@@ -144,7 +149,7 @@ pub fn types(data: &[u8]) -> usize {
     1 + percpu + usize::from(Layout::resolve(&btf).is_ok())
 }
 
-/// Unwind data: where the table is, how many of the bytes are addresses, and the two arrays.
+/// Unwind data: the address of the table, how many of the bytes are addresses, and the two arrays.
 pub fn orc(data: &[u8]) -> usize {
     let Some((&[at @ .., low, high], rest)) = data.split_first_chunk::<10>() else {
         return 0;
@@ -152,9 +157,9 @@ pub fn orc(data: &[u8]) -> usize {
     let at = Gva(u64::from_le_bytes(at));
     let len = usize::from(u16::from_le_bytes([low, high])).min(rest.len());
     let (ips, entries) = rest.split_at(len);
-    let detected = introspect::unwind::orc::detect(entries.as_chunks().0);
+    let detected = internals::orc::detect(entries.as_chunks().0);
     let mut built = usize::from(detected.is_some());
-    for encoding in Encoding::ALL {
+    for encoding in OrcEncoding::ALL {
         if let Ok(table) = OrcTable::from_sections(at, ips, entries, encoding) {
             let ends = table.iter().flat_map(|(ip, _)| [ip.sub(1), ip, ip.add(1)]);
             built += ends.filter(|ip| table.lookup(*ip).is_some()).count();
@@ -163,7 +168,8 @@ pub fn orc(data: &[u8]) -> usize {
     built
 }
 
-/// Page tables: an address, where the tables begin, and all memory from physical 0 on.
+/// Page tables: the number of levels, where the tables are, an address, and all memory from
+/// physical 0 on.
 pub fn page_tables(data: &[u8]) -> usize {
     let Some((&[levels, page, gva @ ..], rest)) = data.split_first_chunk::<10>() else {
         return 0;
@@ -191,34 +197,43 @@ pub fn tasks(data: &[u8]) -> usize {
     let found = introspect::task_list::read(kernel(), &reader, &image::vcpus());
     let vcpus = image::vcpus();
     let mut cache = TaskCache::new();
-    let look = |cache: &mut TaskCache, memory: &dyn PhysMemory| {
+    let refresh = |cache: &mut TaskCache, memory: &dyn PhysMemory| {
         cache.refresh(kernel(), unwinder(), &kernel().memory(memory), &vcpus)
     };
     let good = Mutated::new(ram(), &PARTS, &[]);
-    let _ = look(&mut cache, &good);
-    let before: Vec<Task> = cache.tasks().iter().map(|seen| seen.task.clone()).collect();
-    let again = look(&mut cache, &memory);
-    // How the lists lead on is not looked at again while the counts of who came and who left are the same: no kernel changes it alone.
+    let _ = refresh(&mut cache, &good);
+    let before: Vec<Task> = cache
+        .tasks()
+        .iter()
+        .map(|cached| cached.task.clone())
+        .collect();
+    let result = refresh(&mut cache, &memory);
+    // The cache does not read the links of the lists again while the kernel's counts of tasks are
+    // the same: no kernel changes the links alone.
     let lists = |memory| contents(memory, image::list_words());
     let counts = |memory| contents(memory, image::COUNTS);
-    if let (Ok(found), Ok(())) = (&found, again)
+    if let (Ok(found), Ok(())) = (&found, result)
         && (lists(&memory) == lists(&good) || counts(&memory) != counts(&good))
     {
-        let seen = cache.tasks();
-        assert_eq!(seen.len(), found.len(), "a cache sees other tasks");
-        for (seen, found) in seen.iter().map(|seen| &seen.task).zip(found) {
-            let kept =
-                || before.iter().any(|old| own(old) == own(seen)) && proof(seen) == proof(found);
+        let cached = cache.tasks();
+        assert_eq!(cached.len(), found.len(), "the cache has other tasks");
+        for (cached, found) in cached.iter().map(|cached| &cached.task).zip(found) {
+            let kept = || {
+                before
+                    .iter()
+                    .any(|old| changed_by_itself(old) == changed_by_itself(cached))
+                    && changed_by_others(cached) == changed_by_others(found)
+            };
             assert!(
-                seen == found || kept(),
-                "a cache sees {seen:?} and not {found:?}"
+                cached == found || kept(),
+                "the cache has {cached:?} instead of {found:?}"
             );
         }
     }
     found.map_or(0, |tasks| tasks.len())
 }
 
-/// What memory holds in each of these parts, where there is memory.
+/// The contents of memory in each of these parts, where there is memory.
 fn contents(
     memory: &dyn PhysMemory,
     parts: impl IntoIterator<Item = Part>,
@@ -231,8 +246,9 @@ fn contents(
     parts.into_iter().map(read).collect()
 }
 
-/// What a task only changes itself, by running: where it has not run, that is not looked at again.
-fn own(task: &Task) -> impl PartialEq {
+/// The fields that only the task itself changes, by running: the cache does not read them again
+/// while the task has not run.
+fn changed_by_itself(task: &Task) -> impl PartialEq {
     let Task {
         addr,
         pid,
@@ -243,8 +259,8 @@ fn own(task: &Task) -> impl PartialEq {
     (addr, pid, tgid, sp, task.exit_state, task.comm.clone())
 }
 
-/// What others change of it, or who runs it: that is looked at.
-fn proof(task: &Task) -> impl PartialEq {
+/// The fields that other code changes, and which vCPU runs it: the cache compares these.
+fn changed_by_others(task: &Task) -> impl PartialEq {
     let Task {
         addr,
         tif,
@@ -279,7 +295,7 @@ pub fn modules(data: &[u8]) -> usize {
     let Ok(mut unwinder) = Unwinder::new(kernel(), &reader) else {
         return 0;
     };
-    // Modules that come, change and go.
+    // Modules that are loaded, change and are unloaded.
     let mut seen = usize::from(unwinder.refresh(kernel(), &reader).is_ok());
     let _ = unwinder.refresh(kernel(), &kernel().memory(&good));
     seen += usize::from(unwinder.refresh(kernel(), &reader).is_ok());
@@ -294,7 +310,7 @@ pub fn modules(data: &[u8]) -> usize {
     seen + modules_and_runtime(kernel(), &reader).map_or(0, |listed| listed.len())
 }
 
-/// A core file: all bytes of it.
+/// A core file: the bytes are the file.
 pub fn core_file(data: &[u8]) -> usize {
     let Ok(core) = CoreFile::new(cores::file(data)) else {
         return 0;
@@ -302,7 +318,8 @@ pub fn core_file(data: &[u8]) -> usize {
     1 + cores::edges(&core) + stacks(&core, core.vcpus())
 }
 
-/// All of it: damage anywhere, then from the registers of a vCPU to every stack. Of a real guest where the environment names one.
+/// Everything: damage anywhere, then from the registers of a vCPU to every stack. The guest is a
+/// real one if the environment names one.
 pub fn whole(data: &[u8]) -> usize {
     if let Some(dump) = dump::named() {
         return dump.damaged(data);
@@ -311,7 +328,7 @@ pub fn whole(data: &[u8]) -> usize {
     stacks(&memory, &image::vcpus())
 }
 
-/// How many stacks of a guest can be relied on.
+/// How many stacks of a guest are reliable.
 pub fn stacks(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
     let Ok(kernel) = Kernel::find(memory, vcpus) else {
         return 0;
@@ -319,13 +336,13 @@ pub fn stacks(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
     stacks_of(&kernel, memory, vcpus)
 }
 
-/// The same, of a guest whose kernel is known.
+/// As [`stacks`], for a guest whose kernel is known.
 pub fn stacks_of(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> usize {
     let unwinder = Unwinder::new(kernel, &kernel.memory(memory));
     unwinder.map_or(0, |unwinder| walk(kernel, unwinder, memory, vcpus))
 }
 
-/// The same, with the unwind data of the kernel at hand.
+/// As [`stacks_of`], with the unwinder at hand.
 pub fn walk(
     kernel: &Kernel,
     mut unwinder: Unwinder,
@@ -337,7 +354,7 @@ pub fn walk(
         return 0;
     };
     let _ = unwinder.refresh(kernel, &reader);
-    // What comes of these is no matter here: `modules` counts it.
+    // The results do not matter here: `modules` counts them.
     let _ = (
         modules_and_runtime(kernel, &reader),
         kernel.vmcoreinfo(&reader),

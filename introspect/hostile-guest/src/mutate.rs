@@ -1,20 +1,21 @@
 //! Guest memory with some words changed, as a fuzzer's bytes say.
 //!
-//! A record has twelve bytes: which part of memory, how the value is meant, where in the part, and the value.
+//! A record has twelve bytes: which part of memory, how the value is meant, the offset in the part,
+//! and the value.
 
 use introspect::{CoreFile, OutOfBounds, PhysMemory};
 use vm_memory::GuestAddress;
 
 use super::image;
 
-/// Most records that count.
+/// The most records that are used.
 pub const MAX_CHANGES: usize = 64;
 const RECORD: usize = 12;
 
-/// A part of memory, by where it begins and its length.
+/// A part of memory: its physical address and its length.
 pub type Part = (usize, usize);
 
-/// What [`image`] put into memory.
+/// The parts of memory that [`image`] fills.
 pub const PARTS: [Part; 9] = [
     (image::TASKS, 0x9000),
     (image::IMAGE + image::DATA, 0x2000),
@@ -27,26 +28,26 @@ pub const PARTS: [Part; 9] = [
     (image::IMAGE + image::KALLSYMS, 0x4_0000),
 ];
 
-/// Guest memory and what is different in it.
+/// Guest memory and the changes to it.
 #[derive(Debug)]
 pub struct Mutated<'b, B: Base + ?Sized = [u8]> {
     base: &'b B,
     changes: Vec<(usize, Vec<u8>)>,
 }
 
-/// Memory that nobody has damaged.
+/// Memory that is not damaged.
 pub trait Base: Sync {
-    /// As [`PhysMemory::read`].
+    /// Fills `buf` from `gpa` on, as [`PhysMemory::read`] does.
     fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds>;
 }
 
 impl Base for [u8] {
     fn fill(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = buf.len();
-        let unbacked = OutOfBounds { gpa, len };
-        let start = usize::try_from(gpa.0).map_err(|_| unbacked)?;
-        let end = start.checked_add(len).ok_or(unbacked)?;
-        buf.copy_from_slice(self.get(start..end).ok_or(unbacked)?);
+        let out_of_bounds = OutOfBounds { gpa, len };
+        let start = usize::try_from(gpa.0).map_err(|_| out_of_bounds)?;
+        let end = start.checked_add(len).ok_or(out_of_bounds)?;
+        buf.copy_from_slice(self.get(start..end).ok_or(out_of_bounds)?);
         Ok(())
     }
 }
@@ -58,7 +59,7 @@ impl Base for CoreFile {
 }
 
 impl<'b> Mutated<'b> {
-    /// Memory changed in `parts` as the records of `data` say.
+    /// Memory changed in `parts` as the records in `data` say.
     pub fn new(base: &'b [u8], parts: &[Part], data: &[u8]) -> Mutated<'b> {
         let mut out = Mutated::of(base);
         let (records, _) = data.as_chunks::<RECORD>();
@@ -74,8 +75,8 @@ impl<'b> Mutated<'b> {
         let Some(&(start, len)) = parts.get(usize::from(part) % parts.len().max(1)) else {
             return;
         };
-        let place = usize::from(u16::from_le_bytes([low, high]));
-        let place = place * len.div_ceil(1 << 16).max(1) % len;
+        let offset = usize::from(u16::from_le_bytes([low, high]));
+        let offset = offset * len.div_ceil(1 << 16).max(1) % len;
         let (direct, ram) = (image::DIRECT, image::RAM as u64);
         let value = match mode & 3 {
             0 => value,
@@ -84,12 +85,12 @@ impl<'b> Mutated<'b> {
             _ => (value % ram) & !0xfff | 3,
         };
         let width = 1 << (3 - (mode >> 2 & 3));
-        self.set(start + place, &value.to_le_bytes()[..width]);
+        self.set(start + offset, &value.to_le_bytes()[..width]);
     }
 }
 
 impl<'b, B: Base + ?Sized> Mutated<'b, B> {
-    /// Memory as it is, to be changed.
+    /// Memory without changes yet.
     pub fn of(base: &'b B) -> Mutated<'b, B> {
         Mutated {
             base,
@@ -97,7 +98,7 @@ impl<'b, B: Base + ?Sized> Mutated<'b, B> {
         }
     }
 
-    /// Puts bytes at a physical address.
+    /// Changes the bytes at a physical address.
     pub fn set(&mut self, at: usize, bytes: &[u8]) {
         self.changes.push((at, bytes.to_vec()));
     }

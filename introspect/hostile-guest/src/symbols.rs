@@ -1,9 +1,10 @@
-//! kallsyms tables as `scripts/kallsyms.c` of 6.4 and later writes them, with names filled up to what no smaller kernel has.
+//! kallsyms tables as `scripts/kallsyms.c` of 6.4 and later writes them, with enough filler names
+//! for a plausible kernel.
 
-/// So many names make enough markers to be believed.
+/// The number of names, enough for as many markers as the parser requires.
 const COUNT: usize = 64 * 256;
 
-/// The tables, for the given symbols and fillers at and behind `fill`; `base` is `_text`.
+/// The tables of the given symbols, and of fillers from the address `fill` on; `base` is `_text`.
 pub fn tables(base: u64, symbols: &[(&str, u64)], fill: u64) -> Vec<u8> {
     let mut all: Vec<(String, u64)> = symbols
         .iter()
@@ -15,7 +16,7 @@ pub fn tables(base: u64, symbols: &[(&str, u64)], fill: u64) -> Vec<u8> {
     of(base, &all)
 }
 
-/// The tables for these symbols, each name with its letter in front.
+/// The tables of these symbols, each name preceded by its type letter.
 pub fn of(base: u64, all: &[(String, u64)]) -> Vec<u8> {
     let mut names = Vec::new();
     let mut markers = Vec::new();
@@ -39,7 +40,7 @@ pub fn of(base: u64, all: &[(String, u64)]) -> Vec<u8> {
     out
 }
 
-/// Every token is its own letter.
+/// Every token is a single letter.
 fn tokens() -> (Vec<u8>, Vec<u8>) {
     let (mut table, mut index) = (Vec::new(), Vec::new());
     for token in 0..=255u8 {
@@ -53,7 +54,8 @@ fn tokens() -> (Vec<u8>, Vec<u8>) {
     (table, index)
 }
 
-/// `CONFIG_KALLSYMS_ABSOLUTE_PERCPU`: small numbers are themselves, addresses are negative distances.
+/// `CONFIG_KALLSYMS_ABSOLUTE_PERCPU`: small numbers are absolute, addresses are negative distances
+/// from the base.
 fn offsets(base: u64, symbols: &[(String, u64)]) -> Vec<u8> {
     symbols
         .iter()

@@ -1,9 +1,11 @@
-//! A guest's memory and vCPUs out of a file: a core, as QEMU's `dump-guest-memory` writes it without paging and as we write it, or a raw
-//! image, to which the registers are given.
+//! [`CoreFile`]: a guest's memory and vCPUs from a file.
 //!
-//! Knows ELF; what the notes say, [`core_notes`](crate::core_dump::notes) knows. It must not know kernels: to the rest of this crate a
-//! core is memory like any other ([`PhysMemory`]) and vCPUs that stand still. The file is hostile input: every count, size and range in
-//! it is checked when it is opened, and memory is read from it as it is asked for, never mapped.
+//! The file is an ELF core, as QEMU's `dump-guest-memory` writes it without paging and as outpatch
+//! writes it, or a raw image, for which the caller supplies the registers. Knows ELF; [`notes`]
+//! knows what the notes mean. Must not know kernels: to the rest of this crate a core is memory
+//! like any other ([`PhysMemory`]), and vCPUs that do not run. The file is hostile input: every
+//! count, size and range in it is checked when it is opened, and memory is read from it when it is
+//! requested, never mapped.
 
 mod block_cache;
 mod error;
@@ -22,67 +24,70 @@ use vm_memory::GuestAddress;
 use crate::core_dump::block_cache::CachedFile;
 pub use crate::core_dump::error::CoreError;
 use crate::core_dump::notes::NoteError;
-use crate::memory::{FieldRange, OutOfBounds, PhysMemory, each_part};
+use crate::memory::{FieldRange, OutOfBounds, PhysMemory, each_field};
 use crate::vcpu::VcpuRegs;
 
 type Header = elf::FileHeader64<LE>;
 type ProgramHeader = elf::ProgramHeader64<LE>;
 type SectionHeader = elf::SectionHeader64<LE>;
 
-/// A guest has a handful; so many fit a dump of every 2 MiB page of 256 GiB.
+/// The most segments that are accepted. A guest has a handful; this many suffice for a dump with a
+/// segment for each 2 MiB page of 256 GiB.
 const MAX_SEGMENTS: u64 = 1 << 17;
-/// QEMU's limit.
+/// The most vCPUs that are accepted, which is QEMU's limit.
 const MAX_VCPUS: usize = 4096;
-/// All notes of [`MAX_VCPUS`] vCPUs have about 5 MiB.
+/// The most bytes of notes that are accepted. The notes of [`MAX_VCPUS`] vCPUs have about 5 MiB.
 const MAX_NOTES: u64 = 16 << 20;
 
-/// What is further apart is read in its parts. A `task_struct` has some 10 KiB.
-const TOGETHER: u64 = 16 << 10;
+/// Fields of one structure that span more than this are read one by one. A `task_struct` has some
+/// 10 KiB.
+const MAX_SINGLE_READ: u64 = 16 << 10;
 
-/// A piece of physical memory.
+/// A range of physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Segment {
     start: u64,
     len: u64,
-    /// So many bytes are in the file, the others are zero.
+    /// How many of the bytes are in the file; the others are zero.
     file_len: u64,
     offset: u64,
 }
 
-/// A piece of a raw image: which memory lies where in the file.
+/// A range of a raw image: which physical memory is where in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawRange {
-    /// Where it begins in the guest's physical memory.
+    /// The guest-physical address at which it starts.
     pub gpa: GuestAddress,
-    /// Its bytes.
+    /// Its length in bytes.
     pub len: u64,
-    /// Where it begins in the file.
+    /// The offset in the file at which it starts.
     pub offset: u64,
 }
 
-/// An open core file, or raw image.
+/// An open core file or raw image.
 #[derive(Debug)]
 pub struct CoreFile {
     file: CachedFile,
-    /// In order of address; none overlap.
+    /// Sorted by address, without overlap.
     segments: Vec<Segment>,
     vcpus: Vec<VcpuRegs>,
 }
 
 impl CoreFile {
-    /// Opens the core at `path`: reads its headers and notes, and of the memory nothing yet. Linear in segments and vCPUs, both bounded.
+    /// Opens the core at `path`. This reads its headers and notes, and no memory yet. Linear in
+    /// segments and vCPUs, which are both bounded.
     ///
     /// # Errors
-    /// [`CoreError`]; the path is the caller's to add.
+    /// [`CoreError`]; it does not include the path.
     pub fn open(path: &Path) -> Result<CoreFile, CoreError> {
-        // Opening a pipe would wait for somebody to write to it.
+        // Opening a pipe would block until another process opens it for writing.
         if !std::fs::metadata(path)?.is_file() {
             return Err(CoreError::NotRegular);
         }
         CoreFile::new(File::open(path)?)
     }
 
-    /// Takes an open file for a core.
+    /// Reads an open file as a core.
     ///
     /// # Errors
     /// [`CoreError`].
@@ -98,8 +103,11 @@ impl CoreFile {
         })
     }
 
-    /// Takes an open file for a raw image of a guest's memory, as QEMU's `pmemsave` or a VMM's memory file is one. What such a file does
-    /// not say itself, the caller does: where the memory of each of `ranges` lies in it, and the registers of the vCPUs when they stopped.
+    /// Reads an open file as a raw image of a guest's memory, such as QEMU's `pmemsave` writes or a
+    /// VMM's memory file.
+    ///
+    /// Such a file does not describe itself: `ranges` says which guest-physical memory is where in
+    /// it, and `vcpus` are the registers of the vCPUs when they were stopped.
     ///
     /// # Errors
     /// [`CoreError`].
@@ -129,37 +137,39 @@ impl CoreFile {
         })
     }
 
-    /// The registers of every vCPU, in order of index.
+    /// The registers of every vCPU, sorted by index.
     #[must_use]
     pub fn vcpus(&self) -> &[VcpuRegs] {
         &self.vcpus
     }
 
-    /// The physical memory that is in it: start and length, in order of address.
+    /// The physical memory in the file: start and length of each range, sorted by address.
     pub fn ranges(&self) -> impl Iterator<Item = (GuestAddress, u64)> {
         let range = |segment: &Segment| (GuestAddress(segment.start), segment.len);
         self.segments.iter().map(range)
     }
 
-    /// The segment that holds `at` and the offset into it.
+    /// The segment that contains `at`, and the offset of `at` in it.
     fn segment_at(&self, at: u64) -> Option<(&Segment, u64)> {
-        let behind = self.segments.partition_point(|s| s.start <= at);
-        let segment = self.segments.get(behind.checked_sub(1)?)?;
+        let after = self.segments.partition_point(|s| s.start <= at);
+        let segment = self.segments.get(after.checked_sub(1)?)?;
         let offset = at.checked_sub(segment.start)?;
         (offset < segment.len).then_some((segment, offset))
     }
 
-    /// All from the first of `parts` of the structure at `gpa` to the last, and the offset at which that begins: one system call, and not one
-    /// for each page of it. `None` where they lie in one page, or too far apart, or not in one piece of the file.
-    fn around(&self, gpa: GuestAddress, parts: &[FieldRange]) -> Option<(u64, Vec<u8>)> {
-        let start = parts.iter().map(|part| part.offset).min()?;
-        let ends = parts
+    /// Reads everything from the first of `fields` of the structure at `gpa` to the end of the
+    /// last, with one system call instead of one for each page. Returns the offset of the first
+    /// byte in the structure, too. `None` where the range is within one page, longer than
+    /// [`MAX_SINGLE_READ`], or not contiguous in the file.
+    fn read_range(&self, gpa: GuestAddress, fields: &[FieldRange]) -> Option<(u64, Vec<u8>)> {
+        let start = fields.iter().map(|field| field.offset).min()?;
+        let ends = fields
             .iter()
-            .map(|part| part.offset.saturating_add(part.len as u64));
+            .map(|field| field.offset.saturating_add(field.len as u64));
         let len = ends.max()?.checked_sub(start)?;
         let (segment, offset) = self.segment_at(gpa.0.checked_add(start)?)?;
-        let is_there = offset.checked_add(len)? <= segment.file_len;
-        if !is_there || !(block_cache::BLOCK as u64..=TOGETHER).contains(&len) {
+        let is_in_file = offset.checked_add(len)? <= segment.file_len;
+        if !is_in_file || !(block_cache::BLOCK_SIZE as u64..=MAX_SINGLE_READ).contains(&len) {
             return None;
         }
         let mut bytes = vec![0; usize::try_from(len).ok()?];
@@ -167,8 +177,9 @@ impl CoreFile {
         read.ok().map(|()| (start, bytes))
     }
 
-    /// Fills the first bytes of `buf` with memory from `at` on, as far as one segment goes; how many.
-    fn read_part(&self, at: u64, buf: &mut [u8]) -> Option<usize> {
+    /// Fills the first bytes of `buf` with memory from `at` on, as far as one segment goes, and
+    /// returns how many.
+    fn read_within_segment(&self, at: u64, buf: &mut [u8]) -> Option<usize> {
         let (segment, offset) = self.segment_at(at)?;
         let up_to = |len: u64| usize::try_from(len).unwrap_or(usize::MAX);
         let len = up_to(segment.len - offset).min(buf.len());
@@ -177,7 +188,7 @@ impl CoreFile {
         rest.get_mut(..len - in_file)?.fill(0);
         let read = self.file.read_exact_at(stored, segment.offset + offset);
         if let Err(error) = read {
-            tracing::debug!(%error, "the core has become unreadable");
+            tracing::debug!(%error, "the core file cannot be read any more");
             return None;
         }
         Some(len)
@@ -187,28 +198,28 @@ impl CoreFile {
 impl PhysMemory for CoreFile {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
         let len = buf.len();
-        let unbacked = OutOfBounds { gpa, len };
+        let out_of_bounds = OutOfBounds { gpa, len };
         let mut done = 0;
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            let at = gpa.0.checked_add(done as u64).ok_or(unbacked)?;
-            done += self.read_part(at, rest).ok_or(unbacked)?;
+            let at = gpa.0.checked_add(done as u64).ok_or(out_of_bounds)?;
+            done += self.read_within_segment(at, rest).ok_or(out_of_bounds)?;
         }
         Ok(())
     }
 
-    fn gather(
+    fn read_fields(
         &self,
         gpa: GuestAddress,
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
-        let whole = self.around(gpa, parts);
-        each_part(parts, buf, |offset, now| {
-            let held = whole.as_ref().and_then(|(start, bytes)| {
+        let range = self.read_range(gpa, fields);
+        each_field(fields, buf, |offset, now| {
+            let copied = range.as_ref().and_then(|(start, bytes)| {
                 let from = usize::try_from(offset.checked_sub(*start)?).ok()?;
                 bytes.get(from..from.checked_add(now.len())?)
             });
-            match held {
+            match copied {
                 Some(bytes) => now.copy_from_slice(bytes),
                 None => self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)?,
             }
@@ -217,7 +228,7 @@ impl PhysMemory for CoreFile {
     }
 }
 
-/// The file, and where it ends.
+/// The file and its length.
 struct Input {
     file: File,
     len: u64,
@@ -233,7 +244,7 @@ impl Input {
         Ok(Input { file, len })
     }
 
-    /// `len` bytes at `offset`: the caller has bounded `len`.
+    /// Reads `len` bytes at `offset`; the caller has bounded `len`.
     fn bytes(&self, what: &'static str, offset: u64, len: u64) -> Result<Vec<u8>, CoreError> {
         self.check(what, offset, len)?;
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
@@ -241,7 +252,7 @@ impl Input {
         Ok(bytes)
     }
 
-    /// That the file has `len` bytes at `offset`.
+    /// Checks that the file has `len` bytes at `offset`.
     fn check(&self, what: &'static str, offset: u64, len: u64) -> Result<(), CoreError> {
         let end = offset.saturating_add(len);
         if end > self.len {
@@ -268,7 +279,7 @@ fn program_headers(input: &Input) -> Result<Vec<ProgramHeader>, CoreError> {
     let header = file_header(input)?;
     let offset = header.e_phoff.get(LE);
     let count = match header.e_phnum.get(LE) {
-        // The number does not fit: it stands in the first section's header.
+        // The number does not fit in the field: it is in the first section's header.
         elf::PN_XNUM => {
             entry_size::<SectionHeader>("section headers", header.e_shentsize.get(LE))?;
             let section: SectionHeader = input.one("section header", header.e_shoff.get(LE))?;
@@ -288,9 +299,9 @@ fn program_headers(input: &Input) -> Result<Vec<ProgramHeader>, CoreError> {
 }
 
 fn file_header(input: &Input) -> Result<Header, CoreError> {
-    let begin = input.bytes("first bytes", 0, input.len.min(8))?;
-    if !begin.starts_with(&elf::ELFMAG) {
-        return Err(CoreError::NotElf { found: begin });
+    let start = input.bytes("first bytes", 0, input.len.min(8))?;
+    if !start.starts_with(&elf::ELFMAG) {
+        return Err(CoreError::NotElf { found: start });
     }
     let header: Header = input.one("ELF header", 0)?;
     let ident = header.e_ident;
@@ -298,9 +309,9 @@ fn file_header(input: &Input) -> Result<Header, CoreError> {
     if ident.class != elf::ELFCLASS64 || ident.data != elf::ELFDATA2LSB {
         return other("not a 64-bit little-endian one".to_owned());
     }
-    let (kind, machine) = (header.e_type.get(LE), header.e_machine.get(LE));
-    if kind != elf::ET_CORE {
-        return other(format!("of type {} and no core", kind.0));
+    let (file_type, machine) = (header.e_type.get(LE), header.e_machine.get(LE));
+    if file_type != elf::ET_CORE {
+        return other(format!("of type {}, not a core", file_type.0));
     }
     if machine != elf::EM_X86_64 {
         return other(format!("of another machine ({})", machine.0));
@@ -320,14 +331,14 @@ fn entry_size<T>(what: &'static str, found: u16) -> Result<(), CoreError> {
     })
 }
 
-fn at_most(what: &'static str, found: u64, most: u64) -> Result<(), CoreError> {
-    if found <= most {
+fn at_most(what: &'static str, found: u64, max: u64) -> Result<(), CoreError> {
+    if found <= max {
         return Ok(());
     }
-    Err(CoreError::TooMuch { what, found, most })
+    Err(CoreError::TooMuch { what, found, max })
 }
 
-/// The memory, in order of address.
+/// The memory of all `PT_LOAD` segments, sorted by address.
 fn segments(input: &Input, table: &[ProgramHeader]) -> Result<Vec<Segment>, CoreError> {
     let segment = |header: &ProgramHeader| Segment {
         start: header.p_paddr.get(LE),
@@ -339,7 +350,8 @@ fn segments(input: &Input, table: &[ProgramHeader]) -> Result<Vec<Segment>, Core
     memory(input, loads.map(|(index, header)| (index, segment(header))))
 }
 
-/// Those of `claimed` that are not empty, in order of address: all of them can be, and none overlap.
+/// Those of `claimed` that are not empty, sorted by address, after checking that each is possible
+/// and that none overlap.
 fn memory(
     input: &Input,
     claimed: impl Iterator<Item = (usize, Segment)>,
@@ -360,7 +372,7 @@ fn memory(
             what,
         };
         if start.checked_add(len).is_none() {
-            return Err(damaged("reaches beyond the end of the address space"));
+            return Err(damaged("exceeds the address space"));
         }
         if file_len > len {
             return Err(damaged("has more bytes in the file than in memory"));
@@ -380,9 +392,9 @@ fn memory(
     }
 }
 
-/// The vCPUs of all notes: from our own where there are any, else from QEMU's.
+/// The vCPUs of all notes: from outpatch's notes where there are any, otherwise from QEMU's.
 fn vcpus(input: &Input, table: &[ProgramHeader]) -> Result<Vec<VcpuRegs>, CoreError> {
-    let mut found = Found::default();
+    let mut found = NoteVcpus::default();
     let mut left = MAX_NOTES;
     for header in table.iter().filter(|h| h.p_type.get(LE) == elf::PT_NOTE) {
         let len = header.p_filesz.get(LE);
@@ -391,7 +403,7 @@ fn vcpus(input: &Input, table: &[ProgramHeader]) -> Result<Vec<VcpuRegs>, CoreEr
         let bytes = input.bytes("notes", header.p_offset.get(LE), len)?;
         found.read(header.p_align.get(LE), &bytes)?;
     }
-    let Found { own, qemu, plain } = found;
+    let NoteVcpus { own, qemu, plain } = found;
     let vcpus = if own.is_empty() { qemu } else { own };
     match vcpus.is_empty() {
         true => Err(CoreError::NoVcpus { plain }),
@@ -399,7 +411,7 @@ fn vcpus(input: &Input, table: &[ProgramHeader]) -> Result<Vec<VcpuRegs>, CoreEr
     }
 }
 
-/// The vCPUs by index, each of which is there once.
+/// The vCPUs sorted by index, after checking that no index occurs twice.
 fn in_order(mut vcpus: Vec<VcpuRegs>) -> Result<Vec<VcpuRegs>, CoreError> {
     vcpus.sort_by_key(|vcpu| vcpu.index);
     let mut pairs = vcpus.iter().zip(vcpus.iter().skip(1));
@@ -409,22 +421,23 @@ fn in_order(mut vcpus: Vec<VcpuRegs>) -> Result<Vec<VcpuRegs>, CoreError> {
     }
 }
 
-/// What the notes say. The plain ones are only counted: QEMU's have the same registers and those that lead to the kernel.
+/// What the notes contain. Plain register notes are only counted: QEMU's notes have the same
+/// registers and the control registers too.
 #[derive(Default)]
-struct Found {
+struct NoteVcpus {
     own: Vec<VcpuRegs>,
     qemu: Vec<VcpuRegs>,
     plain: usize,
 }
 
-impl Found {
+impl NoteVcpus {
     fn read(&mut self, align: u64, bytes: &[u8]) -> Result<(), CoreError> {
         for note in NoteIterator::<Header>::new(LE, align, bytes).map_err(CoreError::Notes)? {
             let note = note.map_err(CoreError::Notes)?;
             let is = |name: &str| note.name() == name.as_bytes();
             if is(notes::OUTPATCH) {
                 push(&mut self.own, notes::OUTPATCH, |_| {
-                    notes::parse_own(note.desc())
+                    notes::parse_outpatch(note.desc())
                 })?;
             } else if is(notes::QEMU) {
                 push(&mut self.qemu, notes::QEMU, |index| {

@@ -1,31 +1,32 @@
-//! The notes of a core file: what each says of a vCPU, read and written here so that both sides agree.
+//! The notes of a core file: what each says of a vCPU, parsed and written in one place so that both
+//! agree.
 //!
-//! Knows the layout of each sort of note, nothing of the file around them and nothing of a kernel. Three sorts matter:
-//! `CORE`, which each debugger reads; `QEMU`, the form that QEMU's dumps have the system registers in
-//! (`target/i386/arch_dump.c: QEMUCPUState`), known to crash and drgn; and `outpatch`, which alone has all that [`VcpuRegs`] has.
-//! What is parsed is hostile: everything is read through `Words`, which ends with the bytes.
+//! Knows the layout of each kind of note; must not know the file around them, or kernels. Three
+//! kinds matter: `CORE`, which every debugger reads; `QEMU`, in which QEMU's dumps have the control
+//! registers (`target/i386/arch_dump.c: QEMUCPUState`), known to crash and drgn; and `outpatch`,
+//! the only one with all of [`VcpuRegs`]. Notes are hostile input: they are read through
+//! `NoteReader`, which cannot read past their end.
 
 use object::elf;
 
 use crate::vcpu::VcpuRegs;
+use crate::x86::{CR0_PG, CR4_PAE, EFER_LMA, EFER_LME};
 
-/// Name of the notes that any debugger understands.
-pub const CORE: &str = "CORE";
-/// Name of QEMU's notes.
-pub const QEMU: &str = "QEMU";
-/// Name of our own.
-pub const OUTPATCH: &str = "outpatch";
-/// Name of the note with what the kernel tells its own crash dumps.
-pub const VMCOREINFO: &str = "VMCOREINFO";
+/// The name of the notes that any debugger understands.
+pub(crate) const CORE: &str = "CORE";
+/// The name of QEMU's notes.
+pub(crate) const QEMU: &str = "QEMU";
+/// The name of outpatch's notes.
+pub(crate) const OUTPATCH: &str = "outpatch";
+/// The name of the note with what the kernel provides for its own crash dumps.
+pub(crate) const VMCOREINFO: &str = "VMCOREINFO";
 
-/// The only version of each layout so far. Newer fields go to the end and show in the size.
+/// The only version of both layouts so far. New fields are appended and show in the size.
 const VERSION: u32 = 1;
-/// CR0.PG, CR4.PAE, and EFER.LME with EFER.LMA.
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
+/// EFER of a vCPU in long mode.
+const EFER_LONG_MODE: u64 = EFER_LME | EFER_LMA;
 
-/// Flags in our own note.
+/// Flags in an outpatch note.
 const ONLINE: u32 = 1 << 0;
 const FOREIGN: u32 = 1 << 1;
 const FRED: u32 = 1 << 2;
@@ -34,24 +35,24 @@ const FRED: u32 = 1 << 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NoteError {
-    /// It ends too soon.
-    #[error("it has {found} bytes and says that it needs more")]
+    /// The note is shorter than its layout or its size field requires.
+    #[error("it has {found} bytes, fewer than its layout needs")]
     Short {
-        /// Bytes of it.
+        /// The length of the note in bytes.
         found: usize,
     },
-    /// It has a layout that we do not know.
-    #[error("its layout is version {found}, and only version {VERSION} is known here")]
+    /// The note has an unknown version of its layout.
+    #[error("its layout has version {found}, and only version {VERSION} is supported")]
     Version {
-        /// What it says.
+        /// The version in the note.
         found: u32,
     },
 }
 
-/// Little-endian numbers, one after the other.
-struct Words<'a>(&'a [u8]);
+/// Reads little-endian numbers one after the other.
+struct NoteReader<'a>(&'a [u8]);
 
-impl Words<'_> {
+impl NoteReader<'_> {
     fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let (word, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
@@ -75,7 +76,7 @@ impl Words<'_> {
 }
 
 /// The general registers, in QEMU's order.
-fn general(regs: &mut VcpuRegs) -> [&mut u64; 18] {
+fn general_registers(regs: &mut VcpuRegs) -> [&mut u64; 18] {
     [
         &mut regs.rax,
         &mut regs.rbx,
@@ -98,8 +99,8 @@ fn general(regs: &mut VcpuRegs) -> [&mut u64; 18] {
     ]
 }
 
-/// The system registers, in the order of our own note.
-fn system(regs: &mut VcpuRegs) -> [&mut u64; 9] {
+/// The system registers, in the order of an outpatch note.
+fn system_registers(regs: &mut VcpuRegs) -> [&mut u64; 9] {
     [
         &mut regs.cr0,
         &mut regs.cr3,
@@ -113,25 +114,25 @@ fn system(regs: &mut VcpuRegs) -> [&mut u64; 9] {
     ]
 }
 
-/// One of our own notes.
+/// Parses one of outpatch's notes.
 ///
 /// # Errors
 /// [`NoteError`].
-pub fn parse_own(desc: &[u8]) -> Result<VcpuRegs, NoteError> {
-    let mut words = sized(desc)?;
+pub(crate) fn parse_outpatch(desc: &[u8]) -> Result<VcpuRegs, NoteError> {
+    let mut reader = check_header(desc)?;
     let mut parse = || {
         let mut regs = VcpuRegs {
-            index: words.u32()?,
+            index: reader.u32()?,
             ..VcpuRegs::default()
         };
-        let flags = words.u32()?;
-        let [cpl, _, limit @ ..] = words.take::<4>()?;
+        let flags = reader.u32()?;
+        let [cpl, _, limit @ ..] = reader.take::<4>()?;
         regs.cpl = cpl & 3;
         regs.idt_limit = u16::from_le_bytes(limit);
-        let _ = words.u32()?;
-        words.fill(general(&mut regs))?;
-        words.fill(system(&mut regs))?;
-        let fred_config = words.u64()?;
+        let _ = reader.u32()?;
+        reader.fill(general_registers(&mut regs))?;
+        reader.fill(system_registers(&mut regs))?;
+        let fred_config = reader.u64()?;
         regs.fred_config = (flags & FRED != 0).then_some(fred_config);
         regs.online = flags & ONLINE != 0;
         regs.foreign = flags & FOREIGN != 0;
@@ -140,25 +141,26 @@ pub fn parse_own(desc: &[u8]) -> Result<VcpuRegs, NoteError> {
     parse().ok_or(NoteError::Short { found: desc.len() })
 }
 
-/// One of QEMU's notes, the `index`-th of the file.
+/// Parses one of QEMU's notes, the `index`th of the file.
 ///
-/// What it does not have is put together from what it has: a 64-bit dump is of a guest in long mode, a vCPU without paging has
-/// not been started. Whether a vCPU runs a guest of its own cannot be told.
+/// Registers that it does not have are derived from others: a 64-bit dump is of a guest in long
+/// mode, and a vCPU without paging was not started. Whether a vCPU runs a nested guest cannot be
+/// determined.
 ///
 /// # Errors
 /// [`NoteError`].
-pub fn parse_qemu(index: u32, desc: &[u8]) -> Result<VcpuRegs, NoteError> {
-    let mut words = sized(desc)?;
+pub(crate) fn parse_qemu(index: u32, desc: &[u8]) -> Result<VcpuRegs, NoteError> {
+    let mut reader = check_header(desc)?;
     let mut parse = || {
         let mut regs = VcpuRegs {
             index,
             ..VcpuRegs::default()
         };
-        words.fill(general(&mut regs))?;
+        reader.fill(general_registers(&mut regs))?;
         // cs ds es fs gs ss ldt tr gdt idt
         let mut segments = [Segment::default(); 10];
         for segment in &mut segments {
-            *segment = Segment::parse(&mut words)?;
+            *segment = Segment::parse(&mut reader)?;
         }
         let [cs, _, _, fs, gs, _, _, _, _, idt] = segments;
         regs.cpl = u8::try_from(cs.selector & 3).ok()?;
@@ -166,12 +168,12 @@ pub fn parse_qemu(index: u32, desc: &[u8]) -> Result<VcpuRegs, NoteError> {
         regs.gs_base = gs.base;
         regs.idt_base = idt.base;
         regs.idt_limit = u16::try_from(idt.limit).unwrap_or(u16::MAX);
-        regs.cr0 = words.u64()?;
-        let (_cr1, _cr2) = (words.u64()?, words.u64()?);
-        regs.cr3 = words.u64()?;
-        regs.cr4 = words.u64()?;
-        // Not in dumps of QEMU before 2.12.
-        regs.kernel_gs_base = words.u64().unwrap_or_default();
+        regs.cr0 = reader.u64()?;
+        let (_cr1, _cr2) = (reader.u64()?, reader.u64()?);
+        regs.cr3 = reader.u64()?;
+        regs.cr4 = reader.u64()?;
+        // Dumps of QEMU before 2.12 do not have it.
+        regs.kernel_gs_base = reader.u64().unwrap_or_default();
         regs.online = regs.cr0 & CR0_PG != 0;
         if regs.online && regs.cr4 & CR4_PAE != 0 {
             regs.efer = EFER_LONG_MODE;
@@ -181,17 +183,17 @@ pub fn parse_qemu(index: u32, desc: &[u8]) -> Result<VcpuRegs, NoteError> {
     parse().ok_or(NoteError::Short { found: desc.len() })
 }
 
-/// Both layouts begin with a version and the size of all of it.
-fn sized(desc: &[u8]) -> Result<Words<'_>, NoteError> {
+/// Checks the version and size with which both layouts start, and returns a reader of the rest.
+fn check_header(desc: &[u8]) -> Result<NoteReader<'_>, NoteError> {
     let short = NoteError::Short { found: desc.len() };
-    let mut head = Words(desc);
+    let mut head = NoteReader(desc);
     let (version, size) = (head.u32().ok_or(short)?, head.u32().ok_or(short)?);
     if version != VERSION {
         return Err(NoteError::Version { found: version });
     }
-    let whole = usize::try_from(size).ok().and_then(|size| desc.get(..size));
-    let body = whole.and_then(|whole| whole.get(8..)).ok_or(short)?;
-    Ok(Words(body))
+    let note = usize::try_from(size).ok().and_then(|size| desc.get(..size));
+    let body = note.and_then(|note| note.get(8..)).ok_or(short)?;
+    Ok(NoteReader(body))
 }
 
 /// A segment register in QEMU's form.
@@ -205,14 +207,14 @@ struct Segment {
 }
 
 impl Segment {
-    fn parse(words: &mut Words<'_>) -> Option<Segment> {
-        let (selector, limit, flags) = (words.u32()?, words.u32()?, words.u32()?);
-        let _padding = words.u32()?;
+    fn parse(reader: &mut NoteReader<'_>) -> Option<Segment> {
+        let (selector, limit, flags) = (reader.u32()?, reader.u32()?, reader.u32()?);
+        let _padding = reader.u32()?;
         Some(Segment {
             selector,
             limit,
             flags,
-            base: words.u64()?,
+            base: reader.u64()?,
         })
     }
 
@@ -224,26 +226,27 @@ impl Segment {
     }
 }
 
-/// All notes of a dump of these vCPUs; `vmcoreinfo` is what the guest's kernel tells its own dumps.
+/// Encodes all notes of a dump of these vCPUs. `vmcoreinfo` is the text that the guest's kernel
+/// provides for its own dumps.
 #[must_use]
-pub fn write(vcpus: &[VcpuRegs], vmcoreinfo: Option<&[u8]>) -> Vec<u8> {
+pub fn encode(vcpus: &[VcpuRegs], vmcoreinfo: Option<&[u8]>) -> Vec<u8> {
     let mut out = Vec::new();
     for regs in vcpus {
-        note(&mut out, CORE, elf::NT_PRSTATUS.0, &prstatus(regs));
+        push_note(&mut out, CORE, elf::NT_PRSTATUS.0, &prstatus_note(regs));
     }
     for regs in vcpus {
-        note(&mut out, QEMU, 0, &qemu(regs));
+        push_note(&mut out, QEMU, 0, &qemu_note(regs));
     }
     if let Some(text) = vmcoreinfo {
-        note(&mut out, VMCOREINFO, 0, text);
+        push_note(&mut out, VMCOREINFO, 0, text);
     }
     for regs in vcpus {
-        note(&mut out, OUTPATCH, 0, &own(regs));
+        push_note(&mut out, OUTPATCH, 0, &outpatch_note(regs));
     }
     out
 }
 
-fn note(out: &mut Vec<u8>, name: &str, kind: u32, desc: &[u8]) {
+fn push_note(out: &mut Vec<u8>, name: &str, kind: u32, desc: &[u8]) {
     let length = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
     for word in [length(name.len() + 1), length(desc.len()), kind] {
         out.extend_from_slice(&word.to_le_bytes());
@@ -255,8 +258,8 @@ fn note(out: &mut Vec<u8>, name: &str, kind: u32, desc: &[u8]) {
     out.resize(out.len().next_multiple_of(4), 0);
 }
 
-/// The selectors that Linux runs on, by privilege level: code, stack. What the vCPU had is not kept, and readers want of them only
-/// whether it was in the kernel.
+/// The selectors with which Linux runs at this privilege level: code, stack. Those of the vCPU are
+/// not kept, and readers need them only to see whether it was in the kernel.
 fn selectors(regs: &VcpuRegs) -> (u32, u32) {
     if regs.cpl == 0 {
         (0x10, 0x18)
@@ -265,9 +268,9 @@ fn selectors(regs: &VcpuRegs) -> (u32, u32) {
     }
 }
 
-/// `struct elf_prstatus` of x86-64 (`include/linux/elfcore.h`): what is not registers stays zero but the number of the vCPU, which
-/// stands, from 1 on, for the thread's.
-fn prstatus(regs: &VcpuRegs) -> Vec<u8> {
+/// `struct elf_prstatus` of x86-64 (`include/linux/elfcore.h`). Everything but the registers is
+/// zero, except for the process id, which is the number of the vCPU from 1 on.
+fn prstatus_note(regs: &VcpuRegs) -> Vec<u8> {
     const BEFORE_PID: usize = 32;
     const BEFORE_REGISTERS: usize = 112;
     let (cs, ss) = selectors(regs);
@@ -310,7 +313,7 @@ fn prstatus(regs: &VcpuRegs) -> Vec<u8> {
     out
 }
 
-fn qemu(regs: &VcpuRegs) -> Vec<u8> {
+fn qemu_note(regs: &VcpuRegs) -> Vec<u8> {
     let mut regs = regs.clone();
     let (code, stack) = selectors(&regs);
     let dpl = u32::from(regs.cpl & 3) << 13;
@@ -338,7 +341,7 @@ fn qemu(regs: &VcpuRegs) -> Vec<u8> {
         at(regs.idt_limit.into(), regs.idt_base),
     ];
     let mut body = Vec::new();
-    for register in general(&mut regs) {
+    for register in general_registers(&mut regs) {
         body.extend_from_slice(&register.to_le_bytes());
     }
     for segment in segments {
@@ -351,7 +354,7 @@ fn qemu(regs: &VcpuRegs) -> Vec<u8> {
     with_size(body)
 }
 
-fn own(regs: &VcpuRegs) -> Vec<u8> {
+fn outpatch_note(regs: &VcpuRegs) -> Vec<u8> {
     let mut regs = regs.clone();
     let flag = |set: bool, flag| if set { flag } else { 0 };
     let flags = flag(regs.online, ONLINE)
@@ -363,10 +366,10 @@ fn own(regs: &VcpuRegs) -> Vec<u8> {
     body.extend_from_slice(&[regs.cpl, 0]);
     body.extend_from_slice(&regs.idt_limit.to_le_bytes());
     body.extend_from_slice(&[0; 4]);
-    for register in general(&mut regs) {
+    for register in general_registers(&mut regs) {
         body.extend_from_slice(&register.to_le_bytes());
     }
-    for register in system(&mut regs) {
+    for register in system_registers(&mut regs) {
         body.extend_from_slice(&register.to_le_bytes());
     }
     body.extend_from_slice(&regs.fred_config.unwrap_or_default().to_le_bytes());
@@ -394,11 +397,11 @@ mod tests {
             ..VcpuRegs::default()
         };
         let mut value = 0x1000;
-        for field in general(&mut regs) {
+        for field in general_registers(&mut regs) {
             value += 1;
             *field = value;
         }
-        for field in system(&mut regs) {
+        for field in system_registers(&mut regs) {
             value += 1;
             *field = value;
         }
@@ -406,22 +409,22 @@ mod tests {
     }
 
     #[test]
-    fn our_own_note_keeps_everything() {
+    fn the_outpatch_note_keeps_everything() {
         let regs = distinct();
-        assert_eq!(parse_own(&own(&regs)), Ok(regs));
+        assert_eq!(parse_outpatch(&outpatch_note(&regs)), Ok(regs));
         let off = VcpuRegs {
             foreign: true,
             ..VcpuRegs::default()
         };
-        assert_eq!(parse_own(&own(&off)), Ok(off));
+        assert_eq!(parse_outpatch(&outpatch_note(&off)), Ok(off));
     }
 
     #[test]
-    fn qemus_note_keeps_what_finds_the_kernel() {
+    fn the_qemu_note_keeps_the_registers_that_find_the_kernel() {
         let mut regs = distinct();
         regs.cr0 = CR0_PG | 1;
         regs.cr4 = CR4_PAE;
-        let desc = qemu(&regs);
+        let desc = qemu_note(&regs);
         assert_eq!(desc.len(), 440, "sizeof(QEMUCPUState)");
         let read = parse_qemu(3, &desc).unwrap();
         let expected = VcpuRegs {
@@ -431,35 +434,39 @@ mod tests {
             ..regs
         };
         assert_eq!(read, expected);
-        // An older QEMU has no KERNEL_GS_BASE; an AP that waits for its start has no paging.
+        // An older QEMU has no KERNEL_GS_BASE; a secondary processor that waits for its start has
+        // no paging.
         let mut old = desc.clone();
         old.truncate(432);
         old[4..8].copy_from_slice(&432_u32.to_le_bytes());
         assert_eq!(parse_qemu(3, &old).unwrap().kernel_gs_base, 0);
         regs.cr0 = 0x6000_0010;
-        let waiting = parse_qemu(0, &qemu(&regs)).unwrap();
+        let waiting = parse_qemu(0, &qemu_note(&regs)).unwrap();
         assert!(!waiting.online && waiting.efer == 0);
     }
 
     #[test]
     fn prstatus_has_the_kernels_layout() {
-        let desc = prstatus(&distinct());
+        let desc = prstatus_note(&distinct());
         assert_eq!(desc.len(), 336, "sizeof(struct elf_prstatus)");
         assert_eq!(desc[32..36], 4_u32.to_le_bytes());
         assert_eq!(desc[112..120], 0x1010_u64.to_le_bytes(), "r15 comes first");
     }
 
     #[test]
-    fn notes_that_lie_about_their_size_are_refused() {
-        let good = own(&distinct());
+    fn notes_with_a_wrong_size_are_refused() {
+        let good = outpatch_note(&distinct());
         for len in 0..good.len() {
-            assert!(parse_own(&good[..len]).is_err(), "{len}");
+            assert!(parse_outpatch(&good[..len]).is_err(), "{len}");
             assert!(parse_qemu(0, &good[..len]).is_err(), "{len}");
         }
         let mut bad = good.clone();
         bad[4..8].copy_from_slice(&4_u32.to_le_bytes());
-        assert_eq!(parse_own(&bad), Err(NoteError::Short { found: bad.len() }));
+        assert_eq!(
+            parse_outpatch(&bad),
+            Err(NoteError::Short { found: bad.len() })
+        );
         bad[0] = 9;
-        assert_eq!(parse_own(&bad), Err(NoteError::Version { found: 9 }));
+        assert_eq!(parse_outpatch(&bad), Err(NoteError::Version { found: 9 }));
     }
 }

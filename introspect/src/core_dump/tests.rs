@@ -1,4 +1,4 @@
-//! Cores built byte by byte.
+//! Core files built byte by byte.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// A file that has no name any more.
+/// A file that was unlinked already.
 pub(crate) fn file(bytes: &[u8]) -> File {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -28,14 +28,14 @@ fn open(bytes: &[u8]) -> Result<CoreFile, CoreError> {
     CoreFile::new(file(bytes))
 }
 
-/// Why it cannot be opened, in words.
+/// The error with which the file is refused, as text.
 fn refusal(bytes: &[u8]) -> String {
     open(bytes).unwrap_err().to_string()
 }
 
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
-/// Where the content begins.
+/// The offset at which the contents of segments start.
 const CONTENT: u64 = 0x400;
 
 /// Type, physical address, bytes in memory, content.
@@ -83,13 +83,13 @@ fn regs(index: u32) -> VcpuRegs {
 }
 
 fn notes() -> Vec<u8> {
-    notes::write(&[regs(1), regs(0)], Some(b"OSRELEASE=6.1.0\n"))
+    notes::encode(&[regs(1), regs(0)], Some(b"OSRELEASE=6.1.0\n"))
 }
 
 fn good() -> Vec<u8> {
     core(&[
         (PT_NOTE, 0, 0, &notes()),
-        // Not in order, the second piece behind the first without a gap, and one that ends with zeroes.
+        // Not sorted; the second segment follows the first without a gap, and one ends with zeroes.
         (PT_LOAD, 0x2000, 0x1000, &[2; 0x1000]),
         (PT_LOAD, 0x1000, 0x1000, &[1; 0x1000]),
         (PT_LOAD, 0x1_0000_0000, 0x1000, b"high"),
@@ -97,7 +97,7 @@ fn good() -> Vec<u8> {
 }
 
 #[test]
-fn memory_and_vcpus_come_back() {
+fn memory_and_vcpus_are_read() {
     let core = open(&good()).unwrap();
     assert_eq!(core.vcpus(), [regs(0), regs(1)]);
     let read = |gpa, len: usize| {
@@ -127,9 +127,9 @@ fn memory_and_vcpus_come_back() {
 }
 
 #[test]
-fn gathered_is_as_read() {
+fn read_fields_returns_what_read_returns() {
     let content: Vec<u8> = (0..0x6000_u32).map(|at| (at % 251) as u8).collect();
-    // The second begins where the first ends, and not all of it is in the file.
+    // The second segment starts where the first ends, and not all of it is in the file.
     let parts = [
         (PT_LOAD, 0x1000, 0x3000, &content[..0x3000]),
         (PT_LOAD, 0x4000, 0x4000, &content[0x3000..]),
@@ -153,22 +153,22 @@ fn gathered_is_as_read() {
             [0, 0x5000, u64::MAX],
         ] {
             let parts = offsets.map(|offset| FieldRange { offset, len: 16 });
-            let (mut gathered, mut read) = ([0; 48], [0; 48]);
+            let (mut fields_read, mut read) = ([0; 48], [0; 48]);
             let mut each = parts.iter().zip(read.chunks_mut(16));
             let expected = each.try_for_each(|(part, buf)| {
                 core.read(GuestAddress(base.wrapping_add(part.offset)), buf)
             });
-            let got = core.gather(GuestAddress(base), &parts, &mut gathered);
+            let got = core.read_fields(GuestAddress(base), &parts, &mut fields_read);
             assert_eq!(got, expected, "{offsets:x?} at {base:#x}");
             if got.is_ok() {
-                assert_eq!(gathered, read, "{offsets:x?} at {base:#x}");
+                assert_eq!(fields_read, read, "{offsets:x?} at {base:#x}");
             }
         }
     }
 }
 
 #[test]
-fn qemus_notes_do_where_ours_are_not() {
+fn qemu_notes_are_used_without_outpatch_notes() {
     let mut bytes = good();
     while let Some(at) = bytes.windows(9).position(|w| w == b"outpatch\0") {
         bytes[at] = b'x';
@@ -188,19 +188,19 @@ fn qemus_notes_do_where_ours_are_not() {
 }
 
 #[test]
-fn what_is_no_core_is_told_apart() {
+fn what_is_no_core_is_refused_with_its_reason() {
     assert!(refusal(b"").contains("not an ELF file"));
     assert!(refusal(b"KDUMP   and more").contains("without -z"));
     let mut other = good();
     other[16] = 2;
-    assert!(refusal(&other).contains("no core"));
+    assert!(refusal(&other).contains("not a core"));
     other[16] = 4;
     other[18] = 3;
     assert!(refusal(&other).contains("another machine (3)"));
     other[4] = 1;
     assert!(refusal(&other).contains("64-bit"));
     let memory: Load<'_> = (PT_LOAD, 0, 0x1000, &[0; 0x1000]);
-    let thread = notes::write(&[], None);
+    let thread = notes::encode(&[], None);
     assert!(refusal(&core(&[(PT_NOTE, 0, 0, &thread), memory])).contains("page tables"));
     assert!(refusal(&core(&[memory])).contains("0 notes with plain registers"));
     assert!(refusal(&core(&[(PT_NOTE, 0, 0, &notes())])).contains("no memory"));
@@ -210,7 +210,7 @@ fn what_is_no_core_is_told_apart() {
 }
 
 #[test]
-fn every_cut_is_noticed() {
+fn every_truncation_is_refused() {
     let whole = good();
     for len in (0..whole.len()).step_by(7) {
         let text = refusal(&whole[..len]);
@@ -222,20 +222,20 @@ fn every_cut_is_noticed() {
 }
 
 #[test]
-fn segments_that_cannot_be_are_refused() {
+fn impossible_segments_are_refused() {
     let notes = notes();
     let with = |segment: Load<'_>| {
         let memory: Load<'_> = (PT_LOAD, 0x1000, 0x1000, &[0; 0x1000]);
         refusal(&core(&[(PT_NOTE, 0, 0, &notes), memory, segment]))
     };
-    assert!(with((PT_LOAD, 0x1fff, 1, b"x")).contains("hold physical 0x1fff"));
-    assert!(with((PT_LOAD, 0, u64::MAX, b"x")).contains("hold physical 0x1000"));
+    assert!(with((PT_LOAD, 0x1fff, 1, b"x")).contains("contain physical 0x1fff"));
+    assert!(with((PT_LOAD, 0, u64::MAX, b"x")).contains("contain physical 0x1000"));
     assert!(with((PT_LOAD, u64::MAX, 1, b"x")).contains("address space"));
     assert!(with((PT_LOAD, 0x8000, 1, b"xy")).contains("more bytes in the file"));
 }
 
 #[test]
-fn a_count_that_does_not_fit_stands_in_the_first_section() {
+fn a_count_that_does_not_fit_is_in_the_first_section() {
     let mut bytes = good();
     let section = bytes.len();
     bytes[40..48].copy_from_slice(&(section as u64).to_le_bytes());
@@ -249,7 +249,7 @@ fn a_count_that_does_not_fit_stands_in_the_first_section() {
 }
 
 #[test]
-fn notes_have_an_end() {
+fn malformed_notes_are_refused() {
     let mut bytes = good();
     bytes[54] = 57; // e_phentsize
     assert!(refusal(&bytes).contains("57 bytes each"));
@@ -259,20 +259,27 @@ fn notes_have_an_end() {
     let mut bytes = good();
     bytes[CONTENT as usize + 4..CONTENT as usize + 8].fill(0xff); // n_descsz
     assert!(refusal(&bytes).contains("notes cannot be read"));
-    let twice = notes::write(&[regs(0), regs(0)], None);
+    let twice = notes::encode(&[regs(0), regs(0)], None);
     let text = refusal(&core(&[(PT_NOTE, 0, 0, &twice), (PT_LOAD, 0, 1, b"x")]));
     assert!(text.contains("vCPU 0 twice"), "{text}");
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+    #![proptest_config(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(2000)
+    })]
 
-    /// Whatever is changed, the file is opened or refused, and what was opened can be read from anywhere.
+    /// Any change leads to a file that is opened or refused, and an opened one can be read
+    /// anywhere.
     #[test]
     fn no_mutation_panics(
-        // Most of them in the headers and the notes.
+        // Most changes are in the headers and the notes.
         changes in prop::collection::vec((0_usize..0x1000, any::<u8>()), 0..12),
-        words in prop::collection::vec((0_usize..0x140, prop::sample::select(vec![0, 1, 0xfff, u64::MAX - 1, u64::MAX])), 0..3),
+        words in prop::collection::vec(
+            (0_usize..0x140, prop::sample::select(vec![0, 1, 0xfff, u64::MAX - 1, u64::MAX])),
+            0..3,
+        ),
         cut in 0_usize..0x8000,
     ) {
         let mut bytes = good();
@@ -285,7 +292,10 @@ proptest! {
         bytes.truncate(cut.max(0x40));
         if let Ok(core) = open(&bytes) {
             let mut buf = [0; 64];
-            let edges: Vec<_> = core.ranges().flat_map(|(start, len)| [start.0, start.0 + len]).collect();
+            let edges: Vec<_> = core
+                .ranges()
+                .flat_map(|(start, len)| [start.0, start.0 + len])
+                .collect();
             for at in edges {
                 for gpa in [at.saturating_sub(32), at, at.saturating_add(1)] {
                     let _ = core.read(GuestAddress(gpa), &mut buf);
@@ -295,7 +305,8 @@ proptest! {
     }
 }
 
-/// Low memory and, behind a hole, high memory, one behind the other in the file, as VMMs keep it.
+/// Low memory and, above a hole, high memory; in the file one directly after the other, as VMMs
+/// store it.
 const RAW: [RawRange; 2] = [
     RawRange {
         gpa: GuestAddress(1 << 32),
@@ -315,7 +326,7 @@ fn raw(ranges: &[RawRange], vcpus: Vec<VcpuRegs>) -> Result<CoreFile, CoreError>
 }
 
 #[test]
-fn a_raw_image_is_read_where_it_is_said_to_be() {
+fn a_raw_image_is_read_by_its_ranges() {
     let image = raw(&RAW, vec![regs(1), regs(0)]).unwrap();
     assert_eq!(image.vcpus(), [regs(0), regs(1)]);
     let mut buf = [0; 4];
@@ -328,7 +339,7 @@ fn a_raw_image_is_read_where_it_is_said_to_be() {
 }
 
 #[test]
-fn a_raw_image_that_is_not_as_said_is_refused() {
+fn a_raw_image_that_does_not_match_its_ranges_is_refused() {
     let refusal = |ranges: &[RawRange], vcpus| raw(ranges, vcpus).unwrap_err().to_string();
     assert!(refusal(&RAW, Vec::new()).contains("no vCPU's registers"));
     assert!(refusal(&RAW, vec![regs(3), regs(3)]).contains("vCPU 3 twice"));
@@ -336,7 +347,7 @@ fn a_raw_image_that_is_not_as_said_is_refused() {
     let [high, low] = RAW;
     let with = |range| refusal(&[low, range], vec![regs(0)]);
     let (gpa, len) = (GuestAddress(0xfff), 5);
-    assert!(with(RawRange { gpa, ..high }).contains("hold physical 0xfff"));
+    assert!(with(RawRange { gpa, ..high }).contains("contain physical 0xfff"));
     assert!(with(RawRange { len, ..high }).contains("cut short"));
     let gpa = GuestAddress(u64::MAX - 2);
     assert!(with(RawRange { gpa, ..high }).contains("address space"));

@@ -9,8 +9,7 @@ use crate::btf::{Btf, BtfError};
 use crate::kernel::percpu::PerCpu;
 use crate::memory::kernel::{Field, KernelMemory};
 use crate::symbols::{SymbolError, Symbols};
-
-const PAGE: u64 = 4096;
+use crate::x86::PAGE_SIZE;
 
 /// The exception stacks of a CPU, by their members in `struct cea_exception_stacks`. Some kernels
 /// lack some of them.
@@ -151,7 +150,7 @@ impl StackAreas {
         };
         let mut areas = Vec::with_capacity(self.exceptions.len() + 2);
         if let Ok(pointer) = memory.pointer(pointers.irq)
-            && let Some(top) = pointer.0.checked_next_multiple_of(PAGE)
+            && let Some(top) = pointer.0.checked_next_multiple_of(PAGE_SIZE)
         {
             areas.push(StackArea {
                 kind: StackType::Irq,
@@ -178,7 +177,7 @@ fn field_range(base: Gva, field: Field) -> GvaRange {
 }
 
 fn checked(what: &'static str, size: u64) -> Result<u64, StackAreaError> {
-    if (PAGE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
+    if (PAGE_SIZE..=MAX_STACK).contains(&size) && size.is_power_of_two() {
         Ok(size)
     } else {
         Err(StackAreaError::Size { what, size })

@@ -1,7 +1,7 @@
-//! Reading kernel virtual memory.
+//! Reading kernel virtual memory: [`KernelMemory`].
 //!
-//! A [`KernelMemory`] remembers translations, so it is good for one pause: make a new one for the next. It knows nothing of what
-//! it reads.
+//! It caches address translations, so it is valid for one pause: make a new one for the next. Knows
+//! page tables and integers; must not know which structures are read.
 
 use std::cell::Cell;
 use std::fmt;
@@ -11,44 +11,43 @@ use vm_memory::GuestAddress;
 use crate::addr::Gva;
 use crate::memory::paging::{self, AddressSpace, Mapping, Unmapped};
 use crate::memory::{self, FieldRange, OutOfBounds, PhysMemory};
+use crate::x86::{LARGE_PAGE_SIZE, PAGE_SIZE};
 
-/// Slots of each translation cache; a power of two.
+/// Number of slots of each translation cache; a power of two.
 const SLOTS: usize = 256;
-const SMALL_PAGE: u64 = 1 << 12;
-const LARGE_PAGE: u64 = 1 << 21;
-/// Strings and blocks are read in pieces of at most this.
+/// Strings are read in chunks of at most this many bytes.
 const CHUNK: usize = 4096;
 
-/// A field of a structure: where, and how many bytes.
+/// A field of a structure: its offset and size, as BTF has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Field {
     /// Bytes from the start of the structure.
     pub offset: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
 impl Field {
-    /// Where the field of the structure at `base` lies.
+    /// The address of the field in the structure at `base`.
     #[must_use]
     pub const fn of(self, base: Gva) -> Gva {
         base.add(self.offset)
     }
 
-    /// The structure whose field lies at `gva` (`container_of`).
+    /// The address of the structure whose field is at `gva` (the kernel's `container_of`).
     #[must_use]
     pub const fn container(self, gva: Gva) -> Gva {
         gva.sub(self.offset)
     }
 }
 
-/// Kernel memory could not be read.
+/// Kernel memory could not be read: where, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot read kernel memory at {gva}: {cause}")]
 pub struct ReadError {
     /// The first address that could not be read.
     pub gva: Gva,
-    /// Why.
+    /// The reason.
     pub cause: ReadCause,
 }
 
@@ -56,32 +55,36 @@ pub struct ReadError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReadCause {
-    /// The address leads nowhere.
+    /// The page tables map nothing at the address.
     #[error(transparent)]
     Unmapped(#[from] Unmapped),
-    /// It leads outside guest memory.
+    /// The address is mapped to something outside guest memory.
     #[error(transparent)]
     OutOfBounds(#[from] OutOfBounds),
-    /// The guest asks for more than we are willing to read.
-    #[error("{len} bytes are more than the {cap} that make sense here")]
+    /// A length that the guest states exceeds the bound of this library.
+    #[error("{len} bytes exceed the limit of {cap}")]
     TooLong {
-        /// What the guest's own count says.
+        /// The length that the guest states, in bytes.
         len: u64,
-        /// Our bound.
+        /// The bound, in bytes.
         cap: u64,
     },
-    /// A field is not 1, 2, 4 or 8 bytes.
-    #[error("no integer has {0} bytes")]
+    /// The field's size is not 1, 2, 4 or 8 bytes.
+    #[error("{0} bytes is no size of an integer")]
     NotAnInteger(u64),
 }
 
-/// Kernel virtual memory, for one pause.
+/// Kernel virtual memory of a guest, valid for one pause because translations are cached.
+///
+/// Get one from [`Kernel::memory`](crate::Kernel::memory). It is not [`Sync`]; each thread makes
+/// its own.
 pub struct KernelMemory<'m> {
     phys: &'m dyn PhysMemory,
     space: AddressSpace,
     small: Cache,
     large: Cache,
-    /// Where the last tables lie, by the 2 MiB that each maps: what a processor's paging-structure caches remember.
+    /// Physical addresses of the level 1 tables, by the 2 MiB that each maps; a processor has the
+    /// same in its paging-structure caches.
     tables: Cache,
 }
 
@@ -93,8 +96,8 @@ impl fmt::Debug for KernelMemory<'_> {
     }
 }
 
-/// Translations of pages of one size: (page number, frame address), direct-mapped. Page number `u64::MAX` is an empty slot: no
-/// page has it.
+/// Translations of pages of one size: page number to frame address, direct-mapped. Page number
+/// `u64::MAX` marks an empty slot; no page has it.
 struct Cache(Box<[Cell<(u64, u64)>; SLOTS]>);
 
 impl Cache {
@@ -119,7 +122,7 @@ impl Cache {
 }
 
 impl<'m> KernelMemory<'m> {
-    /// Kernel memory through the given tables.
+    /// Kernel memory as the page tables `space` map it.
     #[must_use]
     pub fn new(phys: &'m dyn PhysMemory, space: AddressSpace) -> KernelMemory<'m> {
         KernelMemory {
@@ -131,22 +134,22 @@ impl<'m> KernelMemory<'m> {
         }
     }
 
-    /// The guest-physical memory underneath.
+    /// The guest-physical memory that is read.
     #[must_use]
     pub fn phys(&self) -> &'m dyn PhysMemory {
         self.phys
     }
 
-    /// The tables.
+    /// The page tables in use.
     #[must_use]
     pub fn space(&self) -> AddressSpace {
         self.space
     }
 
-    /// The mapping of `gva`, walked afresh.
+    /// The mapping of `gva`, from a page table walk that ignores the cache.
     ///
     /// # Errors
-    /// [`ReadError`] when it leads nowhere.
+    /// [`ReadError`] when the address is not mapped.
     pub fn translate(&self, gva: Gva) -> Result<Mapping, ReadError> {
         self.space
             .translate(self.phys, gva)
@@ -177,82 +180,85 @@ impl<'m> KernelMemory<'m> {
         Ok(())
     }
 
-    /// Fills `buf` with the `parts` of the structure at `gva`, one behind the other.
+    /// Fills `buf` with the `fields` of the structure at `gva`, one after the other.
     ///
     /// # Errors
     /// [`ReadError`]; `buf` may be partly overwritten.
-    pub(crate) fn gather(
+    pub(crate) fn read_fields(
         &self,
         gva: Gva,
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), ReadError> {
-        let end = memory::extent(parts).unwrap_or(usize::MAX) as u64;
+        let end = memory::extent(fields).unwrap_or(usize::MAX) as u64;
         let (gpa, left) = self.locate(gva)?;
-        if end <= left && self.phys.gather(gpa, parts, buf).is_ok() {
+        if end <= left && self.phys.read_fields(gpa, fields, buf).is_ok() {
             return Ok(());
         }
-        memory::each_part(parts, buf, |offset, now| self.read(gva.add(offset), now))
+        memory::each_field(fields, buf, |offset, now| self.read(gva.add(offset), now))
     }
 
-    /// Sets `same` for structures at `gvas` whose `parts` are just the bytes that stand for them ([`PhysMemory::compare`]).
+    /// Sets `same[n]` where the `fields` of the structure at `gvas[n]` equal the `n`th group of
+    /// `bytes` ([`PhysMemory::compare`]).
     pub(crate) fn compare(
         &self,
         gvas: &[Gva],
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         bytes: &[u8],
         same: &mut [bool],
     ) {
-        let Some(end) = memory::extent(parts) else {
+        let Some(end) = memory::extent(fields) else {
             return;
         };
-        // No memory is there.
-        let nowhere = GuestAddress(u64::MAX);
-        let place = |gva: &Gva| match self.locate(*gva) {
+        // No guest has memory at this address.
+        let no_memory = GuestAddress(u64::MAX);
+        let address = |gva: &Gva| match self.locate(*gva) {
             Ok((gpa, left)) if end as u64 <= left => gpa,
-            _ => nowhere,
+            _ => no_memory,
         };
-        let gpas: Vec<GuestAddress> = gvas.iter().map(place).collect();
-        self.phys.compare(&gpas, parts, bytes, same);
+        let gpas: Vec<GuestAddress> = gvas.iter().map(address).collect();
+        self.phys.compare(&gpas, fields, bytes, same);
     }
 
-    /// Where `gva` lies, and how many bytes from there on are contiguous. What was looked up once is remembered.
+    /// The physical address of `gva`, and how many bytes from there on are contiguous. Translations
+    /// are cached.
     ///
     /// # Errors
-    /// [`ReadError`] when it leads nowhere.
+    /// [`ReadError`] when the address is not mapped.
     pub fn locate(&self, gva: Gva) -> Result<(GuestAddress, u64), ReadError> {
         let within = |frame: u64, size: u64| {
             let offset = gva.0 % size;
             (GuestAddress(frame.wrapping_add(offset)), size - offset)
         };
-        if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE) {
-            return Ok(within(frame, LARGE_PAGE));
+        if let Some(frame) = self.large.get(gva.0 / LARGE_PAGE_SIZE) {
+            return Ok(within(frame, LARGE_PAGE_SIZE));
         }
-        if let Some(frame) = self.small.get(gva.0 / SMALL_PAGE) {
-            return Ok(within(frame, SMALL_PAGE));
+        if let Some(frame) = self.small.get(gva.0 / PAGE_SIZE) {
+            return Ok(within(frame, PAGE_SIZE));
         }
         if let Some(frame) = self.last_level(gva) {
-            self.small.set(gva.0 / SMALL_PAGE, frame);
-            return Ok(within(frame, SMALL_PAGE));
+            self.small.set(gva.0 / PAGE_SIZE, frame);
+            return Ok(within(frame, PAGE_SIZE));
         }
         let mapping = self.translate(gva)?;
-        if mapping.page_size == SMALL_PAGE {
-            let table = mapping.entry_gpa.0 & !(SMALL_PAGE - 1);
-            self.tables.set(gva.0 / LARGE_PAGE, table);
+        if mapping.page_size == PAGE_SIZE {
+            let table = mapping.entry_gpa.0 & !(PAGE_SIZE - 1);
+            self.tables.set(gva.0 / LARGE_PAGE_SIZE, table);
         }
-        let (cache, size) = if mapping.page_size >= LARGE_PAGE {
-            (&self.large, LARGE_PAGE)
+        let (cache, size) = if mapping.page_size >= LARGE_PAGE_SIZE {
+            (&self.large, LARGE_PAGE_SIZE)
         } else {
-            (&self.small, SMALL_PAGE)
+            (&self.small, PAGE_SIZE)
         };
         let frame = mapping.gpa.0 & !(size - 1);
         cache.set(gva.0 / size, frame);
         Ok(within(frame, size))
     }
 
-    /// The frame of a small page whose last table is known; `None` also when its entry does not lead on, so that the walk says why.
+    /// The frame of a small page whose level 1 table is cached. `None` also when the entry is not
+    /// present, so that the full walk reports the reason.
     fn last_level(&self, gva: Gva) -> Option<u64> {
-        let table = self.tables.get(gva.0 / LARGE_PAGE)?;
+        let table = self.tables.get(gva.0 / LARGE_PAGE_SIZE)?;
         let entry = GuestAddress(paging::last_entry(table, gva));
         let mut raw = [0; 8];
         self.phys.read(entry, &mut raw).ok()?;
@@ -265,7 +271,7 @@ impl<'m> KernelMemory<'m> {
         Ok(raw)
     }
 
-    /// One byte.
+    /// Reads one byte.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -273,7 +279,7 @@ impl<'m> KernelMemory<'m> {
         self.array(gva).map(u8::from_le_bytes)
     }
 
-    /// Two bytes.
+    /// Reads a 16-bit integer.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -281,7 +287,7 @@ impl<'m> KernelMemory<'m> {
         self.array(gva).map(u16::from_le_bytes)
     }
 
-    /// Four bytes.
+    /// Reads a 32-bit integer.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -289,7 +295,7 @@ impl<'m> KernelMemory<'m> {
         self.array(gva).map(u32::from_le_bytes)
     }
 
-    /// Eight bytes.
+    /// Reads a 64-bit integer.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -297,7 +303,7 @@ impl<'m> KernelMemory<'m> {
         self.array(gva).map(u64::from_le_bytes)
     }
 
-    /// Four bytes, signed.
+    /// Reads a signed 32-bit integer.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -305,7 +311,7 @@ impl<'m> KernelMemory<'m> {
         self.array(gva).map(i32::from_le_bytes)
     }
 
-    /// A pointer.
+    /// Reads a pointer.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -313,7 +319,7 @@ impl<'m> KernelMemory<'m> {
         self.u64(gva).map(Gva)
     }
 
-    /// An integer field of 1, 2, 4 or 8 bytes of the structure at `base`, zero-extended.
+    /// Reads an integer field of 1, 2, 4 or 8 bytes of the structure at `base`, zero-extended.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -331,8 +337,8 @@ impl<'m> KernelMemory<'m> {
         }
     }
 
-    /// A C string of at most `cap` bytes, without its end; cut at `cap` when there is no end before it. What is not UTF-8 is
-    /// replaced.
+    /// Reads a C string of at most `cap` bytes, without its terminator; it is cut at `cap` when
+    /// there is no terminator before. Bytes that are not UTF-8 are replaced.
     ///
     /// # Errors
     /// [`ReadError`] when memory ends before the string does.
@@ -357,10 +363,10 @@ impl<'m> KernelMemory<'m> {
         Ok(String::from_utf8_lossy(&out).into_owned())
     }
 
-    /// `len` bytes, where the guest says how many and `cap` is as many as make sense.
+    /// Reads `len` bytes, a length that the guest states; `cap` is the most that is accepted.
     ///
     /// # Errors
-    /// [`ReadError`], also when `len` is above `cap`.
+    /// [`ReadError`], also when `len` exceeds `cap`.
     pub fn bytes(&self, gva: Gva, len: u64, cap: usize) -> Result<Vec<u8>, ReadError> {
         let too_long = ReadError {
             gva,
@@ -384,7 +390,8 @@ mod tests {
     use super::*;
     use crate::testing::Ram;
 
-    /// Virtual 0..0x2000 is two frames in reverse order; 0x2000 is not mapped; 2 MiB.. is a large page at 0.
+    /// Virtual 0..0x2000 is two frames in reverse order, 0x2000 is not mapped, and a large page
+    /// from 2 MiB on is mapped to physical 0.
     fn ram() -> Ram {
         let mut ram = Ram::new(0x8000);
         ram.u64(0x1000, 0x2003);
@@ -425,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_table_is_read_anew_for_each_page() {
+    fn the_entry_of_a_cached_table_is_read_for_each_page() {
         let mut ram = ram();
         ram.u64(0x4010, 0x7003);
         ram.u64(0x7000, 7);
@@ -443,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_address() {
+    fn errors_have_the_first_unreadable_address() {
         let ram = ram();
         let memory = memory(&ram);
         assert_eq!(memory.u64(Gva(0x1ffc)).unwrap_err().gva, Gva(0x2000));

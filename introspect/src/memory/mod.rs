@@ -1,12 +1,13 @@
-//! Guest-physical memory, as a type that can only be read.
+//! Guest-physical memory behind a trait that can only read, [`PhysMemory`], and what reads kernel
+//! virtual memory through it.
 //!
-//! Knows nothing of page tables or of a kernel. Everything in this crate sees the guest through [`PhysMemory`], which has no
-//! way to write: live memory, a core file and a test's byte array all plug in here.
+//! Live memory, a core file and a test's byte array all implement the trait. This file knows
+//! nothing of page tables or of a kernel.
 
-pub mod kernel;
+pub(crate) mod kernel;
 pub(crate) mod list;
-pub mod paging;
-pub(crate) mod prefetch;
+pub(crate) mod paging;
+mod prefetch;
 pub(crate) mod struct_reader;
 
 use std::collections::VecDeque;
@@ -17,47 +18,59 @@ use vm_memory::{
     VolatileMemory, VolatileSlice,
 };
 
-use crate::memory::prefetch::prefetch;
+use crate::memory::prefetch::prefetch_line;
 
-/// So many structures are being fetched while one is compared: more than a processor waits for together, less than its nearest cache holds.
-const AHEAD: usize = 16;
+pub use crate::memory::kernel::{Field, KernelMemory, ReadCause, ReadError};
+pub use crate::memory::paging::{AddressSpace, Mapping, Unmapped};
 
-/// No memory backs (all of) the range.
+/// How many structures are prefetched ahead of the one that is compared: more than a processor has
+/// outstanding loads for, less than its first-level cache holds.
+const PREFETCH_DEPTH: usize = 16;
+
+/// The range is not, or not completely, guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]
 pub struct OutOfBounds {
-    /// Where the read began.
+    /// Where the read starts.
     pub gpa: GuestAddress,
-    /// How many bytes were asked for.
+    /// How many bytes were requested.
     pub len: usize,
 }
 
 /// Read access to guest-physical memory, from several threads at once.
+///
+/// Implemented for every [`vm_memory::GuestMemory`] and for [`CoreFile`](crate::CoreFile).
 pub trait PhysMemory: Sync {
-    /// Fills `buf` from `gpa` on, or fails without saying how much of `buf` was overwritten.
+    /// Fills `buf` from `gpa` on. On an error, any part of `buf` may have been overwritten.
     ///
     /// # Errors
     /// [`OutOfBounds`] when any byte of the range is not guest RAM.
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds>;
 
-    /// Fills `buf` with the `parts` of the structure at `gpa`, one behind the other: the same as a read for each, in one go.
+    /// Fills `buf` with the `fields` of the structure at `gpa`, one after the other. The result is
+    /// that of one [`read`](Self::read) for each field; an implementation may do it in fewer steps.
     ///
     /// # Errors
-    /// As [`read`](Self::read). `buf` is as long as the parts together, or only what fits is filled.
-    fn gather(
+    /// [`OutOfBounds`], as for [`read`](Self::read). `buf` should be as long as all fields
+    /// together; if it is shorter, only what fits is filled.
+    fn read_fields(
         &self,
         gpa: GuestAddress,
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
-        each_part(parts, buf, |offset, now| {
+        each_field(fields, buf, |offset, now| {
             self.read(GuestAddress(gpa.0.wrapping_add(offset)), now)
         })
     }
 
-    /// Sets `same` for each structure at `gpas` whose `parts` are just the bytes that stand for it in `bytes`, one structure's behind the
-    /// other's. Memory that a processor reads has many of them fetched together and compares them where they are. Of a structure
-    /// that is left unset nothing is known: [`gather`](Self::gather) tells.
+    /// Sets `same[n]` where the `fields` of the structure at `gpas[n]` are equal to the `n`th group
+    /// of `bytes`; `bytes` holds one group a structure, laid out as
+    /// [`read_fields`](Self::read_fields) fills its buffer.
+    ///
+    /// This is a fast path only: where `same[n]` stays unset, the structure may be equal or not,
+    /// and [`read_fields`](Self::read_fields) has the answer. The default sets nothing. Memory that
+    /// is mapped into this process prefetches many structures at once and compares them in place.
     fn compare(
         &self,
         _gpas: &[GuestAddress],
@@ -68,43 +81,46 @@ pub trait PhysMemory: Sync {
     }
 }
 
-/// Bytes from the start of a structure to the end of its last part; none if there are more than a machine has.
-pub(crate) fn extent(parts: &[FieldRange]) -> Option<usize> {
-    let ends = parts
+/// Bytes from the start of a structure to the end of its last field; `None` if that does not fit in
+/// `usize`.
+pub(crate) fn extent(fields: &[FieldRange]) -> Option<usize> {
+    let ends = fields
         .iter()
-        .map(|part| part.offset.saturating_add(part.len as u64));
+        .map(|field| field.offset.saturating_add(field.len as u64));
     usize::try_from(ends.max().unwrap_or(0)).ok()
 }
 
-/// Whether the parts of the structure that `memory` begins with are just these bytes, one part behind the other.
-fn is_there<B: BitmapSlice>(
+/// Whether the structure at the start of `memory` has these bytes in its fields, one field after
+/// the other.
+fn has_fields<B: BitmapSlice>(
     memory: &VolatileSlice<'_, B>,
-    parts: &[FieldRange],
+    fields: &[FieldRange],
     bytes: &[u8],
 ) -> bool {
     let mut rest = bytes;
-    parts.iter().all(|part| {
-        let (now, later) = rest.split_at(part.len.min(rest.len()));
+    fields.iter().all(|field| {
+        let (now, later) = rest.split_at(field.len.min(rest.len()));
         rest = later;
-        let place = usize::try_from(part.offset).ok();
-        place.is_some_and(|place| has(memory, place, now))
+        let offset = usize::try_from(field.offset).ok();
+        offset.is_some_and(|offset| has_bytes(memory, offset, now))
     })
 }
 
-/// Whether `memory` has these bytes from `at` on. Word by word: to copy first and compare then takes twice as long.
-fn has<B: BitmapSlice>(memory: &VolatileSlice<'_, B>, at: usize, bytes: &[u8]) -> bool {
+/// Whether `memory` has these bytes from `at` on. Compares word by word: copying first takes twice
+/// as long.
+fn has_bytes<B: BitmapSlice>(memory: &VolatileSlice<'_, B>, at: usize, bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks();
     let (halves, rest) = rest.as_chunks();
     let halves_at = at + words.len() * 8;
     let rest_at = halves_at + halves.len() * 4;
     let words = words.iter().map(|word| u64::from_ne_bytes(*word));
     let halves = halves.iter().map(|half| u32::from_ne_bytes(*half));
-    all_are(memory, at, words)
-        && all_are(memory, halves_at, halves)
-        && all_are(memory, rest_at, rest.iter().copied())
+    has_values(memory, at, words)
+        && has_values(memory, halves_at, halves)
+        && has_values(memory, rest_at, rest.iter().copied())
 }
 
-fn all_are<T: ByteValued + PartialEq, B: BitmapSlice>(
+fn has_values<T: ByteValued + PartialEq, B: BitmapSlice>(
     memory: &VolatileSlice<'_, B>,
     at: usize,
     values: impl ExactSizeIterator<Item = T>,
@@ -120,34 +136,35 @@ fn all_are<T: ByteValued + PartialEq, B: BitmapSlice>(
     }
 }
 
-/// Has every part of a structure read to its place in `buf`.
-pub(crate) fn each_part<E>(
-    parts: &[FieldRange],
+/// Calls `read` for each field with the field's offset and its part of `buf`.
+pub(crate) fn each_field<E>(
+    fields: &[FieldRange],
     buf: &mut [u8],
     mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut rest = buf;
-    for part in parts {
-        let len = part.len.min(rest.len());
+    for field in fields {
+        let len = field.len.min(rest.len());
         let (now, later) = rest.split_at_mut(len);
-        read(part.offset, now)?;
+        read(field.offset, now)?;
         rest = later;
     }
     Ok(())
 }
 
-/// Some bytes of a structure.
+/// A range of bytes within a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FieldRange {
-    /// From the structure's start.
+    /// Bytes from the start of the structure.
     pub offset: u64,
-    /// How many.
+    /// Length in bytes.
     pub len: usize,
 }
 
 impl<M: GuestMemory + Sync> PhysMemory for M {
     fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), OutOfBounds> {
-        // Almost all reads are small and lie in one region: an iterator over regions costs more than they do.
+        // Almost all reads are small and within one region: an iterator over regions costs more
+        // than the read itself.
         let slice = self
             .physical_memory()
             .and_then(|memory| memory.get_slice(gpa, buf.len()).ok());
@@ -160,19 +177,19 @@ impl<M: GuestMemory + Sync> PhysMemory for M {
         })
     }
 
-    fn gather(
+    fn read_fields(
         &self,
         gpa: GuestAddress,
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
-        let whole = extent(parts);
-        // The structure's region is looked for once.
-        let slice = whole.and_then(|whole| self.physical_memory()?.get_slice(gpa, whole).ok());
-        each_part(parts, buf, |offset, now| {
-            let place = usize::try_from(offset).ok();
-            let part = place.and_then(|place| slice.as_ref()?.subslice(place, now.len()).ok());
-            if part.is_some_and(|part| part.copy_to(now) == now.len()) {
+        let size = extent(fields);
+        // The structure's region is looked up once.
+        let slice = size.and_then(|size| self.physical_memory()?.get_slice(gpa, size).ok());
+        each_field(fields, buf, |offset, now| {
+            let offset_in_slice = usize::try_from(offset).ok();
+            let field = offset_in_slice.and_then(|at| slice.as_ref()?.subslice(at, now.len()).ok());
+            if field.is_some_and(|field| field.copy_to(now) == now.len()) {
                 return Ok(());
             }
             PhysMemory::read(self, GuestAddress(gpa.0.wrapping_add(offset)), now)
@@ -182,34 +199,34 @@ impl<M: GuestMemory + Sync> PhysMemory for M {
     fn compare(
         &self,
         gpas: &[GuestAddress],
-        parts: &[FieldRange],
+        fields: &[FieldRange],
         bytes: &[u8],
         same: &mut [bool],
     ) {
-        let (Some(memory), Some(whole)) = (self.physical_memory(), extent(parts)) else {
+        let (Some(memory), Some(size)) = (self.physical_memory(), extent(fields)) else {
             return;
         };
-        // Most of them lie in one region.
+        // Most structures are in one region.
         let mut last = memory.iter().next();
         let fetch = |gpa: &GuestAddress| {
-            let same = last.filter(|region| region.to_region_addr(*gpa).is_some());
-            let region = same.or_else(|| memory.find_region(*gpa))?;
+            let same_region = last.filter(|region| region.to_region_addr(*gpa).is_some());
+            let region = same_region.or_else(|| memory.find_region(*gpa))?;
             last = Some(region);
-            let place = region.get_slice(region.to_region_addr(*gpa)?, whole).ok()?;
-            let start = place.ptr_guard().as_ptr();
-            let parts = parts
+            let slice = region.get_slice(region.to_region_addr(*gpa)?, size).ok()?;
+            let start = slice.ptr_guard().as_ptr();
+            let fields = fields
                 .iter()
-                .filter_map(|part| usize::try_from(part.offset).ok());
-            parts.for_each(|offset| prefetch(start.wrapping_add(offset)));
-            Some(place)
+                .filter_map(|field| usize::try_from(field.offset).ok());
+            fields.for_each(|offset| prefetch_line(start.wrapping_add(offset)));
+            Some(slice)
         };
-        let mut to_come = gpas.iter().map(fetch);
-        let mut coming: VecDeque<_> = to_come.by_ref().take(AHEAD).collect();
-        let len: usize = parts.iter().map(|part| part.len).sum();
+        let mut slices = gpas.iter().map(fetch);
+        let mut prefetched: VecDeque<_> = slices.by_ref().take(PREFETCH_DEPTH).collect();
+        let len: usize = fields.iter().map(|field| field.len).sum();
         for (bytes, same) in bytes.chunks_exact(len.max(1)).zip(same) {
-            let place = coming.pop_front().flatten();
-            coming.extend(to_come.next());
-            *same = place.is_some_and(|place| is_there(&place, parts, bytes));
+            let slice = prefetched.pop_front().flatten();
+            prefetched.extend(slices.next());
+            *same = slice.is_some_and(|slice| has_fields(&slice, fields, bytes));
         }
     }
 }
@@ -220,11 +237,11 @@ mod tests {
 
     use super::*;
 
-    const fn part(offset: u64, len: usize) -> FieldRange {
+    const fn field(offset: u64, len: usize) -> FieldRange {
         FieldRange { offset, len }
     }
 
-    /// Two regions, each byte what its address says, more or less.
+    /// Two regions; each byte is its address modulo 251.
     fn memory() -> GuestMemoryMmap {
         let ranges = [(GuestAddress(0), 0x1000), (GuestAddress(0x8000), 0x1000)];
         let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&ranges).unwrap();
@@ -239,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_compares_as_the_same_is_what_is_gathered() {
+    fn equal_means_that_read_fields_returns_these_bytes() {
         let memory = memory();
         let gpas = [
             0,
@@ -254,36 +271,39 @@ mod tests {
             1 << 60,
         ]
         .map(GuestAddress);
-        let all_parts: [&[FieldRange]; 6] = [
-            &[part(0, 56), part(0x60, 8), part(0x70, 4)],
-            &[part(3, 1), part(4, 7), part(11, 13)],
-            &[part(0, 0)],
+        let all_fields: [&[FieldRange]; 6] = [
+            &[field(0, 56), field(0x60, 8), field(0x70, 4)],
+            &[field(3, 1), field(4, 7), field(11, 13)],
+            &[field(0, 0)],
             &[],
-            &[part(1 << 47, 8)],
-            &[part(1 << 62, 8)],
+            &[field(1 << 47, 8)],
+            &[field(1 << 62, 8)],
         ];
-        for parts in all_parts {
-            let len: usize = parts.iter().map(|part| part.len).sum();
-            let gathered = gpas.map(|gpa| {
+        for fields in all_fields {
+            let len: usize = fields.iter().map(|field| field.len).sum();
+            let read = gpas.map(|gpa| {
                 let mut bytes = vec![0; len];
-                PhysMemory::gather(&memory, gpa, parts, &mut bytes).map(|()| bytes)
+                PhysMemory::read_fields(&memory, gpa, fields, &mut bytes).map(|()| bytes)
             });
-            let bytes: Vec<u8> = (gathered.iter().cloned())
+            let bytes: Vec<u8> = (read.iter().cloned())
                 .flat_map(|bytes| bytes.unwrap_or_else(|_| vec![0; len]))
                 .collect();
             let mut same = [false; 10];
-            memory.compare(&gpas, parts, &bytes, &mut same);
-            let whole = gathered.each_ref().map(Result::is_ok);
-            // Nothing is always the same as nothing, and needs no comparing.
-            assert!(len == 0 || same == whole, "{parts:?}: {same:?}, {whole:?}");
+            memory.compare(&gpas, fields, &bytes, &mut same);
+            let readable = read.each_ref().map(Result::is_ok);
+            // Zero bytes are always equal, and need no comparison.
+            assert!(
+                len == 0 || same == readable,
+                "{fields:?}: {same:?}, {readable:?}"
+            );
             for wrong in 0..len {
                 let mut bytes = bytes.clone();
                 bytes
                     .chunks_exact_mut(len)
                     .for_each(|bytes| bytes[wrong] ^= 0x10);
                 let mut same = [false; 10];
-                memory.compare(&gpas, parts, &bytes, &mut same);
-                assert_eq!(same, [false; 10], "{parts:?}, byte {wrong}");
+                memory.compare(&gpas, fields, &bytes, &mut same);
+                assert_eq!(same, [false; 10], "{fields:?}, byte {wrong}");
             }
         }
     }

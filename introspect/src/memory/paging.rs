@@ -1,98 +1,96 @@
-//! x86-64 page tables: where a guest virtual address lies in guest-physical memory, and through which entry.
+//! x86-64 page tables: which guest-physical address a virtual address is mapped to, and by which
+//! entry.
 //!
-//! Knows the architecture (Intel SDM volume 3, 4.5), nothing of Linux. The tables are the guest's: the walk is bounded by its levels.
+//! Knows the architecture (Intel SDM volume 3, 4.5); must not know Linux, except for the pairs of
+//! tables under page table isolation. The tables are the guest's and may be hostile: a walk takes
+//! at most as many steps as there are levels.
 
 use vm_memory::GuestAddress;
 
 use crate::addr::Gva;
 use crate::memory::{OutOfBounds, PhysMemory};
 use crate::vcpu::VcpuRegs;
+use crate::x86::{
+    CR0_PG, CR4_LA57, EFER_LMA, PAGE_SHIFT, PAGE_SIZE, PTE_FRAME, PTE_LARGE, PTE_NO_EXECUTE,
+    PTE_PRESENT, PTE_USER, PTE_WRITABLE, TABLE_SHIFT,
+};
 
-/// Bits 51:12 of an entry or of CR3: the frame it points to.
-const FRAME: u64 = 0x000f_ffff_ffff_f000;
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-/// CR0.PG and CR4.LA57.
-const CR0_PG: u64 = 1 << 31;
-const CR4_LA57: u64 = 1 << 12;
-/// EFER.LMA: the vCPU is in long mode.
-const EFER_LMA: u64 = 1 << 10;
-/// Under page table isolation the user's top-level table is the page behind the kernel's (`arch/x86/mm/pti.c`).
-const PTI_USER_TABLE: u64 = 1 << 12;
+/// Under page table isolation the user's top-level table is the page after the kernel's
+/// (`arch/x86/mm/pti.c`).
+const PTI_USER_TABLE: u64 = PAGE_SIZE;
 
-/// A set of page tables.
+/// An address space: a set of page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressSpace {
-    /// The top-level table.
+    /// The guest-physical address of the top-level table.
     pub root: GuestAddress,
-    /// 4, or 5 with LA57.
+    /// The number of levels: 4, or 5 with CR4.LA57.
     pub levels: u8,
 }
 
-/// What a virtual address is mapped to.
+/// The mapping of a virtual address: physical address, page size and permissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// The address itself, translated.
+    /// The guest-physical address.
     pub gpa: GuestAddress,
-    /// 4 KiB, 2 MiB or 1 GiB.
+    /// The size of the page in bytes: 4 KiB, 2 MiB or 1 GiB.
     pub page_size: u64,
-    /// The leaf entry, raw.
+    /// The leaf entry's value.
     pub entry: u64,
-    /// Where the leaf entry lies.
+    /// The guest-physical address of the leaf entry.
     pub entry_gpa: GuestAddress,
-    /// Every level permits writes.
+    /// Whether writes are permitted at every level.
     pub writable: bool,
-    /// No level forbids execution.
+    /// Whether execution is forbidden at no level.
     pub executable: bool,
-    /// Every level permits user mode.
+    /// Whether user mode is permitted at every level.
     pub user: bool,
 }
 
-/// Why a virtual address leads nowhere.
+/// Why a virtual address is not mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unmapped {
-    /// The entry is not present.
+    /// An entry on the way is not present.
     #[error("not mapped (level {level} entry {entry:#x})")]
     NotPresent {
-        /// 1 for the last table, up to the number of levels.
+        /// The level of the entry: 1 for the last table, up to the number of levels.
         level: u8,
-        /// The entry found.
+        /// The entry's value.
         entry: u64,
     },
-    /// Not an address the processor would accept.
+    /// The address is not canonical: the processor would refuse it.
     #[error("not a canonical address")]
     NonCanonical,
-    /// An entry says "large page" where there are none.
+    /// An entry maps a large page at a level that has none.
     #[error("level {level} entry {entry:#x} is malformed")]
     Malformed {
-        /// The level.
+        /// The level of the entry, 4 or 5.
         level: u8,
-        /// The entry found.
+        /// The entry's value.
         entry: u64,
     },
-    /// A table lies outside guest memory.
-    #[error("page table: {0}")]
+    /// A table is outside guest memory.
+    #[error("page table outside guest memory: {0}")]
     Table(#[from] OutOfBounds),
 }
 
 impl AddressSpace {
-    /// The tables that the vCPU runs on; `None` when it is not in long mode with paging on.
+    /// The page tables in use by the vCPU; `None` when it is not in long mode with paging on.
     ///
-    /// In user mode under page table isolation these map little of the kernel: see [`kernel_half`](Self::kernel_half).
+    /// In user mode under page table isolation these map little of the kernel: see
+    /// [`kernel_half`](Self::kernel_half).
     #[must_use]
     pub fn of_vcpu(regs: &VcpuRegs) -> Option<AddressSpace> {
         let long_mode = regs.cr0 & CR0_PG != 0 && regs.efer & EFER_LMA != 0;
         long_mode.then_some(AddressSpace {
-            root: GuestAddress(regs.cr3 & FRAME),
+            root: GuestAddress(regs.cr3 & PTE_FRAME),
             levels: if regs.cr4 & CR4_LA57 != 0 { 5 } else { 4 },
         })
     }
 
-    /// The kernel's half of a pair of tables under page table isolation. Wrong for a kernel without it: its tables are not in pairs.
+    /// The kernel's tables of a pair under page table isolation. Wrong for a kernel without it,
+    /// whose tables are not in pairs.
     #[must_use]
     pub fn kernel_half(self) -> AddressSpace {
         AddressSpace {
@@ -101,29 +99,29 @@ impl AddressSpace {
         }
     }
 
-    /// Walks to `gva`.
+    /// Walks the tables for `gva`.
     ///
     /// # Errors
-    /// [`Unmapped`], naming the level where the walk ended.
+    /// [`Unmapped`], with the level at which the walk ended.
     pub fn translate(&self, memory: &dyn PhysMemory, gva: Gva) -> Result<Mapping, Unmapped> {
         if !self.is_canonical(gva) {
             return Err(Unmapped::NonCanonical);
         }
-        let mut table = self.root.0 & FRAME;
+        let mut table = self.root.0 & PTE_FRAME;
         let (mut writable, mut executable, mut user) = (true, true, true);
         for level in (1..=self.levels).rev() {
-            let shift = 12 + 9 * u32::from(level - 1);
-            let entry_gpa = GuestAddress(table | ((gva.0 >> shift) & 0x1ff) << 3);
+            let shift = PAGE_SHIFT + TABLE_SHIFT * u32::from(level - 1);
+            let entry_gpa = GuestAddress(entry_address(table, gva, shift));
             let mut raw = [0; 8];
             memory.read(entry_gpa, &mut raw)?;
             let entry = u64::from_le_bytes(raw);
-            if entry & PRESENT == 0 {
+            if entry & PTE_PRESENT == 0 {
                 return Err(Unmapped::NotPresent { level, entry });
             }
-            writable &= entry & WRITABLE != 0;
-            executable &= entry & NO_EXECUTE == 0;
-            user &= entry & USER != 0;
-            let large = level > 1 && entry & LARGE != 0;
+            writable &= entry & PTE_WRITABLE != 0;
+            executable &= entry & PTE_NO_EXECUTE == 0;
+            user &= entry & PTE_USER != 0;
+            let large = level > 1 && entry & PTE_LARGE != 0;
             if large && level > 3 {
                 return Err(Unmapped::Malformed { level, entry });
             }
@@ -131,7 +129,7 @@ impl AddressSpace {
                 let page_size = 1u64 << shift;
                 let offset = gva.0 & (page_size - 1);
                 return Ok(Mapping {
-                    gpa: GuestAddress(entry & FRAME & !(page_size - 1) | offset),
+                    gpa: GuestAddress(entry & PTE_FRAME & !(page_size - 1) | offset),
                     page_size,
                     entry,
                     entry_gpa,
@@ -140,12 +138,12 @@ impl AddressSpace {
                     user,
                 });
             }
-            table = entry & FRAME;
+            table = entry & PTE_FRAME;
         }
         Err(Unmapped::NonCanonical)
     }
 
-    /// Whether the bits above the translated ones repeat the sign.
+    /// Whether the bits above the translated ones are copies of the highest translated bit.
     fn is_canonical(&self, gva: Gva) -> bool {
         let unused = if self.levels == 5 { 7 } else { 16 };
         let value = gva.0.cast_signed();
@@ -153,17 +151,23 @@ impl AddressSpace {
     }
 }
 
-/// Where the entry for `gva` is in the last table on the way to it.
-pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
-    table | ((gva.0 >> 12) & 0x1ff) << 3
+/// Where the entry for `gva` is in a table whose entries map `1 << shift` bytes each.
+const fn entry_address(table: u64, gva: Gva, shift: u32) -> u64 {
+    let index = (gva.0 >> shift) & ((1 << TABLE_SHIFT) - 1);
+    table | index << 3
 }
 
-/// The frame that an entry of a last table leads to; `None` when it leads nowhere.
+/// Where the entry for `gva` is in the level 1 table on the way to it.
+pub(crate) const fn last_entry(table: u64, gva: Gva) -> u64 {
+    entry_address(table, gva, PAGE_SHIFT)
+}
+
+/// The frame that an entry of a level 1 table maps; `None` when it is not present.
 pub(crate) const fn small_frame(entry: u64) -> Option<u64> {
-    if entry & PRESENT == 0 {
+    if entry & PTE_PRESENT == 0 {
         return None;
     }
-    Some(entry & FRAME)
+    Some(entry & PTE_FRAME)
 }
 
 #[cfg(test)]
@@ -178,11 +182,17 @@ mod tests {
 
     fn four_levels() -> Ram {
         let mut ram = Ram::new(0x10_0000);
-        ram.u64(0x1000 + 8 * 511, 0x2000 | PRESENT | WRITABLE | USER);
-        ram.u64(0x2000 + 8 * 510, 0x3000 | PRESENT | WRITABLE);
-        ram.u64(0x3000, 0x4000 | PRESENT | WRITABLE);
-        ram.u64(0x4000 + 8, 0x5000 | PRESENT | NO_EXECUTE);
-        ram.u64(0x3000 + 8, 0x20_1000 | PRESENT | LARGE | WRITABLE); // bit 12 is PAT here
+        ram.u64(
+            0x1000 + 8 * 511,
+            0x2000 | PTE_PRESENT | PTE_WRITABLE | PTE_USER,
+        );
+        ram.u64(0x2000 + 8 * 510, 0x3000 | PTE_PRESENT | PTE_WRITABLE);
+        ram.u64(0x3000, 0x4000 | PTE_PRESENT | PTE_WRITABLE);
+        ram.u64(0x4000 + 8, 0x5000 | PTE_PRESENT | PTE_NO_EXECUTE);
+        ram.u64(
+            0x3000 + 8,
+            0x20_1000 | PTE_PRESENT | PTE_LARGE | PTE_WRITABLE,
+        ); // bit 12 is PAT here
         ram
     }
 
@@ -207,17 +217,17 @@ mod tests {
     }
 
     #[test]
-    fn refusals() {
+    fn what_is_not_mapped_is_refused_with_its_reason() {
         let mut ram = four_levels();
         let at = |ram: &Ram, gva| SPACE.translate(ram, Gva(gva)).unwrap_err();
         assert_eq!(at(&ram, 0x0000_8000_0000_0000), Unmapped::NonCanonical);
         assert_eq!(at(&ram, 0), Unmapped::NotPresent { level: 4, entry: 0 });
-        ram.u64(0x1000, PRESENT | LARGE);
+        ram.u64(0x1000, PTE_PRESENT | PTE_LARGE);
         assert!(matches!(at(&ram, 0), Unmapped::Malformed { level: 4, .. }));
-        ram.u64(0x1000, 0x7f_ffff_f000 | PRESENT);
+        ram.u64(0x1000, 0x7f_ffff_f000 | PTE_PRESENT);
         assert!(matches!(at(&ram, 0), Unmapped::Table(_)));
         // A table that points to itself ends with the levels.
-        ram.u64(0x1000, 0x1000 | PRESENT);
+        ram.u64(0x1000, 0x1000 | PTE_PRESENT);
         assert_eq!(
             SPACE.translate(&ram, Gva(0x10)).unwrap().gpa,
             GuestAddress(0x1010)
@@ -227,7 +237,7 @@ mod tests {
     #[test]
     fn five_levels_and_the_kernel_half() {
         let mut ram = four_levels();
-        ram.u64(0x6000 + 8 * 511, 0x1000 | PRESENT | WRITABLE);
+        ram.u64(0x6000 + 8 * 511, 0x1000 | PTE_PRESENT | PTE_WRITABLE);
         let user = AddressSpace {
             root: GuestAddress(0x7000),
             levels: 5,

@@ -1,8 +1,9 @@
-//! One structure of the guest at a time, its fields read together.
+//! Reading several fields of one structure of the guest with few copies: [`StructReader`].
 //!
-//! A `task_struct` has some 10 KiB, and what is wanted of it lies in a few places: two or three copies instead of a read for each
-//! field. Knows where fields lie and nothing of what they mean. What could not be read together is read one by one, so that
-//! an error is the one of the field that was asked for.
+//! A `task_struct` has some 10 KiB, and the fields of interest are in a few places: two or three
+//! copies replace one read for each field. Knows where fields are and nothing of what they mean. A
+//! field that could not be copied ahead is read on its own, so that an error is that of the
+//! requested field.
 
 use std::cell::{Cell, Ref, RefCell};
 
@@ -10,16 +11,17 @@ use crate::addr::Gva;
 use crate::memory::FieldRange;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
 
-/// Fields that lie no further apart are copied together: to begin another read costs more than so many bytes.
+/// Fields that are at most this many bytes apart are copied together: starting another read costs
+/// more than copying the gap.
 const GAP: usize = 256;
-/// The same where what lies between is to be left out: less than the next cache line.
-const NEAR: usize = 16;
-/// No span is longer: offsets and sizes are the guest's word.
-const LONGEST: usize = 4096;
-/// No field of more bytes is read ahead.
+/// The same where the bytes between fields must not be copied: less than a cache line.
+const EXACT_GAP: usize = 16;
+/// No span is longer than this: offsets and sizes come from the guest.
+const MAX_SPAN: usize = 4096;
+/// Larger fields are not copied ahead.
 const MAX_FIELD: u64 = 64;
 
-/// Some bytes of the structure, and where they are in what is held.
+/// A range of the structure, and where its copy is in the buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     offset: u64,
@@ -27,19 +29,20 @@ struct Span {
     held_at: usize,
 }
 
-/// Reads structures of one type, one at a time.
+/// Reads structures of one type, one at a time: [`load`](Self::load) copies one, the readers return
+/// fields of the copy.
 pub(crate) struct StructReader<'a, 'm> {
     memory: &'a KernelMemory<'m>,
     spans: Vec<Span>,
-    /// The same, for who reads them.
-    parts: Vec<FieldRange>,
-    /// The structure that is held.
+    /// The same ranges, in the form that [`PhysMemory`](crate::PhysMemory) takes.
+    ranges: Vec<FieldRange>,
+    /// The address of the structure whose copy is held.
     base: Cell<Option<Gva>>,
     held: RefCell<Vec<u8>>,
 }
 
 impl<'a, 'm> StructReader<'a, 'm> {
-    /// A reader that reads `fields` ahead, and what lies between near ones with them.
+    /// A reader that copies `fields`, and what is between near ones.
     pub(crate) fn new(
         memory: &'a KernelMemory<'m>,
         fields: impl IntoIterator<Item = Field>,
@@ -47,69 +50,78 @@ impl<'a, 'm> StructReader<'a, 'm> {
         StructReader::of_spans(memory, spans(fields, GAP))
     }
 
-    /// A reader that reads `fields` ahead and little else.
+    /// A reader that copies `fields` and little else.
     pub(crate) fn exact(
         memory: &'a KernelMemory<'m>,
         fields: impl IntoIterator<Item = Field>,
     ) -> Self {
-        StructReader::of_spans(memory, spans(fields, NEAR))
+        StructReader::of_spans(memory, spans(fields, EXACT_GAP))
     }
 
     fn of_spans(memory: &'a KernelMemory<'m>, spans: Vec<Span>) -> Self {
         let len = spans.last().map_or(0, |last| last.held_at + last.len);
-        let part = |span: &Span| FieldRange {
+        let range = |span: &Span| FieldRange {
             offset: span.offset,
             len: span.len,
         };
         StructReader {
             memory,
-            parts: spans.iter().map(part).collect(),
+            ranges: spans.iter().map(range).collect(),
             spans,
             base: Cell::new(None),
             held: RefCell::new(vec![0; len]),
         }
     }
 
-    /// Takes the structure at `base` as it is now, if it can be read; nothing is held if not.
+    /// Copies the structure at `base` as it is now. If it cannot be read, no structure is held.
     pub(crate) fn load(&self, base: Gva) {
         self.base.set(None);
         let mut held = self.held.borrow_mut();
-        if self.memory.gather(base, &self.parts, &mut held).is_ok() {
+        if self
+            .memory
+            .read_fields(base, &self.ranges, &mut held)
+            .is_ok()
+        {
             self.base.set(Some(base));
         }
     }
 
-    /// Sets `same` for structures at `bases` of which [`load`](Self::load) would certainly hold just the bytes that stand for them.
+    /// Sets `same[n]` where [`load`](Self::load) of `bases[n]` would certainly copy the `n`th group
+    /// of `bytes` ([`PhysMemory::compare`](crate::PhysMemory::compare)).
     pub(crate) fn compare(&self, bases: &[Gva], bytes: &[u8], same: &mut [bool]) {
-        self.memory.compare(bases, &self.parts, bytes, same);
+        self.memory.compare(bases, &self.ranges, bytes, same);
     }
 
-    /// Bytes of a structure, as they are held.
+    /// The length of a copy, in bytes.
     pub(crate) fn len(&self) -> usize {
         self.held.borrow().len()
     }
 
-    /// What is held of the structure at `base`, if it is held.
+    /// The copy of the structure at `base`, if it is the one that is held.
     pub(crate) fn bytes(&self, base: Gva) -> Option<Ref<'_, [u8]>> {
         let held = Ref::map(self.held.borrow(), Vec::as_slice);
         (self.base.get() == Some(base)).then_some(held)
     }
 
-    /// Fills `buf` from `gva` on: from what is held where it is there.
+    /// Fills `buf` from `gva` on: from the copy where it covers the range, otherwise from the
+    /// guest.
     fn read(&self, gva: Gva, buf: &mut [u8]) -> Result<(), ReadError> {
         let held = self.held.borrow();
-        match self.place(gva, buf.len()).and_then(|place| held.get(place)) {
+        match self
+            .copied_range(gva, buf.len())
+            .and_then(|range| held.get(range))
+        {
             Some(bytes) => buf.copy_from_slice(bytes),
             None => self.memory.read(gva, buf)?,
         }
         Ok(())
     }
 
-    /// Where in what is held the `len` bytes at `gva` are.
-    fn place(&self, gva: Gva, len: usize) -> Option<std::ops::Range<usize>> {
+    /// The range of the buffer that is the copy of the `len` bytes at `gva`.
+    fn copied_range(&self, gva: Gva, len: usize) -> Option<std::ops::Range<usize>> {
         let offset = gva.since(self.base.get()?);
-        let behind = self.spans.partition_point(|span| span.offset <= offset);
-        let span = self.spans.get(behind.checked_sub(1)?)?;
+        let after = self.spans.partition_point(|span| span.offset <= offset);
+        let span = self.spans.get(after.checked_sub(1)?)?;
         let into = usize::try_from(offset - span.offset).ok()?;
         let start = span.held_at + into;
         (into.checked_add(len)? <= span.len).then_some(start..start + len)
@@ -149,7 +161,7 @@ impl<'a, 'm> StructReader<'a, 'm> {
     /// As [`KernelMemory::cstr`], for `N` bytes at the most.
     pub(crate) fn cstr<const N: usize>(&self, gva: Gva) -> Result<String, ReadError> {
         let Ok(raw) = self.array::<N>(gva) else {
-            // It may end before memory does.
+            // The string may end before readable memory does.
             return self.memory.cstr(gva, N);
         };
         let len = raw.iter().position(|&byte| byte == 0).unwrap_or(N);
@@ -157,7 +169,8 @@ impl<'a, 'm> StructReader<'a, 'm> {
     }
 }
 
-/// What to copy for these fields: rising, without overlap. Those that lie no further apart than `gap` are copied together.
+/// The ranges to copy for these fields, ascending and without overlap. Fields that are at most
+/// `gap` bytes apart share a range.
 fn spans(fields: impl IntoIterator<Item = Field>, gap: usize) -> Vec<Span> {
     let mut fields: Vec<Field> = fields
         .into_iter()
@@ -172,7 +185,7 @@ fn spans(fields: impl IntoIterator<Item = Field>, gap: usize) -> Vec<Span> {
         let distance = |last: &Span| usize::try_from(offset - last.offset).unwrap_or(usize::MAX);
         let joined = spans.last_mut().filter(|last| {
             let start = distance(last);
-            start <= last.len + gap && start + size <= LONGEST
+            start <= last.len + gap && start + size <= MAX_SPAN
         });
         match joined {
             Some(last) => last.len = last.len.max(distance(last) + size),
@@ -200,7 +213,8 @@ mod tests {
         Field { offset, size }
     }
 
-    /// Virtual 0..0x2000 is mapped, each byte to itself plus 0x5000; nothing is behind it.
+    /// Virtual 0..0x2000 is mapped to physical 0x5000, each byte is its address modulo 251, and
+    /// nothing is mapped after it.
     fn ram() -> Ram {
         let mut ram = Ram::new(0x8000);
         for (at, entry) in [(0x1000, 0x2003), (0x2000, 0x3003), (0x3000, 0x4003)] {
@@ -229,7 +243,7 @@ mod tests {
     ];
 
     #[test]
-    fn near_fields_are_read_together() {
+    fn near_fields_are_copied_together() {
         let span = |offset, len, held_at| Span {
             offset,
             len,
@@ -239,27 +253,27 @@ mod tests {
         let absurd = [field(0, 4096), field(u64::MAX, 8), field(8, 0)];
         assert_eq!(spans(absurd, GAP), []);
         let far = (0..100).map(|n| field(n * 200, 8));
-        assert!(spans(far, GAP).iter().all(|span| span.len <= LONGEST));
+        assert!(spans(far, GAP).iter().all(|span| span.len <= MAX_SPAN));
     }
 
     #[test]
-    fn held_or_not_the_answers_are_the_same() {
+    fn held_or_not_the_same_values_are_returned() {
         let ram = ram();
         let memory = memory(&ram);
-        let records = StructReader::new(&memory, FIELDS);
-        // The last bases have some or all fields where nothing is.
+        let reader = StructReader::new(&memory, FIELDS);
+        // At the last bases, some or all fields are not mapped.
         for base in [0, 0x123, 0x1001, 0x18fc, 0x1ff0, 0x9000].map(Gva) {
-            records.load(base);
+            reader.load(base);
             for of in [base, Gva(0x321)] {
                 for offset in (0..0x90).chain(0x6f0..0x720) {
                     let at = of.add(offset);
-                    assert_eq!(records.u32(at), memory.u32(at));
-                    assert_eq!(records.i32(at), memory.i32(at));
-                    assert_eq!(records.pointer(at), memory.pointer(at));
-                    assert_eq!(records.cstr::<15>(at), memory.cstr(at, 15));
+                    assert_eq!(reader.u32(at), memory.u32(at));
+                    assert_eq!(reader.i32(at), memory.i32(at));
+                    assert_eq!(reader.pointer(at), memory.pointer(at));
+                    assert_eq!(reader.cstr::<15>(at), memory.cstr(at, 15));
                     for size in 1..10 {
                         let field = field(offset, size);
-                        assert_eq!(records.field(of, field), memory.field(of, field));
+                        assert_eq!(reader.field(of, field), memory.field(of, field));
                     }
                 }
             }

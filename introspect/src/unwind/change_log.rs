@@ -1,4 +1,4 @@
-//! Where what is known of a guest's code has changed, and since when.
+//! A bounded log of the code whose unwind data changed.
 //!
 //! Knows ranges of code and the order of their changes; must not know what the changes were.
 
@@ -9,24 +9,25 @@ use std::{
 
 use crate::addr::GvaRange;
 
-/// So many changes are remembered. Who has missed more takes all code for changed.
-const MOST: usize = 64;
+/// How many changes are kept. A reader that missed more must assume that any code changed.
+const MAX_CHANGES: usize = 64;
 
-/// The last changes of one guest's code.
+/// The last changes of the known code of one guest.
 #[derive(Clone, Debug)]
 pub(crate) struct ChangeLog {
-    /// Another number after every change, and in every guest.
+    /// Differs after every change, and between guests.
     generation: u64,
-    /// Where each of the last changes was, the newest at the end; none: anywhere.
+    /// The range of each of the last changes, the newest last; `None` if the change may be
+    /// anywhere.
     last: VecDeque<Option<GvaRange>>,
 }
 
 impl ChangeLog {
-    /// None yet.
+    /// An empty log.
     pub(crate) fn new() -> ChangeLog {
         static GUESTS: AtomicU64 = AtomicU64::new(1);
         ChangeLog {
-            // No guest sees so many changes that it comes to the numbers of the next.
+            // No guest has enough changes to reach the next guest's numbers.
             generation: GUESTS.fetch_add(1, Ordering::Relaxed) << 40,
             last: VecDeque::new(),
         }
@@ -36,25 +37,25 @@ impl ChangeLog {
         self.generation
     }
 
-    /// Notes a change of `code`.
-    pub(crate) fn note(&mut self, code: GvaRange) {
+    /// Records a change of `code`.
+    pub(crate) fn record(&mut self, code: GvaRange) {
         self.push(Some(code));
     }
 
-    /// Notes a change that may be anywhere.
-    pub(crate) fn note_all(&mut self) {
+    /// Records a change that may be anywhere.
+    pub(crate) fn record_anywhere(&mut self) {
         self.push(None);
     }
 
     fn push(&mut self, code: Option<GvaRange>) {
         self.generation = self.generation.wrapping_add(1);
-        if self.last.len() >= MOST {
+        if self.last.len() >= MAX_CHANGES {
             self.last.pop_front();
         }
         self.last.push_back(code);
     }
 
-    /// The code that has changed since `generation`; none if that may be any.
+    /// The code that changed since `generation`; `None` if that may be any code.
     pub(crate) fn since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         let missed = usize::try_from(self.generation.wrapping_sub(generation)).ok()?;
         let first = self.last.len().checked_sub(missed)?;
@@ -72,29 +73,29 @@ mod tests {
     }
 
     #[test]
-    fn what_was_missed_is_told_and_no_more() {
+    fn exactly_the_missed_changes_are_returned() {
         let mut changes = ChangeLog::new();
         let start = changes.generation();
         assert_eq!(changes.since(start), Some(vec![]));
-        changes.note(range(1));
+        changes.record(range(1));
         let middle = changes.generation();
-        changes.note(range(2));
+        changes.record(range(2));
         assert_eq!(changes.since(start), Some(vec![range(1), range(2)]));
         assert_eq!(changes.since(middle), Some(vec![range(2)]));
-        changes.note_all();
+        changes.record_anywhere();
         assert_eq!(changes.since(middle), None);
         assert_eq!(changes.since(changes.generation()), Some(vec![]));
     }
 
     #[test]
-    fn who_has_missed_too_many_or_knows_another_guest_takes_all_for_changed() {
+    fn after_too_many_changes_or_for_another_guest_any_code_may_have_changed() {
         let mut changes = ChangeLog::new();
         let start = changes.generation();
-        for n in 0..MOST as u64 {
-            changes.note(range(n));
+        for n in 0..MAX_CHANGES as u64 {
+            changes.record(range(n));
         }
-        assert_eq!(changes.since(start).map(|all| all.len()), Some(MOST));
-        changes.note(range(0));
+        assert_eq!(changes.since(start).map(|all| all.len()), Some(MAX_CHANGES));
+        changes.record(range(0));
         assert_eq!(changes.since(start), None);
         assert_eq!(changes.since(changes.generation() + 1), None);
         for other in [0, ChangeLog::new().generation()] {

@@ -1,444 +1,303 @@
-//! What code there is in a guest, and how each piece of it is unwound.
+//! [`CodeMap`]: all kernel code of a guest, and how each piece of it is unwound.
 //!
-//! Knows regions of code, their ORC tables and the places where the kernel's own data is not to be trusted; it must not know
-//! stacks or tasks. Regions are the core kernel, its modules, and whatever the patcher placed: the kernel knows nothing of the
-//! last, so whoever places code adds its region here.
+//! Knows regions of code, their ORC tables, and the code at which the kernel's own unwind data must
+//! not be trusted; must not know stacks or tasks. Regions are the core kernel, its modules, and
+//! code that the caller placed in the guest: the kernel does not know the last, so the caller adds
+//! a region for it.
 
 use std::collections::HashSet;
 
 use crate::addr::{Gva, GvaRange};
 use crate::unwind::change_log::ChangeLog;
-use crate::unwind::orc::{Entry, Kind};
+use crate::unwind::orc::{OrcEntry, OrcKind};
 use crate::unwind::orc_table::OrcTable;
 use crate::unwind::stack::Unreliable;
 
-/// What is special about a run of code.
+/// Why a range of core kernel code needs more than its ORC entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CodeClass {
-    /// Stacks of kernel threads and of idle tasks begin here: ORC's END is true.
+pub(crate) enum CodeClass {
+    /// Stacks of kernel threads and idle tasks end here: an ORC END is correct.
     TaskEntry,
-    /// Entry from and exit to user mode: ORC's END is true where this code itself runs.
+    /// Entry from and exit to user mode: an ORC END is correct for the innermost frame only.
     UserEntry,
-    /// While this code runs, the stack or its owner is not what it seems.
-    Busy,
-    /// If this interrupted kernel code, that code's stack is not what it seems.
+    /// While this code runs, its stack, or the task that the stack belongs to, is changing.
+    Transient,
+    /// A breakpoint or debug handler: if it interrupted kernel code, the stack of that code may not
+    /// be what it seems.
     Breakpoint,
-    /// Callers have been replaced by a tracer.
+    /// A tracer replaced the return address with the address of this code.
     Traced,
 }
 
-/// A piece of code with unwind data of its own.
+/// A range of code with unwind data of its own: a module, or code that the caller placed in the
+/// guest.
 #[derive(Clone, Debug)]
 pub struct CodeRegion {
-    /// What it is called in messages.
+    /// The region's name in error messages.
     pub name: String,
-    /// Where it lies.
+    /// The addresses of the code.
     pub text: GvaRange,
-    /// Its unwind data.
+    /// The ORC table of the code.
     pub orc: OrcTable,
-    /// Words of guest memory that hold these values for as long as the region is what it is. Empty: nobody but us can
-    /// change it. A module can leave between two looks, and another can take its place.
-    pub proof: Vec<(Gva, u64)>,
+    /// Addresses of words in guest memory, and the values that they have as long as the region is
+    /// valid. Empty if the guest cannot change or free the code. A module can be unloaded between
+    /// two pauses, and another can be loaded at its address.
+    pub fingerprint: Vec<(Gva, u64)>,
 }
 
-/// Who owns a region, so that it can be replaced or dropped.
+/// Identifies an added code region, so that it can be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionId(u64);
 
-/// How the code at an address is unwound.
+/// How a frame at an address is unwound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UnwindAction {
-    /// By this entry.
-    On(Entry),
-    /// By this entry, unless it leads to interrupted kernel code.
-    OrcToUser(Entry),
-    /// Not at all: the first frame of a kernel thread or of an idle task.
+pub(crate) enum UnwindAction {
+    /// By this ORC entry.
+    Orc(OrcEntry),
+    /// By this ORC entry, if that leads to user mode; not if it leads to interrupted kernel code.
+    OrcToUser(OrcEntry),
+    /// Not at all: this is the outermost frame of a kernel thread or idle task.
     TaskEntry,
     /// Not at all: entry from or exit to user mode, with no kernel function active.
     UserEntry,
 }
 
-/// The core kernel's text.
+/// The core kernel's code and unwind data.
 #[derive(Clone, Debug)]
-pub struct CoreText {
+pub(crate) struct CoreText {
     /// `_stext.._etext`.
     pub text: GvaRange,
-    /// `_sinittext.._einittext`: freed after boot, but the boot CPU's idle task came through it and it stays on its stack.
+    /// `_sinittext.._einittext`: freed after boot, but still on the stack of the boot CPU's idle
+    /// task, which came through it.
     pub init: GvaRange,
-    /// The core kernel's ORC, for both.
+    /// The core kernel's ORC table, for both ranges.
     pub orc: OrcTable,
-    /// Rules by range, sorted and disjoint.
-    pub rules: Vec<(GvaRange, CodeClass)>,
+    /// Ranges that need more than their ORC entry, sorted and disjoint.
+    pub special: Vec<(GvaRange, CodeClass)>,
 }
 
-/// All code of a guest.
+/// All known kernel code of a guest.
 #[derive(Clone, Debug)]
-pub struct CodeMap {
+pub(crate) struct CodeMap {
     core: CoreText,
-    /// By start; disjoint. These go before the core: patches lie in the padding of its text. Boxed, so that little is moved where
-    /// thousands are inserted before others.
+    /// Sorted by start, and disjoint. These have precedence over the core: patches can be in the
+    /// padding of its text. Boxed, so that an insertion moves little memory among thousands of
+    /// regions.
     regions: Vec<(RegionId, Box<CodeRegion>)>,
-    busy: Vec<GvaRange>,
-    /// Around all of `busy`: ordinary frames lie outside and need no look at each.
-    busy_around: GvaRange,
+    transient: Vec<GvaRange>,
+    /// The range around all of `transient`: ordinary frames are outside it and need no further
+    /// check.
+    transient_bounds: GvaRange,
     next_id: u64,
     changes: ChangeLog,
 }
 
-/// A region lies over another.
+/// The error of adding a code region that overlaps another one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("code region {name} overlaps {other}")]
-pub struct Overlap {
-    /// The region that was to be added.
+pub struct RegionOverlap {
+    /// The name of the region that was to be added.
     pub name: String,
-    /// The one that is there.
+    /// The name of the region that exists.
     pub other: String,
 }
 
 impl CodeMap {
-    /// A map of the core kernel alone.
+    /// A map of the core kernel only.
     #[must_use]
-    pub fn new(mut core: CoreText) -> CodeMap {
-        core.rules.sort_by_key(|(range, _)| range.start);
+    pub(crate) fn new(mut core: CoreText) -> CodeMap {
+        core.special.sort_by_key(|(range, _)| range.start);
         CodeMap {
             core,
             regions: Vec::new(),
-            busy: Vec::new(),
-            busy_around: GvaRange::default(),
+            transient: Vec::new(),
+            transient_bounds: GvaRange::default(),
             next_id: 0,
             changes: ChangeLog::new(),
         }
     }
 
-    /// Another number after every change of what is known of the guest's code.
+    /// A number that differs after every change of the known code.
     #[must_use]
-    pub fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         self.changes.generation()
     }
 
-    /// The code of which something else is known than when [`generation`](Self::generation) said so; none: of any.
+    /// The code whose unwind data changed since [`generation`](Self::generation) returned this
+    /// number; `None` if that may be any code.
     pub(crate) fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         self.changes.since(generation)
     }
 
-    /// What is known may no longer be so.
-    pub(crate) fn touch(&mut self) {
-        self.changes.note_all();
+    /// Records that any code may have changed.
+    pub(crate) fn mark_all_changed(&mut self) {
+        self.changes.record_anywhere();
     }
 
     /// The core kernel's ORC table.
     #[must_use]
-    pub fn core_orc(&self) -> &OrcTable {
+    pub(crate) fn core_orc(&self) -> &OrcTable {
         &self.core.orc
     }
 
     /// Adds a region.
     ///
     /// # Errors
-    /// [`Overlap`] when another region is there already. (The core's text is none: its padding is where patches go.)
-    pub fn add(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+    /// [`RegionOverlap`] when another region covers some of its code. The core kernel's text is no
+    /// region: patches go in its padding.
+    pub(crate) fn add(&mut self, region: CodeRegion) -> Result<RegionId, RegionOverlap> {
         let at = self
             .regions
             .partition_point(|(_, other)| other.text.start < region.text.start);
         let before = at.checked_sub(1).and_then(|i| self.regions.get(i));
-        let touching = before
+        let overlapping = before
             .filter(|(_, other)| other.text.end > region.text.start)
             .or_else(|| {
                 self.regions
                     .get(at)
                     .filter(|(_, other)| other.text.start < region.text.end)
             });
-        if let Some((_, other)) = touching {
-            return Err(Overlap {
+        if let Some((_, other)) = overlapping {
+            return Err(RegionOverlap {
                 name: region.name,
                 other: other.name.clone(),
             });
         }
         let id = RegionId(self.next_id);
         self.next_id += 1;
-        self.changes.note(region.text);
+        self.changes.record(region.text);
         self.regions.insert(at, (id, Box::new(region)));
         Ok(id)
     }
 
-    /// Drops a region; unknown ones are gone already.
-    pub fn remove(&mut self, id: RegionId) {
+    /// Removes a region, if it exists.
+    pub(crate) fn remove(&mut self, id: RegionId) {
         self.remove_where(|other| other == id);
     }
 
-    /// Drops many regions in one go.
+    /// Removes many regions in one pass.
     pub(crate) fn remove_all(&mut self, ids: &HashSet<RegionId>) {
         self.remove_where(|id| ids.contains(&id));
     }
 
-    fn remove_where(&mut self, goes: impl Fn(RegionId) -> bool) {
+    fn remove_where(&mut self, removed: impl Fn(RegionId) -> bool) {
         let changes = &mut self.changes;
         self.regions.retain(|(id, region)| {
-            let goes = goes(*id);
-            if goes {
-                changes.note(region.text);
+            let removed = removed(*id);
+            if removed {
+                changes.record(region.text);
             }
-            !goes
+            !removed
         });
     }
 
-    /// Declares that a stack with this code on it is busy: trampolines, stubs, code being replaced.
-    pub fn add_transient(&mut self, range: GvaRange) {
+    /// Makes every stack with code of `range` on it unreliable: trampolines, stubs, code that is
+    /// being replaced.
+    pub(crate) fn add_transient(&mut self, range: GvaRange) {
         if !range.is_empty() {
-            self.busy.push(range);
-            self.bound_busy(range);
+            self.transient.push(range);
+            self.transient_changed(range);
         }
     }
 
-    /// Takes back what one call of [`CodeMap::add_transient`] declared.
-    pub fn remove_transient(&mut self, range: GvaRange) {
-        if let Some(at) = self.busy.iter().position(|busy| *busy == range) {
-            self.busy.swap_remove(at);
-            self.bound_busy(range);
+    /// Undoes one call of [`CodeMap::add_transient`] with the same `range`.
+    pub(crate) fn remove_transient(&mut self, range: GvaRange) {
+        if let Some(at) = self.transient.iter().position(|added| *added == range) {
+            self.transient.swap_remove(at);
+            self.transient_changed(range);
         }
     }
 
-    fn bound_busy(&mut self, changed: GvaRange) {
-        self.changes.note(changed);
-        let start = self.busy.iter().map(|range| range.start).min();
-        let end = self.busy.iter().map(|range| range.end).max();
-        self.busy_around = match (start, end) {
+    fn transient_changed(&mut self, changed: GvaRange) {
+        self.changes.record(changed);
+        let start = self.transient.iter().map(|range| range.start).min();
+        let end = self.transient.iter().map(|range| range.end).max();
+        self.transient_bounds = match (start, end) {
             (Some(start), Some(end)) => GvaRange::new(start, end),
             _ => GvaRange::default(),
         };
     }
 
-    /// The region with an ORC table of its own that `code` lies in.
+    /// The region whose code includes `code`; `None` in the core kernel and outside of kernel code.
     #[must_use]
-    pub fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
-        let behind = self
+    pub(crate) fn region(&self, code: Gva) -> Option<(RegionId, &CodeRegion)> {
+        let after = self
             .regions
             .partition_point(|(_, region)| region.text.start <= code);
-        let (id, region) = self.regions.get(behind.checked_sub(1)?)?;
+        let (id, region) = self.regions.get(after.checked_sub(1)?)?;
         region.text.contains(code).then_some((*id, region))
     }
 
-    /// How to unwind from a frame at `ip`, which `exact` says is a position and not a return address.
+    /// How to unwind a frame at `ip`. `exact`: `ip` is a position in code, not a return address.
     ///
-    /// Freed init text counts as code for `through_init` only.
+    /// Init text, freed after boot, counts as code only if `through_init` is set.
     ///
     /// # Errors
-    /// Why the frame cannot be relied on.
-    pub fn way(
+    /// [`Unreliable`] with the reason why the frame cannot be unwound reliably.
+    pub(crate) fn action_at(
         &self,
         ip: Gva,
         exact: bool,
         through_init: bool,
     ) -> Result<UnwindAction, Unreliable> {
         let code = if exact { ip } else { ip.sub(1) };
-        if self.is_busy(code) {
+        if self.is_transient(code) {
             return Err(Unreliable::TransientCode(ip));
         }
         if let Some((_, region)) = self.region(code) {
             return match region.orc.lookup(code) {
-                // No stack begins in a module or in a patch.
-                Some(entry) if entry.kind == Kind::End => Err(Unreliable::UnexpectedEnd(ip)),
-                Some(entry) => going_on(entry, ip).map(UnwindAction::On),
+                // No stack ends in a module or in a patch.
+                Some(entry) if entry.kind == OrcKind::End => Err(Unreliable::UnexpectedEnd(ip)),
+                Some(entry) => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
                 None => Err(Unreliable::NoOrc(ip)),
             };
         }
-        // A tracer's return address is the first byte of its trampoline, which `code` lies before.
-        if self.rule(ip) == Some(CodeClass::Traced) || self.rule(code) == Some(CodeClass::Traced) {
+        // A return address that a tracer put there is the first byte of its trampoline, so `code`
+        // is before it.
+        if self.class_at(ip) == Some(CodeClass::Traced)
+            || self.class_at(code) == Some(CodeClass::Traced)
+        {
             return Err(Unreliable::Traced(ip));
         }
         let in_init = through_init && self.core.init.contains(code);
         if !self.core.text.contains(code) && !in_init {
             return Err(Unreliable::NotText(ip));
         }
-        let rule = self.rule(code);
-        if rule == Some(CodeClass::Busy) {
+        let class = self.class_at(code);
+        if class == Some(CodeClass::Transient) {
             return Err(Unreliable::TransientCode(ip));
         }
         let entry = self.core.orc.lookup(code).ok_or(Unreliable::NoOrc(ip))?;
-        match (entry.kind, rule) {
-            (Kind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
-            (Kind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
-            (Kind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
-            (_, Some(CodeClass::Breakpoint)) => going_on(entry, ip).map(UnwindAction::OrcToUser),
-            _ => going_on(entry, ip).map(UnwindAction::On),
+        match (entry.kind, class) {
+            (OrcKind::End, Some(CodeClass::TaskEntry)) => Ok(UnwindAction::TaskEntry),
+            (OrcKind::End, Some(CodeClass::UserEntry)) if exact => Ok(UnwindAction::UserEntry),
+            (OrcKind::End, _) => Err(Unreliable::UnexpectedEnd(ip)),
+            (_, Some(CodeClass::Breakpoint)) => {
+                orc_or_undefined(entry, ip).map(UnwindAction::OrcToUser)
+            }
+            _ => orc_or_undefined(entry, ip).map(UnwindAction::Orc),
         }
     }
 
-    fn is_busy(&self, code: Gva) -> bool {
-        self.busy_around.contains(code) && self.busy.iter().any(|range| range.contains(code))
+    fn is_transient(&self, code: Gva) -> bool {
+        self.transient_bounds.contains(code)
+            && self.transient.iter().any(|range| range.contains(code))
     }
 
-    fn rule(&self, code: Gva) -> Option<CodeClass> {
-        let rules = &self.core.rules;
-        let behind = rules.partition_point(|(range, _)| range.start <= code);
-        let (range, rule) = rules.get(behind.checked_sub(1)?)?;
-        range.contains(code).then_some(*rule)
+    fn class_at(&self, code: Gva) -> Option<CodeClass> {
+        let special = &self.core.special;
+        let after = special.partition_point(|(range, _)| range.start <= code);
+        let (range, class) = special.get(after.checked_sub(1)?)?;
+        range.contains(code).then_some(*class)
     }
 }
 
-fn going_on(entry: Entry, ip: Gva) -> Result<Entry, Unreliable> {
+fn orc_or_undefined(entry: OrcEntry, ip: Gva) -> Result<OrcEntry, Unreliable> {
     match entry.kind {
-        Kind::Undefined => Err(Unreliable::NoOrc(ip)),
+        OrcKind::Undefined => Err(Unreliable::NoOrc(ip)),
         _ => Ok(entry),
     }
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-    use crate::unwind::orc::{Encoding, RawEntry};
-
-    pub(crate) const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
-    const INIT: Gva = Gva(0xffff_ffff_8200_0000);
-    const MODULE: Gva = Gva(0xffff_ffff_c000_0000);
-    pub(crate) const CALL8: RawEntry = [8, 0, 0, 0, 5, 2];
-    pub(crate) const END: RawEntry = [0, 0, 0, 0, 0, 1];
-    const HOLE: RawEntry = [0; 6];
-
-    pub(crate) fn range(start: Gva, len: u64) -> GvaRange {
-        GvaRange::new(start, start.add(len))
-    }
-
-    /// Ordinary code at +0, a hole at +0x100, ENDs at +0x200 (kthread), +0x300 (entry), +0x400 (nobody's), init text.
-    pub(crate) fn core() -> CoreText {
-        let orc = OrcTable::from_unsorted(
-            vec![
-                (TEXT, CALL8),
-                (TEXT.add(0x100), HOLE),
-                (TEXT.add(0x200), END),
-                (TEXT.add(0x500), CALL8),
-                (INIT, CALL8),
-            ],
-            Encoding::Typed,
-        )
-        .unwrap();
-        CoreText {
-            text: range(TEXT, 0x1000),
-            init: range(INIT, 0x1000),
-            orc,
-            rules: vec![
-                (range(TEXT.add(0x700), 0x10), CodeClass::Busy),
-                (range(TEXT.add(0x200), 0x100), CodeClass::TaskEntry),
-                (range(TEXT.add(0x300), 0x100), CodeClass::UserEntry),
-                (range(TEXT.add(0x600), 0x10), CodeClass::Traced),
-            ],
-        }
-    }
-
-    #[test]
-    fn ordinary_code_goes_on_and_holes_do_not() {
-        let map = CodeMap::new(core());
-        assert!(matches!(
-            map.way(TEXT, true, false),
-            Ok(UnwindAction::On(_))
-        ));
-        let hole = TEXT.add(0x100);
-        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
-        // A call that ends its function returns behind it: the call is what counts.
-        assert!(matches!(
-            map.way(hole, false, false),
-            Ok(UnwindAction::On(_))
-        ));
-        assert_eq!(map.way(TEXT, false, false), Err(Unreliable::NotText(TEXT)));
-        assert_eq!(
-            map.way(Gva(0), true, false),
-            Err(Unreliable::NotText(Gva(0)))
-        );
-    }
-
-    #[test]
-    fn an_end_is_believed_only_where_stacks_end() {
-        let map = CodeMap::new(core());
-        let end = |at, exact| map.way(TEXT.add(at), exact, false);
-        assert_eq!(end(0x210, false), Ok(UnwindAction::TaskEntry));
-        assert_eq!(end(0x210, true), Ok(UnwindAction::TaskEntry));
-        assert_eq!(end(0x310, true), Ok(UnwindAction::UserEntry));
-        assert_eq!(
-            end(0x310, false),
-            Err(Unreliable::UnexpectedEnd(TEXT.add(0x310)))
-        );
-        assert_eq!(
-            end(0x410, true),
-            Err(Unreliable::UnexpectedEnd(TEXT.add(0x410)))
-        );
-    }
-
-    #[test]
-    fn tracers_are_known_by_their_first_byte_too() {
-        let map = CodeMap::new(core());
-        for (at, exact) in [(0x600, false), (0x600, true), (0x608, true), (0x610, false)] {
-            let ip = TEXT.add(at);
-            assert_eq!(map.way(ip, exact, false), Err(Unreliable::Traced(ip)));
-        }
-    }
-
-    #[test]
-    fn init_text_only_for_who_came_through_it() {
-        let map = CodeMap::new(core());
-        let ip = INIT.add(5);
-        assert!(matches!(map.way(ip, false, true), Ok(UnwindAction::On(_))));
-        assert_eq!(map.way(ip, false, false), Err(Unreliable::NotText(ip)));
-    }
-
-    #[test]
-    fn regions_go_before_the_core_and_never_overlap() {
-        let mut map = CodeMap::new(core());
-        let patch = |at: Gva, len| CodeRegion {
-            name: format!("patch at {at}"),
-            text: range(at, len),
-            orc: OrcTable::from_unsorted(vec![(at, CALL8), (at.add(len), HOLE)], Encoding::Typed)
-                .unwrap(),
-            proof: Vec::new(),
-        };
-        let hole = TEXT.add(0x140);
-        let id = map.add(patch(hole, 0x20)).unwrap();
-        map.add(patch(MODULE, 0x100)).unwrap();
-        assert!(matches!(
-            map.way(hole, true, false),
-            Ok(UnwindAction::On(_))
-        ));
-        assert!(map.way(hole.add(0x20), true, false).is_err());
-        assert!(map.add(patch(hole.add(0x10), 0x20)).is_err());
-        assert!(map.add(patch(hole.sub(0x10), 0x11)).is_err());
-        assert!(map.add(patch(hole.sub(0x10), 0x10)).is_ok());
-        map.remove(id);
-        assert_eq!(map.way(hole, true, false), Err(Unreliable::NoOrc(hole)));
-        assert!(matches!(
-            map.way(MODULE, true, false),
-            Ok(UnwindAction::On(_))
-        ));
-    }
-
-    #[test]
-    fn no_stack_ends_in_a_module() {
-        let mut map = CodeMap::new(core());
-        map.add(CodeRegion {
-            name: "module".into(),
-            text: range(MODULE, 0x100),
-            orc: OrcTable::from_unsorted(vec![(MODULE, END)], Encoding::Typed).unwrap(),
-            proof: Vec::new(),
-        })
-        .unwrap();
-        assert_eq!(
-            map.way(MODULE, true, false),
-            Err(Unreliable::UnexpectedEnd(MODULE))
-        );
-    }
-
-    #[test]
-    fn busy_code_is_busy_whoever_says_so() {
-        let mut map = CodeMap::new(core());
-        let ip = TEXT.add(0x705);
-        assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
-        let stub = range(TEXT.add(0x20), 0x10);
-        map.add_transient(stub);
-        map.add_transient(range(TEXT.add(0x24), 0x4));
-        for at in [0x20, 0x2f] {
-            let ip = TEXT.add(at);
-            assert_eq!(map.way(ip, true, false), Err(Unreliable::TransientCode(ip)));
-        }
-        assert!(map.way(TEXT.add(0x30), true, false).is_ok());
-        map.remove_transient(stub);
-        assert!(map.way(TEXT.add(0x2f), true, false).is_ok());
-    }
-}
+pub(crate) mod tests;

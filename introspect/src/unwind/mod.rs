@@ -1,105 +1,118 @@
-//! The stack of any task of a guest, with a verdict on whether it shows all.
+//! [`Unwinder`]: the kernel stack of any task of a guest, with a verdict on whether it is complete.
 //!
-//! Puts together what the other `stacks_*` modules know: made once for a guest ([`Unwinder::new`]), told of modules before
-//! each look ([`Unwinder::refresh`]) and of the patcher's own code, and asked for stacks while the guest is paused.
+//! Combines the other files of this folder. An unwinder is made once for a guest
+//! ([`Unwinder::new`]), learns of modules in each pause ([`Unwinder::refresh`]) and of code that
+//! the caller places in the guest ([`Unwinder::add_region`]), and returns stacks while the guest is
+//! paused ([`Unwinder::stack`]). It must not know how patches work.
 //!
-//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable`;
-//! where those give up on running tasks, the stopped vCPUs' registers are used.
+//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c:
+//! arch_stack_walk_reliable`; where those refuse running tasks, the registers of the stopped vCPUs
+//! are used.
 
 mod change_log;
-pub mod code_map;
-pub mod module_code;
-pub mod orc;
-pub mod orc_table;
-pub mod special_code;
-pub mod stack;
-pub mod stack_memory;
-pub mod step;
-pub mod walk;
+mod code_map;
+mod module_code;
+pub(crate) mod orc;
+pub(crate) mod orc_table;
+mod special_code;
+pub(crate) mod stack;
+pub(crate) mod stack_memory;
+mod step;
+mod walk;
 
 use crate::addr::{Gva, GvaRange};
 use crate::btf::BtfError;
-use crate::kernel::{Kernel, StackAreaError, StackAreas};
+use crate::kernel::Kernel;
+use crate::kernel::{StackAreaError, StackAreas};
 use crate::memory::kernel::{Field, KernelMemory, ReadError};
+use crate::modules::ModulesError;
 use crate::parallel;
 use crate::symbols::{SymbolError, Symbols};
 use crate::task::{Task, TaskKind};
-use crate::unwind::code_map::{CodeClass, CodeMap, CodeRegion, CoreText, Overlap, RegionId};
-use crate::unwind::module_code::{ModuleRegions, RefreshError};
-use crate::unwind::orc::{ENTRY_SIZE, Encoding, Kind, RawEntry};
-use crate::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
-use crate::unwind::special_code::{FRESH_TASK, ORDINARY, rules};
-use crate::unwind::stack::{Stack, Unreliable};
+use crate::unwind::code_map::{CodeClass, CodeMap, CoreText};
+use crate::unwind::module_code::ModuleRegions;
+use crate::unwind::orc::ENTRY_SIZE;
+use crate::unwind::orc_table::MAX_ENTRIES;
+use crate::unwind::special_code::{NEW_TASK_ENTRIES, ORDINARY_FUNCTIONS, special_ranges};
 use crate::unwind::stack_memory::WalkMemory;
 use crate::unwind::step::{Cursor, StackMemory};
-use crate::unwind::walk::{Origin, empty, unreliable, walk};
+use crate::unwind::walk::{Origin, empty, unreliable, walk_stack};
 use crate::vcpu::VcpuRegs;
 
-/// Why no stack of a guest can be walked.
+pub use crate::unwind::code_map::{CodeRegion, RegionId, RegionOverlap};
+pub use crate::unwind::orc::{OrcBase, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry};
+pub use crate::unwind::orc_table::{OrcTable, OrcTableError};
+pub use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
+
+/// Why the stacks of a guest cannot be walked at all.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UnwinderError {
     /// A symbol is missing: a kernel without `CONFIG_UNWINDER_ORC` has no tables.
     #[error("no unwind data in the guest's kernel: {0}")]
     Symbol(#[from] SymbolError),
-    /// A type or a member is missing.
+    /// A type or a member is missing from the kernel's BTF.
     #[error("cannot read stacks: {0}")]
     Type(#[from] BtfError),
-    /// The tables could not be read.
+    /// The ORC tables could not be read.
     #[error("cannot read the kernel's unwind data: {0}")]
     Read(#[from] ReadError),
-    /// The tables are broken.
-    #[error("the kernel's unwind data are broken: {0}")]
+    /// The ORC tables are malformed.
+    #[error("the kernel's unwind data is malformed: {0}")]
     Table(#[from] OrcTableError),
-    /// The stacks could not be found.
+    /// The locations of the kernel's stacks could not be determined.
     #[error(transparent)]
-    Places(#[from] StackAreaError),
-    /// The tables say something else of a well-known function than is true of it.
+    StackAreas(#[from] StackAreaError),
+    /// The tables contradict what is known of this function, which every kernel has.
     #[error(
-        "the kernel's unwind data do not fit its function {0}: their encoding is not understood"
+        "the kernel's unwind data contradicts its function {0}: the encoding is not understood"
     )]
-    Unproven(&'static str),
+    Unverified(&'static str),
 }
 
-/// So many stacks take longer to walk than a thread to start.
-const WORTH_A_THREAD: usize = 512;
+/// How many stacks take longer to walk than a thread takes to start.
+const MIN_STACKS_PER_THREAD: usize = 512;
 
-/// Walks the stacks of one guest.
+/// Walks the kernel stacks of one guest's tasks.
 #[derive(Clone, Debug)]
 pub struct Unwinder {
     code: CodeMap,
     modules: ModuleRegions,
-    places: StackAreas,
-    sleeping: SleepingFrame,
+    areas: StackAreas,
+    inactive_frame: InactiveFrame,
     stack_refcount: Field,
     /// The boot CPU's idle task, which came through init text.
     init_task: Gva,
-    /// Where tasks that have never run begin.
-    fresh: Vec<Gva>,
-    sched: [GvaRange; 2],
+    /// Functions at which tasks that have never run start.
+    new_task_entries: Vec<Gva>,
+    sched_text: [GvaRange; 2],
 }
 
-/// What `__switch_to_asm` leaves on the stack of a task that does not run (`struct inactive_task_frame`).
+/// What `__switch_to_asm` leaves on the stack of a task that is not running (`struct
+/// inactive_task_frame`).
 #[derive(Clone, Copy, Debug)]
-struct SleepingFrame {
+struct InactiveFrame {
     bp: Field,
     ret_addr: Field,
     size: u64,
 }
 
 impl Unwinder {
-    /// Copies the core kernel's unwind data and proves that they are understood. They are fixed once the guest runs: no lock is needed.
-    /// Linear in their number, some hundred thousand entries.
+    /// Copies the core kernel's unwind data and verifies, on well-known functions, that it is
+    /// understood.
+    ///
+    /// Needs no lock: the data does not change once the guest runs. Linear in the number of
+    /// entries, some hundred thousand.
     ///
     /// # Errors
-    /// What is missing or not as it must be.
+    /// [`UnwinderError`]: what is missing, or not as expected.
     pub fn new(kernel: &Kernel, memory: &KernelMemory<'_>) -> Result<Unwinder, UnwinderError> {
         let symbols = &kernel.symbols;
-        let rules = rules(symbols, kernel.text.core);
+        let special = special_ranges(symbols, kernel.text.core);
         let orc = core_table(symbols, memory)?;
-        prove(&orc, symbols, &rules)?;
+        verify(&orc, symbols, &special)?;
         let btf = &kernel.btf;
-        let sleeping = SleepingFrame {
+        let inactive_frame = InactiveFrame {
             bp: btf.field("inactive_task_frame.bp")?,
             ret_addr: btf.field("inactive_task_frame.ret_addr")?,
             size: btf.size_of("inactive_task_frame")?,
@@ -109,15 +122,15 @@ impl Unwinder {
                 text: kernel.text.core,
                 init: kernel.text.init,
                 orc,
-                rules,
+                special,
             }),
             modules: ModuleRegions::default(),
-            places: kernel.stack_areas()?.clone(),
-            sleeping,
+            areas: kernel.stack_areas()?.clone(),
+            inactive_frame,
             stack_refcount: kernel.layout.task.stack_refcount,
             init_task: symbols.address("init_task")?,
-            fresh: fresh_starts(symbols),
-            sched: [
+            new_task_entries: new_task_entries(symbols),
+            sched_text: [
                 symbols
                     .between("__sched_text_start", "__sched_text_end")
                     .unwrap_or_default(),
@@ -128,86 +141,91 @@ impl Unwinder {
         })
     }
 
-    /// Learns of modules that came and forgets those that went. Call it in each pause before asking for stacks: a module
-    /// that is not known yet makes the stacks that it is on unreliable, and so does one that has gone. Depends on no lock, as
-    /// [`modules`](crate::modules) says. Linear in the number of modules, and in the unwind data of those that came.
+    /// Adds modules that were loaded and removes those that were unloaded since the last call.
+    ///
+    /// Call it in each pause before asking for stacks: a stack with code of an unknown module is
+    /// unreliable, and so is one with code of a module that was unloaded. Needs no lock, as
+    /// [`modules`](crate::modules) explains. Linear in the number of modules, and in the unwind
+    /// data of new ones.
     ///
     /// # Errors
-    /// When the list of modules cannot be read now; stacks without modules on them are none the worse for it.
+    /// [`ModulesError`] when the list of modules cannot be read. Stacks that contain no module code
+    /// remain reliable.
     pub fn refresh(
         &mut self,
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
-    ) -> Result<(), RefreshError> {
-        let done = self.modules.refresh(&mut self.code, kernel, memory);
-        if done.is_err() {
-            // Modules may have come and gone unseen.
-            self.code.touch();
+    ) -> Result<(), ModulesError> {
+        let result = self.modules.refresh(&mut self.code, kernel, memory);
+        if result.is_err() {
+            // Modules may have been loaded and unloaded unnoticed.
+            self.code.mark_all_changed();
         }
-        done
+        result
     }
 
-    /// Another number after every change of what is known of the guest's code: stacks from before it may look different now.
+    /// A number that differs after every change of the known code: a stack that was walked before
+    /// may be walked differently now.
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.code.generation()
     }
 
-    /// The code of which something else is known than at that `generation`: a stack without any of it, if it was reliable, still looks
-    /// as it did. None: any code.
+    /// The code whose unwind data changed since [`generation`](Self::generation) returned this
+    /// number; `None` if that may be any code. A reliable stack without any of this code would be
+    /// walked in the same way again.
     #[must_use]
     pub fn changed_since(&self, generation: u64) -> Option<Vec<GvaRange>> {
         self.code.changed_since(generation)
     }
 
-    /// Adds code that the kernel does not know of, with its own unwind data.
+    /// Adds code that the guest's kernel does not know, with unwind data for it.
     ///
     /// # Errors
-    /// When other such code is there already.
-    pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, Overlap> {
+    /// [`RegionOverlap`] when another region covers some of this code.
+    pub fn add_region(&mut self, region: CodeRegion) -> Result<RegionId, RegionOverlap> {
         self.code.add(region)
     }
 
-    /// Takes back what [`Unwinder::add_region`] added.
+    /// Removes what [`Unwinder::add_region`] added.
     pub fn remove_region(&mut self, id: RegionId) {
         self.code.remove(id);
     }
 
-    /// Declares that a stack with code of `range` on it is busy: trampolines, stubs.
+    /// Makes every stack with code of `range` on it unreliable: trampolines, stubs, and other code
+    /// during which the stack is not what it seems.
     pub fn add_transient(&mut self, range: GvaRange) {
         self.code.add_transient(range);
     }
 
-    /// Takes back what one call of [`Unwinder::add_transient`] declared.
+    /// Undoes one call of [`Unwinder::add_transient`] with the same `range`.
     pub fn remove_transient(&mut self, range: GvaRange) {
         self.code.remove_transient(range);
     }
 
-    /// How this kernel packs its unwind data; a module built for it does the same.
+    /// The encoding of this kernel's unwind data; modules built for the kernel have the same.
     #[must_use]
-    pub fn encoding(&self) -> Encoding {
+    pub fn encoding(&self) -> OrcEncoding {
         self.code.core_orc().encoding()
     }
 
-    /// The core kernel's unwind data.
-    #[must_use]
-    pub fn core_orc(&self) -> &OrcTable {
-        self.code.core_orc()
-    }
-
-    /// Whether `/proc/PID/stack` leaves out frames at this address (`kernel/sched/core.c: in_sched_functions`).
+    /// Whether `/proc/PID/stack` omits frames at this address (`kernel/sched/core.c:
+    /// in_sched_functions`).
     #[must_use]
     pub fn is_sched_text(&self, ip: Gva) -> bool {
-        self.sched.iter().any(|range| range.contains(ip))
+        self.sched_text.iter().any(|range| range.contains(ip))
     }
 
-    /// The kernel stack of `task`, as read in this pause, with the registers of the vCPU that runs it, if one does.
+    /// The kernel stack of `task`, which was read in this pause. `regs` are the registers of the
+    /// vCPU that runs it, if one does.
     ///
-    /// Empty and reliable: in user mode, or dead with its stack given back.
+    /// The stack is empty and reliable if the task is in user mode, or is dead and its stack was
+    /// freed.
     ///
-    /// Depends on no lock: a stack is written only by who runs on it. A task that says it is on a CPU while no vCPU runs it is just being
-    /// switched to or from, and is unreliable. Of a reliable stack every frame is there and right; of any other, the frames are those up to
-    /// where it was given up. Linear in frames, of which there is a limit.
+    /// Needs no lock: only the code that runs on a stack writes to it. A task that is marked as on
+    /// a CPU while no vCPU runs it is just being switched to or from; its stack is unreliable. A
+    /// reliable stack has every frame, and each is correct; any other stack has the frames up to
+    /// the one at which the walk was given up. Linear in the number of frames, which is limited.
     #[must_use]
     pub fn stack(&self, memory: &KernelMemory<'_>, task: &Task, regs: Option<&VcpuRegs>) -> Stack {
         match (regs, task.vcpu) {
@@ -219,8 +237,9 @@ impl Unwinder {
         }
     }
 
-    /// The kernel stacks of all of `tasks`, in their order: each as [`stack`](Self::stack) gives it with the registers of that of the
-    /// `vcpus` that runs the task. Many are walked by several threads, for which the guest must be paused just as well.
+    /// The kernel stacks of all `tasks`, in their order: each as [`stack`](Self::stack) returns it,
+    /// with the registers of that one of the `vcpus` that runs the task. Many stacks are walked by
+    /// several threads. The guest must be paused.
     #[must_use]
     pub fn stacks(
         &self,
@@ -229,8 +248,8 @@ impl Unwinder {
         vcpus: &[VcpuRegs],
     ) -> Vec<Stack> {
         let (phys, space) = (memory.phys(), memory.space());
-        parallel::map(tasks, WORTH_A_THREAD, |tasks| {
-            // Each thread remembers translations of its own.
+        parallel::map(tasks, MIN_STACKS_PER_THREAD, |tasks| {
+            // Each thread caches its own address translations.
             let memory = KernelMemory::new(phys, space);
             let of = |task: &&Task| {
                 let runs = |vcpu: &&VcpuRegs| task.vcpu == Some(vcpu.index);
@@ -244,21 +263,21 @@ impl Unwinder {
         if regs.cpl != 0 {
             return empty();
         }
-        let mut spans = vec![self.places.task(task.stack)];
+        let mut areas = vec![self.areas.task(task.stack)];
         if let Some(cpu) = task.cpu {
-            spans.extend(self.places.of_cpu(memory, cpu));
+            areas.extend(self.areas.of_cpu(memory, cpu));
         }
         let origin = Origin {
             through_init: task.addr == self.init_task,
             running: true,
         };
-        let mut stacks = WalkMemory::new(memory, &spans);
-        walk(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
+        let mut stacks = WalkMemory::new(memory, &areas);
+        walk_stack(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
     }
 
     fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
-        let spans = [self.places.task(task.stack)];
-        let mut stacks = WalkMemory::new(memory, &spans);
+        let areas = [self.areas.task(task.stack)];
+        let mut stacks = WalkMemory::new(memory, &areas);
         match self.saved_cursor(&mut stacks, task.sp) {
             Err(reason) => unreliable(reason),
             Ok(start) => {
@@ -266,29 +285,30 @@ impl Unwinder {
                     through_init: task.addr == self.init_task,
                     running: false,
                 };
-                walk(&self.code, &mut stacks, start, origin)
+                walk_stack(&self.code, &mut stacks, start, origin)
             }
         }
     }
 
-    /// `unwind_orc.c: __unwind_start` for a task that does not run.
+    /// Follows `unwind_orc.c: __unwind_start` for a task that is not running.
     fn saved_cursor(
         &self,
         stacks: &mut WalkMemory<'_, KernelMemory<'_>>,
         sp: Gva,
     ) -> Result<Cursor, Unreliable> {
-        let bp = stacks.word(self.sleeping.bp.of(sp))?;
-        let ip = Gva(stacks.word(self.sleeping.ret_addr.of(sp))?);
+        let bp = stacks.word(self.inactive_frame.bp.of(sp))?;
+        let ip = Gva(stacks.word(self.inactive_frame.ret_addr.of(sp))?);
         Ok(Cursor {
             ip,
-            sp: sp.add(self.sleeping.size),
+            sp: sp.add(self.inactive_frame.size),
             bp,
-            exact: self.fresh.contains(&ip),
+            exact: self.new_task_entries.contains(&ip),
             regs: None,
         })
     }
 
-    /// A dead task gives its stack back before its `task_struct` goes (`put_task_stack`).
+    /// Whether the task is dead and its stack was freed, which happens before its `task_struct` is
+    /// freed (`put_task_stack`).
     fn is_stackless(&self, memory: &KernelMemory<'_>, task: &Task) -> bool {
         !task.on_cpu
             && task.kind != TaskKind::Idle
@@ -297,16 +317,17 @@ impl Unwinder {
     }
 }
 
-fn fresh_starts(symbols: &Symbols) -> Vec<Gva> {
-    // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task begins there.
-    FRESH_TASK
+fn new_task_entries(symbols: &Symbols) -> Vec<Gva> {
+    // From 6.5 on `ret_from_fork` is a C function that the assembly calls: no task starts there.
+    NEW_TASK_ENTRIES
         .iter()
         .find_map(|name| symbols.address(name).ok())
         .into_iter()
         .collect()
 }
 
-/// The table between `__start_orc_unwind*` and `__stop_orc_unwind*`, sorted at build time (`scripts/sorttable.c`).
+/// Copies the table between `__start_orc_unwind*` and `__stop_orc_unwind*`, which is sorted at
+/// build time (`scripts/sorttable.c`).
 fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, UnwinderError> {
     let section = |start, end| -> Result<(Gva, Vec<u8>), UnwinderError> {
         let range = symbols.between(start, end)?;
@@ -315,19 +336,19 @@ fn core_table(symbols: &Symbols, memory: &KernelMemory<'_>) -> Result<OrcTable, 
     };
     let (ips_at, ips) = section("__start_orc_unwind_ip", "__stop_orc_unwind_ip")?;
     let (_, entries) = section("__start_orc_unwind", "__stop_orc_unwind")?;
-    let raw: &[RawEntry] = entries.as_chunks().0;
+    let raw: &[RawOrcEntry] = entries.as_chunks().0;
     let encoding = orc::detect(raw).ok_or(OrcTableError::UnknownEncoding)?;
     Ok(OrcTable::from_sections(ips_at, &ips, &entries, encoding)?)
 }
 
-/// Holds the table against what is known of code that every kernel has.
-fn prove(
+/// Verifies the table against what is known of code that every kernel has.
+fn verify(
     orc: &OrcTable,
     symbols: &Symbols,
-    rules: &[(GvaRange, CodeClass)],
+    special: &[(GvaRange, CodeClass)],
 ) -> Result<(), UnwinderError> {
-    let mut proofs = 0;
-    for name in ORDINARY {
+    let mut verified = 0;
+    for name in ORDINARY_FUNCTIONS {
         let Ok(at) = symbols.address(name) else {
             continue;
         };
@@ -335,17 +356,20 @@ fn prove(
             .lookup(at)
             .is_some_and(|entry| entry.is_function_entry())
         {
-            return Err(UnwinderError::Unproven(name));
+            return Err(UnwinderError::Unverified(name));
         }
-        proofs += 1;
+        verified += 1;
     }
-    let is_end = |at: Gva| orc.lookup(at).is_some_and(|entry| entry.kind == Kind::End);
-    let kthreads_end = rules
+    let is_end = |at: Gva| {
+        orc.lookup(at)
+            .is_some_and(|entry| entry.kind == OrcKind::End)
+    };
+    let kthread_entry_ends = special
         .iter()
-        .any(|(range, rule)| *rule == CodeClass::TaskEntry && is_end(range.start));
-    match (proofs, kthreads_end) {
+        .any(|(range, class)| *class == CodeClass::TaskEntry && is_end(range.start));
+    match (verified, kthread_entry_ends) {
         (4.., true) => Ok(()),
-        (4.., false) => Err(UnwinderError::Unproven("ret_from_fork")),
-        _ => Err(UnwinderError::Unproven("schedule")),
+        (4.., false) => Err(UnwinderError::Unverified("ret_from_fork")),
+        _ => Err(UnwinderError::Unverified("schedule")),
     }
 }

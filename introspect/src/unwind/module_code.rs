@@ -1,7 +1,8 @@
 //! The guest's modules as regions of code.
 //!
-//! Knows which modules were there at the last look, and copies the unwind data of those that came since; it must not know how
-//! the list of modules is laid out ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
+//! Knows which modules were loaded at the last refresh, and copies the unwind data of those that
+//! were loaded since; must not know how the kernel's list of modules is laid out
+//! ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,28 +11,26 @@ use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;
 use crate::modules::{self, Module, ModuleOrc, ModulesError};
 use crate::unwind::code_map::{CodeMap, CodeRegion, RegionId};
-use crate::unwind::orc::{ENTRY_SIZE, Encoding};
+use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding};
 use crate::unwind::orc_table::OrcTable;
 
-/// No module has more entries; the largest of a stock kernel have about 40,000.
+/// The most ORC entries of one module; the largest of a stock kernel have about 40,000.
 const MAX_MODULE_ENTRIES: usize = 1 << 20;
-/// All modules together, in entries: they take some 30 MiB here. Thousands of modules can name one and the same table.
+/// The most ORC entries of all modules together: they take some 30 MiB here. A hostile guest's
+/// modules can all name the same table.
 const MAX_ALL_ENTRIES: usize = 2 << 20;
 
-/// Why the modules could not be looked at.
-pub type RefreshError = ModulesError;
-
-/// What was known of the modules at the last look.
+/// The modules that were loaded at the last refresh.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ModuleRegions {
-    known: HashMap<Gva, Known>,
+    known: HashMap<Gva, KnownModule>,
 }
 
 #[derive(Clone, Debug)]
-struct Known {
-    proof: Vec<(Gva, u64)>,
+struct KnownModule {
+    fingerprint: Vec<(Gva, u64)>,
     regions: Vec<RegionId>,
-    /// How many unwind entries the regions have together.
+    /// How many ORC entries the regions have together.
     entries: usize,
 }
 
@@ -41,54 +40,58 @@ impl ModuleRegions {
         code: &mut CodeMap,
         kernel: &Kernel,
         memory: &KernelMemory<'_>,
-    ) -> Result<(), RefreshError> {
+    ) -> Result<(), ModulesError> {
         let present = modules::list(kernel, memory)?;
         let encoding = code.core_orc().encoding();
-        let mut gone = std::mem::take(&mut self.known);
-        let mut came = Vec::new();
+        let mut removed = std::mem::take(&mut self.known);
+        let mut added = Vec::new();
         for module in present {
-            let proof = proof(&module, memory);
-            match gone.remove(&module.addr) {
-                Some(known) if known.proof == proof => {
+            let fingerprint = fingerprint(&module, memory);
+            match removed.remove(&module.addr) {
+                Some(known) if known.fingerprint == fingerprint => {
                     self.known.insert(module.addr, known);
                 }
-                // Another module where one was: what was known of the old one goes with the rest.
+                // Another module at the same address: the regions of the old one are removed with
+                // the rest.
                 Some(known) => {
-                    gone.insert(module.addr, known);
-                    came.push((module, proof));
+                    removed.insert(module.addr, known);
+                    added.push((module, fingerprint));
                 }
-                None => came.push((module, proof)),
+                None => added.push((module, fingerprint)),
             }
         }
-        let gone: HashSet<RegionId> = gone.into_values().flat_map(|known| known.regions).collect();
-        if !gone.is_empty() {
-            code.remove_all(&gone);
+        let removed: HashSet<RegionId> = removed
+            .into_values()
+            .flat_map(|known| known.regions)
+            .collect();
+        if !removed.is_empty() {
+            code.remove_all(&removed);
         }
         let kept: usize = self.known.values().map(|known| known.entries).sum();
-        let mut room = MAX_ALL_ENTRIES.saturating_sub(kept);
-        for (module, proof) in came {
-            let known = add(code, memory, encoding, &module, proof, room);
-            room = room.saturating_sub(known.entries);
+        let mut budget = MAX_ALL_ENTRIES.saturating_sub(kept);
+        for (module, fingerprint) in added {
+            let known = add(code, memory, encoding, &module, fingerprint, budget);
+            budget = budget.saturating_sub(known.entries);
             self.known.insert(module.addr, known);
         }
         Ok(())
     }
 }
 
-/// A module whose data are not to be had, are more than there is `room` for, or that lies over another, is left out: stacks on it
-/// are unreliable.
+/// Adds the regions of one module. Skips a module whose unwind data cannot be read, exceeds the
+/// `budget` of entries, or overlaps another region: stacks with its code are unreliable.
 fn add(
     code: &mut CodeMap,
     memory: &KernelMemory<'_>,
-    encoding: Encoding,
+    encoding: OrcEncoding,
     module: &Module,
-    proof: Vec<(Gva, u64)>,
-    room: usize,
-) -> Known {
+    fingerprint: Vec<(Gva, u64)>,
+    budget: usize,
+) -> KnownModule {
     let needed = |orc: &&ModuleOrc| orc.count as usize * module.text.len();
-    let orc = module.orc.as_ref().filter(|orc| needed(orc) <= room);
-    let mut known = Known {
-        proof,
+    let orc = module.orc.as_ref().filter(|orc| needed(orc) <= budget);
+    let mut known = KnownModule {
+        fingerprint,
         regions: Vec::new(),
         entries: 0,
     };
@@ -100,7 +103,7 @@ fn add(
             name: module.name.clone(),
             text: *text,
             orc: orc.clone(),
-            proof: known.proof.clone(),
+            fingerprint: known.fingerprint.clone(),
         };
         if let Ok(id) = code.add(region) {
             known.regions.push(id);
@@ -110,7 +113,7 @@ fn add(
     known
 }
 
-fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Option<OrcTable> {
+fn table(memory: &KernelMemory<'_>, encoding: OrcEncoding, orc: &ModuleOrc) -> Option<OrcTable> {
     let count = u64::from(orc.count);
     let ips = memory
         .bytes(orc.ips, count * 4, MAX_MODULE_ENTRIES * 4)
@@ -125,16 +128,16 @@ fn table(memory: &KernelMemory<'_>, encoding: Encoding, orc: &ModuleOrc) -> Opti
     OrcTable::from_sections(orc.ips, &ips, &entries, encoding).ok()
 }
 
-/// Words that change when the module goes: its links in the list of modules are poisoned, its memory is given back; and the
-/// first and last addresses that its table speaks of.
-fn proof(module: &Module, memory: &KernelMemory<'_>) -> Vec<(Gva, u64)> {
-    let mut places = vec![module.name_at, module.name_at.add(8)];
+/// Words that change when the module is unloaded: its links in the list of modules are poisoned and
+/// its memory is freed; and the first and last addresses that its table describes.
+fn fingerprint(module: &Module, memory: &KernelMemory<'_>) -> Vec<(Gva, u64)> {
+    let mut addresses = vec![module.name_at, module.name_at.add(8)];
     if let Some(orc) = &module.orc {
-        places.push(orc.ips);
-        places.push(orc.ips.add(u64::from(orc.count) * 4).sub(8));
-        places.push(orc.entries);
+        addresses.push(orc.ips);
+        addresses.push(orc.ips.add(u64::from(orc.count) * 4).sub(8));
+        addresses.push(orc.entries);
     }
-    places
+    addresses
         .into_iter()
         .filter_map(|at| Some((at, memory.u64(at).ok()?)))
         .collect()

@@ -1,124 +1,132 @@
-//! ORC entries: three encodings, one meaning.
+//! ORC entries: three encodings with one meaning.
 //!
-//! An ORC entry says, for a run of instructions, where the caller's frame is. Linux has packed the same six bytes in three
-//! ways; which one a guest uses is found from its table ([`detect`]), never from a version. This module knows bits and their
-//! meaning; it must not know addresses, symbols or stacks.
+//! An ORC entry says, for a run of instructions, where the caller's frame is. Linux has packed the
+//! same six bytes in three ways; the encoding that a guest uses is found from its table
+//! ([`detect`]), never from its version. Knows bits and their meaning; must not know addresses,
+//! symbols or stacks.
 //!
 //! Follows `arch/x86/include/asm/orc_types.h` as of 5.10/6.1, 6.12 and 7.3.
 
-/// The six bytes of `struct orc_entry`.
-pub type RawEntry = [u8; ENTRY_SIZE];
+/// The six bytes of a `struct orc_entry`.
+pub type RawOrcEntry = [u8; ENTRY_SIZE];
 
 /// `sizeof(struct orc_entry)`, the same in every encoding.
-pub const ENTRY_SIZE: usize = 6;
+pub(crate) const ENTRY_SIZE: usize = 6;
 
-/// What an offset is relative to.
+/// The base that an offset is added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Base {
-    /// Nothing: for the stack pointer, no caller; for the frame pointer, unchanged.
+pub enum OrcBase {
+    /// No base: for the stack pointer, there is no caller; for the frame pointer, it is unchanged.
     Undefined,
     /// The stack pointer.
     Sp,
     /// The frame pointer.
     Bp,
-    /// The caller's stack pointer, just found.
+    /// The caller's stack pointer, which was found first.
     PrevSp,
-    /// The value that the stack pointer points at; the offset comes after the load.
+    /// The value in memory at the stack pointer; the offset is added after the load.
     SpIndirect,
-    /// The value at the frame pointer plus the offset.
+    /// The value in memory at the frame pointer plus the offset.
     BpIndirect,
-    /// `rax`, of a frame with all registers.
+    /// `rax`, in a frame with all registers.
     Ax,
-    /// `rdx`, of a frame with all registers.
+    /// `rdx`, in a frame with all registers.
     Dx,
-    /// `rdi`, of a frame with all registers.
+    /// `rdi`, in a frame with all registers.
     Di,
-    /// `r10`, of a frame with all registers.
+    /// `r10`, in a frame with all registers.
     R10,
-    /// `r13`, of a frame with all registers.
+    /// `r13`, in a frame with all registers.
     R13,
 }
 
-/// What lies at the caller's frame.
+/// What is stored at the caller's frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// The unwinder cannot pass here.
+pub enum OrcKind {
+    /// Unknown: the unwinder cannot continue.
     Undefined,
-    /// The kernel says that stacks end here.
+    /// Nothing: according to the kernel, stacks end here.
     End,
-    /// A return address just below the frame.
+    /// A return address, just below the frame.
     Call,
-    /// A whole `pt_regs`.
+    /// A complete `pt_regs`.
     Regs,
-    /// Only what the processor pushed: ip, cs, flags, sp, ss.
+    /// Only what the processor pushed: ip, cs, flags, sp and ss.
     PartialRegs,
 }
 
-/// One entry, whatever its encoding was.
+/// One decoded entry, independent of the encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Entry {
-    /// What lies at the caller's frame.
-    pub kind: Kind,
-    /// What the caller's frame is found from.
-    pub sp_base: Base,
-    /// Added to `sp_base`.
+pub struct OrcEntry {
+    /// What is stored at the caller's frame.
+    pub kind: OrcKind,
+    /// The base from which the caller's frame is found.
+    pub sp_base: OrcBase,
+    /// The offset added to `sp_base`, in bytes.
     pub sp_offset: i16,
-    /// Where the caller's frame pointer is found from: `Undefined`, `PrevSp` or `Bp`.
-    pub bp_base: Base,
-    /// Added to `bp_base`.
+    /// The base from which the caller's frame pointer is found: `Undefined`, `PrevSp` or `Bp`.
+    pub bp_base: OrcBase,
+    /// The offset added to `bp_base`, in bytes.
     pub bp_offset: i16,
-    /// The next ip is an exact position, not a return address.
+    /// Whether the caller's ip is an exact position, not a return address.
     pub signal: bool,
 }
 
-impl Entry {
-    /// The entry for code that nothing is known of.
-    pub const UNDEFINED: Entry = Entry {
-        kind: Kind::Undefined,
-        sp_base: Base::Undefined,
+impl OrcEntry {
+    /// The entry for code of which nothing is known.
+    pub const UNDEFINED: OrcEntry = OrcEntry {
+        kind: OrcKind::Undefined,
+        sp_base: OrcBase::Undefined,
         sp_offset: 0,
-        bp_base: Base::Undefined,
+        bp_base: OrcBase::Undefined,
         bp_offset: 0,
         signal: false,
     };
 
-    /// Whether this is what holds at the first instruction of every ordinary function: only the return address pushed.
+    /// Whether the entry is the one of the first instruction of an ordinary function: only the
+    /// return address is pushed.
     #[must_use]
     pub fn is_function_entry(&self) -> bool {
-        self.kind == Kind::Call && self.sp_base == Base::Sp && self.sp_offset == 8
+        self.kind == OrcKind::Call && self.sp_base == OrcBase::Sp && self.sp_offset == 8
     }
 }
 
-/// How a kernel packs its entries.
+/// How a kernel packs its ORC entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Encoding {
-    /// Two bits of type and an `end` bit; no sp register and no `end` means undefined (5.10, 6.1).
+pub enum OrcEncoding {
+    /// Two bits of type and an `end` bit; without an sp register and `end`, the entry is undefined
+    /// (5.10, 6.1).
     EndBit,
     /// Three bits of type and a `signal` bit (6.4 and later).
     Typed,
-    /// As `Typed`, with the registers numbered anew (7.x).
+    /// As `Typed`, with other numbers for the registers (7.x).
     TypedRenumbered,
 }
 
-impl Encoding {
-    /// Every encoding that is known.
-    pub const ALL: [Encoding; 3] = [Encoding::EndBit, Encoding::Typed, Encoding::TypedRenumbered];
+impl OrcEncoding {
+    /// All known encodings.
+    pub const ALL: [OrcEncoding; 3] = [
+        OrcEncoding::EndBit,
+        OrcEncoding::Typed,
+        OrcEncoding::TypedRenumbered,
+    ];
 
-    /// The meaning of `raw`, or `None` when no kernel of this encoding writes such an entry.
+    /// Decodes `raw`; `None` when no kernel with this encoding writes such an entry.
     #[must_use]
-    pub fn decode(self, raw: RawEntry) -> Option<Entry> {
+    pub fn decode(self, raw: RawOrcEntry) -> Option<OrcEntry> {
         let [sp0, sp1, bp0, bp1, regs, rest] = raw;
         let sp_base = self.base(regs & 0xf)?;
         let bp_base = self.base(regs >> 4)?;
-        if !matches!(bp_base, Base::Undefined | Base::PrevSp | Base::Bp) || sp_base == Base::PrevSp
+        if !matches!(bp_base, OrcBase::Undefined | OrcBase::PrevSp | OrcBase::Bp)
+            || sp_base == OrcBase::PrevSp
         {
             return None;
         }
         let (kind, signal) = match self {
-            Encoding::EndBit => decode_end_bit(rest, sp_base)?,
-            Encoding::Typed | Encoding::TypedRenumbered => decode_typed(rest, sp_base)?,
+            OrcEncoding::EndBit => decode_end_bit(rest, sp_base)?,
+            OrcEncoding::Typed | OrcEncoding::TypedRenumbered => decode_typed(rest, sp_base)?,
         };
-        Some(Entry {
+        Some(OrcEntry {
             kind,
             sp_base,
             sp_offset: i16::from_le_bytes([sp0, sp1]),
@@ -128,84 +136,86 @@ impl Encoding {
         })
     }
 
-    fn base(self, number: u8) -> Option<Base> {
+    fn base(self, number: u8) -> Option<OrcBase> {
         Some(match (self, number) {
-            (_, 0) => Base::Undefined,
-            (_, 4) => Base::Bp,
-            (_, 6) => Base::R10,
-            (_, 7) => Base::R13,
-            (_, 2) => Base::Dx,
-            (Encoding::TypedRenumbered, 1) => Base::Ax,
-            (Encoding::TypedRenumbered, 3) => Base::Sp,
-            (Encoding::TypedRenumbered, 5) => Base::Di,
-            (Encoding::TypedRenumbered, 8) => Base::PrevSp,
-            (Encoding::TypedRenumbered, 9) => Base::SpIndirect,
-            (Encoding::TypedRenumbered, 10) => Base::BpIndirect,
-            (_, 1) => Base::PrevSp,
-            (_, 3) => Base::Di,
-            (_, 5) => Base::Sp,
-            (_, 8) => Base::BpIndirect,
-            (_, 9) => Base::SpIndirect,
+            (_, 0) => OrcBase::Undefined,
+            (_, 4) => OrcBase::Bp,
+            (_, 6) => OrcBase::R10,
+            (_, 7) => OrcBase::R13,
+            (_, 2) => OrcBase::Dx,
+            (OrcEncoding::TypedRenumbered, 1) => OrcBase::Ax,
+            (OrcEncoding::TypedRenumbered, 3) => OrcBase::Sp,
+            (OrcEncoding::TypedRenumbered, 5) => OrcBase::Di,
+            (OrcEncoding::TypedRenumbered, 8) => OrcBase::PrevSp,
+            (OrcEncoding::TypedRenumbered, 9) => OrcBase::SpIndirect,
+            (OrcEncoding::TypedRenumbered, 10) => OrcBase::BpIndirect,
+            (_, 1) => OrcBase::PrevSp,
+            (_, 3) => OrcBase::Di,
+            (_, 5) => OrcBase::Sp,
+            (_, 8) => OrcBase::BpIndirect,
+            (_, 9) => OrcBase::SpIndirect,
             _ => return None,
         })
     }
 }
 
-/// `type:2, end:1`; the next frame is exact after registers.
-fn decode_end_bit(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
+/// Decodes `type:2, end:1`; the caller's position is exact after registers.
+fn decode_end_bit(rest: u8, sp_base: OrcBase) -> Option<(OrcKind, bool)> {
     let end = rest & 0b100 != 0;
-    if rest & !0b111 != 0 || (end && sp_base != Base::Undefined) {
+    if rest & !0b111 != 0 || (end && sp_base != OrcBase::Undefined) {
         return None;
     }
     Some(match (sp_base, rest & 0b11) {
-        (Base::Undefined, _) if end => (Kind::End, false),
-        (Base::Undefined, _) => (Kind::Undefined, false),
-        (_, 0) => (Kind::Call, false),
-        (_, 1) => (Kind::Regs, true),
-        (_, 2) => (Kind::PartialRegs, true),
-        // 5.10 has a fourth type, for return trampolines that no code of its uses any more.
-        _ => (Kind::Undefined, false),
+        (OrcBase::Undefined, _) if end => (OrcKind::End, false),
+        (OrcBase::Undefined, _) => (OrcKind::Undefined, false),
+        (_, 0) => (OrcKind::Call, false),
+        (_, 1) => (OrcKind::Regs, true),
+        (_, 2) => (OrcKind::PartialRegs, true),
+        // 5.10 has a fourth type, for return trampolines, which none of its code uses any more.
+        _ => (OrcKind::Undefined, false),
     })
 }
 
-/// `type:3, signal:1`.
-fn decode_typed(rest: u8, sp_base: Base) -> Option<(Kind, bool)> {
+/// Decodes `type:3, signal:1`.
+fn decode_typed(rest: u8, sp_base: OrcBase) -> Option<(OrcKind, bool)> {
     if rest & !0b1111 != 0 {
         return None;
     }
     let kind = match rest & 0b111 {
-        0 => Kind::Undefined,
-        1 => Kind::End,
-        2 => Kind::Call,
-        3 => Kind::Regs,
-        4 => Kind::PartialRegs,
+        0 => OrcKind::Undefined,
+        1 => OrcKind::End,
+        2 => OrcKind::Call,
+        3 => OrcKind::Regs,
+        4 => OrcKind::PartialRegs,
         _ => return None,
     };
-    let says_where = sp_base != Base::Undefined;
-    if says_where == matches!(kind, Kind::Undefined | Kind::End) {
+    let has_base = sp_base != OrcBase::Undefined;
+    if has_base == matches!(kind, OrcKind::Undefined | OrcKind::End) {
         return None;
     }
     Some((kind, rest & 0b1000 != 0))
 }
 
-/// Finds the encoding of a kernel's own table from its entries.
+/// Detects the encoding of a kernel's own table from its entries.
 ///
-/// The right one gives every entry a meaning, and makes most entries calls found from the stack pointer. `None` when no
-/// encoding does, or more than one.
+/// The right one decodes every entry, and most entries are calls found from the stack pointer.
+/// `None` when no encoding does, or more than one.
 #[must_use]
-pub fn detect(entries: &[RawEntry]) -> Option<Encoding> {
-    let mut fitting = Encoding::ALL.into_iter().filter(|e| fits(*e, entries));
-    let found = fitting.next()?;
-    fitting.next().is_none().then_some(found)
+pub fn detect(entries: &[RawOrcEntry]) -> Option<OrcEncoding> {
+    let mut matching = OrcEncoding::ALL
+        .into_iter()
+        .filter(|e| matches_all(*e, entries));
+    let found = matching.next()?;
+    matching.next().is_none().then_some(found)
 }
 
-fn fits(encoding: Encoding, entries: &[RawEntry]) -> bool {
+fn matches_all(encoding: OrcEncoding, entries: &[RawOrcEntry]) -> bool {
     let mut calls_from_sp = 0usize;
     for raw in entries {
         let Some(entry) = encoding.decode(*raw) else {
             return false;
         };
-        if entry.kind == Kind::Call && entry.sp_base == Base::Sp {
+        if entry.kind == OrcKind::Call && entry.sp_base == OrcBase::Sp {
             calls_from_sp += 1;
         }
     }
@@ -218,7 +228,7 @@ mod tests {
 
     use super::*;
 
-    fn raw(sp: i16, bp: i16, sp_reg: u8, bp_reg: u8, rest: u8) -> RawEntry {
+    fn raw(sp: i16, bp: i16, sp_reg: u8, bp_reg: u8, rest: u8) -> RawOrcEntry {
         let [a, b] = sp.to_le_bytes();
         let [c, d] = bp.to_le_bytes();
         [a, b, c, d, sp_reg | bp_reg << 4, rest]
@@ -226,56 +236,69 @@ mod tests {
 
     #[test]
     fn the_same_call_in_each_encoding() {
-        let call = Entry {
-            kind: Kind::Call,
-            sp_base: Base::Sp,
+        let call = OrcEntry {
+            kind: OrcKind::Call,
+            sp_base: OrcBase::Sp,
             sp_offset: 24,
-            bp_base: Base::PrevSp,
+            bp_base: OrcBase::PrevSp,
             bp_offset: -16,
             signal: false,
         };
-        assert_eq!(Encoding::EndBit.decode(raw(24, -16, 5, 1, 0)), Some(call));
-        assert_eq!(Encoding::Typed.decode(raw(24, -16, 5, 1, 2)), Some(call));
         assert_eq!(
-            Encoding::TypedRenumbered.decode(raw(24, -16, 3, 8, 2)),
+            OrcEncoding::EndBit.decode(raw(24, -16, 5, 1, 0)),
+            Some(call)
+        );
+        assert_eq!(OrcEncoding::Typed.decode(raw(24, -16, 5, 1, 2)), Some(call));
+        assert_eq!(
+            OrcEncoding::TypedRenumbered.decode(raw(24, -16, 3, 8, 2)),
             Some(call)
         );
     }
 
     #[test]
     fn registers_make_the_next_frame_exact() {
-        let old = Encoding::EndBit.decode(raw(0, 0, 5, 0, 1)).unwrap();
-        assert_eq!((old.kind, old.signal), (Kind::Regs, true));
-        let old = Encoding::EndBit.decode(raw(8, 0, 5, 0, 2)).unwrap();
-        assert_eq!((old.kind, old.signal), (Kind::PartialRegs, true));
-        let new = Encoding::Typed.decode(raw(0, 0, 5, 0, 3 | 8)).unwrap();
-        assert_eq!((new.kind, new.signal), (Kind::Regs, true));
+        let old = OrcEncoding::EndBit.decode(raw(0, 0, 5, 0, 1)).unwrap();
+        assert_eq!((old.kind, old.signal), (OrcKind::Regs, true));
+        let old = OrcEncoding::EndBit.decode(raw(8, 0, 5, 0, 2)).unwrap();
+        assert_eq!((old.kind, old.signal), (OrcKind::PartialRegs, true));
+        let new = OrcEncoding::Typed.decode(raw(0, 0, 5, 0, 3 | 8)).unwrap();
+        assert_eq!((new.kind, new.signal), (OrcKind::Regs, true));
     }
 
     #[test]
-    fn ends_and_holes() {
-        let kind = |e: Encoding, r| e.decode(r).map(|e| e.kind);
-        assert_eq!(kind(Encoding::EndBit, raw(0, 0, 0, 0, 4)), Some(Kind::End));
+    fn end_and_undefined_entries() {
+        let kind = |e: OrcEncoding, r| e.decode(r).map(|e| e.kind);
         assert_eq!(
-            kind(Encoding::EndBit, raw(0, 0, 0, 0, 0)),
-            Some(Kind::Undefined)
+            kind(OrcEncoding::EndBit, raw(0, 0, 0, 0, 4)),
+            Some(OrcKind::End)
         );
-        assert_eq!(kind(Encoding::Typed, raw(0, 0, 0, 0, 1)), Some(Kind::End));
         assert_eq!(
-            kind(Encoding::Typed, raw(0, 0, 0, 0, 0)),
-            Some(Kind::Undefined)
+            kind(OrcEncoding::EndBit, raw(0, 0, 0, 0, 0)),
+            Some(OrcKind::Undefined)
+        );
+        assert_eq!(
+            kind(OrcEncoding::Typed, raw(0, 0, 0, 0, 1)),
+            Some(OrcKind::End)
+        );
+        assert_eq!(
+            kind(OrcEncoding::Typed, raw(0, 0, 0, 0, 0)),
+            Some(OrcKind::Undefined)
         );
     }
 
     #[test]
     fn entries_that_no_kernel_writes_are_refused() {
-        // An end with a place to go on from; undefined with one; a call from nowhere; unused bits; unknown registers.
-        assert_eq!(Encoding::EndBit.decode(raw(8, 0, 5, 0, 4)), None);
-        assert_eq!(Encoding::Typed.decode(raw(8, 0, 5, 0, 0)), None);
-        assert_eq!(Encoding::Typed.decode(raw(8, 0, 0, 0, 2)), None);
-        assert_eq!(Encoding::Typed.decode(raw(8, 0, 5, 0, 0x12)), None);
-        assert_eq!(Encoding::Typed.decode(raw(8, 0, 11, 0, 2)), None);
-        assert_eq!(Encoding::TypedRenumbered.decode(raw(8, 0, 3, 10, 2)), None);
+        // END with a base; undefined with a base; a call without one; unused bits; unknown
+        // registers.
+        assert_eq!(OrcEncoding::EndBit.decode(raw(8, 0, 5, 0, 4)), None);
+        assert_eq!(OrcEncoding::Typed.decode(raw(8, 0, 5, 0, 0)), None);
+        assert_eq!(OrcEncoding::Typed.decode(raw(8, 0, 0, 0, 2)), None);
+        assert_eq!(OrcEncoding::Typed.decode(raw(8, 0, 5, 0, 0x12)), None);
+        assert_eq!(OrcEncoding::Typed.decode(raw(8, 0, 11, 0, 2)), None);
+        assert_eq!(
+            OrcEncoding::TypedRenumbered.decode(raw(8, 0, 3, 10, 2)),
+            None
+        );
     }
 
     #[test]
@@ -289,9 +312,12 @@ mod tests {
                 raw(0, 0, 0, 0, end),
             ]
         };
-        assert_eq!(detect(&table(5, 1, 0, 4)), Some(Encoding::EndBit));
-        assert_eq!(detect(&table(5, 1, 2, 1)), Some(Encoding::Typed));
-        assert_eq!(detect(&table(3, 8, 2, 1)), Some(Encoding::TypedRenumbered));
+        assert_eq!(detect(&table(5, 1, 0, 4)), Some(OrcEncoding::EndBit));
+        assert_eq!(detect(&table(5, 1, 2, 1)), Some(OrcEncoding::Typed));
+        assert_eq!(
+            detect(&table(3, 8, 2, 1)),
+            Some(OrcEncoding::TypedRenumbered)
+        );
         assert_eq!(detect(&[[0xff; 6]; 4]), None);
         assert_eq!(detect(&[]), None);
     }
@@ -299,9 +325,11 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_decode_without_panic(raw in any::<[u8; 6]>()) {
-            for encoding in Encoding::ALL {
+            for encoding in OrcEncoding::ALL {
                 if let Some(entry) = encoding.decode(raw) {
-                    prop_assert!(matches!(entry.bp_base, Base::Undefined | Base::PrevSp | Base::Bp));
+                    let is_bp_base =
+                        matches!(entry.bp_base, OrcBase::Undefined | OrcBase::PrevSp | OrcBase::Bp);
+                    prop_assert!(is_bp_base);
                 }
             }
         }

@@ -1,74 +1,77 @@
-//! One ORC table in host memory: code addresses to entries, quickly.
+//! [`OrcTable`]: a copy of an ORC table, with fast lookup by code address.
 //!
-//! Knows how a table is ordered and searched (`arch/x86/kernel/unwind_orc.c: __orc_find`); it must not know where it came
-//! from. A table says nothing of where the code that it describes ends: whoever asks has checked the address first.
+//! Knows how a table is sorted and searched (`arch/x86/kernel/unwind_orc.c: __orc_find`); must not
+//! know where it came from. A table does not say where the code that it describes ends: the caller
+//! must check that first.
 
 use crate::addr::Gva;
-use crate::unwind::orc::{ENTRY_SIZE, Encoding, Entry, Kind, RawEntry};
+use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry};
 
-/// Most entries that are accepted in one table; a stock kernel has half a million.
+/// The most entries that are accepted in one table; a stock kernel has half a million.
 pub const MAX_ENTRIES: usize = 2 << 20;
 
-/// A table that cannot be what a kernel made.
+/// Why an ORC table cannot be one that a kernel made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OrcTableError {
-    /// No entry at all.
+    /// The table has no entry.
     #[error("ORC table is empty")]
     Empty,
-    /// More entries than any kernel has.
-    #[error("ORC table has {0} entries, more than the {MAX_ENTRIES} that are accepted")]
+    /// The table has more entries than any kernel has.
+    #[error("ORC table has {0} entries; at most {MAX_ENTRIES} are accepted")]
     TooLong(u64),
-    /// The two parallel arrays do not belong together.
+    /// The two parallel arrays differ in length.
     #[error("ORC table has {ips} addresses and {entries} entries")]
     Mismatch {
-        /// Length of the array of addresses.
+        /// The length of the array of addresses.
         ips: usize,
-        /// Length of the array of entries.
+        /// The length of the array of entries.
         entries: usize,
     },
-    /// Addresses must rise: the kernel bisects them too.
+    /// The addresses are not ascending at this index: the kernel needs them sorted too.
     #[error("ORC table is not sorted at entry {0}")]
     Unsorted(usize),
-    /// Addresses further apart than kernel text ever is.
+    /// The addresses span more bytes than kernel text can.
     #[error("ORC table spans {0:#x} bytes, more than kernel text can")]
     TooWide(u64),
-    /// An entry that the encoding has no meaning for.
+    /// The encoding has no meaning for an entry.
     #[error("ORC entry {index} ({raw:02x?}) has no meaning in this kernel's encoding")]
     BadEntry {
-        /// Its index.
+        /// The entry's index.
         index: usize,
-        /// Its bytes.
-        raw: RawEntry,
+        /// The entry's bytes.
+        raw: RawOrcEntry,
     },
-    /// None of the known encodings gives the table a meaning.
+    /// No known encoding decodes the whole table, or several do.
     #[error("ORC table is in no known encoding")]
     UnknownEncoding,
 }
 
-/// A sorted ORC table with a coarse index in front of the bisection.
+/// A sorted ORC table, with a coarse index that narrows the binary search.
 #[derive(Clone, Debug)]
 pub struct OrcTable {
-    encoding: Encoding,
-    /// Address of the first entry; the others are stored relative to it.
+    encoding: OrcEncoding,
+    /// The address of the first entry; the others are stored relative to it.
     base: Gva,
     starts: Vec<u32>,
-    entries: Vec<RawEntry>,
-    /// For each block of `1 << shift` bytes from `base`: the last entry that starts at or before the block.
+    entries: Vec<RawOrcEntry>,
+    /// For each block of `1 << shift` bytes from `base` on: the last entry that starts at or before
+    /// the block.
     index: Vec<u32>,
     shift: u32,
 }
 
 impl OrcTable {
-    /// A table from the kernel's two arrays: self-relative 32-bit addresses (the first of them at `ips_at`) and entries.
+    /// Makes a table from the kernel's two arrays: self-relative 32-bit addresses, the first of
+    /// them at `ips_at`, and entries.
     ///
     /// # Errors
-    /// Anything that a kernel's own sorted table cannot be.
+    /// [`OrcTableError`] for a table that no kernel has.
     pub fn from_sections(
         ips_at: Gva,
         ips: &[u8],
         entries: &[u8],
-        encoding: Encoding,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
         let (ips, _) = ips.as_chunks::<4>();
         let (entries, _) = entries.as_chunks::<ENTRY_SIZE>();
@@ -80,19 +83,20 @@ impl OrcTable {
         Self::build(addresses, ips.len(), entries.to_vec(), encoding)
     }
 
-    /// A table from entries in any order, as in an object file: what `unwind_module_init` makes of them.
+    /// Makes a table from entries in any order, as an object file has them: the result is that of
+    /// `unwind_module_init`.
     ///
     /// # Errors
-    /// Anything that a kernel's own table cannot be.
+    /// [`OrcTableError`] for a table that no kernel has.
     pub fn from_unsorted(
-        mut entries: Vec<(Gva, RawEntry)>,
-        encoding: Encoding,
+        mut entries: Vec<(Gva, RawOrcEntry)>,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
-        // Terminators of sections yield to a real entry at the same address (`orc_sort_cmp`).
-        let real = |raw: &RawEntry| {
+        // A section's terminator gives way to a real entry at the same address (`orc_sort_cmp`).
+        let real = |raw: &RawOrcEntry| {
             encoding
                 .decode(*raw)
-                .is_some_and(|entry| entry.kind != Kind::Undefined)
+                .is_some_and(|entry| entry.kind != OrcKind::Undefined)
         };
         entries.sort_by_key(|(at, raw)| (*at, real(raw)));
         let raws = entries.iter().map(|(_, raw)| *raw).collect();
@@ -103,8 +107,8 @@ impl OrcTable {
     fn build(
         addresses: impl Iterator<Item = Gva>,
         count: usize,
-        entries: Vec<RawEntry>,
-        encoding: Encoding,
+        entries: Vec<RawOrcEntry>,
+        encoding: OrcEncoding,
     ) -> Result<OrcTable, OrcTableError> {
         if count != entries.len() {
             return Err(OrcTableError::Mismatch {
@@ -147,54 +151,54 @@ impl OrcTable {
         })
     }
 
-    /// The entry in force at `at`: the last one that starts at or before it.
+    /// The entry that applies at `at`: the last one that starts at or before it.
     #[must_use]
-    pub fn lookup(&self, at: Gva) -> Option<Entry> {
+    pub fn lookup(&self, at: Gva) -> Option<OrcEntry> {
         let offset = u32::try_from(at.since(self.base)).ok()?;
         let block = usize::try_from(offset >> self.shift).ok()?;
         let first = self.index_at(block);
-        let beyond = self.index_at(block + 1).saturating_add(1);
-        let run = self.starts.get(first..beyond)?;
-        let behind = run.partition_point(|start| *start <= offset);
-        let found = first + behind.checked_sub(1)?;
+        let end = self.index_at(block + 1).saturating_add(1);
+        let run = self.starts.get(first..end)?;
+        let after = run.partition_point(|start| *start <= offset);
+        let found = first + after.checked_sub(1)?;
         self.encoding.decode(*self.entries.get(found)?)
     }
 
-    /// Blocks behind the last one all belong to the last entry.
+    /// All blocks after the last one belong to the last entry.
     fn index_at(&self, block: usize) -> usize {
         self.index
             .get(block)
             .map_or(self.starts.len().saturating_sub(1), |i| *i as usize)
     }
 
-    /// How the entries are packed.
+    /// The encoding of the entries.
     #[must_use]
-    pub fn encoding(&self) -> Encoding {
+    pub fn encoding(&self) -> OrcEncoding {
         self.encoding
     }
 
-    /// Number of entries.
+    /// The number of entries.
     #[must_use]
     pub fn len(&self) -> usize {
         self.starts.len()
     }
 
-    /// Whether there is no entry; never so for a table that was built.
+    /// Whether there is no entry; always false, as an empty table cannot be made.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
 
-    /// All entries in order of address, for checks and for listings.
-    pub fn iter(&self) -> impl Iterator<Item = (Gva, Entry)> + '_ {
+    /// All entries in order of address, for checks and listings.
+    pub fn iter(&self) -> impl Iterator<Item = (Gva, OrcEntry)> + '_ {
         self.starts.iter().zip(&self.entries).map(|(start, raw)| {
-            let entry = self.encoding.decode(*raw).unwrap_or(Entry::UNDEFINED);
+            let entry = self.encoding.decode(*raw).unwrap_or(OrcEntry::UNDEFINED);
             (self.base.add(u64::from(*start)), entry)
         })
     }
 }
 
-/// An address below the first one also fails to fit: it is the order that is wrong then.
+/// An address below the first one does not fit either: there, the order is wrong.
 fn too_wide_or_unsorted(base: Gva, at: Gva, index: usize) -> OrcTableError {
     if at < base {
         OrcTableError::Unsorted(index)
@@ -203,7 +207,8 @@ fn too_wide_or_unsorted(base: Gva, at: Gva, index: usize) -> OrcTableError {
     }
 }
 
-/// About one block for each entry: four entries or so to bisect in a stock kernel's text.
+/// About one block for each entry: the binary search is left with some four entries in a stock
+/// kernel's text.
 fn coarse_index(starts: &[u32]) -> (Vec<u32>, u32) {
     let span = starts.last().copied().unwrap_or(0);
     let mut shift = 6;
@@ -230,19 +235,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::unwind::orc::Base;
+    use crate::unwind::orc::OrcBase;
 
     const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
 
-    fn call(offset: i16) -> RawEntry {
+    fn call(offset: i16) -> RawOrcEntry {
         let [a, b] = offset.to_le_bytes();
         [a, b, 0, 0, 5, 2]
     }
 
-    const HOLE: RawEntry = [0; 6];
+    const HOLE: RawOrcEntry = [0; 6];
 
-    /// The two sections as a linker would lay them out for entries at `addresses`.
-    fn sections(at: Gva, addresses: &[Gva], raws: &[RawEntry]) -> (Vec<u8>, Vec<u8>) {
+    /// The two sections as a linker lays them out for entries at `addresses`.
+    fn sections(at: Gva, addresses: &[Gva], raws: &[RawOrcEntry]) -> (Vec<u8>, Vec<u8>) {
         let mut ips = Vec::new();
         for (slot, address) in (0u64..).step_by(4).zip(addresses) {
             let relative = address.since(at.add(slot)).cast_signed();
@@ -252,21 +257,21 @@ mod tests {
     }
 
     #[test]
-    fn finds_the_entry_in_force() {
+    fn lookup_finds_the_entry_in_force() {
         let addresses = [TEXT, TEXT.add(1), TEXT.add(0x100), TEXT.add(0x10_0000)];
         let raws = [call(8), call(16), HOLE, call(24)];
         let at = TEXT.add(0x80_0000);
         let (ips, entries) = sections(at, &addresses, &raws);
-        let table = OrcTable::from_sections(at, &ips, &entries, Encoding::Typed).unwrap();
+        let table = OrcTable::from_sections(at, &ips, &entries, OrcEncoding::Typed).unwrap();
         let offset = |ip| table.lookup(ip).map(|e| (e.kind, e.sp_offset));
         assert_eq!(offset(TEXT.sub(1)), None);
-        assert_eq!(offset(TEXT), Some((Kind::Call, 8)));
-        assert_eq!(offset(TEXT.add(1)), Some((Kind::Call, 16)));
-        assert_eq!(offset(TEXT.add(0xff)), Some((Kind::Call, 16)));
-        assert_eq!(offset(TEXT.add(0x100)), Some((Kind::Undefined, 0)));
-        assert_eq!(offset(TEXT.add(0xf_ffff)), Some((Kind::Undefined, 0)));
-        assert_eq!(offset(TEXT.add(0x10_0000)), Some((Kind::Call, 24)));
-        assert_eq!(offset(TEXT.add(0xffff_ffff)), Some((Kind::Call, 24)));
+        assert_eq!(offset(TEXT), Some((OrcKind::Call, 8)));
+        assert_eq!(offset(TEXT.add(1)), Some((OrcKind::Call, 16)));
+        assert_eq!(offset(TEXT.add(0xff)), Some((OrcKind::Call, 16)));
+        assert_eq!(offset(TEXT.add(0x100)), Some((OrcKind::Undefined, 0)));
+        assert_eq!(offset(TEXT.add(0xf_ffff)), Some((OrcKind::Undefined, 0)));
+        assert_eq!(offset(TEXT.add(0x10_0000)), Some((OrcKind::Call, 24)));
+        assert_eq!(offset(TEXT.add(0xffff_ffff)), Some((OrcKind::Call, 24)));
         assert_eq!(offset(TEXT.add(1 << 32)), None);
     }
 
@@ -279,19 +284,19 @@ mod tests {
                 (TEXT.add(8), HOLE),
                 (TEXT, call(8)),
             ],
-            Encoding::Typed,
+            OrcEncoding::Typed,
         )
         .unwrap();
         assert_eq!(table.lookup(TEXT.add(8)).unwrap().sp_offset, 16);
-        assert_eq!(table.lookup(TEXT.add(17)).unwrap().sp_base, Base::Sp);
+        assert_eq!(table.lookup(TEXT.add(17)).unwrap().sp_base, OrcBase::Sp);
         assert_eq!(table.len(), 4);
     }
 
     #[test]
-    fn refuses_what_no_kernel_makes() {
-        let build = |addresses: &[Gva], raws: &[RawEntry]| {
+    fn tables_that_no_kernel_has_are_refused() {
+        let build = |addresses: &[Gva], raws: &[RawOrcEntry]| {
             let (ips, entries) = sections(TEXT, addresses, raws);
-            OrcTable::from_sections(TEXT, &ips, &entries, Encoding::Typed).map(|t| t.len())
+            OrcTable::from_sections(TEXT, &ips, &entries, OrcEncoding::Typed).map(|t| t.len())
         };
         assert_eq!(build(&[], &[]), Err(OrcTableError::Empty));
         assert_eq!(
@@ -324,13 +329,13 @@ mod tests {
                 .zip(0i16..)
                 .map(|(o, i)| (TEXT.add(u64::from(*o)), call(i)))
                 .collect();
-            let table = OrcTable::from_unsorted(entries.clone(), Encoding::Typed).unwrap();
+            let table = OrcTable::from_unsorted(entries.clone(), OrcEncoding::Typed).unwrap();
             for probe in probes {
                 let ip = TEXT.add(u64::from(probe));
                 let expected = entries.iter().rfind(|(at, _)| *at <= ip).map(|(_, raw)| *raw);
                 prop_assert_eq!(
                     table.lookup(ip),
-                    expected.and_then(|raw| Encoding::Typed.decode(raw))
+                    expected.and_then(|raw| OrcEncoding::Typed.decode(raw))
                 );
             }
         }
@@ -342,7 +347,7 @@ mod tests {
             entries in prop::collection::vec(any::<u8>(), 0..96),
             ip in any::<u64>(),
         ) {
-            for encoding in Encoding::ALL {
+            for encoding in OrcEncoding::ALL {
                 if let Ok(table) = OrcTable::from_sections(Gva(at), &ips, &entries, encoding) {
                     let _ = table.lookup(Gva(ip));
                 }

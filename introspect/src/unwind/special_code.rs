@@ -1,14 +1,16 @@
-//! Which of a kernel's functions need a rule of their own when a stack passes through them.
+//! Which kernel functions need special treatment when a stack passes through them.
 //!
-//! Knows names, and why each is here; it must not know what is done about them. Names that a kernel lacks are no error: each
-//! generation has its own. What is not named here ends no stack.
+//! Knows names of functions, and why each is listed; must not know how each class is treated
+//! ([`code_map`](crate::unwind::code_map)). A kernel need not have all of them: each generation has
+//! its own. A function that is not listed ends no stack.
 
 use crate::addr::GvaRange;
 use crate::symbols::Symbols;
 use crate::unwind::code_map::CodeClass;
 
-/// Assembly that kernel threads, new tasks and idle tasks begin in (`arch/x86/entry/entry_64.S`, `arch/x86/kernel/head_64.S`).
-const STACK_BEGINS: &[&str] = &[
+/// Assembly at which the stacks of kernel threads, new tasks and idle tasks end
+/// (`arch/x86/entry/entry_64.S`, `arch/x86/kernel/head_64.S`).
+const TASK_ENTRIES: &[&str] = &[
     "ret_from_fork",
     "ret_from_fork_asm",
     "secondary_startup_64",
@@ -16,9 +18,10 @@ const STACK_BEGINS: &[&str] = &[
     "common_startup_64",
 ];
 
-/// Entry from and exit to user mode (`arch/x86/entry/entry_64{,_compat,_fred}.S`), with the labels inside that kallsyms lists.
-/// `asm_fred_entrypoint_kernel` is not among them: it says END too, and kernel frames lie below it.
-const ENTRY_STUBS: &[&str] = &[
+/// Entry from and exit to user mode (`arch/x86/entry/entry_64{,_compat,_fred}.S`), with the labels
+/// inside that kallsyms lists. `asm_fred_entrypoint_kernel` is not listed: its ORC says END too,
+/// but kernel frames follow it.
+const USER_ENTRIES: &[&str] = &[
     "entry_SYSCALL_64",
     "entry_SYSCALL_64_safe_stack",
     "entry_SYSCALL_64_after_hwframe",
@@ -36,20 +39,22 @@ const ENTRY_STUBS: &[&str] = &[
     "asm_fred_entrypoint_user",
 ];
 
-/// Return addresses that function graph tracing, kretprobes and rethooks put in the place of the real ones.
-const TRACERS: &[&str] = &[
+/// Functions whose addresses function graph tracing, kretprobes and rethooks put in place of return
+/// addresses.
+const TRACER_RETURNS: &[&str] = &[
     "return_to_handler",
     "arch_rethook_trampoline",
     "kretprobe_trampoline",
     "__kretprobe_trampoline",
 ];
 
-/// Code that runs while the stack or its owner is changing.
-const BUSY: &[&str] = &[
-    // The stack is already the next task's, and `current` is not, or the previous task is not yet let go.
+/// Code that runs while the stack, or the task that it belongs to, is changing.
+const TRANSIENT: &[&str] = &[
+    // The stack is already the next task's while `current` is not, or the previous task is not
+    // released yet.
     "__switch_to_asm",
     "__switch_to",
-    // Return thunks that play with the return address.
+    // Return thunks that change the return address.
     "call_depth_return_thunk",
     "entry_untrain_ret",
     "its_return_thunk",
@@ -62,14 +67,15 @@ const BUSY: &[&str] = &[
     "srso_safe_ret",
     "srso_untrain_ret",
     "zen_untrain_ret",
-    // The stack is thrown away under a task that is being killed.
+    // The stack of a task that is being killed is discarded.
     "rewind_stack_and_make_dead",
     "rewind_stack_do_exit",
 ];
 
-/// Handlers that may change the stack pointer and then the ip of the kernel code that they interrupted, to emulate a call or a
-/// step (`text_poke`, kprobes). What they interrupt in user mode is left alone: a debugger's stopped tasks sleep in them.
-const BREAKPOINTS: &[&str] = &[
+/// Handlers that may change the stack pointer and then the instruction pointer of the kernel code
+/// that they interrupted, to emulate a call or a step (`text_poke`, kprobes). They are accepted
+/// when they interrupted user mode: tasks that a debugger has stopped sleep in them.
+const BREAKPOINT_HANDLERS: &[&str] = &[
     "asm_exc_int3",
     "exc_int3",
     "do_int3",
@@ -77,41 +83,42 @@ const BREAKPOINTS: &[&str] = &[
     "exc_debug",
 ];
 
-/// As `BUSY`, for families of names: compilers add suffixes, thunks come one for each register.
-const BUSY_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
+/// As `TRANSIENT`, by prefix: compilers add suffixes, and there is one thunk for each register.
+const TRANSIENT_PREFIXES: &[&str] = &["finish_task_switch", "__x86_indirect_"];
 
-/// The rules that hold for the kernel of these symbols, within its `text`.
+/// The special ranges of the kernel with these symbols, within its `text`, sorted and disjoint.
 #[must_use]
-pub fn rules(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
+pub(crate) fn special_ranges(symbols: &Symbols, text: GvaRange) -> Vec<(GvaRange, CodeClass)> {
     let named = [
-        (STACK_BEGINS, CodeClass::TaskEntry),
-        (ENTRY_STUBS, CodeClass::UserEntry),
-        (TRACERS, CodeClass::Traced),
-        (BUSY, CodeClass::Busy),
-        (BREAKPOINTS, CodeClass::Breakpoint),
+        (TASK_ENTRIES, CodeClass::TaskEntry),
+        (USER_ENTRIES, CodeClass::UserEntry),
+        (TRACER_RETURNS, CodeClass::Traced),
+        (TRANSIENT, CodeClass::Transient),
+        (BREAKPOINT_HANDLERS, CodeClass::Breakpoint),
     ];
-    let mut rules: Vec<(GvaRange, CodeClass)> = named
+    let mut ranges: Vec<(GvaRange, CodeClass)> = named
         .into_iter()
-        .flat_map(|(names, rule)| names.iter().map(move |name| (*name, rule)))
-        .flat_map(|(name, rule)| symbols.all(name).map(move |symbol| (symbol.gva, rule)))
-        .chain(BUSY_PREFIXES.iter().flat_map(|prefix| {
+        .flat_map(|(names, class)| names.iter().map(move |name| (*name, class)))
+        .flat_map(|(name, class)| symbols.all(name).map(move |symbol| (symbol.gva, class)))
+        .chain(TRANSIENT_PREFIXES.iter().flat_map(|prefix| {
             symbols
                 .prefixed(prefix)
-                .map(|symbol| (symbol.gva, CodeClass::Busy))
+                .map(|symbol| (symbol.gva, CodeClass::Transient))
         }))
-        .filter_map(|(gva, rule)| Some((symbols.extent(gva)?, rule)))
+        .filter_map(|(gva, class)| Some((symbols.extent(gva)?, class)))
         .filter(|(range, _)| text.contains(range.start) && !range.is_empty())
         .collect();
-    rules.sort_by_key(|(range, _)| range.start);
-    rules.dedup_by_key(|(range, _)| range.start);
-    rules
+    ranges.sort_by_key(|(range, _)| range.start);
+    ranges.dedup_by_key(|(range, _)| range.start);
+    ranges
 }
 
-/// Where a task that has never run begins: its saved return address is exactly this.
-pub const FRESH_TASK: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
+/// Functions at which a task that has never run starts: its saved return address is exactly this.
+pub(crate) const NEW_TASK_ENTRIES: &[&str] = &["ret_from_fork_asm", "ret_from_fork"];
 
-/// Ordinary functions that every kernel has: where each begins, only the return address is on the stack.
-pub const ORDINARY: &[&str] = &[
+/// Ordinary functions that every kernel has: at the first instruction of each, only the return
+/// address is on the stack.
+pub(crate) const ORDINARY_FUNCTIONS: &[&str] = &[
     "schedule",
     "do_exit",
     "vfs_read",

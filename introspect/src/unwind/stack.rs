@@ -1,4 +1,4 @@
-//! What a walked stack is, as plain data.
+//! A walked stack as plain data: its frames, and the verdict on whether they are complete.
 
 use std::fmt;
 
@@ -6,89 +6,96 @@ use serde::Serialize;
 
 use crate::addr::{Gva, GvaRange};
 
-/// One frame: an address in code that the task has yet to execute from or return to.
+/// A stack frame: an address in code that the task has yet to execute or return to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Frame {
-    /// Instruction pointer (innermost or interrupted frame) or return address.
+    /// The instruction pointer, of the innermost or an interrupted frame, or the return address.
     pub ip: Gva,
-    /// The stack pointer at this frame: where the callers' part of the stack begins.
+    /// The stack pointer at this frame: where the callers' part of the stack starts.
     pub sp: Gva,
-    /// `ip` is an exact position (interrupted code, or the innermost frame of a running vCPU), not a return address:
-    /// symbolise and match `ip` itself, not `ip - 1`.
+    /// Whether `ip` is an exact position (interrupted code, or the innermost frame of a running
+    /// vCPU) and not a return address: symbolize and compare `ip` itself, not `ip - 1`.
     pub exact: bool,
 }
 
 impl Frame {
-    /// Whether it is in `code`, as `kernel/livepatch/transition.c: klp_check_stack_func` asks, and stricter: a call can be a function's
-    /// last instruction, and then its return address lies behind the function.
+    /// Whether the frame is in `code`, as `kernel/livepatch/transition.c: klp_check_stack_func`
+    /// checks, and stricter: a call can be the last instruction of a function, and its return
+    /// address is then past the function's end.
     #[must_use]
     pub fn is_in(&self, code: &GvaRange) -> bool {
         code.contains(self.ip) || (!self.exact && code.contains(self.ip.sub(1)))
     }
 }
 
-/// Whether a stack can be relied on to show *every* function that the task is in.
+/// Whether a stack is certain to show *every* function that the task is in.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "verdict", content = "reason")]
 pub enum Verdict {
-    /// Walked to a known end by the rules of `arch_stack_walk_reliable`, and stricter.
+    /// The walk reached a known end, by the rules of `arch_stack_walk_reliable` and stricter ones.
     Reliable,
-    /// Some frame may be missing or wrong.
+    /// A frame may be missing or wrong, for this reason.
     Unreliable(Unreliable),
 }
 
-/// Why a stack cannot be relied on. Each names what a reader can look at.
+/// Why a stack is not reliable. Each reason has what an operator can check in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Unreliable {
-    /// ORC has no entry, or says UNDEFINED, at this address.
+    /// There is no ORC entry for this address, or the entry is UNDEFINED.
     #[error("no unwind data at {0}")]
     NoOrc(Gva),
-    /// ORC says the stack ends here, but stacks do not end at this address.
-    #[error("unwind data ends at {0}, where no stack ends")]
+    /// The ORC entry for this address is END, but no stack ends there.
+    #[error("unwind data says that the stack ends at {0}, where no stack ends")]
     UnexpectedEnd(Gva),
-    /// An address on the stack is not in kernel text.
+    /// A return address is not in kernel text.
     #[error("{0} is not kernel text")]
     NotText(Gva),
-    /// The code at this address changes what the stack means while it runs (context switch, thunk, trampoline, entry window).
-    #[error("inside a busy window at {0}")]
+    /// The code at this address changes the stack, or the task that it belongs to, while it runs
+    /// (context switch, thunk, trampoline, kernel entry).
+    #[error("in code at {0} that changes the stack")]
     TransientCode(Gva),
-    /// The stack pointer left the stacks this task may be on, or did not rise.
-    #[error("stack pointer {0} is not where the next frame can be")]
+    /// The stack pointer is outside the stacks that the task may be on, or did not rise from one
+    /// frame to the next.
+    #[error("stack pointer {0} is not a possible place for the next frame")]
     BadStackPointer(Gva),
-    /// Memory that the walk needs could not be read.
+    /// The memory of the stack at this address could not be read.
     #[error("cannot read the stack at {0}")]
     Unreadable(Gva),
-    /// The unwind entry needs a register that this frame does not have.
-    #[error("a register needed at {0} is not known")]
+    /// The ORC entry for this address needs a register whose value is not known in this frame.
+    #[error("a register needed to unwind from {0} is not known")]
     MissingRegister(Gva),
-    /// The return address was replaced by a tracer (function graph, kretprobe/rethook) and not recovered.
+    /// A tracer (function graph, kretprobe, rethook) replaced the return address, and the original
+    /// one is not known.
     #[error("return address replaced by a tracer at {0}")]
     Traced(Gva),
-    /// More frames than the kernel itself would accept.
+    /// The stack has at least this many frames, more than the kernel's own livepatching accepts.
     #[error("more than {0} frames")]
     TooDeep(usize),
-    /// The task runs, or is being switched, and no vCPU's registers are its own.
-    #[error("running with no vCPU to read it from")]
+    /// The task is running or being switched to or from, and no vCPU's registers belong to it.
+    #[error("the task is running and no vCPU has its registers")]
     Running,
-    /// The vCPU's registers are not the guest kernel's (nested guest, SMM).
-    #[error("vCPU is not executing the guest kernel")]
+    /// The vCPU's registers are not those of the guest's kernel: it runs a nested guest or is in
+    /// SMM.
+    #[error("the vCPU is not executing the guest kernel")]
     ForeignVcpu,
 }
 
-/// A task's kernel stack, innermost frame first. Empty and reliable: the task is in user mode, or has no stack any more.
+/// A task's kernel stack, innermost frame first.
+///
+/// Empty and reliable if the task is in user mode, or is dead and has no stack any more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Stack {
-    /// Frames found, innermost first; complete only when reliable.
+    /// The frames that were found, innermost first; complete only if the stack is reliable.
     pub frames: Vec<Frame>,
-    /// Whether they can be relied on.
+    /// Whether the frames are complete and correct.
     #[serde(flatten)]
     pub verdict: Verdict,
 }
 
 impl Stack {
-    /// Whether the stack shows every function that the task is in.
+    /// Whether the stack is certain to show every function that the task is in.
     #[must_use]
     pub fn is_reliable(&self) -> bool {
         self.verdict == Verdict::Reliable

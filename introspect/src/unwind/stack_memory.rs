@@ -1,7 +1,9 @@
-//! The stacks that one walk may be on, and reading from them.
+//! The memory of the stacks that one walk may be on.
 //!
-//! Knows ranges of addresses, their order and how to read each only once; it must not know registers, code or how the ranges
-//! were found. Follows `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c: stack_access_ok`.
+//! Knows ranges of addresses, the order in which stacks may follow each other, and how to read each
+//! only once; must not know registers, code, or how the ranges were found. Follows
+//! `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c:
+//! stack_access_ok`.
 
 use crate::addr::Gva;
 use crate::kernel::{MAX_STACK, StackArea, StackType};
@@ -9,12 +11,12 @@ use crate::memory::kernel::KernelMemory;
 use crate::unwind::stack::Unreliable;
 use crate::unwind::step::StackMemory;
 
-/// Reading guest-virtual memory: all that a walk needs of the guest.
-pub trait ReadMemory {
-    /// Fills `buf` from `at` on, or says at which address that failed.
+/// Read access to guest-virtual memory: all that a walk needs of the guest.
+pub(crate) trait ReadMemory {
+    /// Fills `buf` from `at` on.
     ///
     /// # Errors
-    /// The address that could not be read.
+    /// The first address that could not be read.
     fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva>;
 }
 
@@ -24,129 +26,134 @@ impl ReadMemory for KernelMemory<'_> {
     }
 }
 
-/// How far below the top of its stack the outermost frame of a task may lie: a `pt_regs` and a first frame, with room.
-const NEAR_TOP: u64 = 512;
+/// How far below the top of its stack the outermost frame of a task may be: a `pt_regs` and one
+/// frame, with some margin.
+const MAX_OUTERMOST_FRAME: u64 = 512;
 
-/// Padding between `pt_regs` of an entry from user mode and the top of the stack: none, or what FRED pushes beyond them
-/// (`TOP_OF_KERNEL_STACK_PADDING`).
+/// Padding between `pt_regs` of an entry from user mode and the top of the stack: none, or what
+/// FRED pushes beyond them (`TOP_OF_KERNEL_STACK_PADDING`).
 const TOP_PADDING: u64 = 16;
 
 /// The memory of the stacks of one walk.
 ///
-/// Each stack is entered at most once and read at once, from where it is entered to its top.
+/// Each stack is entered at most once and copied at once, from where it is entered to its top.
 #[derive(Debug)]
-pub struct WalkMemory<'a, R: ?Sized> {
+pub(crate) struct WalkMemory<'a, R: ?Sized> {
     guest: &'a R,
-    spans: &'a [StackArea],
-    /// Stacks not yet entered, by index.
-    fresh: u64,
+    areas: &'a [StackArea],
+    /// Bit mask of the stacks that were not entered yet, by index in `areas`.
+    not_entered: u64,
     current: Option<StackArea>,
-    window_at: Gva,
-    window: Vec<u8>,
+    copied_from: Gva,
+    copied: Vec<u8>,
 }
 
 impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
-    /// A walk over `spans` (at most 64 of them are seen).
+    /// Memory of a walk over `areas`, of which only the first 64 are used.
     #[must_use]
-    pub fn new(guest: &'a R, spans: &'a [StackArea]) -> Self {
+    pub(crate) fn new(guest: &'a R, areas: &'a [StackArea]) -> Self {
         WalkMemory {
             guest,
-            spans,
-            fresh: u64::MAX,
+            areas,
+            not_entered: u64::MAX,
             current: None,
-            window_at: Gva::NULL,
-            window: Vec::new(),
+            copied_from: Gva::NULL,
+            copied: Vec::new(),
         }
     }
 
-    /// Makes the stack that holds `at..at + len` the current one.
+    /// Makes the stack that contains `at..at + len` the current one.
     fn enter(&mut self, at: Gva, len: u64) -> Result<StackArea, Unreliable> {
-        let holds = |span: &StackArea| {
-            span.range.start <= at
+        let contains = |area: &StackArea| {
+            area.range.start <= at
                 && at
                     .0
                     .checked_add(len)
-                    .is_some_and(|end| end <= span.range.end.0)
+                    .is_some_and(|end| end <= area.range.end.0)
         };
-        if let Some(current) = self.current.filter(|span| holds(span)) {
+        if let Some(current) = self.current.filter(|area| contains(area)) {
             return Ok(current);
         }
-        let may_leave = self.current.is_none_or(|span| span.kind.interrupts());
+        let may_leave = self.current.is_none_or(|area| area.kind.interrupts());
         let found = self
-            .spans
+            .areas
             .iter()
             .zip(0u32..64)
-            .find(|(span, index)| self.fresh & (1 << index) != 0 && holds(span));
+            .find(|(area, index)| self.not_entered & (1 << index) != 0 && contains(area));
         match found {
-            Some((span, index)) if may_leave => {
-                self.fresh &= !(1 << index);
-                self.current = Some(*span);
-                self.window.clear();
-                Ok(*span)
+            Some((area, index)) if may_leave => {
+                self.not_entered &= !(1 << index);
+                self.current = Some(*area);
+                self.copied.clear();
+                Ok(*area)
             }
             _ => Err(Unreliable::BadStackPointer(at)),
         }
     }
 
-    /// Whether a frame may have its stack pointer at `sp`; the top itself is an empty stack.
+    /// Checks that a frame may have its stack pointer at `sp`; at the top itself, the stack is
+    /// empty.
     ///
     /// # Errors
-    /// When it may not.
-    pub fn check_sp(&mut self, sp: Gva) -> Result<(), Unreliable> {
-        let at_top = self.current.is_some_and(|span| span.range.end == sp);
+    /// [`Unreliable::BadStackPointer`] when it may not.
+    pub(crate) fn check_sp(&mut self, sp: Gva) -> Result<(), Unreliable> {
+        let at_top = self.current.is_some_and(|area| area.range.end == sp);
         if at_top {
             return Ok(());
         }
         self.enter(sp, 8).map(drop)
     }
 
-    /// Whether going from a frame at `from` to its caller at `to` goes up: on one stack it must.
+    /// Whether the stack pointer may go from `from` in a frame to `to` in its caller: within one
+    /// stack it must rise.
     #[must_use]
-    pub fn rises(&self, from: Gva, to: Gva) -> bool {
+    pub(crate) fn rises(&self, from: Gva, to: Gva) -> bool {
         let on = |sp: Gva| {
             self.current
-                .is_some_and(|span| span.range.contains(sp) || span.range.end == sp)
+                .is_some_and(|area| area.range.contains(sp) || area.range.end == sp)
         };
         !(on(from) && on(to)) || to > from
     }
 
-    /// Whether registers that end at `end` were pushed by an entry from user mode, which starts at the top of a stack.
+    /// Whether a `pt_regs` that ends at `end` was pushed by an entry from user mode, which starts
+    /// at the top of a stack.
     #[must_use]
-    pub fn is_entry_from_user(&self, end: Gva) -> bool {
+    pub(crate) fn is_entry_from_user(&self, end: Gva) -> bool {
         self.current
-            .is_some_and(|span| end <= span.range.end && span.range.end.since(end) <= TOP_PADDING)
+            .is_some_and(|area| end <= area.range.end && area.range.end.since(end) <= TOP_PADDING)
     }
 
-    /// Whether the outermost frame of a task's stack may have its stack pointer at `sp`.
+    /// Whether the outermost frame of a task may have its stack pointer at `sp`.
     #[must_use]
-    pub fn is_stack_begin(&self, sp: Gva) -> bool {
-        self.spans.iter().any(|span| {
-            span.kind == StackType::Task
-                && sp <= span.range.end
-                && span.range.end.since(sp) <= NEAR_TOP
+    pub(crate) fn is_stack_begin(&self, sp: Gva) -> bool {
+        self.areas.iter().any(|area| {
+            area.kind == StackType::Task
+                && sp <= area.range.end
+                && area.range.end.since(sp) <= MAX_OUTERMOST_FRAME
         })
     }
 
-    /// Whether every word of guest memory in `proof` still has the value it should have.
+    /// Whether each of these addresses in guest memory still has its value.
     #[must_use]
-    pub fn holds(&self, proof: &[(Gva, u64)]) -> bool {
-        proof.iter().all(|(at, value)| {
+    pub(crate) fn has_words(&self, words: &[(Gva, u64)]) -> bool {
+        words.iter().all(|(at, value)| {
             let mut raw = [0; 8];
             self.guest.read_virtual(*at, &mut raw).is_ok() && u64::from_le_bytes(raw) == *value
         })
     }
 
-    fn fill(&mut self, at: Gva, span: StackArea) -> Result<(), Unreliable> {
-        // Registers below the stack pointer are not asked for in order, so a second, longer read may be needed.
-        let len = span.range.end.since(at).min(MAX_STACK);
+    fn copy_to_top(&mut self, at: Gva, area: StackArea) -> Result<(), Unreliable> {
+        // Words below the stack pointer are not read in order, so a second, longer read may be
+        // needed.
+        let len = area.range.end.since(at).min(MAX_STACK);
         let len = usize::try_from(len).map_err(|_| Unreliable::BadStackPointer(at))?;
-        self.window.clear();
-        self.window.resize(len, 0);
-        self.window_at = at;
+        self.copied.clear();
+        self.copied.resize(len, 0);
+        self.copied_from = at;
         self.guest
-            .read_virtual(at, &mut self.window)
+            .read_virtual(at, &mut self.copied)
             .map_err(|failed| {
-                self.window.clear();
+                self.copied.clear();
                 Unreliable::Unreadable(failed)
             })
     }
@@ -157,13 +164,13 @@ impl<R: ReadMemory + ?Sized> StackMemory for WalkMemory<'_, R> {
         if !at.0.is_multiple_of(8) {
             return Err(Unreliable::BadStackPointer(at));
         }
-        let span = self.enter(at, 8)?;
-        if self.window.is_empty() || at < self.window_at {
-            self.fill(at, span)?;
+        let area = self.enter(at, 8)?;
+        if self.copied.is_empty() || at < self.copied_from {
+            self.copy_to_top(at, area)?;
         }
-        let offset = usize::try_from(at.since(self.window_at))
+        let offset = usize::try_from(at.since(self.copied_from))
             .map_err(|_| Unreliable::BadStackPointer(at))?;
-        self.window
+        self.copied
             .get(offset..)
             .and_then(|rest| rest.first_chunk())
             .map(|word| u64::from_le_bytes(*word))
@@ -182,14 +189,14 @@ pub(crate) mod tests {
     pub(crate) const IRQ: Gva = Gva(0xffff_c900_0020_0000);
     pub(crate) const SIZE: u64 = 0x4000;
 
-    pub(crate) fn span(kind: StackType, start: Gva) -> StackArea {
+    pub(crate) fn area(kind: StackType, start: Gva) -> StackArea {
         StackArea {
             kind,
             range: GvaRange::new(start, start.add(SIZE)),
         }
     }
 
-    /// Every word holds its own address; one page may be missing.
+    /// Every word contains its own address; one page may be missing.
     #[derive(Default)]
     pub(crate) struct Identity {
         pub(crate) reads: Cell<usize>,
@@ -212,10 +219,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_stack_is_read_once() {
+    fn a_stack_is_copied_once() {
         let guest = Identity::default();
-        let spans = [span(StackType::Task, TASK)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         for offset in (0x100..SIZE).step_by(8) {
             assert_eq!(stacks.word(TASK.add(offset)), Ok(TASK.add(offset).0));
         }
@@ -225,10 +232,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_whole_aligned_words_of_known_stacks() {
+    fn only_aligned_words_within_the_stacks_can_be_read() {
         let guest = Identity::default();
-        let spans = [span(StackType::Task, TASK)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         for at in [
             TASK.sub(8),
             TASK.add(SIZE),
@@ -243,8 +250,8 @@ pub(crate) mod tests {
     #[test]
     fn from_an_interrupt_stack_to_the_tasks_and_not_back() {
         let guest = Identity::default();
-        let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK), area(StackType::Irq, IRQ)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         assert!(stacks.word(IRQ.add(0x3ff8)).is_ok());
         assert!(stacks.word(TASK.add(0x100)).is_ok());
         let back = IRQ.add(0x3ff8);
@@ -253,22 +260,22 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn nothing_lies_behind_a_task_stack() {
+    fn no_stack_follows_a_task_stack() {
         let guest = Identity::default();
-        let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK), area(StackType::Irq, IRQ)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         assert!(stacks.word(TASK).is_ok());
         assert!(stacks.word(IRQ).is_err());
     }
 
     #[test]
-    fn missing_pages_are_named() {
+    fn errors_have_the_missing_page() {
         let guest = Identity {
             hole: Some(TASK.add(0x2000)),
             ..Identity::default()
         };
-        let spans = [span(StackType::Task, TASK)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         assert_eq!(
             stacks.word(TASK.add(0x1000)),
             Err(Unreliable::Unreadable(TASK.add(0x2000)))
@@ -277,10 +284,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn where_entries_from_user_mode_and_first_frames_lie() {
+    fn entries_from_user_mode_and_outermost_frames_are_near_the_top() {
         let guest = Identity::default();
-        let spans = [span(StackType::Task, TASK)];
-        let mut stacks = WalkMemory::new(&guest, &spans);
+        let areas = [area(StackType::Task, TASK)];
+        let mut stacks = WalkMemory::new(&guest, &areas);
         let top = TASK.add(SIZE);
         assert!(!stacks.is_entry_from_user(top), "not on a stack yet");
         stacks.word(top.sub(8)).unwrap();

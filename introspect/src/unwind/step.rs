@@ -1,52 +1,52 @@
-//! One step from a frame to its caller, by one ORC entry.
+//! One step of a walk: from a frame to its caller, by one ORC entry.
 //!
-//! Knows registers and what ORC entries mean; it must not know where stacks lie, what code is where, or when a stack may be
-//! relied on: memory comes through [`StackMemory`], which decides what may be read. Follows
-//! `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
+//! Knows registers and the meaning of ORC entries; must not know where stacks are, what code is
+//! where, or when a stack is reliable: it reads memory through [`StackMemory`], which decides what
+//! may be read. Follows `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
 
 use crate::addr::Gva;
-use crate::unwind::orc::{Base, Entry, Kind};
+use crate::unwind::orc::{OrcBase, OrcEntry, OrcKind};
 use crate::unwind::stack::Unreliable;
 use crate::vcpu::VcpuRegs;
 
-/// `pt_regs` as the entry code pushes it: the layout that ptrace has fixed for ever.
-pub mod pt_regs {
+/// Offsets in `pt_regs` as the entry code pushes it; ptrace makes this layout permanent.
+pub(crate) mod pt_regs {
     /// Offset of `r13`.
-    pub const R13: u64 = 0x10;
+    pub(crate) const R13: u64 = 0x10;
     /// Offset of `bp`.
-    pub const BP: u64 = 0x20;
+    pub(crate) const BP: u64 = 0x20;
     /// Offset of `r10`.
-    pub const R10: u64 = 0x38;
+    pub(crate) const R10: u64 = 0x38;
     /// Offset of `ax`.
-    pub const AX: u64 = 0x50;
+    pub(crate) const AX: u64 = 0x50;
     /// Offset of `dx`.
-    pub const DX: u64 = 0x60;
+    pub(crate) const DX: u64 = 0x60;
     /// Offset of `di`.
-    pub const DI: u64 = 0x70;
-    /// Offset of what the processor pushed.
-    pub const IRET: u64 = 0x80;
+    pub(crate) const DI: u64 = 0x70;
+    /// Offset of the part that the processor pushed.
+    pub(crate) const IRET: u64 = 0x80;
 }
 
-/// What the processor pushes on an interrupt.
+/// Offsets in what the processor pushes on an interrupt.
 mod iret {
-    pub const IP: u64 = 0x00;
-    pub const CS: u64 = 0x08;
-    pub const SP: u64 = 0x18;
-    pub const SIZE: u64 = 0x28;
+    pub(crate) const IP: u64 = 0x00;
+    pub(crate) const CS: u64 = 0x08;
+    pub(crate) const SP: u64 = 0x18;
+    pub(crate) const SIZE: u64 = 0x28;
 }
 
-/// The stacks that a walk may read.
-pub trait StackMemory {
-    /// The eight bytes at `at`.
+/// The memory of the stacks that a walk may read.
+pub(crate) trait StackMemory {
+    /// Reads the eight bytes at `at`.
     ///
     /// # Errors
-    /// When `at` is on no stack that this walk may be on now, or cannot be read.
+    /// [`Unreliable`] when `at` is on no stack that this walk may be on now, or cannot be read.
     fn word(&mut self, at: Gva) -> Result<u64, Unreliable>;
 }
 
-/// The registers that ORC can ask for, where a frame has them.
+/// The registers that an ORC entry can refer to, in a frame where they are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SavedRegs {
+pub(crate) struct SavedRegs {
     bp: u64,
     r10: u64,
     r13: u64,
@@ -68,37 +68,37 @@ impl From<&VcpuRegs> for SavedRegs {
     }
 }
 
-/// A place in a walk.
+/// The position of a walk: one frame and its registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cursor {
-    /// Instruction pointer or return address.
+pub(crate) struct Cursor {
+    /// The instruction pointer or return address.
     pub ip: Gva,
-    /// Stack pointer at that instruction.
+    /// The stack pointer at that instruction.
     pub sp: Gva,
-    /// Frame pointer register.
+    /// The frame pointer register.
     pub bp: u64,
-    /// `ip` is an exact position, not a return address.
+    /// Whether `ip` is an exact position, not a return address.
     pub exact: bool,
-    /// The other registers, as far as they are known to be this frame's.
+    /// The other registers, if they are known for this frame.
     pub regs: Option<SavedRegs>,
 }
 
-/// Where one step led.
+/// The result of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// To a frame in the kernel.
+pub(crate) enum Step {
+    /// A caller in the kernel.
     Frame(Cursor),
-    /// To user mode.
+    /// The entry from user mode.
     User {
-        /// First address behind the saved user registers.
+        /// The first address after the saved user registers.
         regs_end: Gva,
     },
 }
 
 impl Cursor {
-    /// The place of a vCPU that is in the kernel.
+    /// The position of a vCPU that is in kernel mode.
     #[must_use]
-    pub fn from_vcpu(regs: &VcpuRegs) -> Cursor {
+    pub(crate) fn from_vcpu(regs: &VcpuRegs) -> Cursor {
         Cursor {
             ip: Gva(regs.rip),
             sp: Gva(regs.rsp),
@@ -108,39 +108,45 @@ impl Cursor {
         }
     }
 
-    /// The address to look code up by: a call may be the last instruction of its function, so its return address may not
-    /// be in it.
+    /// The address at which to look up code and unwind data: a call may be the last instruction of
+    /// its function, and its return address is then outside of it.
     #[must_use]
-    pub fn code(&self) -> Gva {
+    pub(crate) fn code(&self) -> Gva {
         if self.exact { self.ip } else { self.ip.sub(1) }
     }
 
-    /// The caller's place.
+    /// The caller's position.
     ///
-    /// `entry` must be one that goes on: neither `Undefined` nor `End`.
+    /// `entry` must be one that can be unwound: neither `Undefined` nor `End`.
     ///
     /// # Errors
-    /// What [`StackMemory`] refuses, a register that this frame does not have, or an entry that does not go on.
-    pub fn step(&self, entry: &Entry, stacks: &mut impl StackMemory) -> Result<Step, Unreliable> {
-        let frame = self.callers_frame(entry, stacks)?;
+    /// [`Unreliable`] when [`StackMemory`] refuses a read, a register is needed that is not known
+    /// in this frame, or the entry cannot be unwound.
+    pub(crate) fn step(
+        &self,
+        entry: &OrcEntry,
+        stacks: &mut impl StackMemory,
+    ) -> Result<Step, Unreliable> {
+        let frame = self.frame_address(entry, stacks)?;
         match entry.kind {
-            Kind::Call => {
+            OrcKind::Call => {
                 let ip = Gva(stacks.word(frame.sub(8))?);
-                self.to(ip, frame, None, frame, entry, stacks)
+                self.caller(ip, frame, None, frame, entry, stacks)
             }
-            Kind::Regs => {
+            OrcKind::Regs => {
                 let regs = saved_regs(frame, stacks)?;
-                self.through_iret(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
+                self.interrupted_frame(frame.add(pt_regs::IRET), Some(regs), frame, entry, stacks)
             }
-            // Registers that an outer full frame saved are still the interrupted code's: nothing between has run.
-            Kind::PartialRegs => self.through_iret(frame, self.regs, frame, entry, stacks),
-            Kind::Undefined | Kind::End => Err(Unreliable::NoOrc(self.ip)),
+            // Registers saved by an earlier full frame still belong to the interrupted code:
+            // nothing ran in between.
+            OrcKind::PartialRegs => self.interrupted_frame(frame, self.regs, frame, entry, stacks),
+            OrcKind::Undefined | OrcKind::End => Err(Unreliable::NoOrc(self.ip)),
         }
     }
 
-    fn callers_frame(
+    fn frame_address(
         &self,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Gva, Unreliable> {
         let offset = i64::from(entry.sp_offset);
@@ -151,52 +157,53 @@ impl Cursor {
                 .ok_or(Unreliable::MissingRegister(self.ip))
         };
         Ok(match entry.sp_base {
-            Base::Sp => self.sp.offset(offset),
-            Base::Bp => Gva(self.bp).offset(offset),
-            Base::SpIndirect => Gva(stacks.word(self.sp)?).offset(offset),
-            Base::BpIndirect => Gva(stacks.word(Gva(self.bp).offset(offset))?),
-            Base::Ax => known(|regs| regs.ax)?,
-            Base::Dx => known(|regs| regs.dx)?,
-            Base::Di => known(|regs| regs.di)?,
-            Base::R10 => known(|regs| regs.r10)?,
-            Base::R13 => known(|regs| regs.r13)?,
-            Base::Undefined | Base::PrevSp => return Err(Unreliable::NoOrc(self.ip)),
+            OrcBase::Sp => self.sp.offset(offset),
+            OrcBase::Bp => Gva(self.bp).offset(offset),
+            OrcBase::SpIndirect => Gva(stacks.word(self.sp)?).offset(offset),
+            OrcBase::BpIndirect => Gva(stacks.word(Gva(self.bp).offset(offset))?),
+            OrcBase::Ax => known(|regs| regs.ax)?,
+            OrcBase::Dx => known(|regs| regs.dx)?,
+            OrcBase::Di => known(|regs| regs.di)?,
+            OrcBase::R10 => known(|regs| regs.r10)?,
+            OrcBase::R13 => known(|regs| regs.r13)?,
+            OrcBase::Undefined | OrcBase::PrevSp => return Err(Unreliable::NoOrc(self.ip)),
         })
     }
 
-    fn through_iret(
+    fn interrupted_frame(
         &self,
         at: Gva,
         regs: Option<SavedRegs>,
         frame: Gva,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Step, Unreliable> {
         let ip = Gva(stacks.word(at.add(iret::IP))?);
         let cs = stacks.word(at.add(iret::CS))?;
         let sp = Gva(stacks.word(at.add(iret::SP))?);
-        // FRED keeps more than the selector in the slot of cs; the privilege level is where it always was.
+        // FRED stores more than the selector in the slot of cs; the privilege level is in the same
+        // two bits.
         if cs & 3 != 0 {
             return Ok(Step::User {
                 regs_end: at.add(iret::SIZE),
             });
         }
-        self.to(ip, sp, regs, frame, entry, stacks)
+        self.caller(ip, sp, regs, frame, entry, stacks)
     }
 
-    fn to(
+    fn caller(
         &self,
         ip: Gva,
         sp: Gva,
         regs: Option<SavedRegs>,
         frame: Gva,
-        entry: &Entry,
+        entry: &OrcEntry,
         stacks: &mut impl StackMemory,
     ) -> Result<Step, Unreliable> {
         let offset = i64::from(entry.bp_offset);
         let bp = match entry.bp_base {
-            Base::PrevSp => stacks.word(frame.offset(offset))?,
-            Base::Bp => stacks.word(Gva(self.bp).offset(offset))?,
+            OrcBase::PrevSp => stacks.word(frame.offset(offset))?,
+            OrcBase::Bp => stacks.word(Gva(self.bp).offset(offset))?,
             _ => regs.map_or(self.bp, |regs| regs.bp),
         };
         Ok(Step::Frame(Cursor {
@@ -221,188 +228,4 @@ fn saved_regs(at: Gva, stacks: &mut impl StackMemory) -> Result<SavedRegs, Unrel
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::unwind::orc::Encoding;
-
-    const TOP: Gva = Gva(0xffff_c900_0000_4000);
-    const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
-
-    #[derive(Default)]
-    struct Words(HashMap<Gva, u64>);
-
-    impl Words {
-        fn put(&mut self, at: Gva, value: u64) -> &mut Self {
-            self.0.insert(at, value);
-            self
-        }
-    }
-
-    impl StackMemory for Words {
-        fn word(&mut self, at: Gva) -> Result<u64, Unreliable> {
-            self.0
-                .get(&at)
-                .copied()
-                .ok_or(Unreliable::BadStackPointer(at))
-        }
-    }
-
-    fn cursor(sp: Gva, bp: u64) -> Cursor {
-        Cursor {
-            ip: TEXT,
-            sp,
-            bp,
-            exact: false,
-            regs: None,
-        }
-    }
-
-    fn entry(kind: Kind, sp: (Base, i16), bp: (Base, i16)) -> Entry {
-        Entry {
-            kind,
-            sp_base: sp.0,
-            sp_offset: sp.1,
-            bp_base: bp.0,
-            bp_offset: bp.1,
-            signal: matches!(kind, Kind::Regs | Kind::PartialRegs),
-        }
-    }
-
-    fn frame(step: Result<Step, Unreliable>) -> Cursor {
-        match step {
-            Ok(Step::Frame(cursor)) => cursor,
-            other => panic!("no frame but {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_call_from_sp_restores_bp() {
-        let mut stack = Words::default();
-        stack.put(TOP.sub(8), TEXT.0 + 5).put(TOP.sub(16), 0xb0);
-        let call = entry(Kind::Call, (Base::Sp, 32), (Base::PrevSp, -16));
-        let next = frame(cursor(TOP.sub(32), 1).step(&call, &mut stack));
-        assert_eq!(next.ip, TEXT.add(5));
-        assert_eq!(next.sp, TOP);
-        assert_eq!(next.bp, 0xb0);
-        assert!(!next.exact);
-    }
-
-    #[test]
-    fn a_call_from_bp_leaves_bp_alone_when_told_nothing() {
-        let mut stack = Words::default();
-        stack.put(TOP.sub(8), TEXT.0);
-        let call = entry(Kind::Call, (Base::Bp, 16), (Base::Undefined, 0));
-        let next = frame(cursor(TOP.sub(64), TOP.0 - 16).step(&call, &mut stack));
-        assert_eq!((next.sp, next.bp), (TOP, TOP.0 - 16));
-    }
-
-    #[test]
-    fn indirect_bases_load_first_or_last_as_they_should() {
-        let mut stack = Words::default();
-        stack.put(TOP.sub(64), TOP.0 - 8).put(TOP.sub(8), TEXT.0);
-        let sp = entry(Kind::Call, (Base::SpIndirect, 8), (Base::Undefined, 0));
-        assert_eq!(frame(cursor(TOP.sub(64), 0).step(&sp, &mut stack)).sp, TOP);
-        stack.put(TOP.sub(48), TOP.0);
-        let bp = entry(Kind::Call, (Base::BpIndirect, -8), (Base::Undefined, 0));
-        assert_eq!(
-            frame(cursor(Gva(0), TOP.0 - 40).step(&bp, &mut stack)).sp,
-            TOP
-        );
-    }
-
-    #[test]
-    fn registers_of_a_frame_are_asked_for_and_missed() {
-        let mut stack = Words::default();
-        stack.put(TOP.sub(8), TEXT.0);
-        let drap = entry(Kind::Call, (Base::R10, 0), (Base::Undefined, 0));
-        assert_eq!(
-            cursor(TOP.sub(64), 0).step(&drap, &mut stack),
-            Err(Unreliable::MissingRegister(TEXT))
-        );
-        let regs = VcpuRegs {
-            r10: TOP.0,
-            rip: TEXT.0,
-            ..VcpuRegs::default()
-        };
-        let next = frame(Cursor::from_vcpu(&regs).step(&drap, &mut stack));
-        assert_eq!(next.sp, TOP);
-        assert_eq!(next.regs, None, "a caller's registers are not its callee's");
-    }
-
-    fn interrupted(cs: u64) -> Words {
-        let mut stack = Words::default();
-        let regs = TOP.sub(168);
-        for offset in (0..168).step_by(8) {
-            stack.put(regs.add(offset), 0x1000 + offset);
-        }
-        stack
-            .put(regs.add(0x80), TEXT.0 + 7)
-            .put(regs.add(0x88), cs)
-            .put(regs.add(0x98), TOP.0 + 64);
-        stack
-    }
-
-    #[test]
-    fn registers_lead_to_exact_code_or_to_user_mode() {
-        let regs = entry(Kind::Regs, (Base::Sp, 0), (Base::Undefined, 0));
-        let next = frame(cursor(TOP.sub(168), 0).step(&regs, &mut interrupted(0x10)));
-        assert_eq!(
-            (next.ip, next.sp, next.exact),
-            (TEXT.add(7), TOP.add(64), true)
-        );
-        assert_eq!(next.bp, 0x1020);
-        assert_eq!(next.regs.map(|r| r.r13), Some(0x1010));
-        // The upper bits are FRED's.
-        let user = cursor(TOP.sub(168), 0).step(&regs, &mut interrupted(0x0003_0033));
-        assert_eq!(user, Ok(Step::User { regs_end: TOP }));
-    }
-
-    #[test]
-    fn a_bare_interrupt_frame_keeps_the_registers_it_was_reached_with() {
-        let partial = entry(Kind::PartialRegs, (Base::Sp, 0), (Base::Undefined, 0));
-        let at = TOP.sub(40);
-        let next = frame(cursor(at, 9).step(&partial, &mut interrupted(0x10)));
-        assert_eq!((next.bp, next.regs), (9, None));
-        let vcpu = VcpuRegs {
-            rsp: at.0,
-            rbp: 11,
-            ..VcpuRegs::default()
-        };
-        let next = frame(Cursor::from_vcpu(&vcpu).step(&partial, &mut interrupted(0x10)));
-        assert_eq!((next.bp, next.regs.map(|r| r.bp)), (11, Some(11)));
-    }
-
-    #[test]
-    fn holes_and_ends_do_not_step() {
-        let end = entry(Kind::End, (Base::Undefined, 0), (Base::Undefined, 0));
-        assert_eq!(
-            cursor(TOP, 0).step(&end, &mut Words::default()),
-            Err(Unreliable::NoOrc(TEXT))
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn no_registers_or_entry_panic(
-            raw in any::<[u8; 6]>(),
-            words in any::<[u64; 4]>(),
-            value in any::<u64>(),
-        ) {
-            struct Same(u64);
-            impl StackMemory for Same {
-                fn word(&mut self, _: Gva) -> Result<u64, Unreliable> {
-                    Ok(self.0)
-                }
-            }
-            let [ip, sp, bp, r10] = words;
-            let regs = VcpuRegs { rip: ip, rsp: sp, rbp: bp, r10, ..VcpuRegs::default() };
-            for entry in Encoding::ALL.into_iter().filter_map(|e| e.decode(raw)) {
-                let _ = Cursor::from_vcpu(&regs).step(&entry, &mut Same(value));
-            }
-        }
-    }
-}
+mod tests;

@@ -1,42 +1,44 @@
-//! One walk, from where a task is to where its stack ends, and the verdict on it.
+//! One walk, from the innermost frame of a task to the end of its stack, and the verdict on it.
 //!
-//! Knows when a stack may be relied on; it must not know how tasks, vCPUs or code are found. The rules are those of
-//! `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and stricter: a stack must end where
-//! stacks end, at the top of a task's stack, and no frame may be in code that makes the stack say something else than it seems.
+//! Knows when a stack is reliable; must not know how tasks, vCPUs or code are found. The rules are
+//! those of `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and
+//! stricter: a stack must end where stacks end, at the top of a task's stack, and no frame may be
+//! in code during which the stack is not what it seems.
 
 use crate::unwind::code_map::{CodeMap, RegionId, UnwindAction};
 use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
 use crate::unwind::stack_memory::{ReadMemory, WalkMemory};
 use crate::unwind::step::{Cursor, Step};
 
-/// As many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`: a full array is refused).
-pub const MAX_FRAMES: usize = 100;
+/// This many frames make a stack unreliable for the kernel's own livepatching (`MAX_STACK_ENTRIES`:
+/// a full array is refused).
+pub(crate) const MAX_FRAMES: usize = 100;
 
-/// What is known of the task before its stack is looked at.
+/// What is known of the task before its stack is walked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Origin {
-    /// It came through init text that has been freed since (the boot CPU's idle task).
+pub(crate) struct Origin {
+    /// Whether it came through init text that has been freed since (the boot CPU's idle task).
     pub through_init: bool,
-    /// A vCPU runs it: only then can it be in the middle of an entry from user mode.
+    /// Whether a vCPU runs it: only then can it be in the middle of an entry from user mode.
     pub running: bool,
 }
 
-/// Walks from `start` to the end of the stack, or to the first thing that makes it unreliable.
-pub fn walk<R: ReadMemory + ?Sized>(
+/// Walks from `start` to the end of the stack, or to the first frame that makes it unreliable.
+pub(crate) fn walk_stack<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
     origin: Origin,
 ) -> Stack {
     let mut frames = Vec::with_capacity(MAX_FRAMES / 4);
-    let verdict = match to_the_end(code, stacks, start, origin, &mut frames) {
+    let verdict = match walk_frames(code, stacks, start, origin, &mut frames) {
         Ok(()) => Verdict::Reliable,
         Err(reason) => Verdict::Unreliable(reason),
     };
     Stack { frames, verdict }
 }
 
-fn to_the_end<R: ReadMemory + ?Sized>(
+fn walk_frames<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
     start: Cursor,
@@ -44,12 +46,12 @@ fn to_the_end<R: ReadMemory + ?Sized>(
     frames: &mut Vec<Frame>,
 ) -> Result<(), Unreliable> {
     let mut at = start;
-    let mut proven = None;
+    let mut checked = None;
     let mut breakpoint = None;
     loop {
-        let way = code.way(at.ip, at.exact, origin.through_init);
-        // Neither is an address in a function that the task is in.
-        if !matches!(way, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
+        let action = code.action_at(at.ip, at.exact, origin.through_init);
+        // Neither of these is an address in a function that the task is in.
+        if !matches!(action, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
             frames.push(Frame {
                 ip: at.ip,
                 sp: at.sp,
@@ -59,8 +61,8 @@ fn to_the_end<R: ReadMemory + ?Sized>(
         if frames.len() >= MAX_FRAMES {
             return Err(Unreliable::TooDeep(MAX_FRAMES));
         }
-        let entry = match way? {
-            UnwindAction::On(entry) => entry,
+        let entry = match action? {
+            UnwindAction::Orc(entry) => entry,
             UnwindAction::OrcToUser(entry) => {
                 breakpoint = Some(at.ip);
                 entry
@@ -70,7 +72,7 @@ fn to_the_end<R: ReadMemory + ?Sized>(
             UnwindAction::UserEntry if origin.running => return Ok(()),
             UnwindAction::UserEntry => return Err(Unreliable::UnexpectedEnd(at.ip)),
         };
-        prove_region(code, stacks, &at, &mut proven)?;
+        check_region(code, stacks, &at, &mut checked)?;
         stacks.check_sp(at.sp)?;
         let next = match at.step(&entry, stacks)? {
             Step::User { regs_end } if stacks.is_entry_from_user(regs_end) => return Ok(()),
@@ -87,35 +89,36 @@ fn to_the_end<R: ReadMemory + ?Sized>(
     }
 }
 
-/// A module may have gone since its unwind data were copied.
-fn prove_region<R: ReadMemory + ?Sized>(
+/// Checks that the region at `at` is still the code whose unwind data was copied: a module may have
+/// been unloaded since.
+fn check_region<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &WalkMemory<'_, R>,
     at: &Cursor,
-    proven: &mut Option<RegionId>,
+    checked: &mut Option<RegionId>,
 ) -> Result<(), Unreliable> {
     let Some((id, region)) = code.region(at.code()) else {
         return Ok(());
     };
-    if *proven == Some(id) || stacks.holds(&region.proof) {
-        *proven = Some(id);
+    if *checked == Some(id) || stacks.has_words(&region.fingerprint) {
+        *checked = Some(id);
         return Ok(());
     }
     Err(Unreliable::NoOrc(at.ip))
 }
 
-/// A stack that nothing was found out about.
+/// A stack of which no frame is known.
 #[must_use]
-pub fn unreliable(reason: Unreliable) -> Stack {
+pub(crate) fn unreliable(reason: Unreliable) -> Stack {
     Stack {
         frames: Vec::new(),
         verdict: Verdict::Unreliable(reason),
     }
 }
 
-/// A stack with no kernel function on it.
+/// A stack without any kernel function.
 #[must_use]
-pub fn empty() -> Stack {
+pub(crate) fn empty() -> Stack {
     Stack {
         frames: Vec::new(),
         verdict: Verdict::Reliable,
@@ -123,349 +126,4 @@ pub fn empty() -> Stack {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::addr::Gva;
-    use crate::kernel::{StackArea, StackType};
-    use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
-    use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
-    use crate::unwind::orc::Encoding;
-    use crate::unwind::orc_table::OrcTable;
-    use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, span};
-
-    const TOP: Gva = TASK.add(SIZE);
-    const KTHREAD_BEGIN: Gva = TEXT.add(0x200);
-    const ENTRY: Gva = TEXT.add(0x300);
-    const SYSCALL: Gva = TEXT.add(0x320);
-    const INTERRUPTED: Gva = TEXT.add(0x340);
-    const SWITCHES_STACK: Gva = TEXT.add(0x360);
-    const STUCK: Gva = TEXT.add(0x380);
-    const BREAKPOINT: Gva = TEXT.add(0x500);
-
-    fn map() -> CodeMap {
-        let orc = OrcTable::from_unsorted(
-            vec![
-                (TEXT, CALL8),
-                (KTHREAD_BEGIN, END),
-                (ENTRY, END),
-                (SYSCALL, [0, 0, 0, 0, 5, 3 | 8]),
-                (INTERRUPTED, [0, 0, 0, 0, 5, 4 | 8]),
-                (SWITCHES_STACK, [8, 0, 0, 0, 9, 2]),
-                (STUCK, [0, 0, 0, 0, 5, 2]),
-                (TEXT.add(0x400), CALL8),
-            ],
-            Encoding::Typed,
-        )
-        .unwrap();
-        CodeMap::new(CoreText {
-            text: range(TEXT, 0x1000),
-            init: range(Gva(0), 0),
-            orc,
-            rules: vec![
-                (range(KTHREAD_BEGIN, 0x100), CodeClass::TaskEntry),
-                (range(ENTRY, 0x20), CodeClass::UserEntry),
-                (range(BREAKPOINT, 0x20), CodeClass::Breakpoint),
-            ],
-        })
-    }
-
-    /// Guest memory of 64-bit words; what was not put is zero, what is on no stack cannot be read.
-    #[derive(Default)]
-    struct Guest(HashMap<u64, u64>);
-
-    impl Guest {
-        fn put(mut self, at: Gva, value: Gva) -> Self {
-            self.0.insert(at.0, value.0);
-            self
-        }
-
-        /// A `pt_regs` at `at`.
-        fn regs(self, at: Gva, ip: Gva, cs: u64, sp: Gva) -> Self {
-            self.put(at.add(0x80), ip)
-                .put(at.add(0x88), Gva(cs))
-                .put(at.add(0x98), sp)
-        }
-    }
-
-    impl ReadMemory for Guest {
-        fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva> {
-            for (bytes, i) in buf.chunks_mut(8).zip(0u64..) {
-                let word = self.0.get(&at.add(8 * i).0).copied().unwrap_or(0);
-                bytes.copy_from_slice(&word.to_le_bytes()[..bytes.len()]);
-            }
-            Ok(())
-        }
-    }
-
-    const SPANS: [StackArea; 2] = [
-        StackArea {
-            kind: StackType::Task,
-            range: crate::GvaRange::new(TASK, TOP),
-        },
-        StackArea {
-            kind: StackType::Irq,
-            range: crate::GvaRange::new(IRQ, IRQ.add(SIZE)),
-        },
-    ];
-
-    fn from(guest: &Guest, ip: Gva, sp: Gva, exact: bool) -> Stack {
-        let start = Cursor {
-            ip,
-            sp,
-            bp: 0,
-            exact,
-            regs: None,
-        };
-        let origin = Origin {
-            running: exact,
-            ..Origin::default()
-        };
-        walk(&map(), &mut WalkMemory::new(guest, &SPANS), start, origin)
-    }
-
-    fn ips(stack: &Stack) -> Vec<Gva> {
-        stack.frames.iter().map(|frame| frame.ip).collect()
-    }
-
-    #[test]
-    fn a_kernel_thread_ends_where_it_began() {
-        let begin = KTHREAD_BEGIN.add(0x22);
-        let guest = Guest::default()
-            .put(TOP.sub(0x100), TEXT.add(0x40))
-            .put(TOP.sub(0xf8), begin);
-        let stack = from(&guest, TEXT.add(0x10), TOP.sub(0x100), false);
-        assert_eq!(stack.verdict, Verdict::Reliable);
-        assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), begin]);
-    }
-
-    #[test]
-    fn the_same_end_far_from_the_top_is_not_believed() {
-        let guest = Guest::default().put(TASK.add(0x100), KTHREAD_BEGIN.add(0x22));
-        let stack = from(&guest, TEXT.add(0x10), TASK.add(0x100), false);
-        assert_eq!(
-            stack.verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(TASK.add(0x108)))
-        );
-    }
-
-    #[test]
-    fn a_system_call_ends_at_user_registers() {
-        let regs = TOP.sub(168);
-        let guest = Guest::default().put(regs.sub(8), SYSCALL.add(4)).regs(
-            regs,
-            Gva(0x40_0000),
-            0x33,
-            Gva(0x7fff_0000),
-        );
-        let stack = from(&guest, TEXT.add(0x10), regs.sub(8), false);
-        assert!(stack.is_reliable());
-        assert_eq!(ips(&stack), [TEXT.add(0x10), SYSCALL.add(4)]);
-    }
-
-    #[test]
-    fn a_breakpoint_is_left_alone_only_when_it_hit_user_mode() {
-        let hit = |cs, ip| {
-            let regs = TOP.sub(168);
-            let guest = Guest::default()
-                .put(regs.sub(16), BREAKPOINT.add(8))
-                .put(regs.sub(8), SYSCALL.add(4))
-                .regs(regs, ip, cs, TOP);
-            from(&guest, TEXT.add(0x10), regs.sub(16), false).verdict
-        };
-        assert_eq!(hit(0x33, Gva(0x40_0000)), Verdict::Reliable);
-        assert_eq!(
-            hit(0x10, TEXT.add(0x20)),
-            Verdict::Unreliable(Unreliable::TransientCode(BREAKPOINT.add(8)))
-        );
-    }
-
-    #[test]
-    fn user_registers_in_the_middle_of_a_stack_are_not_believed() {
-        let regs = TOP.sub(0x200);
-        let guest = Guest::default().put(regs.sub(8), SYSCALL.add(4)).regs(
-            regs,
-            Gva(0x40_0000),
-            0x33,
-            Gva(0x7fff_0000),
-        );
-        let stack = from(&guest, TEXT.add(0x10), regs.sub(8), false);
-        assert_eq!(
-            stack.verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(regs.add(168)))
-        );
-    }
-
-    #[test]
-    fn an_interrupt_on_its_own_stack() {
-        let saved = IRQ.add(SIZE).sub(8);
-        let regs = TOP.sub(0x200);
-        let guest = Guest::default()
-            .put(saved.sub(8), SWITCHES_STACK.add(5))
-            .put(saved, regs.sub(8))
-            .put(regs.sub(8), SYSCALL.add(2))
-            .regs(regs, TEXT.add(0x80), 0x10, TOP.sub(0x100))
-            .put(TOP.sub(0x100), KTHREAD_BEGIN.add(0x22));
-        let stack = from(&guest, TEXT.add(0x10), saved.sub(8), true);
-        assert_eq!(stack.verdict, Verdict::Reliable);
-        let exact: Vec<_> = stack.frames.iter().map(|f| (f.ip, f.exact)).collect();
-        assert_eq!(
-            exact,
-            [
-                (TEXT.add(0x10), true),
-                (SWITCHES_STACK.add(5), false),
-                (SYSCALL.add(2), false),
-                (TEXT.add(0x80), true),
-                (KTHREAD_BEGIN.add(0x22), false),
-            ]
-        );
-    }
-
-    #[test]
-    fn entry_stubs_end_only_what_runs() {
-        let guest = Guest::default();
-        let user_sp = Gva(0x7fff_1234);
-        let stack = from(&guest, ENTRY.add(3), user_sp, true);
-        assert!(stack.is_reliable());
-        assert_eq!(ips(&stack), [ENTRY.add(3)]);
-        // A sleeping task whose saved frame was overwritten does not get away with it.
-        let start = Cursor {
-            ip: ENTRY.add(3),
-            sp: user_sp,
-            bp: 0,
-            exact: true,
-            regs: None,
-        };
-        let sleeping = walk(
-            &map(),
-            &mut WalkMemory::new(&guest, &SPANS),
-            start,
-            Origin::default(),
-        );
-        assert_eq!(
-            sleeping.verdict,
-            Verdict::Unreliable(Unreliable::UnexpectedEnd(ENTRY.add(3)))
-        );
-    }
-
-    #[test]
-    fn hostile_stacks_stop() {
-        // A return address that is no code, a stack pointer that does not move, one outside, one that leads downwards.
-        let sp = TASK.add(0x100);
-        let no_code = Guest::default().put(sp, Gva(0x1234));
-        assert_eq!(
-            from(&no_code, TEXT.add(0x10), sp, false).verdict,
-            Verdict::Unreliable(Unreliable::NotText(Gva(0x1234)))
-        );
-        let stuck = Guest::default().put(sp.sub(8), STUCK.add(1));
-        assert_eq!(
-            from(&stuck, STUCK.add(1), sp, false).verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(sp))
-        );
-        assert_eq!(
-            from(&Guest::default(), TEXT.add(0x10), Gva(0x1000), false).verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(Gva(0x1000)))
-        );
-        let down = Guest::default().put(sp, SYSCALL.add(1)).regs(
-            sp.add(8),
-            TEXT.add(1),
-            0x10,
-            sp.sub(0x40),
-        );
-        assert_eq!(
-            from(&down, TEXT.add(0x10), sp, false).verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(sp.sub(0x40)))
-        );
-        // The interrupt stack may be left, but not come back to.
-        let saved = IRQ.add(SIZE).sub(8);
-        let back = Guest::default()
-            .put(saved, TOP.sub(0x208))
-            .put(TOP.sub(0x208), SWITCHES_STACK.add(1))
-            .put(TOP.sub(0x200), IRQ.add(0x100));
-        assert!(matches!(
-            from(&back, SWITCHES_STACK.add(1), saved, true).verdict,
-            Verdict::Unreliable(Unreliable::BadStackPointer(_))
-        ));
-    }
-
-    #[test]
-    fn a_hundred_frames_are_too_many() {
-        let mut guest = Guest::default();
-        for frame in 0..200u64 {
-            guest = guest.put(TASK.add(8 * frame), TEXT.add(0x10));
-        }
-        let stack = from(&guest, TEXT.add(0x10), TASK, false);
-        assert_eq!(stack.frames.len(), MAX_FRAMES);
-        assert_eq!(
-            stack.verdict,
-            Verdict::Unreliable(Unreliable::TooDeep(MAX_FRAMES))
-        );
-    }
-
-    #[test]
-    fn a_module_that_has_gone_is_not_unwound_by_its_old_data() {
-        let module = Gva(0xffff_ffff_c000_0000);
-        let proof = Gva(0xffff_ffff_c000_4000);
-        let mut code = map();
-        code.add(CodeRegion {
-            name: "module".into(),
-            text: range(module, 0x100),
-            orc: OrcTable::from_unsorted(vec![(module, CALL8)], Encoding::Typed).unwrap(),
-            proof: vec![(proof, 7)],
-        })
-        .unwrap();
-        let sp = TOP.sub(0x100);
-        let go = |guest: Guest| {
-            let start = Cursor {
-                ip: module.add(4),
-                sp,
-                bp: 0,
-                exact: true,
-                regs: None,
-            };
-            let mut stacks = WalkMemory::new(&guest, &SPANS);
-            walk(&code, &mut stacks, start, Origin::default()).verdict
-        };
-        let there = || Guest::default().put(sp, KTHREAD_BEGIN.add(1));
-        assert_eq!(go(there().put(proof, Gva(7))), Verdict::Reliable);
-        assert_eq!(
-            go(there().put(proof, Gva(8))),
-            Verdict::Unreliable(Unreliable::NoOrc(module.add(4)))
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn any_stack_ends_in_time(
-            words in prop::collection::vec((0u64..SIZE / 8, 0u64..0x10), 0..400),
-            ip in 0u64..0x500,
-            sp in 0u64..SIZE / 8,
-            bp in any::<u64>(),
-            exact in any::<bool>(),
-        ) {
-            // Words that look like code, like stack, or like nothing.
-            let mut guest = Guest::default();
-            for (at, kind) in words {
-                let value = match kind {
-                    0..8 => TEXT.add(0x13 * at % 0x420),
-                    8..12 => TASK.add(8 * (at * 7 % (SIZE / 8))),
-                    12..14 => IRQ.add(8 * (at * 5 % (SIZE / 8))),
-                    _ => Gva(at * 0x1111),
-                };
-                guest = guest.put(TASK.add(8 * at), value);
-            }
-            let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, regs: None };
-            let spans = [span(StackType::Task, TASK), span(StackType::Irq, IRQ)];
-            let stack = walk(
-                &map(),
-                &mut WalkMemory::new(&guest, &spans),
-                start,
-                Origin { running: exact, through_init: true },
-            );
-            prop_assert!(stack.frames.len() <= MAX_FRAMES);
-        }
-    }
-}
+mod tests;

@@ -1,4 +1,4 @@
-//! Core files that lie.
+//! Hostile core files.
 
 use introspect::{CoreError, CoreFile, FindError, Kernel, PhysMemory, RawRange, task_list};
 use vm_memory::GuestAddress;
@@ -16,7 +16,7 @@ fn refusal(bytes: &[u8]) -> CoreError {
     open(bytes).unwrap_err()
 }
 
-/// Opens it and looks for a kernel.
+/// Opens the core and finds its kernel.
 fn find(bytes: &[u8]) -> Result<Kernel, FindError> {
     let core = open(bytes).unwrap();
     bounded("a kernel in a core", || Kernel::find(&core, core.vcpus()))
@@ -32,9 +32,9 @@ fn a_core_that_is_whole_can_be_read() {
     assert_eq!(word, *b"gh\0\0\0\0\0\0");
 }
 
-/// The same guest in a raw image, half of it behind a hole in the file.
+/// The same guest in a raw image, with its second half first and a gap between them.
 #[test]
-fn a_raw_image_shows_the_guest_that_is_in_it() {
+fn a_raw_image_is_read_like_a_core() {
     let ram = hostile_guest::ram();
     let (low, high) = ram.split_at(image::IMAGE);
     let gap = vec![0xee; 0x3000];
@@ -72,7 +72,7 @@ fn a_core_cut_anywhere() {
 }
 
 #[test]
-fn what_is_no_core_of_a_guest() {
+fn files_that_are_no_core_of_a_guest() {
     let notes = cores::notes(1);
     let good = cores::bytes(&cores::good(&notes));
     for text in [&b"KDUMP   "[..], b"makedumpfile", b"#!/bin/sh", &[0; 4096]] {
@@ -158,15 +158,15 @@ fn a_core_with_notes_of_any_size() {
         let error = refusal(&cores::bytes(&cores::good(&long)));
         assert!(matches!(error, CoreError::Notes(_)), "{error:?}");
     }
-    // As many empty ones as fit, and they say nothing.
+    // As many empty notes as fit, without content.
     let empty = vec![0; (16 << 20) / 12 * 12];
     let error = refusal(&cores::bytes(&cores::good(&empty)));
     assert!(
         matches!(error, CoreError::NoVcpus { plain: 0 }),
         "{error:?}"
     );
-    let crowd = cores::notes(4097);
-    let error = refusal(&cores::bytes(&cores::good(&crowd)));
+    let too_many = cores::notes(4097);
+    let error = refusal(&cores::bytes(&cores::good(&too_many)));
     assert!(
         matches!(error, CoreError::TooMuch { what: "vCPUs", .. }),
         "{error:?}"
@@ -174,7 +174,7 @@ fn a_core_with_notes_of_any_size() {
 }
 
 #[test]
-fn a_core_with_the_same_notes_again_and_again() {
+fn a_core_with_the_same_notes_many_times() {
     let notes = cores::notes(64);
     let parts = vec![(PT_NOTE, 0, 0, &[][..]); 0xfffe];
     let mut bytes = cores::bytes(&parts);
@@ -185,7 +185,7 @@ fn a_core_with_the_same_notes_again_and_again() {
         bytes[at + cores::P_OFFSET..][..8].copy_from_slice(&offset.to_le_bytes());
         bytes[at + cores::P_FILESZ..][..8].copy_from_slice(&(notes.len() as u64).to_le_bytes());
     }
-    // One piece of memory, so that it comes to the notes.
+    // One segment of memory, so that the notes are read at all.
     bytes[table..table + 4].copy_from_slice(&PT_LOAD.to_le_bytes());
     bytes[table + cores::P_MEMSZ..][..8].copy_from_slice(&(1u64 << 30).to_le_bytes());
     bytes.extend(notes);
@@ -210,7 +210,7 @@ fn a_core_with_more_segments_than_a_header_can_count() {
     bytes.extend(header);
     let core = open(&bytes).unwrap();
     assert_eq!(core.ranges().count() as u64, count);
-    // One read through as many of them as it takes.
+    // One read across many of them.
     let mut buf = vec![0; 1 << 20];
     assert!(core.read(GuestAddress(0), &mut buf).is_err());
     let end = bytes.len() - 20;
@@ -237,7 +237,7 @@ fn a_core_of_an_exabyte_of_zeroes() {
         matches!(found, Err(FindError::Kallsyms { .. })),
         "{found:?}"
     );
-    // And the file itself may say that it is as long as the system allows.
+    // The file itself may be as long as the system allows, too.
     let file = cores::file(&cores::bytes(&parts));
     file.set_len(1 << 40).unwrap();
     let core = bounded("a core", || CoreFile::new(file)).unwrap();
@@ -245,8 +245,9 @@ fn a_core_of_an_exabyte_of_zeroes() {
 }
 
 #[test]
-fn a_core_whose_every_vcpu_shows_another_image() {
-    // Tables that map the image window as far as an image may reach, for each vCPU to another place.
+fn a_core_whose_vcpus_each_map_another_image() {
+    // Page tables that map the image window as far as an image may reach, for each vCPU to a
+    // different place.
     let count = 4096;
     let notes = cores::notes(count);
     let mut tables = vec![0; 0x2000 * count as usize + 0x2000];
@@ -254,7 +255,7 @@ fn a_core_whose_every_vcpu_shows_another_image() {
     for n in 0..count as usize {
         let at = 0x2000 * n;
         let root = cores::ROOT + at as u64;
-        // The root's own page is its next level too, and of that the last is a page of its own.
+        // The root page is its own next level, and the last level of that is a page of its own.
         put(at + 8 * 511, root | 3);
         put(at + 8 * 510, (root + 0x1000) | 3);
         for step in 0..128 {
@@ -276,7 +277,7 @@ fn a_core_whose_every_vcpu_shows_another_image() {
 }
 
 #[test]
-fn a_core_with_as_many_symbols_as_may_be() {
+fn a_core_with_the_most_symbols() {
     const COUNT: u64 = 1 << 19;
     let tables = |count: u64| {
         let name = |n| (format!("tf{n:07x}"), image::BASE + n);
@@ -286,7 +287,7 @@ fn a_core_with_as_many_symbols_as_may_be() {
     };
     let notes = cores::notes(1);
     let mut parts = cores::good(&notes);
-    // The image's 16 MiB are mapped behind its first 2, which are as they were.
+    // The image's 16 MiB are mapped after its first 2 MiB, which are unchanged.
     let entries: Vec<u8> = (8..16)
         .flat_map(|n: u64| ((n - 7) << 21 | 0x83).to_le_bytes())
         .collect();

@@ -1,7 +1,8 @@
-//! Tables of any size: those at their caps keep the bounds, those beyond are refused.
+//! Tables at their limits keep the bounds on time and memory; larger ones are refused.
 
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::{MAX_ENTRIES, OrcTable, OrcTableError};
+use introspect::internals::orc::MAX_ENTRIES;
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::{OrcTable, OrcTableError};
 use introspect::{Btf, BtfError, Gva};
 
 use introspect::modules;
@@ -11,7 +12,7 @@ use hostile_guest::image::{self, module_at, virt};
 use hostile_guest::{self, bounded};
 
 #[test]
-fn btf_of_as_many_types_as_may_be() {
+fn btf_with_the_most_types() {
     const TYPES: usize = 1 << 19;
     const NAME: &[u8] = b"\0a_name_of_middling_length_that_all_of_the_structures_share\0";
     let section = |count: usize| {
@@ -39,19 +40,19 @@ fn btf_of_as_many_types_as_may_be() {
 }
 
 #[test]
-fn an_orc_table_as_long_as_may_be() {
+fn the_longest_orc_table() {
     const CALL: [u8; 6] = [8, 0, 0, 0, 5, 2];
     let build = |count: usize| {
-        // Self-relative, so that all are of one address.
+        // Self-relative, so that all have the same address.
         let ips: Vec<u8> = (0..count)
             .map(|n| -i32::try_from(4 * n).unwrap())
             .flat_map(i32::to_le_bytes)
             .collect();
         let entries = CALL.repeat(count);
         bounded("ORC", || {
-            // What is read of the guest is held beside it.
+            // The bytes read of the guest are held at the same time.
             let (ips, entries) = (ips.clone(), entries.clone());
-            OrcTable::from_sections(Gva(1 << 40), &ips, &entries, Encoding::Typed)
+            OrcTable::from_sections(Gva(1 << 40), &ips, &entries, OrcEncoding::Typed)
         })
         .map(|table| table.len())
     };
@@ -61,7 +62,7 @@ fn an_orc_table_as_long_as_may_be() {
 }
 
 #[test]
-fn a_module_of_as_many_symbols_as_may_be() {
+fn a_module_with_the_most_symbols() {
     const SYMBOLS: usize = 1 << 18;
     const SYMBOL: usize = 24;
     let (table, strings) = (4 << 20, (4 << 20) + SYMBOLS * SYMBOL);
@@ -71,7 +72,7 @@ fn a_module_of_as_many_symbols_as_may_be() {
         symbol[..8].copy_from_slice(&[1, 0, 0, 0, 0x12, 0, 1, 0]);
     }
     ram[strings + 1..strings + 61].fill(b'a');
-    // The direct map has a large page for each 2 MiB of it.
+    // The direct map has one large page for each 2 MiB of it.
     let mut put = |at: usize, value: u64| ram[at..at + 8].copy_from_slice(&value.to_le_bytes());
     for n in 1..6 {
         put(

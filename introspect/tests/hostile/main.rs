@@ -1,14 +1,16 @@
-//! A guest that lies: whatever is in its memory, introspection ends, soon, and with little memory of its own.
+//! A hostile guest: whatever is in its memory, introspection ends soon and allocates little.
 //!
-//! Replays every seed and every past finding of the fuzzers (`fuzz/`), and breaks each structure on purpose.
+//! Replays every seed and every past finding of the fuzzers (`fuzz/`), and breaks each structure on
+//! purpose.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use introspect::modules::{self, ListingError, ModulesError, modules_and_runtime};
-use introspect::symbols::kallsyms::{ImagePart, KallsymsError};
-use introspect::unwind::orc::Encoding;
-use introspect::unwind::orc_table::{OrcTable, OrcTableError};
+use introspect::internals::kallsyms::{self, ImagePart, KallsymsError};
+use introspect::modules::{self, ModulesError};
+use introspect::modules::{ListingError, modules_and_runtime};
+use introspect::unwind::OrcEncoding;
+use introspect::unwind::{OrcTable, OrcTableError};
 use introspect::{
     AddressSpace, Btf, BtfError, FindError, Gva, GvaRange, Kernel, KernelMemory, PhysMemory,
     TasksError, Unwinder,
@@ -19,12 +21,13 @@ use hostile_guest::bounded;
 use hostile_guest::image::{self, module_at, signal_at, task_at, virt};
 use hostile_guest::mutate::{Mutated, PARTS};
 
+mod changing;
 mod cores;
 mod largest;
-mod moving;
 mod task_cache;
 
-/// Inside `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the BTF made here has them.
+/// Offsets in `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the synthetic BTF
+/// has them.
 const TASKS: usize = 72;
 const THREAD_NODE: usize = 88;
 const SIGNAL: usize = 112;
@@ -35,7 +38,7 @@ fn memory() -> Mutated<'static> {
     Mutated::new(hostile_guest::ram(), &PARTS, &[])
 }
 
-/// The good guest with words changed.
+/// The good guest with some words changed.
 fn with(changes: &[(usize, u64)]) -> Mutated<'static> {
     let mut memory = memory();
     for (at, value) in changes {
@@ -71,7 +74,7 @@ fn files(kind: &str, target: &str) -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_seed_and_every_past_finding() {
+fn every_seed_and_every_past_finding_keeps_the_bounds() {
     hostile_guest::kernel();
     for (target, run) in hostile_guest::TARGETS {
         let seeds = files("seeds", target);
@@ -84,7 +87,7 @@ fn every_seed_and_every_past_finding() {
 }
 
 #[test]
-fn the_guest_that_is_not_damaged_shows_all() {
+fn all_of_the_undamaged_guest_is_found() {
     assert_eq!(hostile_guest::tasks(&[]), 5);
     assert_eq!(hostile_guest::modules(&[]), 9);
     assert_eq!(hostile_guest::whole(&[]), 5);
@@ -114,7 +117,7 @@ fn a_list_of_threads_that_points_at_itself() {
 }
 
 #[test]
-fn lists_that_lead_out_of_memory() {
+fn lists_that_leave_guest_memory() {
     for (at, value) in [
         (task_at(1) + TASKS, 0),
         (task_at(1) + TASKS, u64::MAX),
@@ -178,11 +181,11 @@ fn kallsyms_cut_anywhere() {
         let start = Gva(virt(start));
         let window = ImagePart { start, bytes };
         bounded("kallsyms", || {
-            introspect::symbols::kallsyms::parse(window, covers).map(|s| s.len())
+            kallsyms::parse(window, covers).map(|s| s.len())
         })
     };
     let all = parse(&whole).unwrap();
-    let digits = introspect::symbols::kallsyms::digits(&whole, 0).unwrap();
+    let digits = kallsyms::digits(&whole, 0).unwrap();
     let end = whole.iter().rposition(|&byte| byte != 0).unwrap() + 1;
     // In the count, the names, the markers, the tokens, their index, the offsets and the base.
     for cut in [
@@ -217,7 +220,7 @@ fn btf(types: &[u32]) -> Result<Btf, BtfError> {
 }
 
 #[test]
-fn btf_that_leads_in_circles() {
+fn btf_with_cycles() {
     // struct a { struct a; } by an unnamed member; typedefs of each other; an array of itself.
     let inside_itself = btf(&[1, 4 << 24 | 1, 8, 0, 1, 0]).unwrap();
     let typedefs = btf(&[1, 4 << 24 | 1, 8, 1, 2, 0, 0, 8 << 24, 3, 0, 8 << 24, 2]).unwrap();
@@ -237,7 +240,7 @@ fn btf_with_more_members_than_bytes() {
 }
 
 #[test]
-fn orc_tables_that_no_kernel_makes() {
+fn orc_tables_that_no_kernel_has() {
     const CALL: [u8; 6] = [8, 0, 0, 0, 5, 2];
     let build = |ips: &[i32], bytes: usize, entries: usize| {
         let ips: Vec<u8> = ips
@@ -245,7 +248,8 @@ fn orc_tables_that_no_kernel_makes() {
             .flat_map(|ip| ip.to_le_bytes())
             .take(bytes)
             .collect();
-        let table = OrcTable::from_sections(Gva(0), &ips, &CALL.repeat(entries), Encoding::Typed);
+        let table =
+            OrcTable::from_sections(Gva(0), &ips, &CALL.repeat(entries), OrcEncoding::Typed);
         table.map(|table| table.len())
     };
     assert_eq!(build(&[0x10, 0x10, 0x10], 12, 3), Ok(3));
@@ -254,7 +258,7 @@ fn orc_tables_that_no_kernel_makes() {
         build(&[i32::MIN, i32::MAX], 8, 2),
         Err(OrcTableError::Unsorted(1))
     );
-    // What is left over of an odd length is no entry.
+    // The remainder of an odd length is no entry.
     assert_eq!(build(&[0x10, 0x20], 7, 1), Ok(1));
     assert_eq!(
         build(&[0x10, 0x20], 7, 2),
@@ -263,7 +267,7 @@ fn orc_tables_that_no_kernel_makes() {
 }
 
 #[test]
-fn modules_may_not_say_how_much_we_hold() {
+fn modules_do_not_determine_how_much_is_allocated() {
     let mut memory = memory();
     for n in 0..2 {
         memory.set(module_at(n) + ORC_COUNT, &u32::MAX.to_le_bytes());
@@ -281,10 +285,14 @@ fn modules_may_not_say_how_much_we_hold() {
 }
 
 #[test]
-fn lists_of_code_that_was_made_that_loop() {
+fn lists_of_runtime_code_that_loop() {
     let kernel = hostile_guest::kernel();
     // The links of ftrace's, of BPF's and of a kprobe's entry.
-    for link in [image::MADE, image::MADE + 0x408, image::MADE + 0x800] {
+    for link in [
+        image::RUNTIME_CODE,
+        image::RUNTIME_CODE + 0x408,
+        image::RUNTIME_CODE + 0x800,
+    ] {
         let memory = with(&[(link, virt(link))]);
         let found = bounded("a listing", || {
             modules_and_runtime(kernel, &kernel.memory(&memory))

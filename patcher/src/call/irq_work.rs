@@ -6,8 +6,8 @@
 //!
 //! Knows the structure and the list; must not know what the function does.
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Field, Gva, Kernel, VcpuRegs};
+use introspect::{KernelMemory, ReadError};
 
 use crate::error::PatchError;
 

@@ -10,8 +10,8 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, eax, esi, qword_ptr, rbp, rbx, rdi, rsp};
-use introspect::memory::kernel::{KernelMemory, ReadError};
 use introspect::{Field, Gva, Kernel, Task};
+use introspect::{KernelMemory, ReadError};
 
 use crate::call::irq_work::IrqWorkInfo;
 use crate::call::irq_work::Kick;

@@ -7,7 +7,7 @@
 
 use introspect::SymbolError;
 use introspect::btf::{Btf, BtfError};
-use introspect::memory::kernel::{Field, KernelMemory, ReadError};
+use introspect::memory::{Field, KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
 
 /// More steps, from one `ftrace_ops` to the next or along a chain of a hash, than it takes in any kernel: there is a cycle.

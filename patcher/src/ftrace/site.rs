@@ -5,7 +5,7 @@
 //! nothing of what the site will be made to say.
 
 use introspect::Gva;
-use introspect::memory::kernel::{Field, KernelMemory, ReadError};
+use introspect::{Field, KernelMemory, ReadError};
 
 use crate::ftrace::FtraceLayout;
 use crate::x86::{INT3, NOP5, NOP5_K8, SITE_LEN};

@@ -1,7 +1,7 @@
 //! One patch in one guest: what it replaces, where it lies, and where it is in its life.
 
+use introspect::unwind::RegionId;
 use introspect::unwind::Unwinder;
-use introspect::unwind::code_map::RegionId;
 use introspect::{Gva, GvaRange};
 
 use crate::guest::code_set::CodeSet;

@@ -2,9 +2,9 @@
 //!
 //! Nothing that the guest can see is written here, and nothing at all but by [`fill`].
 
+use introspect::unwind::CodeRegion;
+use introspect::unwind::OrcTable;
 use introspect::unwind::Unwinder;
-use introspect::unwind::code_map::CodeRegion;
-use introspect::unwind::orc_table::OrcTable;
 use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 
 use crate::error::PatchError;
@@ -358,7 +358,7 @@ pub fn update_stubs(patch: &mut Patch, info: &KernelInfo) -> Result<(), PatchErr
 fn add_region(
     unwinder: &mut Unwinder,
     image: &Image,
-) -> Result<Option<introspect::unwind::code_map::RegionId>, PatchError> {
+) -> Result<Option<introspect::unwind::RegionId>, PatchError> {
     if image.orc.is_empty() {
         return Ok(None);
     }
@@ -369,7 +369,7 @@ fn add_region(
         name: image.name.clone(),
         text: image.text,
         orc,
-        proof: Vec::new(),
+        fingerprint: Vec::new(),
     };
     let id = unwinder.add_region(region).map_err(LinkError::from)?;
     Ok(Some(id))

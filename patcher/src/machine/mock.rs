@@ -1,8 +1,8 @@
 //! A machine without a guest, for this crate's unit tests: a byte array with page tables, which records what is done to it and
 //! can make any single operation fail.
 
-use introspect::memory::kernel::KernelMemory;
-use introspect::memory::paging::AddressSpace;
+use introspect::memory::AddressSpace;
+use introspect::memory::KernelMemory;
 use introspect::{Gva, OutOfBounds, PhysMemory, Task, TaskKind, VcpuRegs};
 use vm_memory::GuestAddress;
 

@@ -4,7 +4,7 @@
 //! mapped RX, lies inside `[_stext, _etext)`, belongs to nobody, and has `core_kernel_text()` true. This module finds the best
 //! run of such bytes in a given kernel; it must not know what goes there.
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 
 use crate::x86::INT3;

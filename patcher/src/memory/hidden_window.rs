@@ -6,7 +6,7 @@
 //! The mapping is made once and stays for the guest's life. To take it away would need the guest's TLBs flushed, by guest code;
 //! to leave it costs nothing: the next patch uses the same window.
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 use vm_memory::GuestAddress;
 

@@ -10,7 +10,7 @@ pub mod hidden_window;
 pub mod range_alloc;
 pub mod write_batch;
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange, Kernel};
 
 use crate::error::PatchError;

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use introspect::memory::kernel::{KernelMemory, ReadError};
+use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, PhysMemory};
 use vm_memory::GuestAddress;
 

@@ -2,8 +2,8 @@
 
 use introspect::Gva;
 use introspect::btf::BtfError;
-use introspect::unwind::code_map::Overlap;
-use introspect::unwind::orc_table::OrcTableError;
+use introspect::unwind::OrcTableError;
+use introspect::unwind::RegionOverlap;
 
 /// The file is not a livepatch module that can be taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -252,7 +252,7 @@ pub enum LinkError {
     Orc(#[from] OrcTableError),
     /// The unwinder knows other code at the module's place.
     #[error("its unwind data: {0}")]
-    Overlap(#[from] Overlap),
+    Overlap(#[from] RegionOverlap),
     /// The finished code is not what it should be.
     #[error("the linked code of {function} is wrong at {at}: {why}")]
     Code {

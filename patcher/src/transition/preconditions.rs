@@ -2,7 +2,7 @@
 //!
 //! All of these are asked in a pause, before anything is written. *Busy* is no failure: the guest runs on and is asked again.
 
-use introspect::memory::kernel::KernelMemory;
+use introspect::KernelMemory;
 use introspect::{Gva, Kernel};
 
 use crate::error::StepError;

@@ -103,14 +103,14 @@ impl PhysMemory for VmMemory {
             .map_err(|_| OutOfBounds { gpa, len })
     }
 
-    fn gather(
+    fn read_fields(
         &self,
         gpa: GuestAddress,
         parts: &[FieldRange],
         buf: &mut [u8],
     ) -> Result<(), OutOfBounds> {
         // Records of the guest's kernel are in its RAM, never in hidden memory.
-        self.ram.gather(gpa, parts, buf)
+        self.ram.read_fields(gpa, parts, buf)
     }
 
     fn compare(
@@ -150,7 +150,7 @@ mod tests {
             .map(|(offset, len)| FieldRange { offset, len });
         for base in [0, 5, 8, 0x1000] {
             let mut got = [0; 53];
-            let done = memory.gather(GuestAddress(base), &parts, &mut got);
+            let done = memory.read_fields(GuestAddress(base), &parts, &mut got);
             let mut wanted = Vec::new();
             let all = parts.iter().all(|part| {
                 let mut one = vec![0; part.len];

@@ -84,42 +84,42 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, RegsError> {
     // switched on.
     let nested =
         (sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0) && in_nested_guest(vcpu);
-    Ok(VcpuRegs {
-        index,
-        rax: regs.rax,
-        rbx: regs.rbx,
-        rcx: regs.rcx,
-        rdx: regs.rdx,
-        rsi: regs.rsi,
-        rdi: regs.rdi,
-        rsp: regs.rsp,
-        rbp: regs.rbp,
-        r8: regs.r8,
-        r9: regs.r9,
-        r10: regs.r10,
-        r11: regs.r11,
-        r12: regs.r12,
-        r13: regs.r13,
-        r14: regs.r14,
-        r15: regs.r15,
-        rip: regs.rip,
-        rflags: regs.rflags,
-        // KVM keeps the CPL in SS.DPL for both vendors, even when SS itself is null.
-        cpl: sregs.ss.dpl & 3,
-        cr0: sregs.cr0,
-        cr3: sregs.cr3,
-        cr4: sregs.cr4,
-        efer: sregs.efer,
-        fs_base: sregs.fs.base,
-        gs_base: sregs.gs.base,
-        kernel_gs_base,
-        lstar,
-        idt_base: sregs.idt.base,
-        idt_limit: sregs.idt.limit,
-        fred_config,
-        online: mp_state == KVM_MP_STATE_RUNNABLE || mp_state == KVM_MP_STATE_HALTED,
-        foreign: nested || events.smi.smm != 0,
-    })
+    let mut captured = VcpuRegs::default();
+    captured.index = index;
+    captured.rax = regs.rax;
+    captured.rbx = regs.rbx;
+    captured.rcx = regs.rcx;
+    captured.rdx = regs.rdx;
+    captured.rsi = regs.rsi;
+    captured.rdi = regs.rdi;
+    captured.rsp = regs.rsp;
+    captured.rbp = regs.rbp;
+    captured.r8 = regs.r8;
+    captured.r9 = regs.r9;
+    captured.r10 = regs.r10;
+    captured.r11 = regs.r11;
+    captured.r12 = regs.r12;
+    captured.r13 = regs.r13;
+    captured.r14 = regs.r14;
+    captured.r15 = regs.r15;
+    captured.rip = regs.rip;
+    captured.rflags = regs.rflags;
+    // KVM keeps the CPL in SS.DPL for both vendors, even when SS itself is null.
+    captured.cpl = sregs.ss.dpl & 3;
+    captured.cr0 = sregs.cr0;
+    captured.cr3 = sregs.cr3;
+    captured.cr4 = sregs.cr4;
+    captured.efer = sregs.efer;
+    captured.fs_base = sregs.fs.base;
+    captured.gs_base = sregs.gs.base;
+    captured.kernel_gs_base = kernel_gs_base;
+    captured.lstar = lstar;
+    captured.idt_base = sregs.idt.base;
+    captured.idt_limit = sregs.idt.limit;
+    captured.fred_config = fred_config;
+    captured.online = mp_state == KVM_MP_STATE_RUNNABLE || mp_state == KVM_MP_STATE_HALTED;
+    captured.foreign = nested || events.smi.smm != 0;
+    Ok(captured)
 }
 
 fn read_msrs<const N: usize>(
