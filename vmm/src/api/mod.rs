@@ -11,8 +11,9 @@ pub mod problem;
 pub mod routes;
 pub mod server;
 pub mod socket;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod types;

@@ -1,45 +1,47 @@
-//! The command line against a VMM whose guest is made up: what it prints, where, and its exit status.
-
-mod made_up;
+//! The command line against a VMM with a fake guest: what it prints, where, and its exit status.
 
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use vmm::api::testing::{FakeGuest, TempDir, module};
 use vmm::api::{ControlSocket, Limits, Server};
 
-use made_up::MadeUp;
-
-/// A folder with a served guest in it.
+/// A directory with the control socket of a served fake guest.
 struct Bench {
-    dir: PathBuf,
+    // Dropped before the directory.
     _server: Server,
+    dir: TempDir,
 }
 
 impl Bench {
     fn new() -> Bench {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let unique = COUNT.fetch_add(1, Ordering::Relaxed);
-        let dir =
-            std::env::temp_dir().join(format!("outpatch-cli-{}-{unique}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
-        let socket = ControlSocket::claim(&dir.join("vm.sock")).unwrap();
-        let server = Server::start(socket, MadeUp::default(), Limits::default()).unwrap();
+        Bench::with(FakeGuest::default())
+    }
+
+    fn with(guest: FakeGuest) -> Bench {
+        let dir = TempDir::new();
+        let socket = ControlSocket::claim(&dir.path().join("vm.sock")).unwrap();
+        let server = Server::start(socket, guest, Limits::default()).unwrap();
         Bench {
-            dir,
             _server: server,
+            dir,
         }
     }
 
-    fn module(&self, content: &str) -> String {
-        let path = self.dir.join(format!("{content}.ko"));
+    /// The path of a module file whose patch is named `name`.
+    fn module(&self, name: &str) -> String {
+        self.file(&format!("{name}.ko"), &module(name))
+    }
+
+    fn file(&self, name: &str, content: &[u8]) -> String {
+        let path = self.dir.path().join(name);
         std::fs::write(&path, content).unwrap();
         path.to_str().unwrap().to_owned()
     }
 
     fn run(&self, args: &[&str]) -> Output {
-        outpatch(&self.dir.join("vm.sock"), args)
+        outpatch(&self.dir.path().join("vm.sock"), args)
     }
 
     fn ok(&self, args: &[&str]) -> String {
@@ -51,12 +53,6 @@ impl Bench {
 
     fn json(&self, args: &[&str]) -> serde_json::Value {
         serde_json::from_str(&self.ok(args)).unwrap()
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
@@ -102,7 +98,7 @@ fn tasks_and_stacks_are_printed_as_people_know_them() {
     let stacks = bench.json(&["stack", "--json"]);
     assert_eq!(stacks[0], stack);
     let line = refused(&bench.run(&["stack", "5"]), 1);
-    assert_eq!(line, "outpatch: no task with pid 5; look\n");
+    assert_eq!(line, "outpatch: no task with pid 5; see GET /tasks\n");
 }
 
 #[test]
@@ -125,19 +121,22 @@ fn a_check_says_what_would_come_of_it_and_changes_nothing() {
          uses seq_printf at 0xffffffff81000200\n\
          code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
          data: 8 bytes at 0xfffffffff2000000, in hidden memory\n     \
-         77 stuck           user    waits     in the way: cmdline_proc_show+0x5/0x20\n\
+         77 stuck           user    waits     in the way: in cmdline_proc_show+0x5/0x20\n\
          fix: would apply; tasks that would switch at once: 1 by their stack; in the way now: 1; \
          guest stopped 1 time, 0.200 ms in all, 0.200 ms at most\n"
     );
     let report = bench.json(&["check", &module, "--json"]);
-    assert_eq!(report["tasks"][0]["blocker"], "cmdline_proc_show+0x5/0x20");
+    assert_eq!(
+        report["tasks"][0]["blocker"],
+        "in cmdline_proc_show+0x5/0x20"
+    );
     assert_eq!(
         bench.json(&["status", "--json"])["patches"],
         serde_json::json!([])
     );
-    let junk = bench.module("junk");
+    let junk = bench.file("junk.ko", b"junk");
     let line = refused(&bench.run(&["check", &junk]), 1);
-    assert!(line.contains("junk.ko: this is no ELF file"), "{line}");
+    assert!(line.contains("junk.ko: this is not an ELF file"), "{line}");
     refused(&bench.run(&["check", "/nowhere/x.ko"]), 1);
     let line = refused(&bench.run(&["check", &module, "--core", &junk]), 1);
     assert!(line.contains("it is not an ELF file"), "{line}");
@@ -158,7 +157,7 @@ fn a_dump_goes_to_an_absolute_path() {
 #[test]
 fn a_core_takes_the_place_of_a_socket() {
     let bench = Bench::new();
-    let junk = bench.module("no core");
+    let junk = bench.file("core", b"no core");
     // The socket in the environment has a guest; the core is asked all the same.
     for verb in [&["ps"][..], &["stack", "1"], &["symbols"]] {
         let line = refused(&bench.run(&[verb, &["--core", &junk]].concat()), 1);
@@ -188,7 +187,7 @@ fn a_patch_is_followed_to_its_end_and_back() {
     );
     assert_eq!(lines.len(), 5);
     let status = bench.ok(&["status"]);
-    assert!(status.contains("kernel  6.1.0-made-up"), "{status}");
+    assert!(status.contains("kernel  6.1.0-test"), "{status}");
     assert!(status.contains("fix   applied"), "{status}");
     assert_eq!(bench.json(&["status", "fix", "--json"])["phase"], "applied");
     let text = bench.ok(&["revert"]);
@@ -229,13 +228,13 @@ fn a_transition_is_cancelled_or_forced() {
 #[test]
 fn a_mode_is_passed_on_and_a_refusal_is_told() {
     let bench = Bench::new();
-    let module = bench.module("fix");
+    let module = bench.module("stuck");
     let line = refused(&bench.run(&["apply", "--mode", "stop-machine", &module]), 1);
     assert!(
         line.contains("in one pause: 77 stuck in do_wait+0x5"),
         "{line}"
     );
-    bench.ok(&["apply", "--mode", "auto", &module]);
+    bench.ok(&["apply", "--mode", "auto", &bench.module("fix")]);
     let output = bench.run(&["apply", "--mode", "all", &module]);
     assert_eq!(output.status.code(), Some(2));
 }
@@ -265,11 +264,11 @@ fn a_timeout_says_who_is_in_the_way_and_that_it_goes_on() {
     let line = refused(&output, 4);
     assert_eq!(
         line,
-        "outpatch: stuck is still applying, and the transition goes on; 1 task waits: 77 stuck (cmdline_proc_show+0x5/0x20)\n"
+        "outpatch: stuck is still applying, and the transition goes on; 1 task waits: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
     );
     let shown = String::from_utf8(output.stdout).unwrap();
     assert!(
-        shown.contains("77 stuck           user    waits     in the way: cmdline_proc_show"),
+        shown.contains("77 stuck           user    waits     in the way: in cmdline_proc_show"),
         "{shown}"
     );
     assert_eq!(
@@ -297,17 +296,18 @@ fn pausing_and_resuming_say_what_is() {
     assert_eq!(bench.json(&["status", "--json"])["vm"]["state"], "paused");
     assert_eq!(bench.ok(&["resume"]), "running\n");
     assert_eq!(bench.json(&["resume", "--json"])["state"], "running");
-    refused(&bench.run(&["stop"]), 1);
+    let unstoppable = Bench::with(FakeGuest::unstoppable());
+    refused(&unstoppable.run(&["stop"]), 1);
 }
 
 #[test]
 fn what_cannot_be_is_one_line_and_a_status() {
     let bench = Bench::new();
-    let junk = bench.module("junk");
+    let junk = bench.file("junk.ko", b"junk");
     let line = refused(&bench.run(&["apply", &junk]), 1);
     assert_eq!(
         line,
-        format!("outpatch: {junk}: this is no ELF file; build one\n")
+        format!("outpatch: {junk}: this is not an ELF file; build one\n")
     );
     let line = refused(&bench.run(&["apply", "/nowhere/x.ko"]), 1);
     assert!(line.contains("/nowhere/x.ko"), "{line}");
@@ -323,16 +323,16 @@ fn what_cannot_be_is_one_line_and_a_status() {
 #[test]
 fn a_vmm_that_is_not_there_is_told_from_one_that_refuses() {
     let bench = Bench::new();
-    let absent = bench.dir.join("absent.sock");
+    let absent = bench.dir.path().join("absent.sock");
     let line = refused(&outpatch(&absent, &["ps"]), 3);
     assert!(line.contains("no such socket"), "{line}");
-    let stale = bench.dir.join("stale.sock");
+    let stale = bench.dir.path().join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());
     let line = refused(&outpatch(&stale, &["ps"]), 3);
     assert!(line.contains("its VMM is gone"), "{line}");
-    let file = bench.module("not a socket");
+    let file = bench.file("file", b"not a socket");
     refused(&outpatch(Path::new(&file), &["ps"]), 3);
-    let mute = bench.dir.join("mute.sock");
+    let mute = bench.dir.path().join("mute.sock");
     let listener = UnixListener::bind(&mute).unwrap();
     let hangs_up = std::thread::spawn(move || drop(listener.accept().unwrap()));
     refused(&outpatch(&mute, &["status"]), 3);
@@ -358,7 +358,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
     let bench = Bench::new();
     let mut child = Command::new(env!("CARGO_BIN_EXE_outpatch"))
         .args(["ps", "--socket"])
-        .arg(bench.dir.join("vm.sock"))
+        .arg(bench.dir.path().join("vm.sock"))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

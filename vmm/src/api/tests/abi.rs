@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::abi;
 use crate::api::problem::Kind;
 use crate::api::routes::ROUTES;
-use crate::api::testing::Served;
+use crate::api::server::Limits;
+use crate::api::testing::{ELF, FakeGuest, Served};
 
 const METHODS: [&str; 5] = ["GET ", "POST ", "PUT ", "PATCH ", "DELETE "];
 
@@ -33,24 +34,33 @@ fn every_sort_of_error_is_described_with_its_status() {
 
 #[test]
 fn every_field_of_an_answer_is_described() {
-    let served = Served::plain();
-    served.ask("POST", "/patches", b"\x7fELF");
-    for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
-        let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
-        let body = match (route.method.as_str(), route.path) {
-            ("PATCH", "/vm") => r#"{"state":"running"}"#,
-            ("PATCH", _) => r#"{"enabled":false}"#,
-            ("POST", "/dumps") => r#"{"path":"/guest.core"}"#,
-            ("POST", _) => "\x7fELF",
-            _ => "",
-        };
-        let answer = served.ask(route.method.as_str(), &path, body.as_bytes());
-        assert!((200..300).contains(&answer.status), "{route:?}: {answer:?}");
-        let what = format!("{} {}", route.method, route.path);
-        assert_words(&what, fields(&answer.json()));
+    let mut all = BTreeSet::new();
+    // In one guest all tasks switch, in the other none: their reports have different fields.
+    for guest in [FakeGuest::default(), FakeGuest::stuck()] {
+        let served = Served::new(guest, Limits::default());
+        served.ask("POST", "/patches?wait_ms=500", ELF);
+        for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
+            let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
+            let body: &[u8] = match (route.method.as_str(), route.path) {
+                ("PATCH", "/vm") => br#"{"state":"running"}"#,
+                ("PATCH", _) => br#"{"enabled":false}"#,
+                ("POST", "/dumps") => br#"{"path":"/guest.core"}"#,
+                ("POST", _) => ELF,
+                _ => b"",
+            };
+            let answer = served.ask(route.method.as_str(), &path, body);
+            assert!((200..300).contains(&answer.status), "{route:?}: {answer:?}");
+            let what = format!("{} {}", route.method, route.path);
+            let fields = fields(&answer.json());
+            all.extend(fields.iter().cloned());
+            assert_words(&what, fields);
+        }
+        let refused = served.ask("GET", "/nowhere", b"");
+        assert_words("error not-found", fields(&refused.json()));
     }
-    let refused = served.ask("GET", "/nowhere", b"");
-    assert_words("error not-found", fields(&refused.json()));
+    for sometimes in ["blocker", "since_ms", "after_ms"] {
+        assert!(all.contains(sometimes), "{sometimes} is in no answer");
+    }
 }
 
 #[test]
