@@ -2,6 +2,8 @@
 //!
 //! Patches are told as [`patcher::PatchStatus`]. Field names and meanings are promised in `docs/ABI`.
 
+use std::time::Duration;
+
 use introspect::{PatchState, TaskKind, Verdict};
 use patcher::{Mode, PauseReport};
 use serde::{Deserialize, Serialize};
@@ -110,6 +112,46 @@ pub struct PatchChange {
     /// With `signal`: only from so many milliseconds after the transition's start on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal_after_ms: Option<u64>,
+}
+
+impl PatchChange {
+    /// Reverts the patch.
+    #[must_use]
+    pub fn revert(mode: Mode) -> PatchChange {
+        PatchChange {
+            enabled: Some(false),
+            mode: Some(mode),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Reverses the running transition.
+    #[must_use]
+    pub fn cancel() -> PatchChange {
+        PatchChange {
+            cancel: Some(true),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Completes the running transition by switching every task.
+    #[must_use]
+    pub fn force() -> PatchChange {
+        PatchChange {
+            force: Some(true),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Sends the fake signal; not before `after` has passed since the start of the transition.
+    #[must_use]
+    pub fn signal(after: Option<Duration>) -> PatchChange {
+        PatchChange {
+            signal: Some(true),
+            signal_after_ms: after.map(|a| u64::try_from(a.as_millis()).unwrap_or(u64::MAX)),
+            ..PatchChange::default()
+        }
+    }
 }
 
 /// The body of `POST /dumps`.

@@ -8,7 +8,7 @@ use introspect::CoreFile;
 use patcher::{CheckReport, PatchError, Patcher, ReadOnlyMachine};
 use vmm::api::types::{Symbol, Task, TaskStack};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 
 /// A guest in a core file.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ impl CoreGuest {
     ///
     /// # Errors
     /// Why it is none.
-    pub fn open(path: &Path) -> Result<CoreGuest, VerbError> {
-        let core = CoreFile::open(path).map_err(|source| VerbError::Core {
+    pub fn open(path: &Path) -> Result<CoreGuest, CommandError> {
+        let core = CoreFile::open(path).map_err(|source| CommandError::Core {
             path: path.to_owned(),
             source,
         })?;
@@ -37,31 +37,31 @@ impl CoreGuest {
     }
 
     /// All tasks.
-    pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
+    pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         let tasks = self.patcher.tasks(&mut self.machine);
         let tasks = tasks.map_err(|error| self.failed(error))?;
         Ok(tasks.iter().map(Task::from).collect())
     }
 
     /// One task's stack.
-    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
+    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, CommandError> {
         let stack = self.patcher.stack(&mut self.machine, pid);
         Ok(stack.map_err(|error| self.failed(error))?.into())
     }
 
     /// Every task's stack.
-    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         let stacks = self.patcher.stacks(&mut self.machine);
         let stacks = stacks.map_err(|error| self.failed(error))?;
         Ok(stacks.into_iter().map(TaskStack::from).collect())
     }
 
     /// What applying a module, read from `file`, would come to.
-    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
+    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, CommandError> {
         let report = self.patcher.check(&mut self.machine, module);
         report.map_err(|source| match source {
             busy @ PatchError::Busy { .. } => self.failed(busy),
-            source => VerbError::NotForCore {
+            source => CommandError::NotForCore {
                 file: file.to_owned(),
                 core: self.path.clone(),
                 source,
@@ -70,23 +70,23 @@ impl CoreGuest {
     }
 
     /// All symbols.
-    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, CommandError> {
         let symbols = self.patcher.symbols(&mut self.machine);
         let symbols = symbols.map_err(|error| self.failed(error))?;
         Ok(symbols.into_iter().map(Symbol::from).collect())
     }
 
-    fn failed(&self, source: PatchError) -> VerbError {
+    fn failed(&self, source: PatchError) -> CommandError {
         failed(&self.path, source)
     }
 }
 
 /// No second look at a core shows anything else.
-fn failed(path: &Path, source: PatchError) -> VerbError {
+fn failed(path: &Path, source: PatchError) -> CommandError {
     let path = path.to_owned();
     match source {
-        PatchError::Busy { what, .. } => VerbError::CaughtInCore { path, what },
-        source => VerbError::InCore { path, source },
+        PatchError::Busy { what, .. } => CommandError::CaughtInCore { path, what },
+        source => CommandError::InCore { path, source },
     }
 }
 

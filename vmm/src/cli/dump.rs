@@ -4,28 +4,28 @@ use std::path::Path;
 
 use vmm::api::types::{Dump, NewDump};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
 use vmm::client::Client;
 
 /// Has the VMM write a core file.
 pub fn dump(
-    connection: &Client,
+    client: &Client,
     file: &Path,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     // The VMM may have been started elsewhere.
     let path = std::path::absolute(file)?;
     let path = path.into_os_string().into_string().map_err(|path| {
-        VerbError::InvalidState(format!(
+        CommandError::InvalidState(format!(
             "{} cannot be said in JSON: it is not UTF-8",
             path.display()
         ))
     })?;
-    let dump: Dump = connection.create("/dumps", &NewDump { path })?;
+    let dump: Dump = client.create("/dumps", &NewDump { path })?;
     if json {
-        return Ok(screen.json(&dump)?);
+        return Ok(output.json(&dump)?);
     }
     let line = format!(
         "{}: {} MiB, the guest stood still for {} ms",
@@ -33,5 +33,5 @@ pub fn dump(
         dump.bytes.div_ceil(1 << 20),
         dump.paused_us.div_ceil(1000)
     );
-    Ok(screen.line(Tone::Good, &line)?)
+    Ok(output.line(Tone::Good, &line)?)
 }

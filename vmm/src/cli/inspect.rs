@@ -2,20 +2,24 @@
 
 use vmm::api::types::{Task, TaskStack};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use crate::cli::progress::word;
 use crate::cli::source::GuestSource;
+use crate::cli::summary::word;
 
 /// The tasks, a line each.
-pub fn ps(guest: &mut GuestSource, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
+pub fn ps(
+    guest: &mut GuestSource,
+    json: bool,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let tasks = guest.tasks()?;
     if json {
-        return Ok(screen.json(&tasks)?);
+        return Ok(output.json(&tasks)?);
     }
     let head = ["PID", "TGID", "S", "KIND", "VCPU", "PATCH", "COMM"];
     let rows: Vec<_> = tasks.iter().map(row).collect();
-    Ok(screen.table(&head, &rows)?)
+    Ok(output.table(&head, &rows)?)
 }
 
 fn row(task: &Task) -> Vec<String> {
@@ -40,13 +44,13 @@ pub fn stack(
     pid: i32,
     all: bool,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let stack = guest.stack(pid)?;
     if json {
-        return Ok(screen.json(&stack)?);
+        return Ok(output.json(&stack)?);
     }
-    show(&stack, all, screen)
+    show(&stack, all, output)
 }
 
 /// Every task's stack, each below a line that says whose.
@@ -54,51 +58,51 @@ pub fn stacks(
     guest: &mut GuestSource,
     all: bool,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let stacks = guest.stacks()?;
     if json {
-        return Ok(screen.json(&stacks)?);
+        return Ok(output.json(&stacks)?);
     }
     for stack in &stacks {
         let Task {
             pid, state, comm, ..
         } = &stack.task;
-        screen.line(Tone::Plain, &format!("{pid} {comm} ({state})"))?;
-        show(stack, all, screen)?;
-        screen.line(Tone::Plain, "")?;
+        output.line(Tone::Plain, &format!("{pid} {comm} ({state})"))?;
+        show(stack, all, output)?;
+        output.line(Tone::Plain, "")?;
     }
     Ok(())
 }
 
-fn show(stack: &TaskStack, all: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
+fn show(stack: &TaskStack, all: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     for line in frames(stack, all) {
-        screen.line(Tone::Plain, &line)?;
+        output.line(Tone::Plain, &line)?;
     }
     let (tone, verdict) = verdict(stack);
-    Ok(screen.line(tone, &verdict)?)
+    Ok(output.line(tone, &verdict)?)
 }
 
 /// The symbols of a kernel and its modules, a line each.
 pub fn symbols(
     guest: &mut GuestSource,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let symbols = guest.symbols()?;
     if json {
-        return Ok(screen.json(&symbols)?);
+        return Ok(output.json(&symbols)?);
     }
     for symbol in symbols {
         let (letter, name) = (symbol.letter, symbol.name);
         let address = symbol.address.trim_start_matches("0x");
         let line = format!("{address} {letter} {name}");
         match symbol.module {
-            Some(module) => screen.fields(&[&line, &format!("[{module}]")])?,
-            None => screen.fields(&[&line])?,
+            Some(module) => output.fields(&[&line, &format!("[{module}]")])?,
+            None => output.fields(&[&line])?,
         }
     }
-    Ok(screen.flush()?)
+    Ok(output.flush()?)
 }
 
 /// The lines of `/proc/PID/stack` (`fs/proc/base.c: proc_pid_stack`).

@@ -6,14 +6,14 @@ use std::path::Path;
 
 use vmm::api::routes::MODULE_LIMIT;
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 
 /// The whole file; one that no VMM would take is not read to its end.
 ///
 /// # Errors
-/// [`VerbError::File`].
-pub fn read_module(file: &Path) -> Result<Vec<u8>, VerbError> {
-    read(file).map_err(|source| VerbError::File {
+/// [`CommandError::File`].
+pub fn read_module(file: &Path) -> Result<Vec<u8>, CommandError> {
+    read(file).map_err(|source| CommandError::File {
         path: file.to_owned(),
         source,
     })

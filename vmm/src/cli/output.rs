@@ -149,12 +149,12 @@ mod tests {
 
     fn printed(print: impl FnOnce(&mut Output<'_>) -> io::Result<()>, colour: bool) -> String {
         let mut buffer = Vec::new();
-        let mut screen = Output {
+        let mut output = Output {
             out: Box::new(&mut buffer),
             colour,
         };
-        print(&mut screen).unwrap();
-        drop(screen);
+        print(&mut output).unwrap();
+        drop(output);
         String::from_utf8(buffer).unwrap()
     }
 

@@ -10,8 +10,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use patcher::CheckReport;
 use vmm::api::types::{Symbol, Task, TaskStack};
 
-use crate::cli::commands::VerbError;
 use crate::cli::core_guest::CoreGuest;
+use crate::cli::error::CommandError;
 use crate::cli::module::read_module;
 use vmm::client::Client;
 
@@ -52,11 +52,11 @@ impl Source {
     ///
     /// # Errors
     /// When the core file is none.
-    pub fn open(&self) -> Result<GuestSource, VerbError> {
+    pub fn open(&self) -> Result<GuestSource, CommandError> {
         match (&self.0.core, &self.0.socket) {
             (Some(core), _) => Ok(GuestSource::Core(Box::new(CoreGuest::open(core)?))),
             (None, Some(socket)) => Ok(GuestSource::Live(Client::new(socket)?)),
-            (None, None) => Err(VerbError::InvalidState("say which guest".to_owned())),
+            (None, None) => Err(CommandError::InvalidState("say which guest".to_owned())),
         }
     }
 
@@ -68,36 +68,36 @@ impl Source {
 
 impl GuestSource {
     /// Its tasks.
-    pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
+    pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/tasks")?),
+            GuestSource::Live(client) => Ok(client.get("/tasks")?),
             GuestSource::Core(core) => core.tasks(),
         }
     }
 
     /// One task's stack.
-    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
+    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
+            GuestSource::Live(client) => Ok(client.get(&format!("/tasks/{pid}/stack"))?),
             GuestSource::Core(core) => core.stack(pid),
         }
     }
 
     /// Every task's stack.
-    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/stacks")?),
+            GuestSource::Live(client) => Ok(client.get("/stacks")?),
             GuestSource::Core(core) => core.stacks(),
         }
     }
 
     /// What applying the module in `file` would come to.
-    pub fn check(&mut self, file: &Path) -> Result<CheckReport, VerbError> {
+    pub fn check(&mut self, file: &Path) -> Result<CheckReport, CommandError> {
         let module = read_module(file)?;
         match self {
-            GuestSource::Live(connection) => {
-                let done = connection.post("/checks", module);
-                done.map_err(|source| VerbError::Module {
+            GuestSource::Live(client) => {
+                let done = client.post("/checks", module);
+                done.map_err(|source| CommandError::Module {
                     path: file.to_owned(),
                     source,
                 })
@@ -107,9 +107,9 @@ impl GuestSource {
     }
 
     /// Its symbols.
-    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/symbols")?),
+            GuestSource::Live(client) => Ok(client.get("/symbols")?),
             GuestSource::Core(core) => core.symbols(),
         }
     }

@@ -121,9 +121,9 @@ fn a_check_says_what_would_come_of_it_and_changes_nothing() {
          uses seq_printf at 0xffffffff81000200\n\
          code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
          data: 8 bytes at 0xfffffffff2000000, in hidden memory\n     \
-         77 stuck           user    waits     in the way: in cmdline_proc_show+0x5/0x20\n\
-         fix: would apply; tasks that would switch at once: 1 by their stack; in the way now: 1; \
-         guest stopped 1 time, 0.200 ms in all, 0.200 ms at most\n"
+         77 stuck           user    pending      blocked: in cmdline_proc_show+0x5/0x20\n\
+         fix: would apply; 1 task would switch now (1 by stack); 1 task blocks; \
+         guest paused 1 time, 0.200 ms in all, 0.200 ms at most\n"
     );
     let report = bench.json(&["check", &module, "--json"]);
     assert_eq!(
@@ -178,12 +178,22 @@ fn a_patch_is_followed_to_its_end_and_back() {
     let text = bench.ok(&["apply", &module]);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "fix: applying vmlinux:cmdline_proc_show");
-    assert_eq!(lines[1], "    PID COMM            KIND    WAY       AFTER");
-    assert_eq!(lines[2], "      1 init            user    stack     1 ms");
-    assert_eq!(lines[3], "     77 stuck           user    stack     1 ms");
+    assert_eq!(
+        lines[1],
+        "    PID COMM            KIND    SWITCHED-BY  AFTER"
+    );
+    assert_eq!(
+        lines[2],
+        "      1 init            user    stack        1 ms"
+    );
+    assert_eq!(
+        lines[3],
+        "     77 stuck           user    stack        1 ms"
+    );
     assert_eq!(
         lines[4],
-        "fix: applied in 60 ms; tasks: 2 by their stack; guest stopped 2 times, 0.300 ms in all, 0.200 ms at most"
+        "fix: applied in 60 ms; 2 tasks switched (2 by stack); guest paused 2 times, 0.300 ms in all, \
+         0.200 ms at most"
     );
     assert_eq!(lines.len(), 5);
     let status = bench.ok(&["status"]);
@@ -264,11 +274,11 @@ fn a_timeout_says_who_is_in_the_way_and_that_it_goes_on() {
     let line = refused(&output, 4);
     assert_eq!(
         line,
-        "outpatch: stuck is still applying, and the transition goes on; 1 task waits: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
+        "outpatch: stuck is still applying, and the transition continues; 1 task pending: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
     );
     let shown = String::from_utf8(output.stdout).unwrap();
     assert!(
-        shown.contains("77 stuck           user    waits     in the way: in cmdline_proc_show"),
+        shown.contains("77 stuck           user    pending      blocked: in cmdline_proc_show"),
         "{shown}"
     );
     assert_eq!(
@@ -329,7 +339,7 @@ fn a_vmm_that_is_not_there_is_told_from_one_that_refuses() {
     let stale = bench.dir.path().join("stale.sock");
     drop(UnixListener::bind(&stale).unwrap());
     let line = refused(&outpatch(&stale, &["ps"]), 3);
-    assert!(line.contains("its VMM is gone"), "{line}");
+    assert!(line.contains("its VMM has ended"), "{line}");
     let file = bench.file("file", b"not a socket");
     refused(&outpatch(Path::new(&file), &["ps"]), 3);
     let mute = bench.dir.path().join("mute.sock");
