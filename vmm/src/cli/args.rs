@@ -42,6 +42,9 @@ pub struct Following {
     /// Stop waiting after this time, with exit status 4; the transition continues.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub timeout: Option<Duration>,
+    /// Print a line for each task as it switches, and for every task that blocks.
+    #[arg(short, long)]
+    pub verbose: bool,
 }
 
 impl Target {

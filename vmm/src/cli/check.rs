@@ -7,12 +7,14 @@ use patcher::{CheckReport, PieceReport};
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
 use crate::cli::source::GuestSource;
-use crate::cli::summary::{count_of, pauses, pending, switched, task_line};
+use crate::cli::summary::{count_of, pauses, pending, switched, task_lines};
 
-/// Shows what applying `file` would do.
+/// Shows what applying `file` would do: the functions that it would replace, its memory, the tasks
+/// that block, and a summary; when `verbose` also the symbols that it uses, and every task.
 pub fn check(
     guest: &mut GuestSource,
     file: &Path,
+    verbose: bool,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
@@ -20,24 +22,24 @@ pub fn check(
     if json {
         return Ok(output.json(&report)?);
     }
-    for function in &report.functions {
-        let line = format!(
+    let functions = report.functions.iter().map(|function| {
+        format!(
             "{}:{},{} at {}, {} bytes",
             function.object, function.name, function.sympos, function.address, function.size
-        );
-        output.line(Tone::Plain, &line)?;
-    }
-    for symbol in &report.symbols {
-        let line = format!("uses {} at {}", symbol.name, symbol.address);
-        output.line(Tone::Plain, &line)?;
+        )
+    });
+    output.lines(Tone::Plain, functions, verbose)?;
+    if verbose {
+        for symbol in &report.symbols {
+            let line = format!("uses {} at {}", symbol.name, symbol.address);
+            output.line(Tone::Plain, &line)?;
+        }
     }
     output.line(Tone::Plain, &memory("code", &report.code))?;
     if let Some(data) = &report.data {
         output.line(Tone::Plain, &memory("data", data))?;
     }
-    for task in pending(&report.tasks) {
-        output.line(Tone::Busy, &task_line(task))?;
-    }
+    task_lines(&report.tasks, verbose, output)?;
     Ok(output.line(Tone::Good, &summary(&report))?)
 }
 

@@ -44,6 +44,9 @@ pub enum GuestCommand {
     Check {
         /// The module: the .ko that insmod would take.
         file: PathBuf,
+        /// Also list the symbols that the module uses, and every task.
+        #[arg(short, long)]
+        verbose: bool,
         #[command(flatten)]
         source: Source,
     },
@@ -71,6 +74,9 @@ pub enum GuestCommand {
     Status {
         /// The patch; without it: the VM and all patches.
         name: Option<String>,
+        /// Also list the tasks that have switched.
+        #[arg(short, long)]
+        verbose: bool,
         #[command(flatten)]
         target: Target,
     },
@@ -168,8 +174,13 @@ fn dispatch(command: GuestCommand) -> Result<(), CommandError> {
         GuestCommand::Symbols { source } => {
             inspect::symbols(&mut source.open()?, source.json(), output)
         }
-        GuestCommand::Check { file, source } => {
-            check::check(&mut source.open()?, &file, source.json(), output)
+        GuestCommand::Check {
+            file,
+            verbose,
+            source,
+        } => {
+            let guest = &mut source.open()?;
+            check::check(guest, &file, verbose, source.json(), output)
         }
         GuestCommand::Dump { file, target } => {
             dump::dump(&target.connect()?, &file, target.json, output)
@@ -179,8 +190,13 @@ fn dispatch(command: GuestCommand) -> Result<(), CommandError> {
             waiting,
             target,
         } => patches::apply(&target.connect()?, &file, &waiting, target.json, output),
-        GuestCommand::Status { name, target } => {
-            status::status(&target.connect()?, name.as_deref(), target.json, output)
+        GuestCommand::Status {
+            name,
+            verbose,
+            target,
+        } => {
+            let client = target.connect()?;
+            status::status(&client, name.as_deref(), verbose, target.json, output)
         }
         GuestCommand::Signal { name, target } => {
             let (change, following) = (PatchChange::signal(None), Following::not_waiting());

@@ -33,6 +33,9 @@ impl Tone {
     }
 }
 
+/// The most lines of one kind that a command prints without `--verbose`.
+pub const MAX_LINES: usize = 20;
+
 /// Standard output, or a test's buffer.
 pub struct Output<'a> {
     out: Box<dyn Write + 'a>,
@@ -60,6 +63,29 @@ impl Output<'_> {
         }
         // Somebody watches a transition by these lines.
         self.out.flush()
+    }
+
+    /// Lines of one tone: without `all` at most [`MAX_LINES`], and then how many were left out.
+    pub fn lines(
+        &mut self,
+        tone: Tone,
+        lines: impl IntoIterator<Item = String>,
+        all: bool,
+    ) -> io::Result<()> {
+        let mut lines = lines.into_iter();
+        let shown = if all { usize::MAX } else { MAX_LINES };
+        for line in lines.by_ref().take(shown) {
+            self.line(tone, &line)?;
+        }
+        match lines.count() {
+            0 => Ok(()),
+            more => self.more(more),
+        }
+    }
+
+    /// Says how many lines were left out.
+    pub fn more(&mut self, count: usize) -> io::Result<()> {
+        self.line(Tone::Plain, &format!("and {count} more (-v lists all)"))
     }
 
     /// A line of very many: what is in it, set apart by tabs. It may only be seen after [`flush`](Self::flush).
@@ -179,6 +205,22 @@ mod tests {
                 "1234 k       - kworker/0:1",
             ]
         );
+    }
+
+    #[test]
+    fn many_lines_are_cut_short_unless_all_are_wanted() {
+        let lines = |count: usize| (0..count).map(|n| n.to_string());
+        let count = |count, all| {
+            let text = printed(|o| o.lines(Tone::Plain, lines(count), all), false);
+            (
+                text.lines().count(),
+                text.ends_with("more (-v lists all)\n"),
+            )
+        };
+        assert_eq!(count(MAX_LINES, false), (MAX_LINES, false));
+        assert_eq!(count(MAX_LINES + 1, false), (MAX_LINES + 1, true));
+        assert_eq!(count(10_000, false), (MAX_LINES + 1, true));
+        assert_eq!(count(10_000, true), (10_000, false));
     }
 
     #[test]

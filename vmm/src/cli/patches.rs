@@ -138,13 +138,14 @@ fn follow(
             Ok(output.line(Tone::Busy, &patch_line(&started))?)
         };
     }
-    if !json {
+    if following.verbose && !json {
         output.line(Tone::Strong, &heading(&started))?;
     }
     let watch = Watch {
         client,
         target,
         timeout: following.timeout,
+        verbose: following.verbose,
     };
     let outcome = watch.run(started, if json { None } else { Some(&mut *output) })?;
     let (Outcome::Completed(patch) | Outcome::Reversed(patch) | Outcome::TimedOut(patch)) =

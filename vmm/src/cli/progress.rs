@@ -1,4 +1,5 @@
-//! Watches a transition to its end, and shows each task as it switches and the tasks that block.
+//! Watches a transition to its end, and shows the tasks that block it, and on request each task as it
+//! switches.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -8,7 +9,7 @@ use patcher::{PatchPhase, PatchStatus, TaskReport};
 use vmm::client::{Client, patch_resource};
 
 use crate::cli::error::CommandError;
-use crate::cli::output::{Output, Tone};
+use crate::cli::output::{MAX_LINES, Output, Tone};
 use crate::cli::summary::{pending, task_heading, task_line};
 
 /// The first and the longest wait between two requests; the end of the transition cuts each short.
@@ -37,6 +38,8 @@ pub struct Watch<'a> {
     pub target: PatchPhase,
     /// How long to watch; `None`: to the end.
     pub timeout: Option<Duration>,
+    /// Whether to show every task, not only some of those that block for long.
+    pub verbose: bool,
 }
 
 impl Watch<'_> {
@@ -50,7 +53,10 @@ impl Watch<'_> {
         mut output: Option<&mut Output<'_>>,
     ) -> Result<Outcome, CommandError> {
         let started = Instant::now();
-        let mut shown = Shown::default();
+        let mut shown = Shown {
+            verbose: self.verbose,
+            ..Shown::default()
+        };
         let mut wait = WAITS.0;
         let mut status = first;
         loop {
@@ -81,7 +87,12 @@ impl Watch<'_> {
 /// What was shown already.
 #[derive(Debug, Default)]
 struct Shown {
+    verbose: bool,
     heading: bool,
+    /// Lines on tasks that block; without `verbose` they are [`MAX_LINES`] at most.
+    lines: usize,
+    /// Lines were left out, and that was said.
+    cut: bool,
     /// Tasks that have switched; idle tasks share pid 0 and differ by name.
     switched: HashSet<(i32, String)>,
     /// The blocker that each task was last shown with.
@@ -95,8 +106,10 @@ impl Shown {
         blockers: bool,
         output: &mut Output<'_>,
     ) -> io::Result<()> {
-        self.show_switched(&status.tasks, output)?;
-        if blockers {
+        if self.verbose {
+            self.show_switched(&status.tasks, output)?;
+        }
+        if blockers && !self.cut {
             self.show_pending(&status.tasks, output)?;
         }
         Ok(())
@@ -116,13 +129,24 @@ impl Shown {
 
     /// Shows the tasks that have not switched, each again only when its blocker changes.
     fn show_pending(&mut self, tasks: &[TaskReport], output: &mut Output<'_>) -> io::Result<()> {
+        let mut left_out = 0;
         for task in pending(tasks) {
             let key = (task.pid, task.comm.clone());
             let blocker = task.blocker.clone().unwrap_or_default();
-            if self.blocked.get(&key) != Some(&blocker) {
-                self.line(Tone::Busy, task, output)?;
-                self.blocked.insert(key, blocker);
+            if self.blocked.get(&key) == Some(&blocker) {
+                continue;
             }
+            if self.lines == MAX_LINES && !self.verbose {
+                left_out += 1;
+                continue;
+            }
+            self.lines += 1;
+            self.line(Tone::Busy, task, output)?;
+            self.blocked.insert(key, blocker);
+        }
+        if left_out > 0 {
+            self.cut = true;
+            output.more(left_out)?;
         }
         Ok(())
     }

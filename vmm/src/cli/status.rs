@@ -7,7 +7,7 @@ use vmm::client::{Client, patch_resource};
 
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use crate::cli::summary::{patch_line, pauses, pending, task_heading, task_line, word};
+use crate::cli::summary::{patch_line, pauses, pending, task_lines, word};
 
 /// What `outpatch status --json` prints: two resources in one object.
 #[derive(Serialize)]
@@ -16,10 +16,12 @@ struct Status {
     patches: Vec<PatchStatus>,
 }
 
-/// Shows the patch `name`; without a name the VM and all patches.
+/// Shows the patch `name`, with the tasks that have not switched or, when `verbose`, all tasks; without
+/// a name the VM and all patches.
 pub fn status(
     client: &Client,
     name: Option<&str>,
+    verbose: bool,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
@@ -28,7 +30,7 @@ pub fn status(
         return if json {
             Ok(output.json(&patch)?)
         } else {
-            one_patch(&patch, output)
+            one_patch(&patch, verbose, output)
         };
     }
     let vm: Vm = client.get("/vm")?;
@@ -72,28 +74,22 @@ fn overview(vm: &Vm, patches: &[PatchStatus], output: &mut Output<'_>) -> Result
     Ok(output.table(&heading, &rows)?)
 }
 
-fn one_patch(patch: &PatchStatus, output: &mut Output<'_>) -> Result<(), CommandError> {
+fn one_patch(
+    patch: &PatchStatus,
+    verbose: bool,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let tone = if patch.transition {
         Tone::Busy
     } else {
         Tone::Good
     };
     output.line(tone, &patch_line(patch))?;
-    for function in &patch.functions {
+    let functions = patch.functions.iter().map(|function| {
         let state = if function.patched { "new" } else { "original" };
         let (object, name, sympos) = (&function.object, &function.name, function.sympos);
-        output.line(Tone::Plain, &format!("{object}:{name},{sympos} {state}"))?;
-    }
-    if !patch.tasks.is_empty() {
-        output.line(Tone::Strong, &task_heading())?;
-    }
-    for task in &patch.tasks {
-        let tone = if task.switched_by.is_none() {
-            Tone::Busy
-        } else {
-            Tone::Plain
-        };
-        output.line(tone, &task_line(task))?;
-    }
-    Ok(())
+        format!("{object}:{name},{sympos} {state}")
+    });
+    output.lines(Tone::Plain, functions, verbose)?;
+    Ok(task_lines(&patch.tasks, verbose, output)?)
 }

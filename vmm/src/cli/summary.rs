@@ -1,6 +1,10 @@
-//! Texts of one line on tasks, pauses and patches, for all commands that show them.
+//! Lines of text on tasks, pauses and patches, for all commands that show them.
+
+use std::io;
 
 use patcher::{PatchStatus, PauseReport, SwitchedBy, TaskReport};
+
+use crate::cli::output::{Output, Tone};
 
 /// A task's part in a transition, in fixed columns, as lines are printed one by one.
 pub fn task_line(task: &TaskReport) -> String {
@@ -23,6 +27,20 @@ pub fn task_line(task: &TaskReport) -> String {
 /// The heading above [`task_line`]s.
 pub fn task_heading() -> String {
     columns("PID", "COMM", "KIND", "SWITCHED-BY", "AFTER")
+}
+
+/// Prints the tasks that have not switched, not all of them when they are many; when `verbose` every
+/// task, under a heading.
+pub fn task_lines(tasks: &[TaskReport], verbose: bool, output: &mut Output<'_>) -> io::Result<()> {
+    if verbose && !tasks.is_empty() {
+        output.line(Tone::Strong, &task_heading())?;
+    }
+    output.lines(Tone::Busy, pending(tasks).map(task_line), verbose)?;
+    if verbose {
+        let switched = tasks.iter().filter(|task| task.switched_by.is_some());
+        output.lines(Tone::Plain, switched.map(task_line), true)?;
+    }
+    Ok(())
 }
 
 fn columns(pid: &str, comm: &str, kind: &str, switched_by: &str, after: &str) -> String {

@@ -115,15 +115,23 @@ fn symbols_are_printed_as_kallsyms_is() {
 fn a_check_says_what_would_come_of_it_and_changes_nothing() {
     let bench = Bench::new();
     let module = bench.module("fix");
+    let found = "vmlinux:cmdline_proc_show,0 at 0xffffffff81000100, 42 bytes\n";
+    let uses = "uses seq_printf at 0xffffffff81000200\n";
+    let memory = "code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
+                  data: 8 bytes at 0xfffffffff2000000, in hidden memory\n";
+    let heading = "    PID COMM            KIND    SWITCHED-BY  AFTER\n";
+    let blocks = "     77 stuck           user    pending      \
+                  blocked: in cmdline_proc_show+0x5/0x20\n";
+    let switches = "      1 init            user    stack\n";
+    let summary = "fix: would apply; 1 task would switch now (1 by stack); 1 task blocks; \
+                   guest paused 1 time, 0.200 ms in all, 0.200 ms at most\n";
     assert_eq!(
         bench.ok(&["check", &module]),
-        "vmlinux:cmdline_proc_show,0 at 0xffffffff81000100, 42 bytes\n\
-         uses seq_printf at 0xffffffff81000200\n\
-         code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
-         data: 8 bytes at 0xfffffffff2000000, in hidden memory\n     \
-         77 stuck           user    pending      blocked: in cmdline_proc_show+0x5/0x20\n\
-         fix: would apply; 1 task would switch now (1 by stack); 1 task blocks; \
-         guest paused 1 time, 0.200 ms in all, 0.200 ms at most\n"
+        [found, memory, blocks, summary].concat()
+    );
+    assert_eq!(
+        bench.ok(&["check", "-v", &module]),
+        [found, uses, memory, heading, blocks, switches, summary].concat()
     );
     let report = bench.json(&["check", &module, "--json"]);
     assert_eq!(
@@ -175,37 +183,17 @@ fn a_core_takes_the_place_of_a_socket() {
 fn a_patch_is_followed_to_its_end_and_back() {
     let bench = Bench::new();
     let module = bench.module("fix");
-    let text = bench.ok(&["apply", &module]);
-    let lines: Vec<&str> = text.lines().collect();
-    assert_eq!(lines[0], "fix: applying vmlinux:cmdline_proc_show");
+    let summary = "in 60 ms; 2 tasks switched (2 by stack); \
+                   guest paused 2 times, 0.300 ms in all, 0.200 ms at most\n";
     assert_eq!(
-        lines[1],
-        "    PID COMM            KIND    SWITCHED-BY  AFTER"
+        bench.ok(&["apply", &module]),
+        format!("fix: applied {summary}")
     );
-    assert_eq!(
-        lines[2],
-        "      1 init            user    stack        1 ms"
-    );
-    assert_eq!(
-        lines[3],
-        "     77 stuck           user    stack        1 ms"
-    );
-    assert_eq!(
-        lines[4],
-        "fix: applied in 60 ms; 2 tasks switched (2 by stack); guest paused 2 times, 0.300 ms in all, \
-         0.200 ms at most"
-    );
-    assert_eq!(lines.len(), 5);
     let status = bench.ok(&["status"]);
     assert!(status.contains("kernel  6.1.0-test"), "{status}");
     assert!(status.contains("fix   applied"), "{status}");
     assert_eq!(bench.json(&["status", "fix", "--json"])["phase"], "applied");
-    let text = bench.ok(&["revert"]);
-    assert!(
-        text.starts_with("fix: reverting vmlinux:cmdline_proc_show\n"),
-        "{text}"
-    );
-    assert!(text.contains("fix: reverted in 60 ms"), "{text}");
+    assert_eq!(bench.ok(&["revert"]), format!("fix: reverted {summary}"));
     let line = refused(&bench.run(&["revert"]), 1);
     assert_eq!(line, "outpatch: no patch is applied\n");
     let json = bench.json(&["apply", "--json", &module]);
@@ -213,6 +201,76 @@ fn a_patch_is_followed_to_its_end_and_back() {
     let both = bench.json(&["status", "--json"]);
     assert_eq!(both["vm"]["cpus"], 2);
     assert_eq!(both["patches"][0]["phase"], "reverted");
+}
+
+#[test]
+fn verbose_lists_every_task_of_a_transition() {
+    let bench = Bench::new();
+    let module = bench.module("fix");
+    let tasks = "    PID COMM            KIND    SWITCHED-BY  AFTER\n      \
+                 1 init            user    stack        1 ms\n     \
+                 77 stuck           user    stack        1 ms\n";
+    let summary = "in 60 ms; 2 tasks switched (2 by stack); \
+                   guest paused 2 times, 0.300 ms in all, 0.200 ms at most\n";
+    assert_eq!(
+        bench.ok(&["apply", "-v", &module]),
+        format!("fix: applying vmlinux:cmdline_proc_show\n{tasks}fix: applied {summary}")
+    );
+    let function = "vmlinux:cmdline_proc_show,0 new\n";
+    assert_eq!(
+        bench.ok(&["status", "fix"]),
+        format!("fix: applied {summary}{function}")
+    );
+    assert_eq!(
+        bench.ok(&["status", "fix", "--verbose"]),
+        format!("fix: applied {summary}{function}{tasks}")
+    );
+    assert_eq!(
+        bench.ok(&["revert", "--verbose"]),
+        format!("fix: reverting vmlinux:cmdline_proc_show\n{tasks}fix: reverted {summary}")
+    );
+}
+
+/// Asserts that `text` has `count` lines, with one on what is left out exactly when `cut`.
+fn assert_lines(text: &str, count: usize, cut: bool) {
+    assert_eq!(text.lines().count(), count, "{text}");
+    assert_eq!(text.contains(" more (-v lists all)"), cut, "{text}");
+}
+
+#[test]
+fn ten_thousand_tasks_are_a_few_lines_by_default() {
+    const TASKS: usize = 10_000;
+    let bench = Bench::with(FakeGuest::with_sleepers(9_998));
+    let (fix, stuck) = (bench.module("fix"), bench.module("stuck"));
+    assert_lines(&bench.ok(&["apply", &fix]), 1, false);
+    assert_lines(&bench.ok(&["status", "fix"]), 2, false);
+    assert_lines(&bench.ok(&["status"]), 5, false);
+    assert_lines(&bench.ok(&["revert", "fix"]), 1, false);
+    assert_lines(&bench.ok(&["apply", "-v", &fix]), TASKS + 3, false);
+    assert_lines(&bench.ok(&["status", "-v", "fix"]), TASKS + 3, false);
+    bench.ok(&["revert", "fix"]);
+
+    // One function, code and data, 20 of 9,999 tasks, what is left out, and the summary.
+    let text = bench.ok(&["check", &stuck]);
+    assert_lines(&text, 25, true);
+    assert!(text.contains("and 9979 more"), "{text}");
+    assert_lines(&bench.ok(&["check", "-v", &stuck]), TASKS + 6, false);
+
+    let blocked = bench.run(&["apply", "--timeout", "1.5", &stuck]);
+    refused(&blocked, 4);
+    let text = String::from_utf8(blocked.stdout).unwrap();
+    // A heading, 20 of 9,999 tasks, and what is left out, once.
+    assert_lines(&text, 22, true);
+    assert!(text.ends_with("and 9979 more (-v lists all)\n"), "{text}");
+    let text = bench.ok(&["status", "stuck"]);
+    assert_lines(&text, 23, true);
+    assert_lines(&bench.ok(&["cancel"]), 1, false);
+
+    bench.ok(&["apply", "--no-wait", &stuck]);
+    assert_lines(&bench.ok(&["force"]), 1, false);
+    let verbose = bench.run(&["revert", "-v", "stuck"]);
+    let text = String::from_utf8(verbose.stdout).unwrap();
+    assert_lines(&text, TASKS + 3, false);
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn every_option_is_described_and_every_described_option_exists() {
         let mut described: Vec<&str> = text
             .lines()
             .filter_map(|line| line.trim().strip_prefix("--"))
-            .filter_map(|line| line.split_whitespace().next())
+            .filter_map(|line| line.split([' ', '\t', ',']).next())
             .collect();
         described.sort_unstable();
         let mut options: Vec<&str> = command
