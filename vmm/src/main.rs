@@ -10,7 +10,7 @@ mod cli;
 
 /// Boots stock Linux kernels and patches them from outside, while they run.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "outpatch", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

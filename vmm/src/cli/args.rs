@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
@@ -67,6 +68,30 @@ impl Following {
     }
 }
 
+/// The name of a patch, which is its module's name as the kernel has it. Also read from the name of
+/// the module's file or a path to it; `-` is the same as `_`, as for modprobe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PatchName(String);
+
+impl PatchName {
+    /// The module's name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for PatchName {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<PatchName, Self::Err> {
+        let file = text.rsplit('/').next().unwrap_or(text);
+        match file.strip_suffix(".ko").unwrap_or(file) {
+            "" => Err("not the name of a patch"),
+            name => Ok(PatchName(name.replace('-', "_"))),
+        }
+    }
+}
+
 /// A mode, by its name in the API.
 fn mode(text: &str) -> Result<Mode, String> {
     serde_json::from_value(serde_json::Value::from(text))
@@ -77,4 +102,27 @@ fn mode(text: &str) -> Result<Mode, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_patch_can_be_named_as_its_file_is() {
+        for text in [
+            "livepatch_sample",
+            "livepatch-sample",
+            "livepatch-sample.ko",
+            "livepatch_sample.ko",
+            "./livepatch-sample.ko",
+            "/lib/modules/some-path/livepatch-sample.ko",
+        ] {
+            let name: PatchName = text.parse().unwrap();
+            assert_eq!(name.as_str(), "livepatch_sample", "{text}");
+        }
+        for text in ["", ".ko", "/", "build/", "build/.ko"] {
+            assert!(text.parse::<PatchName>().is_err(), "{text:?}");
+        }
+    }
 }

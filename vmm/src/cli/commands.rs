@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use vmm::api::types::PatchChange;
 
-use crate::cli::args::{Following, Target, Waiting};
+use crate::cli::args::{Following, PatchName, Target, Waiting};
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, printable};
 use crate::cli::source::Source;
@@ -72,8 +72,8 @@ pub enum GuestCommand {
     /// Show the VM and its patches, or one patch in full.
     #[command(after_help = EXIT_STATUSES)]
     Status {
-        /// The patch; without it: the VM and all patches.
-        name: Option<String>,
+        /// The patch, by its name or its file's; without it: the VM and all patches.
+        name: Option<PatchName>,
         /// Also list the tasks that have switched.
         #[arg(short, long)]
         verbose: bool,
@@ -84,16 +84,16 @@ pub enum GuestCommand {
     /// return EINTR.
     #[command(after_help = EXIT_STATUSES)]
     Signal {
-        /// The patch; may be left out when one is in transition.
-        name: Option<String>,
+        /// The patch, by its name or its file's; without it: the one in transition.
+        name: Option<PatchName>,
         #[command(flatten)]
         target: Target,
     },
     /// Reverse the running transition and wait for it to complete.
     #[command(after_help = EXIT_STATUSES)]
     Cancel {
-        /// The patch; may be left out when one is in transition.
-        name: Option<String>,
+        /// The patch, by its name or its file's; without it: the one in transition.
+        name: Option<PatchName>,
         #[command(flatten)]
         following: Following,
         #[command(flatten)]
@@ -103,8 +103,8 @@ pub enum GuestCommand {
     /// up consistency, and the patch's code is never freed.
     #[command(after_help = EXIT_STATUSES)]
     Force {
-        /// The patch; may be left out when one is in transition.
-        name: Option<String>,
+        /// The patch, by its name or its file's; without it: the one in transition.
+        name: Option<PatchName>,
         #[command(flatten)]
         following: Following,
         #[command(flatten)]
@@ -113,8 +113,8 @@ pub enum GuestCommand {
     /// Revert a patch and wait until every task has switched back.
     #[command(after_help = EXIT_STATUSES)]
     Revert {
-        /// The patch; may be left out when there is only one.
-        name: Option<String>,
+        /// The patch, by its name or its file's; may be left out when only one is applied.
+        name: Option<PatchName>,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
@@ -196,7 +196,7 @@ fn dispatch(command: GuestCommand) -> Result<(), CommandError> {
             target,
         } => {
             let client = target.connect()?;
-            status::status(&client, name.as_deref(), verbose, target.json, output)
+            status::status(&client, name.as_ref(), verbose, target.json, output)
         }
         GuestCommand::Signal { name, target } => {
             let (change, following) = (PatchChange::signal(None), Following::not_waiting());
@@ -218,7 +218,7 @@ fn dispatch(command: GuestCommand) -> Result<(), CommandError> {
             target,
         } => {
             let client = target.connect()?;
-            patches::revert(&client, name.as_deref(), &waiting, target.json, output)
+            patches::revert(&client, name.as_ref(), &waiting, target.json, output)
         }
         GuestCommand::Pause { target } => lifecycle::pause(&target.connect()?, target.json, output),
         GuestCommand::Resume { target } => {
@@ -229,13 +229,13 @@ fn dispatch(command: GuestCommand) -> Result<(), CommandError> {
 }
 
 fn change_transition(
-    name: Option<String>,
+    name: Option<PatchName>,
     change: &PatchChange,
     following: &Following,
     target: &Target,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    let (client, name) = (target.connect()?, name.as_deref());
+    let (client, name) = (target.connect()?, name.as_ref());
     patches::change_transition(&client, name, change, following, target.json, output)
 }
 

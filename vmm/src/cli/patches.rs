@@ -7,7 +7,7 @@ use patcher::{PatchPhase, PatchStatus};
 use vmm::api::types::PatchChange;
 use vmm::client::{Client, patch_resource};
 
-use crate::cli::args::{Following, Waiting};
+use crate::cli::args::{Following, PatchName, Waiting};
 use crate::cli::error::CommandError;
 use crate::cli::module::read_module;
 use crate::cli::output::{Output, Tone};
@@ -39,13 +39,13 @@ pub fn apply(
 /// Reverts the patch `name`, or the single one that is applied.
 pub fn revert(
     client: &Client,
-    name: Option<&str>,
+    name: Option<&PatchName>,
     waiting: &Waiting,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let name = match name {
-        Some(name) => name.to_owned(),
+        Some(name) => name.as_str().to_owned(),
         None => single_patch(&client.get::<Vec<PatchStatus>>("/patches")?)?,
     };
     let change = PatchChange::revert(waiting.mode);
@@ -59,14 +59,14 @@ pub fn revert(
 /// follows the transition in the direction that it then has.
 pub fn change_transition(
     client: &Client,
-    name: Option<&str>,
+    name: Option<&PatchName>,
     change: &PatchChange,
     following: &Following,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let name = match name {
-        Some(name) => name.to_owned(),
+        Some(name) => name.as_str().to_owned(),
         None => {
             let patches = client.get::<Vec<PatchStatus>>("/patches")?;
             let running = patches.into_iter().find(|patch| patch.transition);

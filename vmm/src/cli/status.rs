@@ -5,6 +5,7 @@ use serde::Serialize;
 use vmm::api::types::Vm;
 use vmm::client::{Client, patch_resource};
 
+use crate::cli::args::PatchName;
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
 use crate::cli::summary::{patch_line, pauses, pending, task_lines, word};
@@ -20,13 +21,13 @@ struct Status {
 /// a name the VM and all patches.
 pub fn status(
     client: &Client,
-    name: Option<&str>,
+    name: Option<&PatchName>,
     verbose: bool,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     if let Some(name) = name {
-        let patch: PatchStatus = client.get(&patch_resource(name))?;
+        let patch: PatchStatus = client.get(&patch_resource(name.as_str()))?;
         return if json {
             Ok(output.json(&patch)?)
         } else {

@@ -274,6 +274,32 @@ fn ten_thousand_tasks_are_a_few_lines_by_default() {
 }
 
 #[test]
+fn a_patch_is_named_as_its_file_is() {
+    let bench = Bench::new();
+    let file = bench.file("livepatch-sample.ko", &module("livepatch_sample"));
+    bench.ok(&["apply", &file]);
+    for name in [
+        "livepatch_sample",
+        "livepatch-sample",
+        "livepatch-sample.ko",
+        &file,
+    ] {
+        let text = bench.ok(&["status", name]);
+        assert!(text.starts_with("livepatch_sample: applied"), "{text}");
+    }
+    let text = bench.ok(&["revert", "livepatch-sample.ko"]);
+    assert!(text.starts_with("livepatch_sample: reverted"), "{text}");
+    refused(&bench.run(&["revert", "livepatch-samples"]), 1);
+    assert_eq!(bench.run(&["status", ".ko"]).status.code(), Some(2));
+}
+
+#[test]
+fn the_version_is_that_of_outpatch() {
+    let version = concat!("outpatch ", env!("CARGO_PKG_VERSION"), "\n");
+    assert_eq!(Bench::new().ok(&["--version"]), version);
+}
+
+#[test]
 fn a_transition_is_cancelled_or_forced() {
     let bench = Bench::new();
     let module = bench.module("stuck");
