@@ -1,4 +1,4 @@
-//! The server over a real socket, with a fake guest behind it.
+//! The server over a real socket, with a fake guest.
 
 mod abi;
 
@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::api::problem::Kind;
-use crate::api::routes::{MODULE_LIMIT, ROUTES};
+use crate::api::routes::{MAX_MODULE, ROUTES};
 use crate::api::server::Limits;
-use crate::api::testing::{ELF, FakeGuest, Served};
+use crate::api::testing::{ELF, FakeGuest, Served, module};
 
 #[test]
-fn the_vm_is_told_paused_and_resumed() {
+fn the_vm_is_described_paused_and_resumed() {
     let served = Served::plain();
     let vm = served.ask("GET", "/vm", b"");
     assert_eq!(vm.status, 200);
@@ -36,7 +36,7 @@ fn the_vm_is_told_paused_and_resumed() {
 }
 
 #[test]
-fn tasks_and_stacks_are_told() {
+fn tasks_and_stacks_are_answered() {
     let served = Served::plain();
     let tasks = served.ask("GET", "/tasks", b"").json();
     assert_eq!(
@@ -63,12 +63,12 @@ fn tasks_and_stacks_are_told() {
 }
 
 #[test]
-fn a_patch_is_applied_driven_on_and_reverted() {
+fn a_patch_is_applied_polled_and_reverted() {
     let served = Served::plain();
-    let begun = served.ask("POST", "/patches", ELF);
-    assert_eq!(begun.status, 201, "{begun:?}");
-    assert!(begun.head.contains("location: /patches/fix"));
-    assert_eq!(begun.json()["phase"], "applying");
+    let started = served.ask("POST", "/patches", ELF);
+    assert_eq!(started.status, 201, "{started:?}");
+    assert!(started.head.contains("location: /patches/fix"));
+    assert_eq!(started.json()["phase"], "applying");
     wait_for_phase(&served, "applied");
 
     let again = served.ask("PATCH", "/patches/fix", br#"{"enabled":true}"#);
@@ -76,8 +76,8 @@ fn a_patch_is_applied_driven_on_and_reverted() {
     let reverting = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
     assert_eq!(reverting.json()["phase"], "reverting");
     wait_for_phase(&served, "reverted");
-    let gone = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
-    assert_eq!(gone.status, 200);
+    let reverted = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    assert_eq!(reverted.status, 200);
     served
         .ask("PATCH", "/patches/fix", br#"{"enabled":true}"#)
         .refused(Kind::Conflict);
@@ -85,7 +85,7 @@ fn a_patch_is_applied_driven_on_and_reverted() {
 }
 
 #[test]
-fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
+fn the_signal_is_sent_now_or_later_and_cannot_be_undone() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
     served.ask("POST", "/patches", ELF);
     for body in [
@@ -119,10 +119,10 @@ fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
 }
 
 #[test]
-fn a_mode_is_asked_for_and_a_transition_is_cancelled_or_forced() {
+fn a_mode_is_requested_and_a_transition_is_cancelled_or_forced() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    let begun = served.ask("POST", "/patches?mode=stop-machine", ELF);
-    assert_eq!(begun.status, 201, "{begun:?}");
+    let started = served.ask("POST", "/patches?mode=stop-machine", ELF);
+    assert_eq!(started.status, 201, "{started:?}");
     for body in [
         r#"{"force":true}"#,
         r#"{"enabled":false,"mode":"auto"}"#,
@@ -158,7 +158,38 @@ fn a_mode_is_asked_for_and_a_transition_is_cancelled_or_forced() {
 }
 
 #[test]
-fn a_core_is_asked_for_by_its_path() {
+fn a_patch_is_found_with_dashes_for_underscores() {
+    let served = Served::plain();
+    let applied = served.ask(
+        "POST",
+        "/patches?wait_ms=20000",
+        &module("livepatch_sample"),
+    );
+    assert!(applied.head.contains("location: /patches/livepatch_sample"));
+    for name in ["livepatch_sample", "livepatch-sample"] {
+        let patch = served.ask("GET", &format!("/patches/{name}"), b"").json();
+        assert_eq!(patch["name"], "livepatch_sample", "{name}");
+    }
+    let path = "/patches/livepatch-sample?wait_ms=20000";
+    let reverted = served.ask("PATCH", path, br#"{"enabled":false}"#);
+    assert_eq!(reverted.json()["phase"], "reverted");
+    assert_eq!(
+        served.logged(),
+        ["apply 21 PerTask", "revert livepatch_sample PerTask"]
+    );
+    for name in [
+        "livepatch_sample.ko",
+        "livepatch.sample",
+        "LIVEPATCH_SAMPLE",
+    ] {
+        served
+            .ask("GET", &format!("/patches/{name}"), b"")
+            .refused(Kind::NotFound);
+    }
+}
+
+#[test]
+fn a_core_is_requested_by_its_path() {
     let served = Served::plain();
     let made = served.ask("POST", "/dumps", br#"{"path":"/cores/a"}"#);
     assert_eq!(made.status, 201, "{made:?}");
@@ -192,7 +223,7 @@ fn wait_for_phase(served: &Served, phase: &str) {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_with_a_reason() {
+fn malformed_requests_are_refused_with_a_reason() {
     let served = Served::plain();
     served
         .ask("POST", "/patches", b"#!/bin/sh")
@@ -228,14 +259,14 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
 }
 
 #[test]
-fn bodies_have_an_end() {
+fn bodies_are_limited() {
     let served = Served::plain();
     let long = vec![b' '; 70 << 10];
     served.ask("PATCH", "/vm", &long).refused(Kind::TooLarge);
-    // Announced or not, the limit holds; nothing of the module need arrive when it is announced.
+    // The limit holds whether the length is announced or not; an announced one is refused at once.
     let head = format!(
         "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-        MODULE_LIMIT + 1
+        MAX_MODULE + 1
     );
     served.raw(head.as_bytes()).refused(Kind::TooLarge);
     let chunked =
@@ -251,7 +282,7 @@ fn bodies_have_an_end() {
 }
 
 #[test]
-fn heads_have_an_end() {
+fn heads_are_limited() {
     let served = Served::plain();
     let many = format!(
         "GET /vm HTTP/1.1\r\nHost: x\r\n{}\r\n",
@@ -269,7 +300,7 @@ fn heads_have_an_end() {
 }
 
 #[test]
-fn slow_clients_are_let_go() {
+fn slow_clients_are_disconnected() {
     let limits = Limits {
         head: Duration::from_millis(100),
         body: Duration::from_millis(100),
@@ -280,7 +311,7 @@ fn slow_clients_are_let_go() {
     assert_eq!(
         silent.read(&mut [0; 16]).unwrap_or(0),
         0,
-        "closed without a word"
+        "closed without an answer"
     );
     let mut half = served.connect();
     half.write_all(b"GET /vm HT").unwrap();
@@ -292,7 +323,7 @@ fn slow_clients_are_let_go() {
 }
 
 #[test]
-fn clients_that_leave_harm_nobody() {
+fn clients_that_disconnect_do_no_harm() {
     let served = Served::plain();
     for cut in [0, 10, 60, 80] {
         let mut stream = served.connect();
@@ -308,7 +339,7 @@ fn clients_that_leave_harm_nobody() {
 }
 
 #[test]
-fn what_nobody_waits_for_any_more_is_not_begun() {
+fn an_operation_whose_client_has_disconnected_is_not_run() {
     let guest = FakeGuest::slow(Duration::from_millis(300));
     let served = Served::new(guest, Limits::default());
     let mut busy = served.connect();
@@ -328,7 +359,7 @@ fn what_nobody_waits_for_any_more_is_not_begun() {
 }
 
 #[test]
-fn a_crowd_is_served_or_told_to_come_back() {
+fn many_clients_are_served_or_answered_with_unavailable() {
     let guest = FakeGuest::slow(Duration::from_millis(20));
     let served = Served::new(guest, Limits::default());
     let statuses: Vec<u16> = thread::scope(|scope| {
@@ -347,7 +378,7 @@ fn a_crowd_is_served_or_told_to_come_back() {
 }
 
 #[test]
-fn a_transition_goes_on_under_a_stream_of_requests() {
+fn a_transition_continues_under_a_stream_of_requests() {
     let served = Served::plain();
     served.ask("POST", "/patches", ELF);
     // wait_for_phase itself is such a stream; here are more.
@@ -381,19 +412,19 @@ fn one_connection_carries_many_requests() {
 }
 
 #[test]
-fn the_end_of_the_server_is_the_end_of_its_socket() {
+fn the_socket_is_removed_when_the_server_ends() {
     let mut served = Served::plain();
     let mut idle = served.connect();
-    let began = Instant::now();
+    let stopping = Instant::now();
     served.server = None;
-    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(stopping.elapsed() < Duration::from_secs(5));
     assert!(!served.socket.exists());
     assert!(UnixStream::connect(&served.socket).is_err());
     assert_eq!(idle.read(&mut [0; 16]).unwrap_or(0), 0);
 }
 
 #[test]
-fn answers_under_way_are_finished_when_the_server_ends() {
+fn answers_in_progress_are_finished_when_the_server_ends() {
     let guest = FakeGuest::slow(Duration::from_millis(200));
     let mut served = Served::new(guest, Limits::default());
     let mut stream = served.connect();
@@ -408,7 +439,7 @@ fn answers_under_way_are_finished_when_the_server_ends() {
 }
 
 #[test]
-fn a_guest_that_takes_too_long_is_told_of() {
+fn an_operation_that_takes_too_long_is_a_timeout() {
     let guest = FakeGuest::slow(Duration::from_millis(400));
     let limits = Limits {
         answer: Duration::from_millis(50),
@@ -457,7 +488,7 @@ fn every_route_of_the_table_is_served() {
         let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
         let answer = served.ask(route.method.as_str(), &path, b"");
         let refused = [404, 405].contains(&answer.status);
-        // There is no patch yet: that is the route's own refusal, and it names the patch.
+        // Without a patch the route itself refuses, and names the patch.
         assert!(
             !refused || answer.body.contains("fix"),
             "{route:?}: {answer:?}"

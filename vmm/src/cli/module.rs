@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use vmm::api::routes::MODULE_LIMIT;
+use vmm::api::routes::MAX_MODULE;
 
 use crate::cli::error::CommandError;
 
@@ -20,12 +20,12 @@ pub fn read_module(file: &Path) -> Result<Vec<u8>, CommandError> {
 }
 
 fn read(file: &Path) -> io::Result<Vec<u8>> {
-    let limit = u64::try_from(MODULE_LIMIT).unwrap_or(u64::MAX);
+    let limit = u64::try_from(MAX_MODULE).unwrap_or(u64::MAX);
     let mut module = Vec::new();
     let mut start = File::open(file)?.take(limit.saturating_add(1));
     start.read_to_end(&mut module)?;
-    if module.len() > MODULE_LIMIT {
-        let why = format!("longer than {} MiB, which no module is", MODULE_LIMIT >> 20);
+    if module.len() > MAX_MODULE {
+        let why = format!("longer than {} MiB, which no module is", MAX_MODULE >> 20);
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
     }
     Ok(module)

@@ -1,4 +1,4 @@
-//! The routes, their answers and their errors, held against `docs/ABI`.
+//! The routes, their answers and their errors, compared with `docs/ABI`.
 
 use std::collections::BTreeSet;
 
@@ -13,13 +13,13 @@ use crate::api::testing::{ELF, FakeGuest, Served};
 const METHODS: [&str; 5] = ["GET ", "POST ", "PUT ", "PATCH ", "DELETE "];
 
 #[test]
-fn every_route_is_described_and_every_described_route_is_there() {
+fn every_route_is_described_and_every_described_route_exists() {
     let routes = ROUTES.iter().map(|r| format!("{} {}", r.method, r.path));
     abi::assert_described(&METHODS, routes);
 }
 
 #[test]
-fn every_sort_of_error_is_described_with_its_status() {
+fn every_kind_of_error_is_described_with_its_status() {
     let kinds = Kind::ALL.map(|kind| format!("error {}", kind.word()));
     abi::assert_described(&["error "], kinds);
     let text = abi::describing("error conflict");
@@ -75,7 +75,7 @@ fn every_metric_is_described() {
     assert_words("GET /metrics", names.collect());
 }
 
-/// Asserts that the file on `what` has each of `words`.
+/// Asserts that the file that describes `what` has each of `words`.
 fn assert_words(what: &str, words: BTreeSet<String>) {
     assert!(!words.is_empty(), "{what}");
     let text = abi::describing(what);
@@ -87,7 +87,7 @@ fn assert_words(what: &str, words: BTreeSet<String>) {
     }
 }
 
-/// The names of all fields, at any depth.
+/// The names of all fields of a JSON value, at any depth.
 fn fields(value: &Value) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut rest = vec![value];

@@ -1,4 +1,4 @@
-//! Answers that wait for the end of a transition, over a real socket, with a fake guest behind it.
+//! Answers that wait for the end of a transition, over a real socket, from a fake guest.
 
 use std::io::{Read, Write};
 use std::thread;
@@ -27,29 +27,29 @@ fn an_answer_waits_for_the_end_of_the_transition() {
 }
 
 #[test]
-fn an_answer_tells_of_the_tasks_that_were_asked_for() {
+fn an_answer_has_the_tasks_that_were_requested() {
     let served = Served::plain();
     let tasks = |method, path: &str, body: &[u8]| {
         let patch = served.ask(method, path, body).json();
         patch["tasks"].as_array().map(Vec::len)
     };
-    let (all, waiting) = ("wait_ms=20000", "wait_ms=20000&tasks=waiting");
-    assert_eq!(tasks("POST", &format!("/patches?{waiting}"), ELF), Some(0));
+    let (all, pending) = ("wait_ms=20000", "wait_ms=20000&tasks=pending");
+    assert_eq!(tasks("POST", &format!("/patches?{pending}"), ELF), Some(0));
     assert_eq!(tasks("GET", &format!("/patches/fix?{all}"), b""), Some(2));
     assert_eq!(tasks("GET", "/patches/fix?tasks=all", b""), Some(2));
-    assert_eq!(tasks("GET", "/patches/fix?tasks=waiting", b""), Some(0));
+    assert_eq!(tasks("GET", "/patches/fix?tasks=pending", b""), Some(0));
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    let begun = served.ask("POST", "/patches?tasks=waiting", ELF).json();
-    assert_eq!(begun["tasks"][0]["comm"], "init");
+    let started = served.ask("POST", "/patches?tasks=pending", ELF).json();
+    assert_eq!(started["tasks"][0]["comm"], "init");
 }
 
 #[test]
-fn an_answer_waits_no_longer_than_it_was_told() {
+fn an_answer_waits_no_longer_than_requested() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
     for wait in ["", "?wait_ms=0", "?wait_ms=30"] {
-        let begun = served.ask("POST", &format!("/patches{wait}"), ELF);
+        let started = served.ask("POST", &format!("/patches{wait}"), ELF);
         assert_eq!(
-            (begun.status, &begun.json()["transition"]),
+            (started.status, &started.json()["transition"]),
             (201, &json!(true))
         );
         let path = format!("/patches/fix{wait}");
@@ -64,7 +64,7 @@ fn an_answer_waits_no_longer_than_it_was_told() {
         "wait_ms=-1",
         "wait_ms=",
         "wait=1",
-        "tasks=moved",
+        "tasks=switched",
     ] {
         for (method, path) in [
             ("POST", "/patches"),
@@ -89,16 +89,16 @@ fn an_answer_waits_no_longer_than_it_was_told() {
 }
 
 #[test]
-fn who_waits_for_a_transition_does_not_hold_up_the_end_of_the_server() {
+fn a_waiting_answer_does_not_delay_the_end_of_the_server() {
     let mut served = Served::new(FakeGuest::stuck(), Limits::default());
-    let mut waits = served.connect();
+    let mut waiting = served.connect();
     let head = "POST /patches?wait_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n";
-    waits.write_all(&[head.as_bytes(), ELF].concat()).unwrap();
+    waiting.write_all(&[head.as_bytes(), ELF].concat()).unwrap();
     while served.logged().is_empty() {
         thread::sleep(Duration::from_millis(5));
     }
-    let began = Instant::now();
+    let started = Instant::now();
     served.server = None;
-    assert!(began.elapsed() < Duration::from_secs(5));
-    assert_eq!(waits.read(&mut [0; 16]).unwrap_or(0), 0);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_eq!(waiting.read(&mut [0; 16]).unwrap_or(0), 0);
 }
