@@ -60,8 +60,8 @@ pub(crate) fn entries() -> Vec<Entry> {
     entries
 }
 
-/// Asserts that of the names that begin with one of `prefixes`, `docs/ABI` describes exactly those of
-/// `actual`, each once.
+/// Asserts that of the names that begin with one of `prefixes`, `docs/ABI` describes exactly those
+/// of `actual`, each once.
 pub(crate) fn assert_described(prefixes: &[&str], actual: impl IntoIterator<Item = String>) {
     let mut described: Vec<String> = entries()
         .into_iter()

@@ -1,7 +1,7 @@
 //! A blocking client of one VMM's control socket.
 //!
-//! Knows HTTP and the API's types, and nothing of commands. Each request has a connection of its own:
-//! a command sends few requests, and notices with the next one that the VMM has ended.
+//! Knows HTTP and the API's types, and nothing of commands. Each request has a connection of its
+//! own: a command sends few requests, and notices with the next one that the VMM has ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -219,8 +219,8 @@ impl Client {
     }
 }
 
-/// The resource of the patch `name`. A character that a module's name cannot have is escaped, so that
-/// the name cannot reach another resource.
+/// The resource of the patch `name`. A character that a module's name cannot have is escaped, so
+/// that the name cannot reach another resource.
 #[must_use]
 pub fn patch_resource(name: &str) -> String {
     let name: String = name

@@ -47,8 +47,8 @@ fn main() -> ExitCode {
 /// Exit status for wrong arguments.
 const USAGE_ERROR: u8 = 2;
 
-/// Prints help or the version as clap has them; otherwise what is wrong with the arguments, in one line
-/// as every other error.
+/// Prints help or the version as clap has them; otherwise what is wrong with the arguments, in one
+/// line as every other error.
 fn usage_error(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {

@@ -22,8 +22,8 @@ const QUEUE: usize = 32;
 /// How long the control thread sleeps when it has nothing to do.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// What can be done with a guest. [`Controller`](super::controller::Controller) does it to a real one;
-/// tests have a fake guest.
+/// What can be done with a guest. [`Controller`](super::controller::Controller) does it to a real
+/// one; tests have a fake guest.
 pub trait Control: Send + 'static {
     /// The VM and its state.
     fn vm(&mut self) -> types::Vm;
@@ -53,7 +53,8 @@ pub trait Control: Send + 'static {
     fn cancel(&mut self, name: &str) -> Result<(), Problem>;
     /// Completes a patch's running transition by switching every task, whatever it executes.
     fn force(&mut self, name: &str) -> Result<(), Problem>;
-    /// Sends the fake signal in a patch's running transition, once `after` has passed since its start.
+    /// Sends the fake signal in a patch's running transition, once `after` has passed since its
+    /// start.
     fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
     /// Tries to complete a running transition.
     fn poll(&mut self);
@@ -66,7 +67,8 @@ type Work = Box<dyn FnOnce(&mut dyn Control) + Send>;
 /// A queued operation.
 struct Operation {
     run: Work,
-    /// Whether it may start, reverse or complete a transition, and so change when the next poll is due.
+    /// Whether it may start, reverse or complete a transition, and so change when the next poll is
+    /// due.
     changes: bool,
 }
 
@@ -186,14 +188,16 @@ impl Mailbox {
             .await?
     }
 
-    /// Changes each time a transition ends from now on, including one that a later operation starts.
+    /// Changes each time a transition ends from now on, including one that a later operation
+    /// starts.
     pub fn ends(&self) -> watch::Receiver<()> {
         let mut ends = self.ends.clone();
         ends.mark_unchanged();
         ends
     }
 
-    /// Queues an operation and waits for its result. It is not run when its client has gone before that.
+    /// Queues an operation and waits for its result. It is not run when its client has gone before
+    /// that.
     async fn send<T: Send + 'static>(
         &self,
         changes: bool,

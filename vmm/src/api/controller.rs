@@ -1,7 +1,7 @@
 //! [`Control`] of a real guest: the VM through its handle, the kernel through the patcher.
 //!
-//! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but the
-//! kinds of refusals; must not decide what can be done to a guest.
+//! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but
+//! the kinds of refusals; must not decide what can be done to a guest.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -16,7 +16,9 @@ pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
         // Writing to a string cannot fail.
         let _ = write!(
             page,
-            "# HELP outpatch_{name} {help}\n# TYPE outpatch_{name} {kind}\noutpatch_{name} {value}\n"
+            "# HELP outpatch_{name} {help}\n\
+             # TYPE outpatch_{name} {kind}\n\
+             outpatch_{name} {value}\n"
         );
     };
     let pauses = &vm.pauses;

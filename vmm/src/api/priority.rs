@@ -1,18 +1,18 @@
 //! The scheduling priority of the API thread and the control thread.
 //!
-//! While the control thread works, the guest may be paused, and a transition waits for its next step.
-//! On a host with more vCPUs than processors it would have to wait for busy vCPUs, of this guest and of
-//! others.
+//! While the control thread works, the guest may be paused, and a transition waits for its next
+//! step. On a host with more vCPUs than processors it would have to wait for busy vCPUs, of this
+//! guest and of others.
 
 use rustix::io;
 use rustix::process::{getpriority_process, setpriority_process};
 
-/// The highest priority that a nice value gives: with -10, two busy vCPUs still lengthen a pause by a
-/// fifth. Real-time tasks of the host keep their precedence.
+/// The highest priority that a nice value gives: with -10, two busy vCPUs still lengthen a pause by
+/// a fifth. Real-time tasks of the host keep their precedence.
 const NICE: i32 = -20;
 
-/// Raises the calling thread's priority above that of vCPUs, where the host allows it (`CAP_SYS_NICE` or
-/// `RLIMIT_NICE`); otherwise changes nothing.
+/// Raises the calling thread's priority above that of vCPUs, where the host allows it
+/// (`CAP_SYS_NICE` or `RLIMIT_NICE`); otherwise changes nothing.
 ///
 /// On Linux this affects the calling thread and those that it creates later (setpriority(2)).
 pub(super) fn raise_above_vcpus() {

@@ -6,7 +6,8 @@ use axum::response::{IntoResponse, Response};
 
 use crate::api::types;
 
-/// The kind of a refusal. Each has one HTTP status; clients distinguish refusals by [`word`](Kind::word).
+/// The kind of a refusal. Each has one HTTP status; clients distinguish refusals by
+/// [`word`](Kind::word).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// The request is malformed or contradictory.

@@ -307,8 +307,8 @@ async fn no_method() -> Problem {
     )
 }
 
-/// Whether the body may be a module: its content type says so, or is missing. A web browser's form or
-/// JSON is not a module.
+/// Whether the body may be a module: its content type says so, or is missing. A web browser's form
+/// or JSON is not a module.
 fn is_module(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)

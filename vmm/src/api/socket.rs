@@ -1,7 +1,8 @@
 //! The control socket's file: claimed by one VMM, private to its user, removed when the VMM ends.
 //!
-//! Knows the file system and nothing of HTTP. The file has mode 0600 from its creation: the mode is set
-//! on the socket before `bind`, which gives it to the file (`net/unix/af_unix.c: unix_bind_bsd`).
+//! Knows the file system and nothing of HTTP. The file has mode 0600 from its creation: the mode is
+//! set on the socket before `bind`, which gives it to the file (`net/unix/af_unix.c:
+//! unix_bind_bsd`).
 
 use std::fs::File;
 use std::io;
@@ -25,14 +26,18 @@ const BACKLOG: i32 = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// A process listens on it.
-    #[error("{} is in use by a running VMM; choose another --socket, or stop that one first", .0.display())]
+    #[error(
+        "{} is in use by a running VMM; choose another --socket, or stop that one first",
+        .0.display()
+    )]
     InUse(PathBuf),
     /// The file exists and is not a socket.
     #[error("{} exists and is not a socket; remove it or choose another --socket", .0.display())]
     NotASocket(PathBuf),
     /// The path is longer than a socket address can be; its length in bytes.
     #[error(
-        "socket path is {0} bytes long, and a Unix socket's can have at most 107; choose a shorter --socket"
+        "the socket path is {0} bytes long, and a Unix socket's has at most 107: \
+         choose a shorter --socket"
     )]
     TooLong(usize),
     /// Another VMM is claiming its socket in this directory and does not finish.
@@ -75,8 +80,8 @@ impl ControlSocket {
         if len > 107 {
             return Err(SocketError::TooLong(len));
         }
-        // Two VMMs that find the same stale file must not remove each other's new file: one VMM at a
-        // time claims a socket in a directory.
+        // Two VMMs that find the same stale file must not remove each other's new file: one VMM at
+        // a time claims a socket in a directory.
         let _lock = lock_directory(path)?;
         remove_stale(path)?;
         let listener = bind_private(path).map_err(|source| match source.kind() {

@@ -18,19 +18,19 @@ use crate::api::testing::{ELF, FakeGuest, Served, module};
 #[test]
 fn the_vm_is_described_paused_and_resumed() {
     let served = Served::plain();
-    let vm = served.ask("GET", "/vm", b"");
+    let vm = served.send("GET", "/vm", b"");
     assert_eq!(vm.status, 200);
     assert!(vm.head.contains("content-type: application/json"));
     assert_eq!(vm.json()["state"], "running");
     assert_eq!(vm.json()["kernel"], "6.1.0-test");
-    let paused = served.ask("PATCH", "/vm", br#"{"state":"paused"}"#);
+    let paused = served.send("PATCH", "/vm", br#"{"state":"paused"}"#);
     assert_eq!(
         (paused.status, &paused.json()["state"]),
         (200, &json!("paused"))
     );
-    let running = served.ask("PATCH", "/vm", br#"{"state":"running"}"#);
+    let running = served.send("PATCH", "/vm", br#"{"state":"running"}"#);
     assert_eq!(running.json()["state"], "running");
-    let stopped = served.ask("DELETE", "/vm", b"");
+    let stopped = served.send("DELETE", "/vm", b"");
     assert_eq!(stopped.status, 202);
     assert_eq!(served.logged(), ["Paused", "Running", "stop"]);
 }
@@ -38,48 +38,48 @@ fn the_vm_is_described_paused_and_resumed() {
 #[test]
 fn tasks_and_stacks_are_answered() {
     let served = Served::plain();
-    let tasks = served.ask("GET", "/tasks", b"").json();
+    let tasks = served.send("GET", "/tasks", b"").json();
     assert_eq!(
         tasks[0],
         json!({"pid": 1, "tgid": 1, "state": "S", "kind": "user", "vcpu": 0, "cpu": 0,
                "patch_state": -1, "comm": "init"})
     );
-    let stack = served.ask("GET", "/tasks/1/stack", b"").json();
+    let stack = served.send("GET", "/tasks/1/stack", b"").json();
     assert_eq!(stack["reliable"], true);
     assert_eq!(stack["frames"][1]["symbol"], "do_wait+0x5a/0x120");
-    let all = served.ask("GET", "/stacks", b"").json();
+    let all = served.send("GET", "/stacks", b"").json();
     assert_eq!(all[0], stack);
     assert_eq!(all[1]["task"]["pid"], 77);
     assert_eq!(all.as_array().map(Vec::len), Some(2));
     served
-        .ask("GET", "/tasks/7/stack", b"")
+        .send("GET", "/tasks/7/stack", b"")
         .refused(Kind::NotFound);
     served
-        .ask("GET", "/tasks/init/stack", b"")
+        .send("GET", "/tasks/init/stack", b"")
         .refused(Kind::BadRequest);
     served
-        .ask("GET", "/tasks/99999999999/stack", b"")
+        .send("GET", "/tasks/99999999999/stack", b"")
         .refused(Kind::BadRequest);
 }
 
 #[test]
 fn a_patch_is_applied_polled_and_reverted() {
     let served = Served::plain();
-    let started = served.ask("POST", "/patches", ELF);
+    let started = served.send("POST", "/patches", ELF);
     assert_eq!(started.status, 201, "{started:?}");
     assert!(started.head.contains("location: /patches/fix"));
     assert_eq!(started.json()["phase"], "applying");
     wait_for_phase(&served, "applied");
 
-    let again = served.ask("PATCH", "/patches/fix", br#"{"enabled":true}"#);
+    let again = served.send("PATCH", "/patches/fix", br#"{"enabled":true}"#);
     assert_eq!(again.json()["phase"], "applied");
-    let reverting = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    let reverting = served.send("PATCH", "/patches/fix", br#"{"enabled":false}"#);
     assert_eq!(reverting.json()["phase"], "reverting");
     wait_for_phase(&served, "reverted");
-    let reverted = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    let reverted = served.send("PATCH", "/patches/fix", br#"{"enabled":false}"#);
     assert_eq!(reverted.status, 200);
     served
-        .ask("PATCH", "/patches/fix", br#"{"enabled":true}"#)
+        .send("PATCH", "/patches/fix", br#"{"enabled":true}"#)
         .refused(Kind::Conflict);
     assert_eq!(served.logged(), ["apply 8 PerTask", "revert fix PerTask"]);
 }
@@ -87,12 +87,12 @@ fn a_patch_is_applied_polled_and_reverted() {
 #[test]
 fn the_signal_is_sent_now_or_later_and_cannot_be_undone() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    served.ask("POST", "/patches", ELF);
+    served.send("POST", "/patches", ELF);
     for body in [
         r#"{"signal":true}"#,
         r#"{"signal":true,"signal_after_ms":1500}"#,
     ] {
-        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        let answer = served.send("PATCH", "/patches/fix", body.as_bytes());
         assert_eq!(
             (answer.status, &answer.json()["name"]),
             (200, &json!("fix"))
@@ -105,7 +105,7 @@ fn the_signal_is_sent_now_or_later_and_cannot_be_undone() {
         r#"{"signal":1}"#,
     ] {
         served
-            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .send("PATCH", "/patches/fix", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(
@@ -121,14 +121,14 @@ fn the_signal_is_sent_now_or_later_and_cannot_be_undone() {
 #[test]
 fn a_mode_is_requested_and_a_transition_is_cancelled_or_forced() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    let started = served.ask("POST", "/patches?mode=stop-machine", ELF);
+    let started = served.send("POST", "/patches?mode=stop-machine", ELF);
     assert_eq!(started.status, 201, "{started:?}");
     for body in [
         r#"{"force":true}"#,
         r#"{"enabled":false,"mode":"auto"}"#,
         r#"{"cancel":true}"#,
     ] {
-        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        let answer = served.send("PATCH", "/patches/fix", body.as_bytes());
         assert_eq!(answer.status, 200, "{answer:?}");
     }
     for body in [
@@ -138,12 +138,12 @@ fn a_mode_is_requested_and_a_transition_is_cancelled_or_forced() {
         r#"{"enabled":false,"mode":"all"}"#,
     ] {
         served
-            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .send("PATCH", "/patches/fix", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     for query in ["mode=all", "mood=auto"] {
         served
-            .ask("POST", &format!("/patches?{query}"), ELF)
+            .send("POST", &format!("/patches?{query}"), ELF)
             .refused(Kind::BadRequest);
     }
     assert_eq!(
@@ -160,18 +160,18 @@ fn a_mode_is_requested_and_a_transition_is_cancelled_or_forced() {
 #[test]
 fn a_patch_is_found_with_dashes_for_underscores() {
     let served = Served::plain();
-    let applied = served.ask(
+    let applied = served.send(
         "POST",
         "/patches?wait_ms=20000",
         &module("livepatch_sample"),
     );
     assert!(applied.head.contains("location: /patches/livepatch_sample"));
     for name in ["livepatch_sample", "livepatch-sample"] {
-        let patch = served.ask("GET", &format!("/patches/{name}"), b"").json();
+        let patch = served.send("GET", &format!("/patches/{name}"), b"").json();
         assert_eq!(patch["name"], "livepatch_sample", "{name}");
     }
     let path = "/patches/livepatch-sample?wait_ms=20000";
-    let reverted = served.ask("PATCH", path, br#"{"enabled":false}"#);
+    let reverted = served.send("PATCH", path, br#"{"enabled":false}"#);
     assert_eq!(reverted.json()["phase"], "reverted");
     assert_eq!(
         served.logged(),
@@ -183,7 +183,7 @@ fn a_patch_is_found_with_dashes_for_underscores() {
         "LIVEPATCH_SAMPLE",
     ] {
         served
-            .ask("GET", &format!("/patches/{name}"), b"")
+            .send("GET", &format!("/patches/{name}"), b"")
             .refused(Kind::NotFound);
     }
 }
@@ -191,7 +191,7 @@ fn a_patch_is_found_with_dashes_for_underscores() {
 #[test]
 fn a_core_is_requested_by_its_path() {
     let served = Served::plain();
-    let made = served.ask("POST", "/dumps", br#"{"path":"/cores/a"}"#);
+    let made = served.send("POST", "/dumps", br#"{"path":"/cores/a"}"#);
     assert_eq!(made.status, 201, "{made:?}");
     assert_eq!(
         made.json(),
@@ -204,7 +204,7 @@ fn a_core_is_requested_by_its_path() {
         r#"{"path":"/a","compress":true}"#,
     ] {
         served
-            .ask("POST", "/dumps", body.as_bytes())
+            .send("POST", "/dumps", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(served.logged(), ["dump /cores/a"]);
@@ -213,7 +213,7 @@ fn a_core_is_requested_by_its_path() {
 fn wait_for_phase(served: &Served, phase: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let patch = served.ask("GET", "/patches/fix", b"").json();
+        let patch = served.send("GET", "/patches/fix", b"").json();
         if patch["phase"] == phase {
             return;
         }
@@ -226,18 +226,18 @@ fn wait_for_phase(served: &Served, phase: &str) {
 fn malformed_requests_are_refused_with_a_reason() {
     let served = Served::plain();
     served
-        .ask("POST", "/patches", b"#!/bin/sh")
+        .send("POST", "/patches", b"#!/bin/sh")
         .refused(Kind::BadModule);
     served
-        .ask("GET", "/patches/none", b"")
+        .send("GET", "/patches/none", b"")
         .refused(Kind::NotFound);
     served
-        .ask("PATCH", "/patches/none", br#"{"enabled":false}"#)
+        .send("PATCH", "/patches/none", br#"{"enabled":false}"#)
         .refused(Kind::NotFound);
-    served.ask("GET", "/", b"").refused(Kind::NotFound);
-    served.ask("GET", "/tasks/1", b"").refused(Kind::NotFound);
+    served.send("GET", "/", b"").refused(Kind::NotFound);
+    served.send("GET", "/tasks/1", b"").refused(Kind::NotFound);
     served
-        .ask("PUT", "/vm", b"")
+        .send("PUT", "/vm", b"")
         .refused(Kind::MethodNotAllowed);
     for body in [
         "",
@@ -249,12 +249,13 @@ fn malformed_requests_are_refused_with_a_reason() {
         "\u{0}",
     ] {
         served
-            .ask("PATCH", "/vm", body.as_bytes())
+            .send("PATCH", "/vm", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(served.logged(), ["apply 9 PerTask"]);
     let form = "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
-                Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 4\r\n\r\n\x7fELF";
+                Content-Type: application/x-www-form-urlencoded\r\n\
+                Content-Length: 4\r\n\r\n\x7fELF";
     served.raw(form.as_bytes()).refused(Kind::BadRequest);
 }
 
@@ -262,7 +263,7 @@ fn malformed_requests_are_refused_with_a_reason() {
 fn bodies_are_limited() {
     let served = Served::plain();
     let long = vec![b' '; 70 << 10];
-    served.ask("PATCH", "/vm", &long).refused(Kind::TooLarge);
+    served.send("PATCH", "/vm", &long).refused(Kind::TooLarge);
     // The limit holds whether the length is announced or not; an announced one is refused at once.
     let head = format!(
         "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
@@ -296,7 +297,7 @@ fn heads_are_limited() {
     assert_eq!(served.raw(long.as_bytes()).status, 431);
     let nonsense = served.raw(b"\x16\x03\x01 hello\r\n\r\n");
     assert_eq!(nonsense.status, 400);
-    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+    assert_eq!(served.send("GET", "/version", b"").status, 200);
 }
 
 #[test]
@@ -319,7 +320,7 @@ fn slow_clients_are_disconnected() {
     let _ = half.read_to_end(&mut rest);
     let head = b"PATCH /vm HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 99\r\n\r\n{";
     served.raw(head).refused(Kind::RequestTimeout);
-    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+    assert_eq!(served.send("GET", "/version", b"").status, 200);
 }
 
 #[test]
@@ -327,14 +328,15 @@ fn clients_that_disconnect_do_no_harm() {
     let served = Served::plain();
     for cut in [0, 10, 60, 80] {
         let mut stream = served.connect();
-        let request = b"POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n\x7fELF and then nothing more";
+        let request = b"POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n\
+                        \x7fELF and then nothing more";
         stream.write_all(&request[..cut]).unwrap();
         drop(stream);
     }
     let half_closed = served.connect();
     half_closed.shutdown(Shutdown::Write).unwrap();
     drop(half_closed);
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
     assert!(served.logged().is_empty());
 }
 
@@ -354,7 +356,7 @@ fn an_operation_whose_client_has_disconnected_is_not_run() {
     drop(leaver);
     let mut answer = Vec::new();
     busy.read_to_end(&mut answer).unwrap();
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
     assert_eq!(served.logged(), ["tasks"]);
 }
 
@@ -364,7 +366,7 @@ fn many_clients_are_served_or_answered_with_unavailable() {
     let served = Served::new(guest, Limits::default());
     let statuses: Vec<u16> = thread::scope(|scope| {
         let clients: Vec<_> = (0..60)
-            .map(|_| scope.spawn(|| served.ask("GET", "/tasks", b"").status))
+            .map(|_| scope.spawn(|| served.send("GET", "/tasks", b"").status))
             .collect();
         clients.into_iter().map(|c| c.join().unwrap()).collect()
     });
@@ -380,13 +382,13 @@ fn many_clients_are_served_or_answered_with_unavailable() {
 #[test]
 fn a_transition_continues_under_a_stream_of_requests() {
     let served = Served::plain();
-    served.ask("POST", "/patches", ELF);
+    served.send("POST", "/patches", ELF);
     // wait_for_phase itself is such a stream; here are more.
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..50 {
-                    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+                    assert_eq!(served.send("GET", "/vm", b"").status, 200);
                 }
             });
         }
@@ -446,15 +448,15 @@ fn an_operation_that_takes_too_long_is_a_timeout() {
         ..Limits::default()
     };
     let served = Served::new(guest, limits);
-    served.ask("GET", "/tasks", b"").refused(Kind::Timeout);
+    served.send("GET", "/tasks", b"").refused(Kind::Timeout);
     thread::sleep(Duration::from_millis(500));
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
 }
 
 #[test]
 fn metrics_are_prometheus_text() {
     let served = Served::plain();
-    let page = served.ask("GET", "/metrics", b"");
+    let page = served.send("GET", "/metrics", b"");
     assert!(page.head.contains("text/plain; version=0.0.4"));
     assert!(
         page.body.contains("\noutpatch_pauses_total 3\n"),
@@ -486,7 +488,7 @@ fn every_route_of_the_table_is_served() {
     let served = Served::plain();
     for route in ROUTES {
         let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
-        let answer = served.ask(route.method.as_str(), &path, b"");
+        let answer = served.send(route.method.as_str(), &path, b"");
         let refused = [404, 405].contains(&answer.status);
         // Without a patch the route itself refuses, and names the patch.
         assert!(

@@ -1,7 +1,7 @@
 //! The JSON of the control socket: the same types for the server and its clients.
 //!
-//! A patch is a [`patcher::PatchStatus`], the answer of a check a [`patcher::CheckReport`]. `docs/ABI`
-//! promises names and meanings of all fields.
+//! A patch is a [`patcher::PatchStatus`], the answer of a check a [`patcher::CheckReport`].
+//! `docs/ABI` promises names and meanings of all fields.
 
 use std::time::Duration;
 

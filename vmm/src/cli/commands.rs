@@ -1,4 +1,5 @@
-//! The commands that talk to a running VMM, or read a core file: their arguments, and what runs each.
+//! The commands that talk to a running VMM, or read a core file: their arguments, and what runs
+//! each.
 
 use std::io;
 use std::path::PathBuf;
@@ -99,8 +100,8 @@ pub enum GuestCommand {
         #[command(flatten)]
         target: Target,
     },
-    /// Complete the running transition by switching every task now, whatever it executes: this gives
-    /// up consistency, and the patch's code is never freed.
+    /// Complete the running transition by switching every task now, whatever it executes: this
+    /// gives up consistency, and the patch's code is never freed.
     #[command(after_help = EXIT_STATUSES)]
     Force {
         /// The patch, by its name or its file's; without it: the one in transition.

@@ -1,25 +1,25 @@
-//! `outpatch dump`.
+//! `outpatch dump`: a core file of the running guest.
 
 use std::path::Path;
 
 use vmm::api::types::{Dump, NewDump};
+use vmm::client::Client;
 
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use vmm::client::Client;
 
-/// Has the VMM write a core file.
+/// Requests a core file from the VMM.
 pub fn dump(
     client: &Client,
     file: &Path,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    // The VMM may have been started elsewhere.
+    // The VMM may have another working directory.
     let path = std::path::absolute(file)?;
     let path = path.into_os_string().into_string().map_err(|path| {
         CommandError::InvalidState(format!(
-            "{} cannot be said in JSON: it is not UTF-8",
+            "{}: the path is not UTF-8, so it cannot be sent as JSON",
             path.display()
         ))
     })?;
@@ -28,7 +28,7 @@ pub fn dump(
         return Ok(output.json(&dump)?);
     }
     let line = format!(
-        "{}: {} MiB, the guest stood still for {} ms",
+        "{}: {} MiB, guest paused for {} ms",
         dump.path,
         dump.bytes.div_ceil(1 << 20),
         dump.paused_us.div_ceil(1000)

@@ -1,4 +1,5 @@
-//! `outpatch ps`, `outpatch stack` and `outpatch symbols`: of a running guest, or of one in a core file.
+//! `outpatch ps`, `stack` and `symbols`: what a running guest, or one in a core file, has in
+//! memory.
 
 use vmm::api::types::{Task, TaskStack};
 
@@ -7,7 +8,7 @@ use crate::cli::output::{Output, Tone};
 use crate::cli::source::GuestSource;
 use crate::cli::summary::word;
 
-/// The tasks, a line each.
+/// Prints the tasks, one a line.
 pub fn ps(
     guest: &mut GuestSource,
     json: bool,
@@ -38,7 +39,7 @@ fn dash(number: Option<impl ToString>) -> String {
     number.map_or("-".to_owned(), |number| number.to_string())
 }
 
-/// One task's stack.
+/// Prints the stack of one task.
 pub fn stack(
     guest: &mut GuestSource,
     pid: i32,
@@ -53,7 +54,7 @@ pub fn stack(
     show(&stack, all, output)
 }
 
-/// Every task's stack, each below a line that says whose.
+/// Prints the stacks of all tasks, each after a line with its task.
 pub fn stacks(
     guest: &mut GuestSource,
     all: bool,
@@ -83,7 +84,7 @@ fn show(stack: &TaskStack, all: bool, output: &mut Output<'_>) -> Result<(), Com
     Ok(output.line(tone, &verdict)?)
 }
 
-/// The symbols of a kernel and its modules, a line each.
+/// Prints the symbols of the kernel and its modules, one a line.
 pub fn symbols(
     guest: &mut GuestSource,
     json: bool,
@@ -163,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_schedulers_frames_at_the_top_are_left_out() {
+    fn only_frames_of_the_scheduler_at_the_top_are_left_out() {
         assert_eq!(
             frames(&sleeping(), false),
             ["[<0>] do_wait+0x1/0x2", "[<0>] io_schedule+0x1/0x2"]
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_a_dash() {
+    fn an_unknown_number_is_a_dash() {
         let cells = row(&sleeping().task);
         assert_eq!(cells, ["1", "1", "S", "user", "-", "-1", "init"]);
     }

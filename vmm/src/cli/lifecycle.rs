@@ -1,15 +1,15 @@
-//! `outpatch pause`, `resume` and `stop`.
+//! `outpatch pause`, `resume` and `stop`: the state of the VM.
 
 use std::time::{Duration, Instant};
 
 use vmm::api::types::{Vm, VmChange, VmState};
+use vmm::client::Client;
 
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
 use crate::cli::summary::word;
-use vmm::client::Client;
 
-/// How long a VMM may take to end.
+/// How long a VMM may take to end after it was told to.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Stops all vCPUs.
@@ -17,7 +17,7 @@ pub fn pause(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), Comm
     change(c, VmState::Paused, json, output)
 }
 
-/// Lets them run.
+/// Resumes all vCPUs.
 pub fn resume(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     change(c, VmState::Running, json, output)
 }
@@ -39,14 +39,14 @@ fn change(
     Ok(output.line(tone, &word(&vm.state))?)
 }
 
-/// Ends the VM and waits until nobody answers any more.
+/// Stops the VM and waits until its VMM does not answer any more.
 pub fn stop(client: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     let vm: Vm = client.delete("/vm")?;
     let deadline = Instant::now() + STOP_TIMEOUT;
     while client.is_there() {
         if Instant::now() >= deadline {
             return Err(CommandError::TimedOut(format!(
-                "the VMM (process {}) was told to end and still answers after {} s",
+                "the VMM (process {}) was told to stop and still answers after {} s",
                 vm.pid,
                 STOP_TIMEOUT.as_secs()
             )));

@@ -1,4 +1,4 @@
-//! A module's file.
+//! Reads the file of a livepatch module.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,10 +8,10 @@ use vmm::api::routes::MAX_MODULE;
 
 use crate::cli::error::CommandError;
 
-/// The whole file; one that no VMM would take is not read to its end.
+/// Reads the whole file, unless it is longer than any module that a VMM accepts.
 ///
 /// # Errors
-/// [`CommandError::File`].
+/// [`CommandError::File`] when it cannot be read, or is too long.
 pub fn read_module(file: &Path) -> Result<Vec<u8>, CommandError> {
     read(file).map_err(|source| CommandError::File {
         path: file.to_owned(),
@@ -25,7 +25,10 @@ fn read(file: &Path) -> io::Result<Vec<u8>> {
     let mut start = File::open(file)?.take(limit.saturating_add(1));
     start.read_to_end(&mut module)?;
     if module.len() > MAX_MODULE {
-        let why = format!("longer than {} MiB, which no module is", MAX_MODULE >> 20);
+        let why = format!(
+            "it is longer than {} MiB, the most that a module can have",
+            MAX_MODULE >> 20
+        );
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
     }
     Ok(module)

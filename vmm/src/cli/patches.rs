@@ -1,5 +1,5 @@
-//! `outpatch apply` and `revert`, and the commands that change a running transition: `cancel`, `force`
-//! and `signal`.
+//! `outpatch apply` and `revert`, and the commands that change a running transition: `cancel`,
+//! `force` and `signal`.
 
 use std::path::Path;
 

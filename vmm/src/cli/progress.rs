@@ -1,5 +1,5 @@
-//! Watches a transition to its end, and shows the tasks that block it, and on request each task as it
-//! switches.
+//! Watches a transition to its end, and shows the tasks that block it, and on request each task as
+//! it switches.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;

@@ -1,6 +1,6 @@
-//! What a look looks at: a running guest, through its VMM, or a core file.
+//! Where a guest is read from: a running one through its VMM, or a core file.
 //!
-//! Whoever shows tasks and stacks need not know which.
+//! Commands that show tasks, stacks and symbols need not know which of the two it is.
 
 use std::path::{Path, PathBuf};
 
@@ -9,13 +9,13 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use patcher::CheckReport;
 use vmm::api::types::{Symbol, Task, TaskStack};
+use vmm::client::Client;
 
 use crate::cli::core_guest::CoreGuest;
 use crate::cli::error::CommandError;
 use crate::cli::module::read_module;
-use vmm::client::Client;
 
-/// Which guest, and how to print.
+/// Which guest to read, and how to print.
 #[derive(Debug, Args)]
 struct Given {
     /// The control socket of the VMM, as given to `outpatch run --socket`.
@@ -26,7 +26,8 @@ struct Given {
         required_unless_present = "core"
     )]
     socket: Option<PathBuf>,
-    /// A core file instead of a running guest: from `outpatch dump`, or from QEMU's dump-guest-memory.
+    /// Read a core file instead of a running guest: from `outpatch dump`, or from QEMU's
+    /// dump-guest-memory.
     #[arg(long, value_name = "FILE")]
     core: Option<PathBuf>,
     /// Print the API's JSON instead of text.
@@ -34,40 +35,42 @@ struct Given {
     json: bool,
 }
 
-/// The arguments, of which just one says what to look at.
+/// The arguments, of which one names the guest.
 #[derive(Debug)]
 pub struct Source(Given);
 
-/// A guest that can be looked at.
+/// A guest that can be read.
 #[derive(Debug)]
 pub enum GuestSource {
-    /// It runs.
+    /// It runs, and its VMM answers.
     Live(Client),
-    /// It is in a file.
+    /// It is in a core file.
     Core(Box<CoreGuest>),
 }
 
 impl Source {
-    /// The guest.
+    /// Opens the core file, or prepares a client of the VMM.
     ///
     /// # Errors
-    /// When the core file is none.
+    /// When the core file cannot be read.
     pub fn open(&self) -> Result<GuestSource, CommandError> {
         match (&self.0.core, &self.0.socket) {
             (Some(core), _) => Ok(GuestSource::Core(Box::new(CoreGuest::open(core)?))),
             (None, Some(socket)) => Ok(GuestSource::Live(Client::new(socket)?)),
-            (None, None) => Err(CommandError::InvalidState("say which guest".to_owned())),
+            (None, None) => Err(CommandError::InvalidState(
+                "no guest given: use --socket or --core".to_owned(),
+            )),
         }
     }
 
-    /// Whether to print JSON.
+    /// Whether to print JSON instead of text.
     pub fn json(&self) -> bool {
         self.0.json
     }
 }
 
 impl GuestSource {
-    /// Its tasks.
+    /// All tasks of the guest.
     pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         match self {
             GuestSource::Live(client) => Ok(client.get("/tasks")?),
@@ -83,7 +86,7 @@ impl GuestSource {
         }
     }
 
-    /// Every task's stack.
+    /// The stacks of all tasks, at one moment.
     pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         match self {
             GuestSource::Live(client) => Ok(client.get("/stacks")?),
@@ -91,7 +94,7 @@ impl GuestSource {
         }
     }
 
-    /// What applying the module in `file` would come to.
+    /// What applying the module in `file` would do.
     pub fn check(&mut self, file: &Path) -> Result<CheckReport, CommandError> {
         let module = read_module(file)?;
         match self {
@@ -106,7 +109,7 @@ impl GuestSource {
         }
     }
 
-    /// Its symbols.
+    /// All symbols of the guest's kernel and modules.
     pub fn symbols(&mut self) -> Result<Vec<Symbol>, CommandError> {
         match self {
             GuestSource::Live(client) => Ok(client.get("/symbols")?),
@@ -115,8 +118,8 @@ impl GuestSource {
     }
 }
 
-/// By hand for one reason: a socket from the environment must not keep anybody from giving a core, and one on the command line
-/// must. The derived conflict knows no difference.
+/// Implemented by hand for one reason: `--core` conflicts with a `--socket` on the command line,
+/// but not with a socket from the environment. A derived conflict does not distinguish the two.
 impl FromArgMatches for Source {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Source, clap::Error> {
         let given = Given::from_arg_matches(matches)?;

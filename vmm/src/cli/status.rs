@@ -17,8 +17,8 @@ struct Status {
     patches: Vec<PatchStatus>,
 }
 
-/// Shows the patch `name`, with the tasks that have not switched or, when `verbose`, all tasks; without
-/// a name the VM and all patches.
+/// Shows the patch `name`, with the tasks that have not switched or, when `verbose`, all tasks;
+/// without a name the VM and all patches.
 pub fn status(
     client: &Client,
     name: Option<&PatchName>,

@@ -29,8 +29,8 @@ pub fn task_heading() -> String {
     columns("PID", "COMM", "KIND", "SWITCHED-BY", "AFTER")
 }
 
-/// Prints the tasks that have not switched, not all of them when they are many; when `verbose` every
-/// task, under a heading.
+/// Prints the tasks that have not switched, not all of them when they are many; when `verbose`
+/// every task, under a heading.
 pub fn task_lines(tasks: &[TaskReport], verbose: bool, output: &mut Output<'_>) -> io::Result<()> {
     if verbose && !tasks.is_empty() {
         output.line(Tone::Strong, &task_heading())?;
@@ -112,8 +112,8 @@ pub fn pending_count(patch: &PatchStatus) -> String {
     format!("{} pending", count_of(count, "task"))
 }
 
-/// `fix: applied in 34 ms; 40 tasks switched (40 by stack); guest paused 3 times, …`, or, while a transition
-/// runs, `fix: applying; 2 tasks pending`.
+/// `fix: applied in 34 ms; 40 tasks switched (40 by stack); guest paused 3 times, …`, or, while a
+/// transition runs, `fix: applying; 2 tasks pending`.
 pub fn patch_line(patch: &PatchStatus) -> String {
     let (name, phase) = (&patch.name, word(&patch.phase));
     if patch.transition {

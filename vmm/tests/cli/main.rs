@@ -65,7 +65,7 @@ fn outpatch(socket: &Path, args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// Asserts that a command failed with this status and said so in one line, and gives the line.
+/// Asserts that a command failed with this status and one line on standard error; returns the line.
 fn refused(output: &Output, status: i32) -> String {
     assert_eq!(output.status.code(), Some(status), "{output:?}");
     let line = String::from_utf8(output.stderr.clone()).unwrap();
@@ -75,11 +75,13 @@ fn refused(output: &Output, status: i32) -> String {
 }
 
 #[test]
-fn tasks_and_stacks_are_printed_as_people_know_them() {
+fn tasks_and_stacks_are_printed_as_by_ps_and_proc() {
     let bench = Bench::new();
     assert_eq!(
         bench.ok(&["ps"]),
-        "PID TGID S KIND VCPU PATCH COMM\n  1    1 S user    0    -1 init\n 77    1 S user    -    -1 evil?[2J\n"
+        "PID TGID S KIND VCPU PATCH COMM\n  \
+         1    1 S user    0    -1 init\n \
+         77    1 S user    -    -1 evil?[2J\n"
     );
     assert_eq!(
         bench.ok(&["stack", "1"]),
@@ -90,10 +92,11 @@ fn tasks_and_stacks_are_printed_as_people_know_them() {
     assert_eq!(bench.json(&["ps", "--json"])[1]["pid"], 77);
     let stack = bench.json(&["stack", "1", "--json"]);
     assert_eq!(stack["frames"].as_array().unwrap().len(), 2);
-    let everybody = bench.ok(&["stack"]);
+    let all_stacks = bench.ok(&["stack"]);
     assert_eq!(
-        everybody,
-        "1 init (S)\n[<0>] do_wait+0x5a/0x120\nreliable\n\n77 evil?[2J (S)\nunreliable: no rule for this code\n\n"
+        all_stacks,
+        "1 init (S)\n[<0>] do_wait+0x5a/0x120\nreliable\n\n\
+         77 evil?[2J (S)\nunreliable: no rule for this code\n\n"
     );
     let stacks = bench.json(&["stack", "--json"]);
     assert_eq!(stacks[0], stack);
@@ -112,7 +115,7 @@ fn symbols_are_printed_as_kallsyms_is() {
 }
 
 #[test]
-fn a_check_says_what_would_come_of_it_and_changes_nothing() {
+fn a_check_says_what_apply_would_do_and_changes_nothing() {
     let bench = Bench::new();
     let module = bench.module("fix");
     let found = "vmlinux:cmdline_proc_show,0 at 0xffffffff81000100, 42 bytes\n";
@@ -155,7 +158,7 @@ fn a_dump_goes_to_an_absolute_path() {
     let bench = Bench::new();
     assert_eq!(
         bench.ok(&["dump", "/cores/a"]),
-        "/cores/a: 3 MiB, the guest stood still for 2 ms\n"
+        "/cores/a: 3 MiB, guest paused for 2 ms\n"
     );
     let here = std::env::current_dir().unwrap().join("a");
     let made = bench.json(&["dump", "a", "--json"]);
@@ -166,9 +169,9 @@ fn a_dump_goes_to_an_absolute_path() {
 fn a_core_takes_the_place_of_a_socket() {
     let bench = Bench::new();
     let junk = bench.file("core", b"no core");
-    // The socket in the environment has a guest; the core is asked all the same.
-    for verb in [&["ps"][..], &["stack", "1"], &["symbols"]] {
-        let line = refused(&bench.run(&[verb, &["--core", &junk]].concat()), 1);
+    // The socket in the environment has a guest; the core is read all the same.
+    for command in [&["ps"][..], &["stack", "1"], &["symbols"]] {
+        let line = refused(&bench.run(&[command, &["--core", &junk]].concat()), 1);
         assert!(line.contains("it is not an ELF file"), "{line}");
         assert!(line.contains(&junk), "{line}");
     }
@@ -303,8 +306,8 @@ fn the_version_is_that_of_outpatch() {
 fn a_transition_is_cancelled_or_forced() {
     let bench = Bench::new();
     let module = bench.module("stuck");
-    for verb in ["cancel", "force"] {
-        let line = refused(&bench.run(&[verb]), 1);
+    for command in ["cancel", "force"] {
+        let line = refused(&bench.run(&[command]), 1);
         assert_eq!(line, "outpatch: no patch is in transition\n");
     }
     bench.ok(&["apply", "--no-wait", &module]);
@@ -320,7 +323,7 @@ fn a_transition_is_cancelled_or_forced() {
 }
 
 #[test]
-fn a_mode_is_passed_on_and_a_refusal_is_told() {
+fn a_mode_is_passed_on_and_a_refusal_is_printed() {
     let bench = Bench::new();
     let module = bench.module("stuck");
     let line = refused(&bench.run(&["apply", "--mode", "stop-machine", &module]), 1);
@@ -334,7 +337,7 @@ fn a_mode_is_passed_on_and_a_refusal_is_told() {
 }
 
 #[test]
-fn a_signal_moves_who_is_stuck() {
+fn a_signal_switches_a_blocked_task() {
     let bench = Bench::new();
     let module = bench.module("stuck");
     let line = refused(&bench.run(&["signal"]), 1);
@@ -351,14 +354,15 @@ fn a_signal_moves_who_is_stuck() {
 }
 
 #[test]
-fn a_timeout_says_who_is_in_the_way_and_that_it_goes_on() {
+fn a_timeout_names_tasks_that_block_and_the_transition_continues() {
     let bench = Bench::new();
     let module = bench.module("stuck");
     let output = bench.run(&["apply", "--timeout", "1.2", &module]);
     let line = refused(&output, 4);
     assert_eq!(
         line,
-        "outpatch: stuck is still applying, and the transition continues; 1 task pending: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
+        "outpatch: stuck is still applying, and the transition continues; \
+         1 task pending: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
     );
     let shown = String::from_utf8(output.stdout).unwrap();
     assert!(
@@ -369,8 +373,8 @@ fn a_timeout_says_who_is_in_the_way_and_that_it_goes_on() {
         bench.json(&["status", "stuck", "--json"])["transition"],
         true
     );
-    let turned = bench.ok(&["revert", "stuck"]);
-    assert!(turned.contains("stuck: reverted"), "{turned}");
+    let reverted = bench.ok(&["revert", "stuck"]);
+    assert!(reverted.contains("stuck: reverted"), "{reverted}");
 }
 
 #[test]
@@ -384,7 +388,7 @@ fn not_waiting_returns_at_once() {
 }
 
 #[test]
-fn pausing_and_resuming_say_what_is() {
+fn pause_and_resume_print_the_state() {
     let bench = Bench::new();
     assert_eq!(bench.ok(&["pause"]), "paused\n");
     assert_eq!(bench.json(&["status", "--json"])["vm"]["state"], "paused");
@@ -395,7 +399,7 @@ fn pausing_and_resuming_say_what_is() {
 }
 
 #[test]
-fn what_cannot_be_is_one_line_and_a_status() {
+fn a_failure_is_one_line_and_an_exit_status() {
     let bench = Bench::new();
     let junk = bench.file("junk.ko", b"junk");
     let line = refused(&bench.run(&["apply", &junk]), 1);
@@ -415,7 +419,7 @@ fn what_cannot_be_is_one_line_and_a_status() {
 }
 
 #[test]
-fn a_vmm_that_is_not_there_is_told_from_one_that_refuses() {
+fn a_missing_vmm_is_distinguished_from_one_that_refuses() {
     let bench = Bench::new();
     let absent = bench.dir.path().join("absent.sock");
     let line = refused(&outpatch(&absent, &["ps"]), 3);
@@ -448,7 +452,7 @@ fn a_second_vmm_does_not_take_the_socket() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_closed_pipe_is_no_error() {
     let bench = Bench::new();
     let mut child = Command::new(env!("CARGO_BIN_EXE_outpatch"))
         .args(["ps", "--socket"])

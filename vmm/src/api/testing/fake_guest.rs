@@ -1,4 +1,5 @@
-//! A guest that exists only in this process: [`Control`] with fixed answers and a scripted transition.
+//! A guest that exists only in this process: [`Control`] with fixed answers and a scripted
+//! transition.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

@@ -38,7 +38,7 @@ fn every_field_of_an_answer_is_described() {
     // In one guest all tasks switch, in the other none: their reports have different fields.
     for guest in [FakeGuest::default(), FakeGuest::stuck()] {
         let served = Served::new(guest, Limits::default());
-        served.ask("POST", "/patches?wait_ms=500", ELF);
+        served.send("POST", "/patches?wait_ms=500", ELF);
         for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
             let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
             let body: &[u8] = match (route.method.as_str(), route.path) {
@@ -48,14 +48,14 @@ fn every_field_of_an_answer_is_described() {
                 ("POST", _) => ELF,
                 _ => b"",
             };
-            let answer = served.ask(route.method.as_str(), &path, body);
+            let answer = served.send(route.method.as_str(), &path, body);
             assert!((200..300).contains(&answer.status), "{route:?}: {answer:?}");
             let what = format!("{} {}", route.method, route.path);
             let fields = fields(&answer.json());
             all.extend(fields.iter().cloned());
             assert_words(&what, fields);
         }
-        let refused = served.ask("GET", "/nowhere", b"");
+        let refused = served.send("GET", "/nowhere", b"");
         assert_words("error not-found", fields(&refused.json()));
     }
     for sometimes in ["blocker", "since_ms", "after_ms"] {
@@ -66,7 +66,7 @@ fn every_field_of_an_answer_is_described() {
 #[test]
 fn every_metric_is_described() {
     let served = Served::plain();
-    let page = served.ask("GET", "/metrics", b"").body;
+    let page = served.send("GET", "/metrics", b"").body;
     let names = page
         .lines()
         .filter(|line| !line.starts_with('#'))

@@ -13,24 +13,24 @@ use crate::api::testing::{ELF, FakeGuest, Served};
 #[test]
 fn an_answer_waits_for_the_end_of_the_transition() {
     let served = Served::plain();
-    let applied = served.ask("POST", "/patches?wait_ms=20000", ELF);
+    let applied = served.send("POST", "/patches?wait_ms=20000", ELF);
     assert_eq!(
         (applied.status, &applied.json()["phase"]),
         (201, &json!("applied"))
     );
     let path = "/patches/fix?wait_ms=20000";
-    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
-    let reverted = served.ask("PATCH", path, br#"{"enabled":false}"#);
+    assert_eq!(served.send("GET", path, b"").json()["phase"], "applied");
+    let reverted = served.send("PATCH", path, br#"{"enabled":false}"#);
     assert_eq!(reverted.json()["phase"], "reverted");
-    served.ask("POST", "/patches", ELF);
-    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
+    served.send("POST", "/patches", ELF);
+    assert_eq!(served.send("GET", path, b"").json()["phase"], "applied");
 }
 
 #[test]
 fn an_answer_has_the_tasks_that_were_requested() {
     let served = Served::plain();
     let tasks = |method, path: &str, body: &[u8]| {
-        let patch = served.ask(method, path, body).json();
+        let patch = served.send(method, path, body).json();
         patch["tasks"].as_array().map(Vec::len)
     };
     let (all, pending) = ("wait_ms=20000", "wait_ms=20000&tasks=pending");
@@ -39,7 +39,7 @@ fn an_answer_has_the_tasks_that_were_requested() {
     assert_eq!(tasks("GET", "/patches/fix?tasks=all", b""), Some(2));
     assert_eq!(tasks("GET", "/patches/fix?tasks=pending", b""), Some(0));
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    let started = served.ask("POST", "/patches?tasks=pending", ELF).json();
+    let started = served.send("POST", "/patches?tasks=pending", ELF).json();
     assert_eq!(started["tasks"][0]["comm"], "init");
 }
 
@@ -47,13 +47,13 @@ fn an_answer_has_the_tasks_that_were_requested() {
 fn an_answer_waits_no_longer_than_requested() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
     for wait in ["", "?wait_ms=0", "?wait_ms=30"] {
-        let started = served.ask("POST", &format!("/patches{wait}"), ELF);
+        let started = served.send("POST", &format!("/patches{wait}"), ELF);
         assert_eq!(
             (started.status, &started.json()["transition"]),
             (201, &json!(true))
         );
         let path = format!("/patches/fix{wait}");
-        let patch = served.ask("GET", &path, b"");
+        let patch = served.send("GET", &path, b"");
         assert_eq!(
             (patch.status, &patch.json()["transition"]),
             (200, &json!(true))
@@ -77,7 +77,7 @@ fn an_answer_waits_no_longer_than_requested() {
                 br#"{"enabled":false}"#
             };
             served
-                .ask(method, &format!("{path}?{query}"), body)
+                .send(method, &format!("{path}?{query}"), body)
                 .refused(Kind::BadRequest);
         }
     }
