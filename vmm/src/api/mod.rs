@@ -3,14 +3,14 @@
 //! Its parts are independent: [`socket`] is the file, [`server`] and [`routes`] speak HTTP on the
 //! API thread, [`control`] and [`controller`] work on the guest on the control thread.
 
-pub mod control;
-pub mod controller;
+mod control;
+mod controller;
 mod metrics;
 mod priority;
-pub mod problem;
-pub mod routes;
-pub mod server;
-pub mod socket;
+mod problem;
+mod routes;
+mod server;
+mod socket;
 #[cfg(any(test, feature = "testing"))]
 #[doc(hidden)]
 pub mod testing;
@@ -22,5 +22,6 @@ mod wait;
 pub use control::Control;
 pub use controller::Controller;
 pub use problem::{Kind, Problem};
+pub use routes::MAX_MODULE;
 pub use server::{Limits, Server};
 pub use socket::{ControlSocket, SocketError};

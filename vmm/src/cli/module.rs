@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use vmm::api::routes::MAX_MODULE;
+use vmm::api::MAX_MODULE;
 
 use crate::cli::error::CommandError;
 

@@ -30,6 +30,14 @@ fn every_option_is_described_and_every_described_option_exists() {
         options.retain(|option| *option != "help");
         options.sort_unstable();
         assert_eq!(described, options, "outpatch {}", command.get_name());
+        for short in command.get_arguments().filter_map(|a| a.get_short()) {
+            let short = format!(", -{short}\t");
+            assert!(
+                short == ", -h\t" || text.contains(&short),
+                "outpatch {}: {short}",
+                command.get_name()
+            );
+        }
         for variable in command.get_arguments().filter_map(|a| a.get_env()) {
             let variable = variable.to_str().unwrap();
             assert!(
