@@ -64,7 +64,7 @@ impl ClientError {
 
 /// The body of a request.
 enum Content {
-    Nothing,
+    Empty,
     Json(Vec<u8>),
     Module(Vec<u8>),
 }
@@ -91,7 +91,7 @@ impl Client {
 
     /// Sends `GET`.
     pub fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
-        self.request(Method::GET, resource, Content::Nothing)
+        self.request(Method::GET, resource, Content::Empty)
     }
 
     /// Sends `PATCH` with a JSON body.
@@ -105,17 +105,17 @@ impl Client {
     }
 
     /// Sends `POST` with a JSON body.
-    pub fn create<T: DeserializeOwned>(
+    pub fn post<T: DeserializeOwned>(
         &self,
         resource: &str,
-        new: &impl Serialize,
+        body: &impl Serialize,
     ) -> Result<T, ClientError> {
-        let body = serde_json::to_vec(new).map_err(|e| self.no_answer(e))?;
+        let body = serde_json::to_vec(body).map_err(|e| self.no_answer(e))?;
         self.request(Method::POST, resource, Content::Json(body))
     }
 
     /// Sends `POST` with the bytes of a module as its body.
-    pub fn post<T: DeserializeOwned>(
+    pub fn post_module<T: DeserializeOwned>(
         &self,
         resource: &str,
         module: Vec<u8>,
@@ -125,11 +125,11 @@ impl Client {
 
     /// Sends `DELETE`.
     pub fn delete<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
-        self.request(Method::DELETE, resource, Content::Nothing)
+        self.request(Method::DELETE, resource, Content::Empty)
     }
 
     /// Whether a VMM answers.
-    pub fn is_there(&self) -> bool {
+    pub fn responds(&self) -> bool {
         self.get::<types::Version>("/version").is_ok()
     }
 
@@ -173,7 +173,7 @@ impl Client {
             .uri(resource)
             .header(HOST, "outpatch");
         let request = match content {
-            Content::Nothing => request.body(Full::<Bytes>::default()),
+            Content::Empty => request.body(Full::<Bytes>::default()),
             Content::Json(body) => request
                 .header(CONTENT_TYPE, "application/json")
                 .body(Full::from(Bytes::from(body))),

@@ -1,7 +1,7 @@
 //! The control socket: a REST API over a Unix socket, to query and control a running VMM.
 //!
-//! Its parts are independent: [`socket`] is the file, [`server`] and [`routes`] speak HTTP on the
-//! API thread, [`control`] and [`controller`] work on the guest on the control thread.
+//! Its parts are independent: `socket` is the file, `server` and `routes` speak HTTP on the
+//! API thread, `control` and `controller` work on the guest on the control thread.
 
 mod control;
 mod controller;

@@ -169,7 +169,7 @@ async fn patch(
 ) -> Result<Json<PatchStatus>, Problem> {
     let wait = WaitFor::new(&app.mailbox, parsed(query, PATCH_QUERY)?)?;
     let patch = app.mailbox.patch(name).await?;
-    Ok(Json(wait.until_the_end(patch).await?))
+    Ok(Json(wait.until_ended(patch).await?))
 }
 
 /// Creates no resource: the report is the whole answer.
@@ -201,7 +201,7 @@ async fn apply(
         drop(upload);
         find(control.patches(), &name)
     });
-    let status = wait.until_the_end(status.await??).await?;
+    let status = wait.until_ended(status.await??).await?;
     let mut answer = HeaderMap::new();
     if let Ok(location) = HeaderValue::from_str(&format!("/patches/{}", status.name)) {
         answer.insert(header::LOCATION, location);
@@ -244,7 +244,7 @@ async fn change_patch(
         }
         find(control.patches(), &name)
     });
-    Ok(Json(wait.until_the_end(change.await??).await?))
+    Ok(Json(wait.until_ended(change.await??).await?))
 }
 
 /// Refuses a contradictory change before any part of it is made.

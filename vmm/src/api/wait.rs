@@ -51,7 +51,7 @@ impl WaitFor {
     ///
     /// # Errors
     /// When the control thread does not answer, or no longer has the patch.
-    pub async fn until_the_end(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
+    pub async fn until_ended(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
         let mut patch = patch;
         if patch.transition && !self.wait.is_zero() {
             let ended = tokio::time::timeout(self.wait, self.end(&patch.name)).await;

@@ -23,7 +23,7 @@ pub fn dump(
             path.display()
         ))
     })?;
-    let dump: Dump = client.create("/dumps", &NewDump { path })?;
+    let dump: Dump = client.post("/dumps", &NewDump { path })?;
     if json {
         return Ok(output.json(&dump)?);
     }

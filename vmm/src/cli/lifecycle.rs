@@ -43,7 +43,7 @@ fn change(
 pub fn stop(client: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     let vm: Vm = client.delete("/vm")?;
     let deadline = Instant::now() + STOP_TIMEOUT;
-    while client.is_there() {
+    while client.responds() {
         if Instant::now() >= deadline {
             return Err(CommandError::TimedOut(format!(
                 "the VMM (process {}) was told to stop and still answers after {} s",

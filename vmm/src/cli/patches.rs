@@ -26,7 +26,7 @@ pub fn apply(
     let resource = format!("/patches?mode={}", word(&waiting.mode));
     let started: PatchStatus =
         client
-            .post(&resource, module)
+            .post_module(&resource, module)
             .map_err(|source| CommandError::Module {
                 path: file.to_owned(),
                 source,

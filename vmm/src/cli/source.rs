@@ -99,7 +99,7 @@ impl GuestSource {
         let module = read_module(file)?;
         match self {
             GuestSource::Live(client) => {
-                let done = client.post("/checks", module);
+                let done = client.post_module("/checks", module);
                 done.map_err(|source| CommandError::Module {
                     path: file.to_owned(),
                     source,
