@@ -1,11 +1,11 @@
-//! Reads `docs/ABI`, for the tests that hold the code and its promise against each other.
+//! Reads `docs/ABI`, for the tests that compare it with the code.
 
 use std::path::Path;
 
-/// The folders, from a first offer to the end.
-const PROMISES: [&str; 4] = ["testing", "stable", "obsolete", "removed"];
+/// The directories, in the order in which an entry passes them.
+const STAGES: [&str; 4] = ["testing", "stable", "obsolete", "removed"];
 
-/// The fields of an entry, in their order.
+/// The fields of an entry, in order.
 const FIELDS: [&str; 6] = [
     "What:",
     "Date:",
@@ -15,23 +15,23 @@ const FIELDS: [&str; 6] = [
     "Users:",
 ];
 
-/// One file.
+/// One file of `docs/ABI`.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    /// What it describes; several where they belong together.
+    /// The names of what it describes; several that belong together.
     pub what: Vec<String>,
-    /// Whether it is there: not in `removed`.
-    pub there: bool,
-    /// All of it.
+    /// Whether what it describes exists, which is not so in `removed`.
+    pub present: bool,
+    /// The whole file.
     pub text: String,
 }
 
-/// Every file of `docs/ABI`; panics at one that lacks a field.
+/// Every file of `docs/ABI`. Panics when one lacks a field.
 pub(crate) fn entries() -> Vec<Entry> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ABI");
     let mut entries = Vec::new();
-    for promise in PROMISES {
-        for file in std::fs::read_dir(root.join(promise)).unwrap() {
+    for stage in STAGES {
+        for file in std::fs::read_dir(root.join(stage)).unwrap() {
             let path = file.unwrap().path();
             if path.ends_with("README.md") {
                 continue;
@@ -52,7 +52,7 @@ pub(crate) fn entries() -> Vec<Entry> {
                 .collect();
             entries.push(Entry {
                 what,
-                there: promise != "removed",
+                present: stage != "removed",
                 text,
             });
         }
@@ -60,19 +60,20 @@ pub(crate) fn entries() -> Vec<Entry> {
     entries
 }
 
-/// Asserts that `there`, and nothing else that begins with one of `prefixes`, is described as being there, each once.
-pub(crate) fn assert_described(prefixes: &[&str], there: impl IntoIterator<Item = String>) {
+/// Asserts that of the names that begin with one of `prefixes`, `docs/ABI` describes exactly those
+/// of `actual`, each once.
+pub(crate) fn assert_described(prefixes: &[&str], actual: impl IntoIterator<Item = String>) {
     let mut described: Vec<String> = entries()
         .into_iter()
-        .filter(|entry| entry.there)
+        .filter(|entry| entry.present)
         .flat_map(|entry| entry.what)
         .filter(|what| prefixes.iter().any(|prefix| what.starts_with(prefix)))
         .collect();
     described.sort();
-    let mut there: Vec<String> = there.into_iter().collect();
-    there.sort();
+    let mut actual: Vec<String> = actual.into_iter().collect();
+    actual.sort();
     assert_eq!(
-        described, there,
+        described, actual,
         "docs/ABI (left) and the code (right) differ"
     );
 }

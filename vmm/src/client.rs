@@ -1,13 +1,12 @@
-//! One running VMM, asked over its control socket.
+//! A blocking client of one VMM's control socket.
 //!
-//! Blocking, one connection a request: a command asks little and seldom, and a VMM that goes away in between is then noticed
-//! at the next question.
+//! Knows HTTP and the API's types, and nothing of commands. Each request has a connection of its
+//! own: a command sends few requests, and notices with the next one that the VMM has ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::api::types;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -18,57 +17,59 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-/// Longer than the server's own patience.
+use crate::api::types;
+
+/// How long to wait for an answer: longer than the server lets an operation take.
 const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// The longest answer taken: stacks and tasks of a large guest are far below it.
-const ANSWER_LIMIT: usize = 256 << 20;
+/// The longest answer accepted, in bytes: far more than the stacks of all tasks of a large guest.
+const MAX_ANSWER: usize = 256 << 20;
 
-/// Why a VMM did not do what it was asked for.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
-pub enum AskError {
-    /// No file there.
+pub enum ClientError {
+    /// There is no file at the socket's path.
     #[error("no VMM at {}: no such socket (does the guest run, with this --socket?)", .0.display())]
     NoSocket(PathBuf),
-    /// A socket that nobody listens on.
-    #[error("no VMM at {}: the socket is there, but its VMM is gone", .0.display())]
+    /// The socket's file is there, but no process listens on it.
+    #[error("no VMM at {}: the socket is there, but its VMM has ended", .0.display())]
     Gone(PathBuf),
-    /// Cannot be opened.
+    /// The socket cannot be opened.
     #[error("cannot open {}: {source}", path.display())]
     Open {
-        /// The socket.
+        /// The socket's path.
         path: PathBuf,
-        /// Why.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The VMM went away, or what listens there is none.
+    /// The VMM ended before it answered, or the process that listens is no VMM.
     #[error("the VMM at {} did not answer: {why}", path.display())]
     NoAnswer {
-        /// The socket.
+        /// The socket's path.
         path: PathBuf,
-        /// Why.
+        /// What happened instead of an answer.
         why: String,
     },
-    /// It refused, in its own words.
+    /// The VMM refused the request; the texts are its own.
     #[error("{}; {}", .0.error, .0.detail)]
     Refused(types::Problem),
 }
 
-impl AskError {
-    /// Whether there is no VMM to ask.
+impl ClientError {
+    /// Whether no VMM answered, as opposed to one that refused.
     pub fn is_unreachable(&self) -> bool {
-        !matches!(self, AskError::Refused(_))
+        !matches!(self, ClientError::Refused(_))
     }
 }
 
-/// What a request carries.
+/// The body of a request.
 enum Content {
-    Nothing,
+    Empty,
     Json(Vec<u8>),
     Module(Vec<u8>),
 }
 
-/// A VMM that can be asked.
+/// A client of one VMM.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
@@ -76,7 +77,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Asks the VMM at `path`; nothing happens before the first request.
+    /// A client of the VMM whose control socket is at `path`. It connects with each request.
     ///
     /// # Errors
     /// When the operating system gives no event queue.
@@ -88,82 +89,82 @@ impl Client {
         Ok(Client { path, runtime })
     }
 
-    /// `GET`.
-    pub fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, AskError> {
-        self.ask(Method::GET, resource, Content::Nothing)
+    /// Sends `GET`.
+    pub fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
+        self.request(Method::GET, resource, Content::Empty)
     }
 
-    /// `PATCH` with a JSON body.
+    /// Sends `PATCH` with a JSON body.
     pub fn patch<T: DeserializeOwned>(
         &self,
         resource: &str,
         change: &impl Serialize,
-    ) -> Result<T, AskError> {
+    ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(change).map_err(|e| self.no_answer(e))?;
-        self.ask(Method::PATCH, resource, Content::Json(body))
+        self.request(Method::PATCH, resource, Content::Json(body))
     }
 
-    /// `POST` with a JSON body.
-    pub fn create<T: DeserializeOwned>(
-        &self,
-        resource: &str,
-        new: &impl Serialize,
-    ) -> Result<T, AskError> {
-        let body = serde_json::to_vec(new).map_err(|e| self.no_answer(e))?;
-        self.ask(Method::POST, resource, Content::Json(body))
-    }
-
-    /// `POST` of a module's bytes.
+    /// Sends `POST` with a JSON body.
     pub fn post<T: DeserializeOwned>(
         &self,
         resource: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.no_answer(e))?;
+        self.request(Method::POST, resource, Content::Json(body))
+    }
+
+    /// Sends `POST` with the bytes of a module as its body.
+    pub fn post_module<T: DeserializeOwned>(
+        &self,
+        resource: &str,
         module: Vec<u8>,
-    ) -> Result<T, AskError> {
-        self.ask(Method::POST, resource, Content::Module(module))
+    ) -> Result<T, ClientError> {
+        self.request(Method::POST, resource, Content::Module(module))
     }
 
-    /// `DELETE`.
-    pub fn delete<T: DeserializeOwned>(&self, resource: &str) -> Result<T, AskError> {
-        self.ask(Method::DELETE, resource, Content::Nothing)
+    /// Sends `DELETE`.
+    pub fn delete<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
+        self.request(Method::DELETE, resource, Content::Empty)
     }
 
-    /// Whether somebody still answers.
-    pub fn is_there(&self) -> bool {
+    /// Whether a VMM answers.
+    pub fn responds(&self) -> bool {
         self.get::<types::Version>("/version").is_ok()
     }
 
-    fn ask<T: DeserializeOwned>(
+    fn request<T: DeserializeOwned>(
         &self,
         method: Method,
         resource: &str,
         content: Content,
-    ) -> Result<T, AskError> {
-        let asked = async {
-            let asked = self.exchange(method, resource, content);
-            match tokio::time::timeout(TIMEOUT, asked).await {
+    ) -> Result<T, ClientError> {
+        let answer = async {
+            let exchange = self.exchange(method, resource, content);
+            match tokio::time::timeout(TIMEOUT, exchange).await {
                 Ok(answer) => answer,
-                Err(_) => Err(self.no_answer(format!("nothing came in {} s", TIMEOUT.as_secs()))),
+                Err(_) => Err(self.no_answer(format!("no answer in {} s", TIMEOUT.as_secs()))),
             }
         };
-        let (ok, body) = self.runtime.block_on(asked)?;
+        let (ok, body) = self.runtime.block_on(answer)?;
         if ok {
-            serde_json::from_slice(&body).map_err(|e| {
-                self.no_answer(format!("its answer is not one that we understand ({e})"))
-            })
+            serde_json::from_slice(&body)
+                .map_err(|e| self.no_answer(format!("its answer is not the expected JSON ({e})")))
         } else {
-            let problem = serde_json::from_slice(&body)
-                .map_err(|_| self.no_answer("it refused without a reason that we understand"))?;
-            Err(AskError::Refused(problem))
+            let problem = serde_json::from_slice(&body).map_err(|_| {
+                self.no_answer("it refused, and its reason is not the expected JSON")
+            })?;
+            Err(ClientError::Refused(problem))
         }
     }
 
-    /// One request; whether it was granted, and the answer's body.
+    /// Sends one request; returns whether it succeeded, and the body of the answer.
     async fn exchange(
         &self,
         method: Method,
         resource: &str,
         content: Content,
-    ) -> Result<(bool, Bytes), AskError> {
+    ) -> Result<(bool, Bytes), ClientError> {
         let stream = UnixStream::connect(&self.path)
             .await
             .map_err(|source| self.cannot_open(source))?;
@@ -172,7 +173,7 @@ impl Client {
             .uri(resource)
             .header(HOST, "outpatch");
         let request = match content {
-            Content::Nothing => request.body(Full::<Bytes>::default()),
+            Content::Empty => request.body(Full::<Bytes>::default()),
             Content::Json(body) => request
                 .header(CONTENT_TYPE, "application/json")
                 .body(Full::from(Bytes::from(body))),
@@ -190,7 +191,7 @@ impl Client {
             .await
             .map_err(|e| self.no_answer(e))?;
         let ok = answer.status().is_success();
-        let body = Limited::new(answer.into_body(), ANSWER_LIMIT)
+        let body = Limited::new(answer.into_body(), MAX_ANSWER)
             .collect()
             .await
             .map_err(|e| match e.downcast_ref::<LengthLimitError>() {
@@ -201,19 +202,46 @@ impl Client {
         Ok((ok, body.to_bytes()))
     }
 
-    fn cannot_open(&self, source: io::Error) -> AskError {
+    fn cannot_open(&self, source: io::Error) -> ClientError {
         let path = self.path.clone();
         match source.kind() {
-            io::ErrorKind::NotFound => AskError::NoSocket(path),
-            io::ErrorKind::ConnectionRefused => AskError::Gone(path),
-            _ => AskError::Open { path, source },
+            io::ErrorKind::NotFound => ClientError::NoSocket(path),
+            io::ErrorKind::ConnectionRefused => ClientError::Gone(path),
+            _ => ClientError::Open { path, source },
         }
     }
 
-    fn no_answer(&self, why: impl ToString) -> AskError {
-        AskError::NoAnswer {
+    fn no_answer(&self, why: impl ToString) -> ClientError {
+        ClientError::NoAnswer {
             path: self.path.clone(),
             why: why.to_string(),
         }
+    }
+}
+
+/// The resource of the patch `name`. A character that a module's name cannot have is escaped, so
+/// that the name cannot reach another resource.
+#[must_use]
+pub fn patch_resource(name: &str) -> String {
+    let name: String = name
+        .bytes()
+        .map(|byte| match byte {
+            b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'_' | b'-' | b'.' => {
+                char::from(byte).to_string()
+            }
+            other => format!("%{other:02X}"),
+        })
+        .collect();
+    format!("/patches/{name}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_place_in_the_path() {
+        assert_eq!(patch_resource("live-patch_1.2"), "/patches/live-patch_1.2");
+        assert_eq!(patch_resource("../vm?x#y"), "/patches/..%2Fvm%3Fx%23y");
     }
 }

@@ -1,4 +1,4 @@
-//! `outpatch`: starts guests, and talks to running ones.
+//! `outpatch`: starts a guest, or talks to the VMM of a running one.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ mod cli;
 
 /// Boots stock Linux kernels and patches them from outside, while they run.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "outpatch", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -20,7 +20,7 @@ struct Cli {
 enum Command {
     Run(cli::run::Args),
     #[command(flatten)]
-    Verb(cli::commands::Verb),
+    Guest(cli::commands::GuestCommand),
 }
 
 fn main() -> ExitCode {
@@ -32,23 +32,24 @@ fn main() -> ExitCode {
         .init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return misused(&error),
+        Err(error) => return usage_error(&error),
     };
-    let done = match cli.command {
+    let result = match cli.command {
         Command::Run(args) => cli::run::run(args),
-        Command::Verb(verb) => return cli::commands::run(verb),
+        Command::Guest(command) => return cli::commands::run(command),
     };
-    done.unwrap_or_else(|error| {
+    result.unwrap_or_else(|error| {
         eprintln!("outpatch: {error:#}");
         ExitCode::FAILURE
     })
 }
 
 /// Exit status for wrong arguments.
-const MISUSED: u8 = 2;
+const USAGE_ERROR: u8 = 2;
 
-/// Help and the version as they are; what is wrong with the arguments in one line, as every other refusal.
-fn misused(error: &clap::Error) -> ExitCode {
+/// Prints help or the version as clap has them; otherwise what is wrong with the arguments, in one
+/// line as every other error.
+fn usage_error(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) => ExitCode::SUCCESS,
@@ -56,14 +57,14 @@ fn misused(error: &clap::Error) -> ExitCode {
         };
     }
     let text = error.to_string();
-    let said: Vec<&str> = text
+    let lines: Vec<&str> = text
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
         .filter(|line| !line.is_empty())
         .collect();
-    let said = said.join(" ");
-    let said = said.strip_prefix("error: ").unwrap_or(&said);
-    eprintln!("outpatch: {said} (--help tells more)");
-    ExitCode::from(MISUSED)
+    let line = lines.join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    eprintln!("outpatch: {line} (see --help)");
+    ExitCode::from(USAGE_ERROR)
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 const RESPONSE_LIMIT: Duration = Duration::from_secs(60);
 /// Query parameters: the response comes when the transition has completed, or after 20 s, and lists
 /// only the tasks that block it.
-const WAIT_QUERY: &str = "wait_ms=20000&tasks=waiting";
+const WAIT_QUERY: &str = "wait_ms=20000&tasks=pending";
 
 /// The control socket of one guest.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
-//! The control thread: the one place from which the guest is looked at and changed, one operation after the other.
+//! The control thread: the only thread that reads and changes the guest, one operation at a time.
 //!
-//! Between operations it drives a running transition on. It knows nothing of HTTP: operations come as closures through a
-//! bounded queue, and each carries its own way back.
+//! Between operations it polls a running transition. Knows nothing of HTTP: operations are closures
+//! that arrive through a bounded queue, each with a channel for its answer.
 
 use std::io;
 use std::path::Path;
@@ -12,23 +12,24 @@ use std::time::{Duration, Instant};
 use patcher::{CheckReport, Mode, PatchStatus};
 use tokio::sync::{oneshot, watch};
 
-use crate::api::priority::go_before_vcpus;
+use crate::api::priority::raise_above_vcpus;
 use crate::api::problem::{Kind, Problem};
 use crate::api::types;
 
-/// Operations that may wait for their turn.
+/// The most operations that may be queued.
 const QUEUE: usize = 32;
 
-/// The longest that the control thread sleeps when nothing is to be done.
+/// How long the control thread sleeps when it has nothing to do.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// What can be done with a guest. The VMM's is [`Guest`](super::guest::Guest); tests have their own.
+/// What can be done with a guest. [`Controller`](super::controller::Controller) does it to a real
+/// one; tests have a fake guest.
 pub trait Control: Send + 'static {
-    /// What the VM is.
+    /// The VM and its state.
     fn vm(&mut self) -> types::Vm;
-    /// Pauses it or lets it run; nothing happens when it is so already.
+    /// Pauses or resumes the guest; does nothing when it already has that state.
     fn set_state(&mut self, state: types::VmState) -> Result<(), Problem>;
-    /// Asks the VM to end; it may still be there when this returns.
+    /// Requests the end of the VM, which may come after this returns.
     fn stop(&mut self) -> Result<(), Problem>;
     /// All tasks.
     fn tasks(&mut self) -> Result<Vec<types::Task>, Problem>;
@@ -42,64 +43,66 @@ pub trait Control: Send + 'static {
     fn dump(&mut self, path: &Path) -> Result<types::Dump, Problem>;
     /// All patches, in the order they were applied in.
     fn patches(&mut self) -> Vec<PatchStatus>;
-    /// What applying a livepatch module would come to.
+    /// What applying a livepatch module would do now; changes nothing.
     fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem>;
-    /// Begins to apply a livepatch module, and says its name.
+    /// Starts to apply a livepatch module; returns the name of its patch.
     fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem>;
-    /// Begins to revert a patch.
+    /// Starts to revert a patch.
     fn revert(&mut self, name: &str, mode: Mode) -> Result<(), Problem>;
-    /// Turns a patch's running transition round.
+    /// Reverses a patch's running transition.
     fn cancel(&mut self, name: &str) -> Result<(), Problem>;
-    /// Moves every task in a patch's running transition, wherever it is.
+    /// Completes a patch's running transition by switching every task, whatever it executes.
     fn force(&mut self, name: &str) -> Result<(), Problem>;
-    /// Sends the fake signal in a patch's running transition, from so long after its start on.
+    /// Sends the fake signal in a patch's running transition, once `after` has passed since its
+    /// start.
     fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem>;
-    /// Drives a running transition on.
+    /// Tries to complete a running transition.
     fn poll(&mut self);
-    /// When that is to be done next; `None`: no transition runs.
+    /// When the next poll is due; `None`: no transition runs.
     fn due(&mut self) -> Option<Instant>;
 }
 
 type Work = Box<dyn FnOnce(&mut dyn Control) + Send>;
 
-/// An operation, as it waits in the queue.
+/// A queued operation.
 struct Operation {
     run: Work,
-    /// It may begin a transition, turn one round or end it: when the next poll is due may be another time.
+    /// Whether it may start, reverse or complete a transition, and so change when the next poll is
+    /// due.
     changes: bool,
 }
 
-/// The running control thread; dropping it lets the operation in hand finish, and ends it.
+/// The running control thread. Dropping it waits for the current operation, and ends the thread.
 #[derive(Debug)]
 pub(super) struct ControlThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Where operations are handed in. The control thread ends when the last one is dropped.
+/// The sending end of the queue. The control thread ends when the last mailbox is dropped.
 #[derive(Clone)]
 pub(super) struct Mailbox {
     operations: SyncSender<Operation>,
-    patience: Duration,
-    /// Changes each time that a transition has ended.
+    timeout: Duration,
+    /// Changes each time a transition ends.
     ends: watch::Receiver<()>,
 }
 
 impl ControlThread {
-    /// How long the end of the VM may be held up by an operation in hand.
+    /// How long the current operation may delay the end of the VM.
     const END_TIMEOUT: Duration = Duration::from_secs(5);
 
-    /// Starts the thread. An operation may take `patience`, its wait in the queue included, before its client is told that it
-    /// takes too long.
+    /// Starts the thread. A client waits at most `timeout` for an operation, its time in the queue
+    /// included.
     pub fn start(
         mut control: impl Control,
-        patience: Duration,
+        timeout: Duration,
     ) -> io::Result<(ControlThread, Mailbox)> {
         let (operations, inbox) = mpsc::sync_channel(QUEUE);
         let (ended, ends) = watch::channel(());
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
-                go_before_vcpus();
+                raise_above_vcpus();
                 work(&mut control, &inbox, &ended);
             })?;
         let thread = ControlThread {
@@ -109,7 +112,7 @@ impl ControlThread {
             thread,
             Mailbox {
                 operations,
-                patience,
+                timeout,
                 ends,
             },
         ))
@@ -121,20 +124,21 @@ impl Drop for ControlThread {
         let Some(thread) = self.thread.take() else {
             return;
         };
-        // An operation that never ends must not keep the VM's process alive: then the thread dies with the process.
+        // An operation that never returns must not keep the VM's process alive: then the thread is
+        // left to die with the process.
         let deadline = Instant::now() + Self::END_TIMEOUT;
         while !thread.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }
         if !thread.is_finished() {
-            tracing::warn!("the control thread is still at work");
+            tracing::warn!("the control thread is still busy and is abandoned");
         } else if thread.join().is_err() {
             tracing::error!("the control thread panicked");
         }
     }
 }
 
-/// Does operations as they come, and polls the transition when it is due.
+/// Runs operations as they arrive, and polls the transition when that is due.
 fn work(control: &mut impl Control, inbox: &Receiver<Operation>, ended: &watch::Sender<()>) {
     let mut due: Option<Instant> = None;
     loop {
@@ -147,7 +151,7 @@ fn work(control: &mut impl Control, inbox: &Receiver<Operation>, ended: &watch::
             Err(RecvTimeoutError::Timeout) => false,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        // Asked after every operation, too: a stream of requests must not starve a poll that is due.
+        // Checked after every operation, too: a stream of requests must not starve a due poll.
         let polls = due.is_some_and(|at| at <= Instant::now());
         if polls {
             control.poll();
@@ -162,15 +166,15 @@ fn work(control: &mut impl Control, inbox: &Receiver<Operation>, ended: &watch::
 }
 
 impl Mailbox {
-    /// Has a look at the guest done on the control thread.
-    pub async fn look<T: Send + 'static>(
+    /// Runs an operation that reads the guest on the control thread.
+    pub async fn read<T: Send + 'static>(
         &self,
-        look: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
+        read: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
     ) -> Result<T, Problem> {
-        self.send(false, look).await
+        self.send(false, read).await
     }
 
-    /// Has something done on the control thread that the transition may have to go on from.
+    /// Runs an operation that may start or change a transition on the control thread.
     pub async fn change<T: Send + 'static>(
         &self,
         change: impl FnOnce(&mut dyn Control) -> T + Send + 'static,
@@ -178,20 +182,22 @@ impl Mailbox {
         self.send(true, change).await
     }
 
-    /// A patch as it is now.
+    /// The present status of a patch.
     pub async fn patch(&self, name: String) -> Result<PatchStatus, Problem> {
-        self.look(move |control| find(control.patches(), &name))
+        self.read(move |control| find(control.patches(), &name))
             .await?
     }
 
-    /// Changes each time that a transition has ended from now on. That of an operation sent later is among them.
+    /// Changes each time a transition ends from now on, including one that a later operation
+    /// starts.
     pub fn ends(&self) -> watch::Receiver<()> {
         let mut ends = self.ends.clone();
         ends.mark_unchanged();
         ends
     }
 
-    /// An operation whose client has gone before its turn is not begun.
+    /// Queues an operation and waits for its result. It is not run when its client has gone before
+    /// that.
     async fn send<T: Send + 'static>(
         &self,
         changes: bool,
@@ -200,7 +206,7 @@ impl Mailbox {
         let (reply, answer) = oneshot::channel();
         let run = Box::new(move |control: &mut dyn Control| {
             if !reply.is_closed() {
-                // The client may go while it is done: nobody then wants the answer.
+                // The client may go while it runs; then there is no receiver for the result.
                 drop(reply.send(operation(control)));
             }
         });
@@ -210,31 +216,34 @@ impl Mailbox {
             .map_err(|error| match error {
                 TrySendError::Full(_) => Problem::new(
                     Kind::Unavailable,
-                    "too many requests wait for the guest",
+                    "too many requests are queued for the guest",
                     "try again in a second",
                 ),
                 TrySendError::Disconnected(_) => gone(),
             })?;
-        match tokio::time::timeout(self.patience, answer).await {
+        match tokio::time::timeout(self.timeout, answer).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(_)) => Err(gone()),
             Err(_) => Err(Problem::new(
                 Kind::Timeout,
-                format!("the guest did not answer in {} s", self.patience.as_secs()),
-                "ask for the status before trying again: the operation may still be done",
+                format!("the guest did not answer in {} s", self.timeout.as_secs()),
+                "check the status before trying again: the operation may still complete",
             )),
         }
     }
 }
 
-/// The newest patch of a name: one that was reverted and applied again is there twice.
+/// The newest patch of a name: one that was reverted and applied again is listed twice. As for
+/// modprobe, `-` and `_` are the same.
 pub(super) fn find(patches: Vec<PatchStatus>, name: &str) -> Result<PatchStatus, Problem> {
-    let found = patches.into_iter().rev().find(|p| p.name == name);
+    let wanted = name.replace('-', "_");
+    let mut newest_first = patches.into_iter().rev();
+    let found = newest_first.find(|patch| patch.name.replace('-', "_") == wanted);
     found.ok_or_else(|| {
         Problem::new(
             Kind::NotFound,
             format!("no patch is named {name:?}"),
-            "the status lists those there are",
+            "see GET /patches",
         )
     })
 }
@@ -250,7 +259,7 @@ fn gone() -> Problem {
 impl std::fmt::Debug for Mailbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Mailbox")
-            .field("patience", &self.patience)
+            .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
 }

@@ -1,6 +1,7 @@
-//! The control of a real guest: its VM by the handle, its kernel by the patcher.
+//! [`Control`] of a real guest: the VM through its handle, the kernel through the patcher.
 //!
-//! Only translates: what can be done is the patcher's, how the answers look is the wire's.
+//! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but
+//! the kinds of refusals; must not decide what can be done to a guest.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,20 +16,18 @@ use crate::vm::handle::VmHandle;
 use crate::vm::machine::VmMachine;
 use crate::vm::shared::VmState;
 
-/// The guest of this process.
+/// The control of the guest in this process.
 #[derive(Debug)]
 pub struct Controller {
     vm: VmHandle,
     machine: VmMachine,
     patcher: Patcher,
-    /// The kernel's release, once found.
-    release: Option<String>,
-    /// Why the last look at a transition failed, so that each reason is told once.
+    /// Why the last poll of a transition failed, so that each reason is logged once.
     failure: Option<String>,
 }
 
 impl Controller {
-    /// Takes control of a guest; nothing is read of it before it is asked for.
+    /// Takes control of a guest. Reads nothing of it before the first request.
     #[must_use]
     pub fn new(vm: VmHandle) -> Controller {
         let machine = vm.machine();
@@ -36,7 +35,6 @@ impl Controller {
             vm,
             machine,
             patcher: Patcher::new(),
-            release: None,
             failure: None,
         }
     }
@@ -44,14 +42,9 @@ impl Controller {
 
 impl Control for Controller {
     fn vm(&mut self) -> types::Vm {
-        if self.release.is_none() {
-            self.release = self
-                .patcher
-                .banner(&mut self.machine)
-                .ok()
-                .as_deref()
-                .and_then(release_of);
-        }
+        // Without a pause once the kernel is known; while the guest boots there is none.
+        let kernel = self.patcher.kernel(&mut self.machine).ok();
+        let kernel = kernel.map(|kernel| kernel.release.clone());
         types::Vm {
             state: match self.vm.state() {
                 VmState::Running => types::VmState::Running,
@@ -60,7 +53,7 @@ impl Control for Controller {
             cpus: self.vm.cpus(),
             memory: self.vm.memory_size(),
             pid: std::process::id(),
-            kernel: self.release.clone(),
+            kernel,
             pauses: self.patcher.pauses().clone(),
         }
     }
@@ -175,7 +168,7 @@ impl Control for Controller {
         if let Some(error) = &failure
             && self.failure != failure
         {
-            tracing::warn!("the transition does not get on: {error}");
+            tracing::warn!("cannot continue the transition: {error}");
         }
         self.failure = failure;
     }
@@ -185,30 +178,26 @@ impl Control for Controller {
     }
 }
 
-/// `6.1.0-56-cloud-amd64` out of `Linux version 6.1.0-56-cloud-amd64 (…) …`.
-fn release_of(banner: &str) -> Option<String> {
-    let words = banner.strip_prefix("Linux version ")?;
-    words.split_whitespace().next().map(str::to_owned)
+/// The refusal that answers an error of the patcher, in the patcher's words.
+fn problem(error: &PatchError) -> Problem {
+    let (kind, detail) = answer_to(error.kind());
+    Problem::new(kind, error, detail)
 }
 
-fn problem(error: &PatchError) -> Problem {
-    let (kind, detail) = match error.kind() {
+/// The kind of refusal for each kind of error, and what its reader can do about it. An error that
+/// says "try again" is one of [`Kind::Conflict`] or [`Kind::Unavailable`].
+fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
+    match kind {
         ErrorKind::BadPatch => (
             Kind::BadModule,
-            "give a livepatch module built for exactly this guest's kernel",
+            "build the livepatch module for exactly this guest's kernel",
         ),
         ErrorKind::Unsupported => (
             Kind::Unsupported,
             "the guest runs on as before; patch it from inside, or wait for a later outpatch",
         ),
-        ErrorKind::NotFound => (
-            Kind::NotFound,
-            "the lists of tasks and of patches name what there is",
-        ),
-        ErrorKind::Conflict => (
-            Kind::Conflict,
-            "the status of the patches tells what is there",
-        ),
+        ErrorKind::NotFound => (Kind::NotFound, "see GET /tasks and GET /patches"),
+        ErrorKind::Conflict => (Kind::Conflict, "see GET /patches"),
         ErrorKind::Busy => (
             Kind::Unavailable,
             "the guest runs on as before; try again in a moment",
@@ -216,15 +205,14 @@ fn problem(error: &PatchError) -> Problem {
         ErrorKind::NotReady => (Kind::Unavailable, "wait until the guest has booted"),
         ErrorKind::Guest => (
             Kind::Internal,
-            "the guest runs on as before, but its kernel is not one that outpatch can read",
+            "the guest runs on as before, but outpatch cannot read its kernel",
         ),
         ErrorKind::Machine => (Kind::Internal, "see the VMM's own messages"),
         ErrorKind::Internal => (
             Kind::Internal,
             "the guest runs on as before; this is a bug in outpatch",
         ),
-    };
-    Problem::new(kind, error, detail)
+    }
 }
 
 fn dump_problem(error: &DumpError) -> Problem {
@@ -232,15 +220,15 @@ fn dump_problem(error: &DumpError) -> Problem {
         DumpError::Relative(_) => (Kind::BadRequest, "give an absolute path"),
         DumpError::Exists(_) => (
             Kind::Conflict,
-            "give another name, or remove it first: nothing is overwritten",
+            "give another name, or remove the file first: nothing is overwritten",
         ),
         DumpError::Create { .. } => (
             Kind::BadRequest,
-            "give a path in a folder that the VMM may write to",
+            "give a path in a directory that the VMM may write to",
         ),
         _ => (
             Kind::Internal,
-            "the guest runs on as before, and nothing is left of the dump",
+            "the guest runs on as before, and no part of the dump is left",
         ),
     };
     Problem::new(kind, error, detail)
@@ -255,14 +243,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_release_is_the_banners_third_word() {
-        let banner = "Linux version 6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP";
-        assert_eq!(release_of(banner).as_deref(), Some("6.1.0-56-cloud-amd64"));
-        assert_eq!(release_of("Linux version "), None);
-        assert_eq!(release_of("FreeBSD"), None);
-    }
-
-    #[test]
     fn refusals_keep_the_patchers_words() {
         let p = problem(&PatchError::NoSuchTask(7));
         assert_eq!(
@@ -271,5 +251,22 @@ mod tests {
         );
         let p = problem(&PatchError::NotReady(introspect::NotReady::NoImage));
         assert_eq!(p.kind, Kind::Unavailable);
+    }
+
+    #[test]
+    fn what_may_be_tried_again_is_not_answered_as_unsupported() {
+        let busy = PatchError::Busy {
+            what: "tasklist_lock is held for writing".into(),
+            tries: 100,
+        };
+        let not_at_once = PatchError::NotAtOnce {
+            blocker: "77 sleeper in do_wait+0x5".into(),
+            others: 0,
+        };
+        let too_many = PatchError::TooManyTasks { max: 512 };
+        for error in [busy, not_at_once, too_many] {
+            assert_ne!(problem(&error).kind, Kind::Unsupported, "{error}");
+        }
+        assert!(!answer_to(ErrorKind::Unsupported).1.contains("try again"));
     }
 }

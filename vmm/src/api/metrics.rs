@@ -1,4 +1,4 @@
-//! The metrics page, in Prometheus' text format.
+//! The page of `GET /metrics`, in Prometheus' text format.
 
 use std::fmt::Write;
 
@@ -6,49 +6,56 @@ use patcher::{PAUSE_BOUNDS_US, PatchStatus, PauseReport};
 
 use crate::api::types::{Vm, VmState};
 
-/// Version 0.0.4 of the format.
+/// The content type of the format, version 0.0.4.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The page. The pause comes first: it is what watching costs the guest.
+/// Renders the page. Pauses come first: they are what outpatch costs the guest.
 pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
     let mut page = String::new();
     let mut metric = |name: &str, kind: &str, help: &str, value: String| {
         // Writing to a string cannot fail.
         let _ = write!(
             page,
-            "# HELP outpatch_{name} {help}\n# TYPE outpatch_{name} {kind}\noutpatch_{name} {value}\n"
+            "# HELP outpatch_{name} {help}\n\
+             # TYPE outpatch_{name} {kind}\n\
+             outpatch_{name} {value}\n"
         );
     };
     let pauses = &vm.pauses;
     metric(
         "pauses_total",
         "counter",
-        "Times that all vCPUs were stopped to look at the guest or to patch it.",
+        "Number of times all vCPUs were paused to read the guest or to patch it.",
         pauses.count.to_string(),
     );
     metric(
         "pause_seconds_total",
         "counter",
-        "Time that all vCPUs were stopped for that.",
+        "Total length of these pauses.",
         seconds(pauses.total_us),
     );
     metric(
         "pause_longest_seconds",
         "gauge",
-        "The longest such pause.",
+        "Length of the longest of these pauses.",
         seconds(pauses.longest_us),
     );
     metric(
         "vm_running",
         "gauge",
-        "1: the operator lets the guest run; 0: it is paused.",
+        "1: the guest runs; 0: the operator has paused it.",
         u8::from(vm.state == VmState::Running).to_string(),
     );
-    metric("vcpus", "gauge", "vCPUs of the guest.", vm.cpus.to_string());
+    metric(
+        "vcpus",
+        "gauge",
+        "Number of vCPUs of the guest.",
+        vm.cpus.to_string(),
+    );
     metric(
         "memory_bytes",
         "gauge",
-        "RAM of the guest.",
+        "Size of the guest's RAM.",
         vm.memory.to_string(),
     );
     let enabled = patches.iter().filter(|p| p.enabled).count();
@@ -58,23 +65,23 @@ pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
         "Patches that are applied or being applied.",
         enabled.to_string(),
     );
-    let waiting = patches
+    let pending = patches
         .iter()
         .filter(|p| p.transition)
         .flat_map(|p| &p.tasks)
         .filter(|t| t.switched_by.is_none())
         .count();
     metric(
-        "transition_tasks_waiting",
+        "transition_tasks_pending",
         "gauge",
-        "Tasks that the running transition waits for.",
-        waiting.to_string(),
+        "Tasks that have not switched in the running transition.",
+        pending.to_string(),
     );
     histogram(&mut page, pauses);
     page
 }
 
-/// The lengths of pauses, each bound counting all that are no longer.
+/// Renders the lengths of pauses; each bucket counts all pauses up to its bound.
 fn histogram(page: &mut String, pauses: &PauseReport) {
     const NAME: &str = "outpatch_pause_seconds";
     let mut line = |text: String| {
@@ -96,7 +103,7 @@ fn histogram(page: &mut String, pauses: &PauseReport) {
     line(format!("{NAME}_count {}", pauses.count));
 }
 
-/// Microseconds as Prometheus' base unit, without passing through a float.
+/// Microseconds in Prometheus' base unit, converted without a float.
 fn seconds(us: u64) -> String {
     format!("{}.{:06}", us / 1_000_000, us % 1_000_000)
 }

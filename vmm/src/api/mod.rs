@@ -1,18 +1,19 @@
-//! The control socket: a small REST over a Unix socket through which a running VMM is asked and told.
+//! The control socket: a REST API over a Unix socket, to query and control a running VMM.
 //!
-//! Three parts that do not know each other's business: [`socket`] (the file), [`server`] and [`routes`] (HTTP, on the API
-//! thread), [`control`] (the guest, on the control thread).
+//! Its parts are independent: `socket` is the file, `server` and `routes` speak HTTP on the
+//! API thread, `control` and `controller` work on the guest on the control thread.
 
-pub mod control;
-pub mod controller;
+mod control;
+mod controller;
 mod metrics;
 mod priority;
-pub mod problem;
-pub mod routes;
-pub mod server;
-pub mod socket;
-#[cfg(test)]
-pub(crate) mod testing;
+mod problem;
+mod routes;
+mod server;
+mod socket;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod types;
@@ -21,5 +22,6 @@ mod wait;
 pub use control::Control;
 pub use controller::Controller;
 pub use problem::{Kind, Problem};
+pub use routes::MAX_MODULE;
 pub use server::{Limits, Server};
 pub use socket::{ControlSocket, SocketError};

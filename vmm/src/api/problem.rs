@@ -1,4 +1,4 @@
-//! A refusal: what went wrong, what to do about it, and its HTTP status.
+//! A refused request: what is wrong, what to do about it, and its HTTP status.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -6,35 +6,36 @@ use axum::response::{IntoResponse, Response};
 
 use crate::api::types;
 
-/// What sort of refusal; each has one HTTP status.
+/// The kind of a refusal. Each has one HTTP status; clients distinguish refusals by
+/// [`word`](Kind::word).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// The request makes no sense.
+    /// The request is malformed or contradictory.
     BadRequest,
     /// The file is not a livepatch for this guest.
     BadModule,
-    /// There is no such thing.
+    /// There is no such resource, task or patch.
     NotFound,
-    /// There is no such method here.
+    /// The resource does not have this method.
     MethodNotAllowed,
-    /// Not in the present state of the guest or of its patches.
+    /// The request does not fit the present state of the guest or of its patches.
     Conflict,
     /// The request took too long to arrive.
     RequestTimeout,
     /// The body is too long.
     TooLarge,
-    /// Right, but not supported yet, or not with this guest.
+    /// The request is valid, but not supported yet, or not with this guest.
     Unsupported,
-    /// The guest is not ready, or others are before you: try again.
+    /// The guest is not ready or busy, or there are too many requests: try again.
     Unavailable,
-    /// The guest took too long.
+    /// The operation took too long.
     Timeout,
-    /// Our fault, or the machine's.
+    /// A fault of outpatch or of the VM.
     Internal,
 }
 
 impl Kind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Kind; 11] = [
         Kind::BadRequest,
         Kind::BadModule,
@@ -49,7 +50,7 @@ impl Kind {
         Kind::Internal,
     ];
 
-    /// The word for programs.
+    /// The kind as a word, as in the field `kind` of a refusal.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {
@@ -67,7 +68,7 @@ impl Kind {
         }
     }
 
-    /// The status.
+    /// The HTTP status.
     #[must_use]
     pub const fn status(self) -> StatusCode {
         match self {
@@ -85,11 +86,11 @@ impl Kind {
     }
 }
 
-/// A refusal.
+/// A refusal, which a handler returns as its error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{error} ({detail})")]
 pub struct Problem {
-    /// What sort.
+    /// The kind, for programs.
     pub kind: Kind,
     /// What is wrong, in one line.
     pub error: String,
@@ -98,7 +99,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// A refusal; line breaks become spaces, so that each text stays one line.
+    /// A refusal with these texts, in which line breaks become spaces.
     #[must_use]
     pub fn new(kind: Kind, error: impl ToString, detail: impl ToString) -> Problem {
         Problem {

@@ -1,6 +1,6 @@
-//! The routes: which request does what, and what it answers.
+//! The routes: what each request does, and what it answers.
 //!
-//! Only translation between HTTP and [`Control`]; the guest is never touched on this thread.
+//! Only translates between HTTP and [`Control`]; this thread must not touch the guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,19 +24,21 @@ use crate::api::problem::{Kind, Problem};
 use crate::api::types;
 use crate::api::wait::WaitFor;
 
-/// The largest livepatch module taken.
-pub const MODULE_LIMIT: usize = 64 << 20;
+/// The largest livepatch module accepted, in bytes.
+pub const MAX_MODULE: usize = 64 << 20;
 
-/// The largest JSON body taken.
-const JSON_LIMIT: usize = 64 << 10;
+/// The largest JSON body accepted, in bytes.
+const MAX_JSON: usize = 64 << 10;
 
-/// Modules received at the same time; together with [`MODULE_LIMIT`] this bounds what uploads can hold of memory.
-const UPLOADS: usize = 2;
+/// The most modules held at a time; with [`MAX_MODULE`] this bounds the memory of uploads.
+const MAX_UPLOADS: usize = 2;
 
-/// What to do about a query that is not [`types::ApplyQuery`], and one that is not [`types::AnswerQuery`].
-const APPLY: &str =
-    "the parameters are mode (per-task, stop-machine or auto), wait_ms and tasks (all or waiting)";
-const ANSWER: &str = "the parameters are wait_ms and tasks (all or waiting)";
+/// The advice for a query that is not [`types::ApplyQuery`].
+const APPLY_QUERY: &str =
+    "the parameters are mode (per-task, stop-machine or auto), wait_ms and tasks (all or pending)";
+
+/// The advice for a query that is not [`types::PatchQuery`].
+const PATCH_QUERY: &str = "the parameters are wait_ms and tasks (all or pending)";
 
 /// What the handlers share.
 #[derive(Clone, Debug)]
@@ -47,17 +49,17 @@ pub(super) struct App {
     body_timeout: Duration,
 }
 
-/// One route.
+/// A route.
 #[derive(Debug)]
 pub(super) struct Route {
-    /// The method.
+    /// The HTTP method.
     pub method: Method,
-    /// The path, with `{…}` where it varies.
+    /// The path, with `{…}` for a segment that varies.
     pub path: &'static str,
     handler: fn(MethodFilter) -> MethodRouter<App>,
 }
 
-/// Every route there is; `docs/ABI` describes each.
+/// All routes; `docs/ABI` describes each.
 #[rustfmt::skip]
 pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::GET, path: "/version", handler: |m| on(m, version) },
@@ -77,7 +79,7 @@ pub(super) const ROUTES: &[Route] = &[
     Route { method: Method::GET, path: "/metrics", handler: |m| on(m, metrics) },
 ];
 
-/// The service that answers them.
+/// The service of all routes.
 pub(super) fn router(mailbox: Mailbox, body_timeout: Duration) -> Router {
     let mut router = Router::new();
     for route in ROUTES {
@@ -91,7 +93,7 @@ pub(super) fn router(mailbox: Mailbox, body_timeout: Duration) -> Router {
         .method_not_allowed_fallback(no_method)
         .with_state(App {
             mailbox,
-            uploads: Arc::new(Semaphore::new(UPLOADS)),
+            uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             body_timeout,
         })
 }
@@ -104,7 +106,7 @@ async fn version() -> Json<types::Version> {
 }
 
 async fn vm(State(app): State<App>) -> Result<Json<types::Vm>, Problem> {
-    Ok(Json(app.mailbox.look(|c| c.vm()).await?))
+    Ok(Json(app.mailbox.read(|c| c.vm()).await?))
 }
 
 async fn change_vm(State(app): State<App>, body: Body) -> Result<Json<types::Vm>, Problem> {
@@ -115,7 +117,7 @@ async fn change_vm(State(app): State<App>, body: Body) -> Result<Json<types::Vm>
     Ok(Json(change.await??))
 }
 
-/// Accepted, not done: the answer must be out before the VMM is gone.
+/// Answers 202, as the answer must be sent before the VMM ends.
 async fn stop_vm(State(app): State<App>) -> Result<impl IntoResponse, Problem> {
     let vm = app.mailbox.change(|c| {
         let vm = c.vm();
@@ -125,7 +127,7 @@ async fn stop_vm(State(app): State<App>) -> Result<impl IntoResponse, Problem> {
 }
 
 async fn tasks(State(app): State<App>) -> Result<Json<Vec<types::Task>>, Problem> {
-    Ok(Json(app.mailbox.look(|c| c.tasks()).await??))
+    Ok(Json(app.mailbox.read(|c| c.tasks()).await??))
 }
 
 async fn stack(
@@ -136,48 +138,48 @@ async fn stack(
         Problem::new(
             Kind::BadRequest,
             format!("{pid:?} is not a pid"),
-            "give a thread id, as the list of tasks has it",
+            "give a thread id, as in GET /tasks",
         )
     })?;
-    Ok(Json(app.mailbox.look(move |c| c.stack(pid)).await??))
+    Ok(Json(app.mailbox.read(move |c| c.stack(pid)).await??))
 }
 
 async fn stacks(State(app): State<App>) -> Result<Json<Vec<types::TaskStack>>, Problem> {
-    Ok(Json(app.mailbox.look(|c| c.stacks()).await??))
+    Ok(Json(app.mailbox.read(|c| c.stacks()).await??))
 }
 
 async fn symbols(State(app): State<App>) -> Result<Json<Vec<types::Symbol>>, Problem> {
-    Ok(Json(app.mailbox.look(|c| c.symbols()).await??))
+    Ok(Json(app.mailbox.read(|c| c.symbols()).await??))
 }
 
 async fn dump(State(app): State<App>, body: Body) -> Result<impl IntoResponse, Problem> {
     let types::NewDump { path } = app.json(body).await?;
-    let dump = app.mailbox.look(move |c| c.dump(path.as_ref()));
+    let dump = app.mailbox.read(move |c| c.dump(path.as_ref()));
     Ok((StatusCode::CREATED, Json(dump.await??)))
 }
 
 async fn patches(State(app): State<App>) -> Result<Json<Vec<PatchStatus>>, Problem> {
-    Ok(Json(app.mailbox.look(|c| c.patches()).await?))
+    Ok(Json(app.mailbox.read(|c| c.patches()).await?))
 }
 
 async fn patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<types::AnswerQuery>, QueryRejection>,
+    query: Result<Query<types::PatchQuery>, QueryRejection>,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let follow = WaitFor::new(&app.mailbox, asked(query, ANSWER)?)?;
+    let wait = WaitFor::new(&app.mailbox, parsed(query, PATCH_QUERY)?)?;
     let patch = app.mailbox.patch(name).await?;
-    Ok(Json(follow.until_the_end(patch).await?))
+    Ok(Json(wait.until_ended(patch).await?))
 }
 
-/// Nothing is made that could be asked for later: the report is the whole answer.
+/// Creates no resource: the report is the whole answer.
 async fn check(
     State(app): State<App>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<CheckReport>, Problem> {
     let upload = app.upload(&headers, body).await?;
-    let check = app.mailbox.look(move |c| c.check(&upload.module));
+    let check = app.mailbox.read(move |c| c.check(&upload.module));
     Ok(Json(check.await??))
 }
 
@@ -191,15 +193,15 @@ async fn apply(
         mode,
         wait_ms,
         tasks,
-    } = asked(query, APPLY)?;
-    let follow = WaitFor::new(&app.mailbox, types::AnswerQuery { wait_ms, tasks })?;
+    } = parsed(query, APPLY_QUERY)?;
+    let wait = WaitFor::new(&app.mailbox, types::PatchQuery { wait_ms, tasks })?;
     let upload = app.upload(&headers, body).await?;
     let status = app.mailbox.change(move |control| {
         let name = control.apply(&upload.module, mode)?;
         drop(upload);
         find(control.patches(), &name)
     });
-    let status = follow.until_the_end(status.await??).await?;
+    let status = wait.until_ended(status.await??).await?;
     let mut answer = HeaderMap::new();
     if let Ok(location) = HeaderValue::from_str(&format!("/patches/{}", status.name)) {
         answer.insert(header::LOCATION, location);
@@ -210,14 +212,15 @@ async fn apply(
 async fn change_patch(
     State(app): State<App>,
     Path(name): Path<String>,
-    query: Result<Query<types::AnswerQuery>, QueryRejection>,
+    query: Result<Query<types::PatchQuery>, QueryRejection>,
     body: Body,
 ) -> Result<Json<PatchStatus>, Problem> {
-    let follow = WaitFor::new(&app.mailbox, asked(query, ANSWER)?)?;
+    let wait = WaitFor::new(&app.mailbox, parsed(query, PATCH_QUERY)?)?;
     let change: types::PatchChange = app.json(body).await?;
     check_change(&change)?;
     let change = app.mailbox.change(move |control| {
         let before = find(control.patches(), &name)?;
+        let name = before.name;
         match (change.enabled, before.enabled) {
             (Some(false), true) => control.revert(&name, change.mode.unwrap_or_default())?,
             (Some(true), false) => {
@@ -241,10 +244,10 @@ async fn change_patch(
         }
         find(control.patches(), &name)
     });
-    Ok(Json(follow.until_the_end(change.await??).await?))
+    Ok(Json(wait.until_ended(change.await??).await?))
 }
 
-/// What makes no sense is refused before anything is done.
+/// Refuses a contradictory change before any part of it is made.
 fn check_change(change: &types::PatchChange) -> Result<(), Problem> {
     let types::PatchChange {
         enabled,
@@ -257,13 +260,13 @@ fn check_change(change: &types::PatchChange) -> Result<(), Problem> {
     let wrong = if [enabled, cancel, force, signal].iter().flatten().count() == 0 {
         "the body changes nothing"
     } else if [cancel, force, signal].contains(&Some(false)) {
-        "what was cancelled, forced or signalled cannot be taken back"
+        "cancel, force and signal can only be true: they cannot be undone"
     } else if mode.is_some() && enabled.is_none() {
-        "mode goes with enabled"
+        "mode is only valid with enabled"
     } else if signal_after_ms.is_some() && signal.is_none() {
-        "signal_after_ms goes with signal"
+        "signal_after_ms is only valid with signal"
     } else if [enabled, cancel, force].iter().flatten().count() > 1 {
-        "enabled, cancel and force go one at a time"
+        "only one of enabled, cancel and force can be given"
     } else {
         return Ok(());
     };
@@ -275,13 +278,13 @@ fn check_change(change: &types::PatchChange) -> Result<(), Problem> {
 }
 
 async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
-    let (vm, patches) = app.mailbox.look(|c| (c.vm(), c.patches())).await?;
+    let (vm, patches) = app.mailbox.read(|c| (c.vm(), c.patches())).await?;
     let kind = [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)];
     Ok((kind, metrics::render(&vm, &patches)).into_response())
 }
 
-/// The query, or what is wrong with it and what to do.
-fn asked<T>(query: Result<Query<T>, QueryRejection>, detail: &'static str) -> Result<T, Problem> {
+/// The query, or a refusal with this advice.
+fn parsed<T>(query: Result<Query<T>, QueryRejection>, detail: &'static str) -> Result<T, Problem> {
     match query {
         Ok(Query(query)) => Ok(query),
         Err(rejected) => Err(Problem::new(Kind::BadRequest, rejected.body_text(), detail)),
@@ -300,11 +303,12 @@ async fn no_method() -> Problem {
     Problem::new(
         Kind::MethodNotAllowed,
         "this resource does not have this method",
-        "the Allow header names those it has",
+        "the Allow header lists its methods",
     )
 }
 
-/// A web browser's form or a JSON text is not a module; a client that does not say is taken at its word.
+/// Whether the body may be a module: its content type says so, or is missing. A web browser's form
+/// or JSON is not a module.
 fn is_module(headers: &HeaderMap) -> bool {
     headers
         .get(header::CONTENT_TYPE)
@@ -313,42 +317,42 @@ fn is_module(headers: &HeaderMap) -> bool {
 
 fn too_large(limit: usize) -> Problem {
     let error = format!("the body is longer than {limit} bytes");
-    Problem::new(Kind::TooLarge, error, "send a smaller one")
+    Problem::new(Kind::TooLarge, error, "send a smaller body")
 }
 
-/// A module that was received.
+/// A received module.
 struct Upload {
     module: Bytes,
-    /// Given back when the module is dropped.
+    /// Released when the module is dropped.
     _permit: OwnedSemaphorePermit,
 }
 
 impl App {
-    /// The module in a body, when few others are being received or held.
+    /// Receives the module in a body, unless [`MAX_UPLOADS`] others are held.
     async fn upload(&self, headers: &HeaderMap, body: Body) -> Result<Upload, Problem> {
         if !is_module(headers) {
             return Err(Problem::new(
                 Kind::BadRequest,
-                "the body is not announced as a module",
+                "the content type is not that of a module",
                 "send the .ko file itself with Content-Type: application/octet-stream",
             ));
         }
         let permit = self.uploads.clone().try_acquire_owned().map_err(|_| {
             Problem::new(
                 Kind::Unavailable,
-                "other modules are being received",
+                "too many other modules are being received",
                 "try again in a second",
             )
         })?;
         Ok(Upload {
-            module: self.body(body, MODULE_LIMIT).await?,
+            module: self.body(body, MAX_MODULE).await?,
             _permit: permit,
         })
     }
 
-    /// The whole body, if it is at most `limit` long and comes in time.
+    /// Receives a body of at most `limit` bytes, within the time for bodies.
     async fn body(&self, body: Body, limit: usize) -> Result<Bytes, Problem> {
-        // What is announced as too long need not be read to be refused.
+        // A body that is announced as too long is refused without reading it.
         let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
         if announced > limit {
             return Err(too_large(limit));
@@ -359,7 +363,7 @@ impl App {
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
             Ok(Err(error)) => Err(Problem::new(
                 Kind::BadRequest,
-                format!("the body did not arrive whole: {error}"),
+                format!("the body was cut short: {error}"),
                 "send it again",
             )),
             Err(_) => Err(Problem::new(
@@ -371,7 +375,7 @@ impl App {
     }
 
     async fn json<T: DeserializeOwned>(&self, body: Body) -> Result<T, Problem> {
-        let body = self.body(body, JSON_LIMIT).await?;
+        let body = self.body(body, MAX_JSON).await?;
         serde_json::from_slice(&body).map_err(|error| {
             Problem::new(
                 Kind::BadRequest,

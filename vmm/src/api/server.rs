@@ -1,6 +1,7 @@
-//! The API thread: accepts connections on the control socket and holds each to its limits.
+//! The API thread: accepts connections on the control socket and limits each.
 //!
-//! One thread with its own runtime, so that no client can slow the guest's devices or the control thread.
+//! One thread with its own runtime, so that no client can slow down the guest's devices or the
+//! control thread. Knows nothing of the guest.
 
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
@@ -17,22 +18,22 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::api::control::{Control, ControlThread};
-use crate::api::priority::go_before_vcpus;
+use crate::api::priority::raise_above_vcpus;
 use crate::api::routes;
 use crate::api::socket::{ControlSocket, SocketFile};
 
-/// What a client may take of the server.
+/// Limits on what clients can occupy of the server.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time; more wait in the socket's backlog.
+    /// Simultaneous connections; more wait in the socket's backlog.
     pub connections: usize,
-    /// How long a request's head may take to arrive, which is also how long a connection may idle between requests.
+    /// How long a request's head may take to arrive, and a connection be idle between requests.
     pub head: Duration,
     /// How long a request's body may take to arrive.
     pub body: Duration,
-    /// How long an operation on the guest may take before its client is told so.
+    /// How long a client waits for an operation on the guest before it gets a timeout.
     pub answer: Duration,
-    /// How long one connection may live. It bounds a client that sends requests and never reads the answers.
+    /// How long one connection may last; this bounds a client that never reads its answers.
     pub connection: Duration,
 }
 
@@ -48,21 +49,22 @@ impl Default for Limits {
     }
 }
 
-/// How many bytes a request's head may have.
-const HEAD_LIMIT: usize = 16 << 10;
+/// The longest head of a request, in bytes.
+const MAX_HEAD: usize = 16 << 10;
 
-/// How many header fields.
-const HEADERS_LIMIT: usize = 64;
+/// The most header fields of a request.
+const MAX_HEADERS: usize = 64;
 
-/// How long answers that are under way may take when the VM ends.
-const GOODBYE: Duration = Duration::from_millis(500);
+/// How long answers in progress may take when the VM ends.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The running control socket: two threads and a file. Dropping it ends them and removes the file.
+/// The running control socket: two threads and a file. Dropping it ends the threads and removes the
+/// file.
 #[derive(Debug)]
 pub struct Server {
     stop: watch::Sender<bool>,
     api: Option<JoinHandle<()>>,
-    // Dropped in this order after the API thread has ended, and with it the last mailbox.
+    // Dropped in this order, after the API thread and with it the last mailbox.
     _control: ControlThread,
     _file: SocketFile,
 }
@@ -85,7 +87,7 @@ impl Server {
             .enable_all()
             .build()?;
         let api = thread::Builder::new().name("api".into()).spawn(move || {
-            go_before_vcpus();
+            raise_above_vcpus();
             let served = runtime.block_on(accept(listener, router, limits, stopped));
             if let Err(error) = served {
                 tracing::error!("the control socket fails: {error}");
@@ -111,7 +113,7 @@ impl Drop for Server {
     }
 }
 
-/// Accepts connections until told to stop, and then lets those that are being answered finish.
+/// Accepts connections until the server stops, and then lets answers in progress finish.
 async fn accept(
     listener: StdListener,
     router: Router,
@@ -123,7 +125,7 @@ async fn accept(
     let mut connections = JoinSet::new();
     loop {
         let next = tokio::select! {
-            () = told_to_stop(&mut stopped) => break,
+            () = until_stopped(&mut stopped) => break,
             next = next_connection(&listener, &slots) => next,
         };
         match next {
@@ -132,22 +134,22 @@ async fn accept(
                 connections.spawn(connection);
             }
             Err(error) => {
-                // Out of descriptors or memory, most likely: others will free some.
+                // Most likely out of descriptors or memory: other connections will free some.
                 tracing::warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
         while connections.try_join_next().is_some() {}
     }
-    let goodbye = async { while connections.join_next().await.is_some() {} };
-    // Those that are not done by then are dropped with the set.
-    let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+    let rest = async { while connections.join_next().await.is_some() {} };
+    // Connections that are still open after that are closed as the set is dropped.
+    let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, rest).await;
     Ok(())
 }
 
-/// Returns when the server is to end.
-async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
-    // An error means that the server is gone, which is the same.
+/// Returns when the server is to stop.
+async fn until_stopped(stopped: &mut watch::Receiver<bool>) {
+    // An error means that the server has been dropped, which is the same.
     let _ = stopped.wait_for(|stop| *stop).await;
 }
 
@@ -175,19 +177,19 @@ async fn serve(
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)
-        .max_headers(HEADERS_LIMIT)
-        .max_buf_size(HEAD_LIMIT)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = tokio::time::sleep(limits.connection) => return,
-        () = told_to_stop(&mut stopped) => {
+        () = until_stopped(&mut stopped) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
-    // A client that went away or sent nonsense is its own business.
+    // The client disconnected, or did not send HTTP: no fault of the server.
     if let Err(error) = ended {
         tracing::debug!("connection: {error}");
     }

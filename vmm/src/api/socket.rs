@@ -1,7 +1,8 @@
-//! The control socket as a file: claimed, private, and gone when its VMM is gone.
+//! The control socket's file: claimed by one VMM, private to its user, removed when the VMM ends.
 //!
-//! Knows the file system and nothing of HTTP. The file has mode 0600 from its first moment: the mode is set on the socket
-//! before `bind`, which takes it over into the file (`net/unix/af_unix.c: unix_bind_bsd`).
+//! Knows the file system and nothing of HTTP. The file has mode 0600 from its creation: the mode is
+//! set on the socket before `bind`, which gives it to the file (`net/unix/af_unix.c:
+//! unix_bind_bsd`).
 
 use std::fs::File;
 use std::io;
@@ -15,37 +16,41 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// How long another VMM that starts in the same folder may take to claim its own socket.
+/// How long another VMM that starts in the same directory may take to claim its own socket.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Connections that may wait to be accepted.
+/// The most connections that may wait to be accepted.
 const BACKLOG: i32 = 64;
 
-/// Why the control socket could not be had.
+/// Why the control socket could not be claimed.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Somebody answers there.
-    #[error("{} is in use by a running VMM; choose another --socket, or stop that one first", .0.display())]
+    /// A process listens on it.
+    #[error(
+        "{} is in use by a running VMM; choose another --socket, or stop that one first",
+        .0.display()
+    )]
     InUse(PathBuf),
-    /// Something that is not a socket is there.
+    /// The file exists and is not a socket.
     #[error("{} exists and is not a socket; remove it or choose another --socket", .0.display())]
     NotASocket(PathBuf),
-    /// Longer than a socket address can be.
+    /// The path is longer than a socket address can be; its length in bytes.
     #[error(
-        "socket path is {0} bytes long, and a Unix socket's can have at most 107; choose a shorter --socket"
+        "the socket path is {0} bytes long, and a Unix socket's has at most 107: \
+         choose a shorter --socket"
     )]
     TooLong(usize),
-    /// Another VMM claims its socket in the same folder and does not finish.
+    /// Another VMM is claiming its socket in this directory and does not finish.
     #[error("another VMM is starting in {} and does not finish; try again", .0.display())]
     Contended(PathBuf),
-    /// The operating system refused.
+    /// A system call failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Os {
-        /// What was tried.
+        /// What failed, as a verb.
         action: &'static str,
-        /// On what.
+        /// The file or directory.
         path: PathBuf,
-        /// What it said.
+        /// The operating system's error.
         source: io::Error,
     },
 }
@@ -57,26 +62,27 @@ pub struct ControlSocket {
     file: SocketFile,
 }
 
-/// The socket's file, removed on drop unless somebody else's has taken its place.
+/// The socket's file, removed on drop unless another file has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode of our file.
+    /// Device and inode number of the file that was created.
     id: (u64, u64),
 }
 
 impl ControlSocket {
-    /// Claims `path`: a file left by a VMM that is gone is replaced, one in use is left alone.
+    /// Claims `path`. Replaces a file left by a VMM that has ended; refuses one in use.
     ///
     /// # Errors
-    /// [`SocketError`], nothing at `path` changed.
+    /// [`SocketError`]; nothing at `path` has changed then.
     pub fn claim(path: &Path) -> Result<ControlSocket, SocketError> {
         let len = path.as_os_str().len();
         if len > 107 {
             return Err(SocketError::TooLong(len));
         }
-        // Two VMMs that find the same stale file must not remove each other's new one: one at a time in a folder.
-        let _turn = take_turn(path)?;
+        // Two VMMs that find the same stale file must not remove each other's new file: one VMM at
+        // a time claims a socket in a directory.
+        let _lock = lock_directory(path)?;
         remove_stale(path)?;
         let listener = bind_private(path).map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => SocketError::InUse(path.to_owned()),
@@ -84,7 +90,7 @@ impl ControlSocket {
         })?;
         let meta = path
             .symlink_metadata()
-            .map_err(|source| os("look at", path, source))?;
+            .map_err(|source| os("stat", path, source))?;
         let file = SocketFile {
             path: path.to_owned(),
             id: (meta.dev(), meta.ino()),
@@ -92,7 +98,7 @@ impl ControlSocket {
         Ok(ControlSocket { listener, file })
     }
 
-    /// Where it is.
+    /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.file.path
@@ -124,34 +130,35 @@ fn os(action: &'static str, path: &Path, source: io::Error) -> SocketError {
     }
 }
 
-/// Locks the folder of `path` among VMMs; the lock goes with the returned file.
-fn take_turn(path: &Path) -> Result<File, SocketError> {
-    let folder = match path.parent() {
+/// Locks the directory of `path` against other VMMs; closing the returned file releases the lock.
+fn lock_directory(path: &Path) -> Result<File, SocketError> {
+    let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let file = File::open(folder).map_err(|source| os("open the folder", folder, source))?;
+    let file =
+        File::open(directory).map_err(|source| os("open the directory", directory, source))?;
     let deadline = Instant::now() + CLAIM_TIMEOUT;
     loop {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
-            // A file system without locks: go on without, as the file itself still has one owner in the end.
+            // A file system without locks: continue without one, as `bind` still lets one VMM win.
             Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOSYS) => return Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(os("lock the folder", folder, error.into())),
+            Err(error) => return Err(os("lock the directory", directory, error.into())),
         }
         if Instant::now() >= deadline {
-            return Err(SocketError::Contended(folder.to_owned()));
+            return Err(SocketError::Contended(directory.to_owned()));
         }
         thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// Removes the socket of a VMM that is gone: nobody accepts connections on it any more.
+/// Removes the socket of a VMM that has ended: no process accepts connections on it any more.
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(os("look at", path, source)),
+        Err(source) => return Err(os("stat", path, source)),
         Ok(meta) if !meta.file_type().is_socket() => {
             return Err(SocketError::NotASocket(path.to_owned()));
         }
@@ -162,7 +169,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(|source| os("remove the stale", path, source))
         }
-        // A full backlog is somebody's, too.
+        // A full backlog belongs to a process, too.
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             Err(SocketError::InUse(path.to_owned()))
         }
@@ -170,7 +177,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Connects to `path` and lets go again, without waiting for a server that does not accept.
+/// Connects to `path` and disconnects, without waiting for a server that does not accept.
 fn probe(path: &Path) -> io::Result<()> {
     let socket = stream_socket()?;
     Ok(rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?)
@@ -204,7 +211,7 @@ mod tests {
     use crate::api::testing::TempDir;
 
     #[test]
-    fn the_file_is_private_and_goes_with_its_owner() {
+    fn the_file_is_private_and_removed_with_its_owner() {
         let dir = TempDir::new();
         let path = dir.path().join("vm.sock");
         let socket = ControlSocket::claim(&path).unwrap();
@@ -272,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_claims_at_once_one_wins() {
+    fn one_of_many_concurrent_claims_wins() {
         let dir = TempDir::new();
         let path = dir.path().join("vm.sock");
         drop(UnixListener::bind(&path).unwrap());

@@ -1,4 +1,4 @@
-//! The server over a real socket, with a fake guest behind it.
+//! The server over a real socket, with a fake guest.
 
 mod abi;
 
@@ -11,86 +11,88 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::api::problem::Kind;
-use crate::api::routes::{MODULE_LIMIT, ROUTES};
+use crate::api::routes::{MAX_MODULE, ROUTES};
 use crate::api::server::Limits;
-use crate::api::testing::{ELF, FakeGuest, Served};
+use crate::api::testing::{ELF, FakeGuest, Served, module};
 
 #[test]
-fn the_vm_is_told_paused_and_resumed() {
+fn the_vm_is_described_paused_and_resumed() {
     let served = Served::plain();
-    let vm = served.ask("GET", "/vm", b"");
+    let vm = served.send("GET", "/vm", b"");
     assert_eq!(vm.status, 200);
     assert!(vm.head.contains("content-type: application/json"));
     assert_eq!(vm.json()["state"], "running");
     assert_eq!(vm.json()["kernel"], "6.1.0-test");
-    let paused = served.ask("PATCH", "/vm", br#"{"state":"paused"}"#);
+    let paused = served.send("PATCH", "/vm", br#"{"state":"paused"}"#);
     assert_eq!(
         (paused.status, &paused.json()["state"]),
         (200, &json!("paused"))
     );
-    let running = served.ask("PATCH", "/vm", br#"{"state":"running"}"#);
+    let running = served.send("PATCH", "/vm", br#"{"state":"running"}"#);
     assert_eq!(running.json()["state"], "running");
-    let stopped = served.ask("DELETE", "/vm", b"");
+    let stopped = served.send("DELETE", "/vm", b"");
     assert_eq!(stopped.status, 202);
     assert_eq!(served.logged(), ["Paused", "Running", "stop"]);
 }
 
 #[test]
-fn tasks_and_stacks_are_told() {
+fn tasks_and_stacks_are_answered() {
     let served = Served::plain();
-    let tasks = served.ask("GET", "/tasks", b"").json();
+    let tasks = served.send("GET", "/tasks", b"").json();
     assert_eq!(
         tasks[0],
-        json!({"pid": 1, "tgid": 1, "state": "S", "kind": "user", "vcpu": null, "cpu": 0,
+        json!({"pid": 1, "tgid": 1, "state": "S", "kind": "user", "vcpu": 0, "cpu": 0,
                "patch_state": -1, "comm": "init"})
     );
-    let stack = served.ask("GET", "/tasks/1/stack", b"").json();
+    let stack = served.send("GET", "/tasks/1/stack", b"").json();
     assert_eq!(stack["reliable"], true);
-    assert_eq!(stack["frames"][0]["symbol"], "do_wait+0x1/0x2");
-    let all = served.ask("GET", "/stacks", b"").json();
-    assert_eq!(all, json!([stack]));
+    assert_eq!(stack["frames"][1]["symbol"], "do_wait+0x5a/0x120");
+    let all = served.send("GET", "/stacks", b"").json();
+    assert_eq!(all[0], stack);
+    assert_eq!(all[1]["task"]["pid"], 77);
+    assert_eq!(all.as_array().map(Vec::len), Some(2));
     served
-        .ask("GET", "/tasks/7/stack", b"")
+        .send("GET", "/tasks/7/stack", b"")
         .refused(Kind::NotFound);
     served
-        .ask("GET", "/tasks/init/stack", b"")
+        .send("GET", "/tasks/init/stack", b"")
         .refused(Kind::BadRequest);
     served
-        .ask("GET", "/tasks/99999999999/stack", b"")
+        .send("GET", "/tasks/99999999999/stack", b"")
         .refused(Kind::BadRequest);
 }
 
 #[test]
-fn a_patch_is_applied_driven_on_and_reverted() {
+fn a_patch_is_applied_polled_and_reverted() {
     let served = Served::plain();
-    let begun = served.ask("POST", "/patches", ELF);
-    assert_eq!(begun.status, 201, "{begun:?}");
-    assert!(begun.head.contains("location: /patches/fix"));
-    assert_eq!(begun.json()["phase"], "applying");
+    let started = served.send("POST", "/patches", ELF);
+    assert_eq!(started.status, 201, "{started:?}");
+    assert!(started.head.contains("location: /patches/fix"));
+    assert_eq!(started.json()["phase"], "applying");
     wait_for_phase(&served, "applied");
 
-    let again = served.ask("PATCH", "/patches/fix", br#"{"enabled":true}"#);
+    let again = served.send("PATCH", "/patches/fix", br#"{"enabled":true}"#);
     assert_eq!(again.json()["phase"], "applied");
-    let reverting = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    let reverting = served.send("PATCH", "/patches/fix", br#"{"enabled":false}"#);
     assert_eq!(reverting.json()["phase"], "reverting");
     wait_for_phase(&served, "reverted");
-    let gone = served.ask("PATCH", "/patches/fix", br#"{"enabled":false}"#);
-    assert_eq!(gone.status, 200);
+    let reverted = served.send("PATCH", "/patches/fix", br#"{"enabled":false}"#);
+    assert_eq!(reverted.status, 200);
     served
-        .ask("PATCH", "/patches/fix", br#"{"enabled":true}"#)
+        .send("PATCH", "/patches/fix", br#"{"enabled":true}"#)
         .refused(Kind::Conflict);
-    assert_eq!(served.logged(), ["apply 13 PerTask", "revert fix PerTask"]);
+    assert_eq!(served.logged(), ["apply 8 PerTask", "revert fix PerTask"]);
 }
 
 #[test]
-fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
-    let served = Served::plain();
-    served.ask("POST", "/patches", ELF);
+fn the_signal_is_sent_now_or_later_and_cannot_be_undone() {
+    let served = Served::new(FakeGuest::stuck(), Limits::default());
+    served.send("POST", "/patches", ELF);
     for body in [
         r#"{"signal":true}"#,
         r#"{"signal":true,"signal_after_ms":1500}"#,
     ] {
-        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        let answer = served.send("PATCH", "/patches/fix", body.as_bytes());
         assert_eq!(
             (answer.status, &answer.json()["name"]),
             (200, &json!("fix"))
@@ -103,13 +105,13 @@ fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
         r#"{"signal":1}"#,
     ] {
         served
-            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .send("PATCH", "/patches/fix", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(
         served.logged(),
         [
-            "apply 13 PerTask",
+            "apply 8 PerTask",
             "signal fix after 0ns",
             "signal fix after 1.5s"
         ]
@@ -117,16 +119,16 @@ fn the_signal_is_sent_at_once_or_later_and_never_taken_back() {
 }
 
 #[test]
-fn a_mode_is_asked_for_and_a_transition_is_cancelled_or_forced() {
-    let served = Served::plain();
-    let begun = served.ask("POST", "/patches?mode=stop-machine", ELF);
-    assert_eq!(begun.status, 201, "{begun:?}");
+fn a_mode_is_requested_and_a_transition_is_cancelled_or_forced() {
+    let served = Served::new(FakeGuest::stuck(), Limits::default());
+    let started = served.send("POST", "/patches?mode=stop-machine", ELF);
+    assert_eq!(started.status, 201, "{started:?}");
     for body in [
-        r#"{"cancel":true}"#,
         r#"{"force":true}"#,
         r#"{"enabled":false,"mode":"auto"}"#,
+        r#"{"cancel":true}"#,
     ] {
-        let answer = served.ask("PATCH", "/patches/fix", body.as_bytes());
+        let answer = served.send("PATCH", "/patches/fix", body.as_bytes());
         assert_eq!(answer.status, 200, "{answer:?}");
     }
     for body in [
@@ -136,33 +138,64 @@ fn a_mode_is_asked_for_and_a_transition_is_cancelled_or_forced() {
         r#"{"enabled":false,"mode":"all"}"#,
     ] {
         served
-            .ask("PATCH", "/patches/fix", body.as_bytes())
+            .send("PATCH", "/patches/fix", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     for query in ["mode=all", "mood=auto"] {
         served
-            .ask("POST", &format!("/patches?{query}"), ELF)
+            .send("POST", &format!("/patches?{query}"), ELF)
             .refused(Kind::BadRequest);
     }
     assert_eq!(
         served.logged(),
         [
-            "apply 13 StopMachine",
-            "cancel fix",
+            "apply 8 StopMachine",
             "force fix",
-            "revert fix Auto"
+            "revert fix Auto",
+            "cancel fix"
         ]
     );
 }
 
 #[test]
-fn a_core_is_asked_for_by_its_path() {
+fn a_patch_is_found_with_dashes_for_underscores() {
     let served = Served::plain();
-    let made = served.ask("POST", "/dumps", br#"{"path":"/cores/a"}"#);
+    let applied = served.send(
+        "POST",
+        "/patches?wait_ms=20000",
+        &module("livepatch_sample"),
+    );
+    assert!(applied.head.contains("location: /patches/livepatch_sample"));
+    for name in ["livepatch_sample", "livepatch-sample"] {
+        let patch = served.send("GET", &format!("/patches/{name}"), b"").json();
+        assert_eq!(patch["name"], "livepatch_sample", "{name}");
+    }
+    let path = "/patches/livepatch-sample?wait_ms=20000";
+    let reverted = served.send("PATCH", path, br#"{"enabled":false}"#);
+    assert_eq!(reverted.json()["phase"], "reverted");
+    assert_eq!(
+        served.logged(),
+        ["apply 21 PerTask", "revert livepatch_sample PerTask"]
+    );
+    for name in [
+        "livepatch_sample.ko",
+        "livepatch.sample",
+        "LIVEPATCH_SAMPLE",
+    ] {
+        served
+            .send("GET", &format!("/patches/{name}"), b"")
+            .refused(Kind::NotFound);
+    }
+}
+
+#[test]
+fn a_core_is_requested_by_its_path() {
+    let served = Served::plain();
+    let made = served.send("POST", "/dumps", br#"{"path":"/cores/a"}"#);
     assert_eq!(made.status, 201, "{made:?}");
     assert_eq!(
         made.json(),
-        json!({"path": "/cores/a", "bytes": 4096, "paused_us": 7})
+        json!({"path": "/cores/a", "bytes": 3 << 20, "paused_us": 1500})
     );
     for body in [
         "",
@@ -171,7 +204,7 @@ fn a_core_is_asked_for_by_its_path() {
         r#"{"path":"/a","compress":true}"#,
     ] {
         served
-            .ask("POST", "/dumps", body.as_bytes())
+            .send("POST", "/dumps", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(served.logged(), ["dump /cores/a"]);
@@ -180,7 +213,7 @@ fn a_core_is_asked_for_by_its_path() {
 fn wait_for_phase(served: &Served, phase: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
-        let patch = served.ask("GET", "/patches/fix", b"").json();
+        let patch = served.send("GET", "/patches/fix", b"").json();
         if patch["phase"] == phase {
             return;
         }
@@ -190,21 +223,21 @@ fn wait_for_phase(served: &Served, phase: &str) {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_with_a_reason() {
+fn malformed_requests_are_refused_with_a_reason() {
     let served = Served::plain();
     served
-        .ask("POST", "/patches", b"#!/bin/sh")
+        .send("POST", "/patches", b"#!/bin/sh")
         .refused(Kind::BadModule);
     served
-        .ask("GET", "/patches/none", b"")
+        .send("GET", "/patches/none", b"")
         .refused(Kind::NotFound);
     served
-        .ask("PATCH", "/patches/none", br#"{"enabled":false}"#)
+        .send("PATCH", "/patches/none", br#"{"enabled":false}"#)
         .refused(Kind::NotFound);
-    served.ask("GET", "/", b"").refused(Kind::NotFound);
-    served.ask("GET", "/tasks/1", b"").refused(Kind::NotFound);
+    served.send("GET", "/", b"").refused(Kind::NotFound);
+    served.send("GET", "/tasks/1", b"").refused(Kind::NotFound);
     served
-        .ask("PUT", "/vm", b"")
+        .send("PUT", "/vm", b"")
         .refused(Kind::MethodNotAllowed);
     for body in [
         "",
@@ -216,24 +249,25 @@ fn what_makes_no_sense_is_refused_with_a_reason() {
         "\u{0}",
     ] {
         served
-            .ask("PATCH", "/vm", body.as_bytes())
+            .send("PATCH", "/vm", body.as_bytes())
             .refused(Kind::BadRequest);
     }
     assert_eq!(served.logged(), ["apply 9 PerTask"]);
     let form = "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\
-                Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 4\r\n\r\n\x7fELF";
+                Content-Type: application/x-www-form-urlencoded\r\n\
+                Content-Length: 4\r\n\r\n\x7fELF";
     served.raw(form.as_bytes()).refused(Kind::BadRequest);
 }
 
 #[test]
-fn bodies_have_an_end() {
+fn bodies_are_limited() {
     let served = Served::plain();
     let long = vec![b' '; 70 << 10];
-    served.ask("PATCH", "/vm", &long).refused(Kind::TooLarge);
-    // Announced or not, the limit holds; nothing of the module need arrive when it is announced.
+    served.send("PATCH", "/vm", &long).refused(Kind::TooLarge);
+    // The limit holds whether the length is announced or not; an announced one is refused at once.
     let head = format!(
         "POST /patches HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-        MODULE_LIMIT + 1
+        MAX_MODULE + 1
     );
     served.raw(head.as_bytes()).refused(Kind::TooLarge);
     let chunked =
@@ -249,7 +283,7 @@ fn bodies_have_an_end() {
 }
 
 #[test]
-fn heads_have_an_end() {
+fn heads_are_limited() {
     let served = Served::plain();
     let many = format!(
         "GET /vm HTTP/1.1\r\nHost: x\r\n{}\r\n",
@@ -263,11 +297,11 @@ fn heads_have_an_end() {
     assert_eq!(served.raw(long.as_bytes()).status, 431);
     let nonsense = served.raw(b"\x16\x03\x01 hello\r\n\r\n");
     assert_eq!(nonsense.status, 400);
-    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+    assert_eq!(served.send("GET", "/version", b"").status, 200);
 }
 
 #[test]
-fn slow_clients_are_let_go() {
+fn slow_clients_are_disconnected() {
     let limits = Limits {
         head: Duration::from_millis(100),
         body: Duration::from_millis(100),
@@ -278,7 +312,7 @@ fn slow_clients_are_let_go() {
     assert_eq!(
         silent.read(&mut [0; 16]).unwrap_or(0),
         0,
-        "closed without a word"
+        "closed without an answer"
     );
     let mut half = served.connect();
     half.write_all(b"GET /vm HT").unwrap();
@@ -286,27 +320,28 @@ fn slow_clients_are_let_go() {
     let _ = half.read_to_end(&mut rest);
     let head = b"PATCH /vm HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 99\r\n\r\n{";
     served.raw(head).refused(Kind::RequestTimeout);
-    assert_eq!(served.ask("GET", "/version", b"").status, 200);
+    assert_eq!(served.send("GET", "/version", b"").status, 200);
 }
 
 #[test]
-fn clients_that_leave_harm_nobody() {
+fn clients_that_disconnect_do_no_harm() {
     let served = Served::plain();
     for cut in [0, 10, 60, 80] {
         let mut stream = served.connect();
-        let request = b"POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n\x7fELF and then nothing more";
+        let request = b"POST /patches HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n\
+                        \x7fELF and then nothing more";
         stream.write_all(&request[..cut]).unwrap();
         drop(stream);
     }
     let half_closed = served.connect();
     half_closed.shutdown(Shutdown::Write).unwrap();
     drop(half_closed);
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
     assert!(served.logged().is_empty());
 }
 
 #[test]
-fn what_nobody_waits_for_any_more_is_not_begun() {
+fn an_operation_whose_client_has_disconnected_is_not_run() {
     let guest = FakeGuest::slow(Duration::from_millis(300));
     let served = Served::new(guest, Limits::default());
     let mut busy = served.connect();
@@ -321,17 +356,17 @@ fn what_nobody_waits_for_any_more_is_not_begun() {
     drop(leaver);
     let mut answer = Vec::new();
     busy.read_to_end(&mut answer).unwrap();
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
     assert_eq!(served.logged(), ["tasks"]);
 }
 
 #[test]
-fn a_crowd_is_served_or_told_to_come_back() {
+fn many_clients_are_served_or_answered_with_unavailable() {
     let guest = FakeGuest::slow(Duration::from_millis(20));
     let served = Served::new(guest, Limits::default());
     let statuses: Vec<u16> = thread::scope(|scope| {
         let clients: Vec<_> = (0..60)
-            .map(|_| scope.spawn(|| served.ask("GET", "/tasks", b"").status))
+            .map(|_| scope.spawn(|| served.send("GET", "/tasks", b"").status))
             .collect();
         clients.into_iter().map(|c| c.join().unwrap()).collect()
     });
@@ -345,15 +380,15 @@ fn a_crowd_is_served_or_told_to_come_back() {
 }
 
 #[test]
-fn a_transition_goes_on_under_a_stream_of_requests() {
+fn a_transition_continues_under_a_stream_of_requests() {
     let served = Served::plain();
-    served.ask("POST", "/patches", ELF);
+    served.send("POST", "/patches", ELF);
     // wait_for_phase itself is such a stream; here are more.
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..50 {
-                    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+                    assert_eq!(served.send("GET", "/vm", b"").status, 200);
                 }
             });
         }
@@ -379,19 +414,19 @@ fn one_connection_carries_many_requests() {
 }
 
 #[test]
-fn the_end_of_the_server_is_the_end_of_its_socket() {
+fn the_socket_is_removed_when_the_server_ends() {
     let mut served = Served::plain();
     let mut idle = served.connect();
-    let began = Instant::now();
+    let stopping = Instant::now();
     served.server = None;
-    assert!(began.elapsed() < Duration::from_secs(5));
+    assert!(stopping.elapsed() < Duration::from_secs(5));
     assert!(!served.socket.exists());
     assert!(UnixStream::connect(&served.socket).is_err());
     assert_eq!(idle.read(&mut [0; 16]).unwrap_or(0), 0);
 }
 
 #[test]
-fn answers_under_way_are_finished_when_the_server_ends() {
+fn answers_in_progress_are_finished_when_the_server_ends() {
     let guest = FakeGuest::slow(Duration::from_millis(200));
     let mut served = Served::new(guest, Limits::default());
     let mut stream = served.connect();
@@ -406,22 +441,22 @@ fn answers_under_way_are_finished_when_the_server_ends() {
 }
 
 #[test]
-fn a_guest_that_takes_too_long_is_told_of() {
+fn an_operation_that_takes_too_long_is_a_timeout() {
     let guest = FakeGuest::slow(Duration::from_millis(400));
     let limits = Limits {
         answer: Duration::from_millis(50),
         ..Limits::default()
     };
     let served = Served::new(guest, limits);
-    served.ask("GET", "/tasks", b"").refused(Kind::Timeout);
+    served.send("GET", "/tasks", b"").refused(Kind::Timeout);
     thread::sleep(Duration::from_millis(500));
-    assert_eq!(served.ask("GET", "/vm", b"").status, 200);
+    assert_eq!(served.send("GET", "/vm", b"").status, 200);
 }
 
 #[test]
 fn metrics_are_prometheus_text() {
     let served = Served::plain();
-    let page = served.ask("GET", "/metrics", b"");
+    let page = served.send("GET", "/metrics", b"");
     assert!(page.head.contains("text/plain; version=0.0.4"));
     assert!(
         page.body.contains("\noutpatch_pauses_total 3\n"),
@@ -453,9 +488,9 @@ fn every_route_of_the_table_is_served() {
     let served = Served::plain();
     for route in ROUTES {
         let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
-        let answer = served.ask(route.method.as_str(), &path, b"");
+        let answer = served.send(route.method.as_str(), &path, b"");
         let refused = [404, 405].contains(&answer.status);
-        // There is no patch yet: that is the route's own refusal, and it names the patch.
+        // Without a patch the route itself refuses, and names the patch.
         assert!(
             !refused || answer.body.contains("fix"),
             "{route:?}: {answer:?}"

@@ -1,12 +1,15 @@
-//! What goes over the control socket, as JSON: the same types for the server that writes it and the client that reads it.
+//! The JSON of the control socket: the same types for the server and its clients.
 //!
-//! Patches are told as [`patcher::PatchStatus`]. Field names and meanings are promised in `docs/ABI`.
+//! A patch is a [`patcher::PatchStatus`], the answer of a check a [`patcher::CheckReport`].
+//! `docs/ABI` promises names and meanings of all fields.
+
+use std::time::Duration;
 
 use introspect::{PatchState, TaskKind, Verdict};
 use patcher::{Mode, PauseReport};
 use serde::{Deserialize, Serialize};
 
-/// `GET /version`.
+/// The answer of `GET /version`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Version {
     /// Always `outpatch`.
@@ -15,30 +18,30 @@ pub struct Version {
     pub version: String,
 }
 
-/// Whether the guest's vCPUs run, as far as the operator decides it.
+/// Whether the operator lets the guest run. Short pauses that outpatch needs do not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
-    /// They run.
+    /// The vCPUs run.
     Running,
-    /// They stand still until told to run.
+    /// The vCPUs are stopped until the operator resumes them.
     Paused,
 }
 
-/// `GET /vm`.
+/// The answer of `GET /vm`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
-    /// Running or paused.
+    /// Whether the guest runs or is paused.
     pub state: VmState,
-    /// How many vCPUs it has.
+    /// The number of vCPUs.
     pub cpus: u32,
-    /// Its RAM in bytes.
+    /// The size of the RAM, in bytes.
     pub memory: u64,
     /// The process id of the VMM.
     pub pid: u32,
-    /// The release of the guest's kernel, as `uname -r` says; `null` until it has been found.
+    /// The release of the guest's kernel, as `uname -r` prints it; `null` until it has been found.
     pub kernel: Option<String>,
-    /// The pauses that looking at the guest and patching it have cost since it started; the operator's own are not in it.
+    /// The pauses that outpatch has needed since the VM started, without the operator's own.
     pub pauses: PauseReport,
 }
 
@@ -46,7 +49,7 @@ pub struct Vm {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmChange {
-    /// What the guest shall be.
+    /// The state that the guest is to have.
     pub state: VmState,
 }
 
@@ -54,140 +57,185 @@ pub struct VmChange {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ApplyQuery {
-    /// How tasks are to move.
+    /// How tasks switch.
     #[serde(default)]
     pub mode: Mode,
-    /// As in [`AnswerQuery`].
+    /// As in [`PatchQuery`].
     #[serde(default)]
     pub wait_ms: Option<u64>,
-    /// As in [`AnswerQuery`].
+    /// As in [`PatchQuery`].
     #[serde(default)]
-    pub tasks: TasksAsked,
+    pub tasks: TaskFilter,
 }
 
-/// The query of `GET` and `PATCH /patches/{name}`: what the answer is to be.
+/// The query of `GET` and `PATCH /patches/{name}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct AnswerQuery {
-    /// How many milliseconds it may wait for the end of the transition.
+pub struct PatchQuery {
+    /// How many milliseconds the answer may wait for the end of the transition.
     #[serde(default)]
     pub wait_ms: Option<u64>,
-    /// Which tasks it tells of.
+    /// Which tasks the answer has.
     #[serde(default)]
-    pub tasks: TasksAsked,
+    pub tasks: TaskFilter,
 }
 
-/// The tasks of a transition that an answer tells of.
+/// Which tasks of a transition an answer has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum TasksAsked {
+pub enum TaskFilter {
     /// Every task.
     #[default]
     All,
-    /// Those that still keep the old state.
-    Waiting,
+    /// The tasks that have not switched.
+    Pending,
 }
 
 /// The body of `PATCH /patches/{name}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PatchChange {
-    /// `false`: revert it.
+    /// `false`: revert the patch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enabled: Option<bool>,
-    /// With `enabled`: how tasks are to move.
+    /// With `enabled`: how tasks switch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<Mode>,
-    /// `true`: turn the transition that runs round, whichever way it goes.
+    /// `true`: reverse the running transition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cancel: Option<bool>,
-    /// `true`: move every task now, wherever it is.
+    /// `true`: complete the running transition by switching every task, whatever it executes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub force: Option<bool>,
-    /// `true`: send the fake signal to tasks that keep the old state, in the transition that runs (or that `enabled` begins).
+    /// `true`: send the fake signal to tasks that have not switched, in the running transition or
+    /// the one that `enabled` starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<bool>,
-    /// With `signal`: only from so many milliseconds after the transition's start on.
+    /// With `signal`: not before so many milliseconds after the start of the transition.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal_after_ms: Option<u64>,
+}
+
+impl PatchChange {
+    /// Reverts the patch.
+    #[must_use]
+    pub fn revert(mode: Mode) -> PatchChange {
+        PatchChange {
+            enabled: Some(false),
+            mode: Some(mode),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Reverses the running transition.
+    #[must_use]
+    pub fn cancel() -> PatchChange {
+        PatchChange {
+            cancel: Some(true),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Completes the running transition by switching every task.
+    #[must_use]
+    pub fn force() -> PatchChange {
+        PatchChange {
+            force: Some(true),
+            ..PatchChange::default()
+        }
+    }
+
+    /// Sends the fake signal; not before `after` has passed since the start of the transition.
+    #[must_use]
+    pub fn signal(after: Option<Duration>) -> PatchChange {
+        PatchChange {
+            signal: Some(true),
+            signal_after_ms: after.map(|a| u64::try_from(a.as_millis()).unwrap_or(u64::MAX)),
+            ..PatchChange::default()
+        }
+    }
 }
 
 /// The body of `POST /dumps`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewDump {
-    /// Where the core goes: an absolute path, as the VMM sees the file system; no file may be there.
+    /// The path of the core file: absolute, in the VMM's file system, and of no existing file.
     pub path: String,
 }
 
-/// What `POST /dumps` has made.
+/// The answer of `POST /dumps`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dump {
-    /// The core.
+    /// The path of the core file.
     pub path: String,
-    /// Its length; memory that is zero takes no room on the disk.
+    /// The length of the file, in bytes; pages of zeroes take no space on disk.
     pub bytes: u64,
-    /// How long the guest stood still for it.
+    /// How long the guest was paused for it, in microseconds.
     pub paused_us: u64,
 }
 
-/// One task of `GET /tasks`.
+/// A task in `GET /tasks`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     /// Thread id; 0 for idle tasks.
     pub pid: i32,
     /// Process id.
     pub tgid: i32,
-    /// The letter that `ps` shows.
+    /// The state, as the letter that `ps` shows: `R S D T t X Z P I`.
     pub state: char,
-    /// What sort of task.
+    /// User task, kthread, idle task or worker.
     pub kind: TaskKind,
-    /// The vCPU that runs it, if one does. Of a vCPU in the middle of a context switch it is not certain, and no task has it.
+    /// The index of the vCPU that runs it, if one does. A vCPU in the middle of a context switch
+    /// belongs to no task.
     pub vcpu: Option<u32>,
-    /// The CPU it last ran on, or whose idle task it is.
+    /// The CPU that it last ran on, or whose idle task it is.
     pub cpu: Option<u32>,
-    /// As `/proc/PID/patch_state` has it: -1, 0 or 1; `null` in a kernel without `CONFIG_LIVEPATCH`.
+    /// The value of `/proc/PID/patch_state`: -1, 0 or 1; `null` in a kernel without
+    /// `CONFIG_LIVEPATCH`.
     pub patch_state: Option<i32>,
-    /// Its name.
+    /// The name, at most 15 bytes.
     pub comm: String,
 }
 
-/// `GET /tasks/{pid}/stack`, and one of `GET /stacks`.
+/// The answer of `GET /tasks/{pid}/stack`, and an element of `GET /stacks`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskStack {
-    /// Whose stack.
+    /// The task that has this stack.
     pub task: Task,
-    /// Whether every function that the task is in is among the frames.
+    /// Whether the frames have every function that the task is in.
     pub reliable: bool,
-    /// Why not, when it is not.
+    /// Why the frames cannot be relied on, when they cannot.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
-    /// Innermost first; empty for a task in user mode.
+    /// The frames, innermost first; empty for a task in user mode.
     pub frames: Vec<StackFrame>,
 }
 
 /// One frame of a stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StackFrame {
-    /// The address, `0x…`: where the task executes next in this function, or returns to.
+    /// The address at which the task continues in this function, as `0x…`.
     pub ip: String,
-    /// `symbol+0xoffset/0xsize`, with ` [module]` behind it for a module's; just the address when no symbol covers it.
+    /// `symbol+0xoffset/0xsize`, followed by ` [module]` for a module's symbol; only the address
+    /// when no symbol covers it.
     pub symbol: String,
-    /// A frame of the scheduler itself, which `/proc/PID/stack` leaves out at the top.
+    /// Whether it is a frame of the scheduler, which `/proc/PID/stack` leaves out at the top.
     pub scheduler: bool,
 }
 
-/// One symbol of `GET /symbols`: a line of `/proc/kallsyms`.
+/// A symbol in `GET /symbols`: a line of `/proc/kallsyms`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Symbol {
-    /// Its address, `0x…`.
+    /// The address, as `0x…`.
     pub address: String,
-    /// The type's letter.
+    /// The letter of the type, as in `nm`.
     #[serde(rename = "type")]
     pub letter: char,
-    /// Its name.
+    /// The symbol's name.
     pub name: String,
-    /// The module that it is in, or what the kernel puts in its place; `null` for the kernel's own.
+    /// The module, or what the kernel prints for code made at run time (`bpf`, …); `null` for the
+    /// kernel's own symbols.
     pub module: Option<String>,
 }
 
@@ -245,10 +293,10 @@ impl From<patcher::TaskStack> for TaskStack {
     }
 }
 
-/// What every refused request answers.
+/// The answer to every refused request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// What sort, in a word for programs; see `docs/ABI/testing/rest-errors`.
+    /// The kind, as a word for programs; see `docs/ABI/testing/rest-errors`.
     pub kind: String,
     /// What is wrong, in one line.
     pub error: String,

@@ -1,8 +1,8 @@
-//! Answers on a patch that are no sooner and no longer than asked for: they wait for the end of a transition, so that nobody has to
-//! ask again and again, and leave out tasks that nobody wants to hear of.
+//! Answers on a patch that wait for the end of its transition, so that a client need not poll, and
+//! that can leave out tasks that have switched.
 //!
-//! Knows the queue to the control thread and nothing of HTTP. Who waits costs the guest nothing: there is no look at it before a
-//! transition ends.
+//! Knows the queue to the control thread and nothing of HTTP. A waiting answer costs the guest
+//! nothing: the control thread gets no request before a transition ends.
 
 use std::time::Duration;
 
@@ -11,32 +11,32 @@ use tokio::sync::watch;
 
 use crate::api::control::Mailbox;
 use crate::api::problem::{Kind, Problem};
-use crate::api::types::{AnswerQuery, TasksAsked};
+use crate::api::types::{PatchQuery, TaskFilter};
 
-/// The longest that an answer may wait for a transition, well within the life of a connection.
-const LONGEST: Duration = Duration::from_secs(60);
+/// The longest time that an answer may wait, well within the lifetime of a connection.
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// A look-out for the end of a transition, set up before the operation that may begin it.
+/// A wait for the end of a transition, set up before the operation that may start it.
 #[derive(Debug)]
 pub(super) struct WaitFor {
     mailbox: Mailbox,
     ends: watch::Receiver<()>,
     wait: Duration,
-    tasks: TasksAsked,
+    tasks: TaskFilter,
 }
 
 impl WaitFor {
-    /// Looks out from now on.
+    /// Waits for ends from now on.
     ///
     /// # Errors
-    /// `bad-request` when an answer may not wait as long as that.
-    pub fn new(mailbox: &Mailbox, query: AnswerQuery) -> Result<WaitFor, Problem> {
+    /// `bad-request` when an answer may not wait for so long.
+    pub fn new(mailbox: &Mailbox, query: PatchQuery) -> Result<WaitFor, Problem> {
         let wait = Duration::from_millis(query.wait_ms.unwrap_or(0));
-        if wait > LONGEST {
+        if wait > MAX_WAIT {
             return Err(Problem::new(
                 Kind::BadRequest,
-                format!("wait_ms is more than {}", LONGEST.as_millis()),
-                "ask again when the answer says that the transition still runs",
+                format!("wait_ms is more than {}", MAX_WAIT.as_millis()),
+                "send another request when the answer says that the transition still runs",
             ));
         }
         Ok(WaitFor {
@@ -47,11 +47,11 @@ impl WaitFor {
         })
     }
 
-    /// The patch as it is when its transition has ended, or when the wait is over.
+    /// The status of the patch when its transition ends, or when the time to wait is over.
     ///
     /// # Errors
-    /// When the control thread no longer answers, or no longer knows the patch.
-    pub async fn until_the_end(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
+    /// When the control thread does not answer, or no longer has the patch.
+    pub async fn until_ended(mut self, patch: PatchStatus) -> Result<PatchStatus, Problem> {
         let mut patch = patch;
         if patch.transition && !self.wait.is_zero() {
             let ended = tokio::time::timeout(self.wait, self.end(&patch.name)).await;
@@ -60,7 +60,7 @@ impl WaitFor {
                 Err(_) => self.mailbox.patch(patch.name).await?,
             };
         }
-        if self.tasks == TasksAsked::Waiting {
+        if self.tasks == TaskFilter::Pending {
             patch.tasks.retain(|task| task.switched_by.is_none());
         }
         Ok(patch)
@@ -68,7 +68,7 @@ impl WaitFor {
 
     async fn end(&mut self, name: &str) -> Result<PatchStatus, Problem> {
         loop {
-            // An error means that the control thread has ended: the look says so.
+            // An error means that the control thread has ended: the request below says so.
             let _ = self.ends.changed().await;
             let patch = self.mailbox.patch(name.to_owned()).await?;
             if !patch.transition {

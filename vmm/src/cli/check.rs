@@ -1,81 +1,68 @@
-//! `outpatch check`.
+//! `outpatch check`: whether a module would apply, and which tasks would delay it.
 
 use std::path::Path;
 
 use patcher::{CheckReport, PieceReport};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use crate::cli::progress::{pauses, task_line, ways};
 use crate::cli::source::GuestSource;
+use crate::cli::summary::{count_of, pauses, pending, switched, task_lines};
 
-/// Says what applying `file` would come to.
+/// Shows what applying `file` would do: the functions that it would replace, its memory, the tasks
+/// that block, and a summary; when `verbose` also the symbols that it uses, and every task.
 pub fn check(
     guest: &mut GuestSource,
     file: &Path,
+    verbose: bool,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let report = guest.check(file)?;
     if json {
-        return Ok(screen.json(&report)?);
+        return Ok(output.json(&report)?);
     }
-    for function in &report.functions {
-        let line = format!(
+    let functions = report.functions.iter().map(|function| {
+        format!(
             "{}:{},{} at {}, {} bytes",
             function.object, function.name, function.sympos, function.address, function.size
-        );
-        screen.line(Tone::Plain, &line)?;
+        )
+    });
+    output.lines(Tone::Plain, functions, verbose)?;
+    if verbose {
+        for symbol in &report.symbols {
+            let line = format!("uses {} at {}", symbol.name, symbol.address);
+            output.line(Tone::Plain, &line)?;
+        }
     }
-    for symbol in &report.symbols {
-        screen.line(
-            Tone::Plain,
-            &format!("uses {} at {}", symbol.name, symbol.address),
-        )?;
-    }
-    screen.line(Tone::Plain, &place("code", &report.code))?;
+    output.line(Tone::Plain, &memory("code", &report.code))?;
     if let Some(data) = &report.data {
-        screen.line(Tone::Plain, &place("data", data))?;
+        output.line(Tone::Plain, &memory("data", data))?;
     }
-    for task in report
-        .tasks
-        .iter()
-        .filter(|task| task.switched_by.is_none())
-    {
-        screen.line(Tone::Busy, &task_line(task))?;
-    }
-    Ok(screen.line(Tone::Good, &summary(&report))?)
+    task_lines(&report.tasks, verbose, output)?;
+    Ok(output.line(Tone::Good, &summary(&report))?)
 }
 
-fn place(what: &str, piece: &PieceReport) -> String {
+fn memory(what: &str, piece: &PieceReport) -> String {
     let place = if piece.hidden {
         "hidden memory"
     } else {
         "the padding of the kernel's text"
     };
-    format!(
-        "{what}: {} bytes at {}, in {place}",
-        piece.bytes, piece.address
-    )
+    let (bytes, address) = (piece.bytes, &piece.address);
+    format!("{what}: {bytes} bytes at {address}, in {place}")
 }
 
-/// `fix: would apply; tasks that would switch at once: 40 by their stack; in the way now: 1; guest stopped 1 time, …`.
+/// `fix: would apply; 40 tasks would switch now (40 by stack); 1 task blocks; guest paused …`.
 fn summary(report: &CheckReport) -> String {
     let mut parts = vec![format!("{}: would apply", report.name)];
-    let ways = ways(&report.tasks);
-    if !ways.is_empty() {
-        parts.push(format!("tasks that would switch at once: {ways}"));
-    }
-    let waiting = report
-        .tasks
-        .iter()
-        .filter(|task| task.switched_by.is_none())
-        .count();
-    parts.push(match (waiting, report.at_once) {
-        (0, true) => "nobody is in the way".to_owned(),
-        (0, false) => "a vCPU is between two tasks now".to_owned(),
-        (count, _) => format!("in the way now: {count}"),
+    parts.extend(switched(&report.tasks, "would switch now"));
+    parts.push(match (pending(&report.tasks).count(), report.at_once) {
+        (0, true) => "no task blocks".to_owned(),
+        (0, false) => "a vCPU is in the middle of a context switch".to_owned(),
+        (1, _) => "1 task blocks".to_owned(),
+        (count, _) => format!("{} block", count_of(count, "task")),
     });
-    parts.push(format!("guest stopped {}", pauses(&report.pauses)));
+    parts.push(pauses(&report.pauses));
     parts.join("; ")
 }

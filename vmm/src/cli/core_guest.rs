@@ -1,6 +1,6 @@
-//! A guest in a core file, asked the same questions as a running one.
+//! The guest in a core file, which answers the same queries as a running one.
 //!
-//! To the patcher it is a machine whose vCPUs stand still for ever and whose memory cannot be written.
+//! For the patcher it is a machine whose vCPUs never run and whose memory cannot be written.
 
 use std::path::{Path, PathBuf};
 
@@ -8,9 +8,9 @@ use introspect::CoreFile;
 use patcher::{CheckReport, PatchError, Patcher, ReadOnlyMachine};
 use vmm::api::types::{Symbol, Task, TaskStack};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 
-/// A guest in a core file.
+/// The guest in a core file.
 #[derive(Debug)]
 pub struct CoreGuest {
     path: PathBuf,
@@ -19,12 +19,12 @@ pub struct CoreGuest {
 }
 
 impl CoreGuest {
-    /// Opens the core file; its kernel is looked for at the first question.
+    /// Opens the core file; the first query finds its kernel.
     ///
     /// # Errors
-    /// Why it is none.
-    pub fn open(path: &Path) -> Result<CoreGuest, VerbError> {
-        let core = CoreFile::open(path).map_err(|source| VerbError::Core {
+    /// When the file is not a core file that outpatch reads.
+    pub fn open(path: &Path) -> Result<CoreGuest, CommandError> {
+        let core = CoreFile::open(path).map_err(|source| CommandError::Core {
             path: path.to_owned(),
             source,
         })?;
@@ -36,32 +36,32 @@ impl CoreGuest {
         })
     }
 
-    /// All tasks.
-    pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
+    /// All tasks of the guest.
+    pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         let tasks = self.patcher.tasks(&mut self.machine);
         let tasks = tasks.map_err(|error| self.failed(error))?;
         Ok(tasks.iter().map(Task::from).collect())
     }
 
     /// One task's stack.
-    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
+    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, CommandError> {
         let stack = self.patcher.stack(&mut self.machine, pid);
         Ok(stack.map_err(|error| self.failed(error))?.into())
     }
 
     /// Every task's stack.
-    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         let stacks = self.patcher.stacks(&mut self.machine);
         let stacks = stacks.map_err(|error| self.failed(error))?;
         Ok(stacks.into_iter().map(TaskStack::from).collect())
     }
 
-    /// What applying a module, read from `file`, would come to.
-    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, VerbError> {
+    /// What applying a module, read from `file`, would do.
+    pub fn check(&mut self, file: &Path, module: &[u8]) -> Result<CheckReport, CommandError> {
         let report = self.patcher.check(&mut self.machine, module);
         report.map_err(|source| match source {
             busy @ PatchError::Busy { .. } => self.failed(busy),
-            source => VerbError::NotForCore {
+            source => CommandError::NotForCore {
                 file: file.to_owned(),
                 core: self.path.clone(),
                 source,
@@ -69,24 +69,24 @@ impl CoreGuest {
         })
     }
 
-    /// All symbols.
-    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+    /// All symbols of the guest's kernel and modules.
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, CommandError> {
         let symbols = self.patcher.symbols(&mut self.machine);
         let symbols = symbols.map_err(|error| self.failed(error))?;
         Ok(symbols.into_iter().map(Symbol::from).collect())
     }
 
-    fn failed(&self, source: PatchError) -> VerbError {
+    fn failed(&self, source: PatchError) -> CommandError {
         failed(&self.path, source)
     }
 }
 
-/// No second look at a core shows anything else.
-fn failed(path: &Path, source: PatchError) -> VerbError {
+/// The error of a failed query. A busy guest stays so in its core: trying again does not help.
+fn failed(path: &Path, source: PatchError) -> CommandError {
     let path = path.to_owned();
     match source {
-        PatchError::Busy { what, .. } => VerbError::CaughtInCore { path, what },
-        source => VerbError::InCore { path, source },
+        PatchError::Busy { what, .. } => CommandError::CaughtInCore { path, what },
+        source => CommandError::InCore { path, source },
     }
 }
 
@@ -95,17 +95,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_a_core_of_a_busy_guest_is_not_told_to_try_again() {
+    fn a_core_of_a_busy_guest_is_an_error_that_does_not_say_try_again() {
         let busy = PatchError::Busy {
             what: "tasklist_lock is held for writing".into(),
             tries: 100,
         };
-        let told = failed(Path::new("a.core"), busy).to_string();
+        let text = failed(Path::new("a.core"), busy).to_string();
         assert!(
-            told.contains("(tasklist_lock is held for writing)"),
-            "{told}"
+            text.contains("(tasklist_lock is held for writing)"),
+            "{text}"
         );
-        assert!(!told.contains("try again"), "{told}");
+        assert!(!text.contains("try again"), "{text}");
         let other = failed(Path::new("a.core"), PatchError::NoSuchTask(7)).to_string();
         assert_eq!(other, "a.core: no task with pid 7");
     }

@@ -1,37 +1,37 @@
-//! `outpatch dump`.
+//! `outpatch dump`: a core file of the running guest.
 
 use std::path::Path;
 
 use vmm::api::types::{Dump, NewDump};
-
-use crate::cli::commands::VerbError;
-use crate::cli::output::{Output, Tone};
 use vmm::client::Client;
 
-/// Has the VMM write a core file.
+use crate::cli::error::CommandError;
+use crate::cli::output::{Output, Tone};
+
+/// Requests a core file from the VMM.
 pub fn dump(
-    connection: &Client,
+    client: &Client,
     file: &Path,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
-    // The VMM may have been started elsewhere.
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    // The VMM may have another working directory.
     let path = std::path::absolute(file)?;
     let path = path.into_os_string().into_string().map_err(|path| {
-        VerbError::InvalidState(format!(
-            "{} cannot be said in JSON: it is not UTF-8",
+        CommandError::InvalidState(format!(
+            "{}: the path is not UTF-8, so it cannot be sent as JSON",
             path.display()
         ))
     })?;
-    let dump: Dump = connection.create("/dumps", &NewDump { path })?;
+    let dump: Dump = client.post("/dumps", &NewDump { path })?;
     if json {
-        return Ok(screen.json(&dump)?);
+        return Ok(output.json(&dump)?);
     }
     let line = format!(
-        "{}: {} MiB, the guest stood still for {} ms",
+        "{}: {} MiB, guest paused for {} ms",
         dump.path,
         dump.bytes.div_ceil(1 << 20),
         dump.paused_us.div_ceil(1000)
     );
-    Ok(screen.line(Tone::Good, &line)?)
+    Ok(output.line(Tone::Good, &line)?)
 }

@@ -1,21 +1,26 @@
-//! `outpatch ps`, `outpatch stack` and `outpatch symbols`: of a running guest, or of one in a core file.
+//! `outpatch ps`, `stack` and `symbols`: what a running guest, or one in a core file, has in
+//! memory.
 
 use vmm::api::types::{Task, TaskStack};
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use crate::cli::progress::word;
 use crate::cli::source::GuestSource;
+use crate::cli::summary::word;
 
-/// The tasks, a line each.
-pub fn ps(guest: &mut GuestSource, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
+/// Prints the tasks, one a line.
+pub fn ps(
+    guest: &mut GuestSource,
+    json: bool,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let tasks = guest.tasks()?;
     if json {
-        return Ok(screen.json(&tasks)?);
+        return Ok(output.json(&tasks)?);
     }
     let head = ["PID", "TGID", "S", "KIND", "VCPU", "PATCH", "COMM"];
     let rows: Vec<_> = tasks.iter().map(row).collect();
-    Ok(screen.table(&head, &rows)?)
+    Ok(output.table(&head, &rows)?)
 }
 
 fn row(task: &Task) -> Vec<String> {
@@ -34,71 +39,71 @@ fn dash(number: Option<impl ToString>) -> String {
     number.map_or("-".to_owned(), |number| number.to_string())
 }
 
-/// One task's stack.
+/// Prints the stack of one task.
 pub fn stack(
     guest: &mut GuestSource,
     pid: i32,
     all: bool,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let stack = guest.stack(pid)?;
     if json {
-        return Ok(screen.json(&stack)?);
+        return Ok(output.json(&stack)?);
     }
-    show(&stack, all, screen)
+    show(&stack, all, output)
 }
 
-/// Every task's stack, each below a line that says whose.
+/// Prints the stacks of all tasks, each after a line with its task.
 pub fn stacks(
     guest: &mut GuestSource,
     all: bool,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let stacks = guest.stacks()?;
     if json {
-        return Ok(screen.json(&stacks)?);
+        return Ok(output.json(&stacks)?);
     }
     for stack in &stacks {
         let Task {
             pid, state, comm, ..
         } = &stack.task;
-        screen.line(Tone::Plain, &format!("{pid} {comm} ({state})"))?;
-        show(stack, all, screen)?;
-        screen.line(Tone::Plain, "")?;
+        output.line(Tone::Plain, &format!("{pid} {comm} ({state})"))?;
+        show(stack, all, output)?;
+        output.line(Tone::Plain, "")?;
     }
     Ok(())
 }
 
-fn show(stack: &TaskStack, all: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
+fn show(stack: &TaskStack, all: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     for line in frames(stack, all) {
-        screen.line(Tone::Plain, &line)?;
+        output.line(Tone::Plain, &line)?;
     }
     let (tone, verdict) = verdict(stack);
-    Ok(screen.line(tone, &verdict)?)
+    Ok(output.line(tone, &verdict)?)
 }
 
-/// The symbols of a kernel and its modules, a line each.
+/// Prints the symbols of the kernel and its modules, one a line.
 pub fn symbols(
     guest: &mut GuestSource,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let symbols = guest.symbols()?;
     if json {
-        return Ok(screen.json(&symbols)?);
+        return Ok(output.json(&symbols)?);
     }
     for symbol in symbols {
         let (letter, name) = (symbol.letter, symbol.name);
         let address = symbol.address.trim_start_matches("0x");
         let line = format!("{address} {letter} {name}");
         match symbol.module {
-            Some(module) => screen.fields(&[&line, &format!("[{module}]")])?,
-            None => screen.fields(&[&line])?,
+            Some(module) => output.fields(&[&line, &format!("[{module}]")])?,
+            None => output.fields(&[&line])?,
         }
     }
-    Ok(screen.flush()?)
+    Ok(output.flush()?)
 }
 
 /// The lines of `/proc/PID/stack` (`fs/proc/base.c: proc_pid_stack`).
@@ -159,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_schedulers_frames_at_the_top_are_left_out() {
+    fn only_frames_of_the_scheduler_at_the_top_are_left_out() {
         assert_eq!(
             frames(&sleeping(), false),
             ["[<0>] do_wait+0x1/0x2", "[<0>] io_schedule+0x1/0x2"]
@@ -179,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_a_dash() {
+    fn an_unknown_number_is_a_dash() {
         let cells = row(&sleeping().task);
         assert_eq!(cells, ["1", "1", "S", "user", "-", "-1", "init"]);
     }

@@ -1,52 +1,52 @@
-//! `outpatch pause`, `resume` and `stop`.
+//! `outpatch pause`, `resume` and `stop`: the state of the VM.
 
 use std::time::{Duration, Instant};
 
 use vmm::api::types::{Vm, VmChange, VmState};
-
-use crate::cli::commands::VerbError;
-use crate::cli::output::{Output, Tone};
-use crate::cli::progress::word;
 use vmm::client::Client;
 
-/// How long a VMM may take to end.
+use crate::cli::error::CommandError;
+use crate::cli::output::{Output, Tone};
+use crate::cli::summary::word;
+
+/// How long a VMM may take to end after it was told to.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Stops all vCPUs.
-pub fn pause(c: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
-    change(c, VmState::Paused, json, screen)
+pub fn pause(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
+    change(c, VmState::Paused, json, output)
 }
 
-/// Lets them run.
-pub fn resume(c: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
-    change(c, VmState::Running, json, screen)
+/// Resumes all vCPUs.
+pub fn resume(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
+    change(c, VmState::Running, json, output)
 }
 
 fn change(
-    connection: &Client,
+    client: &Client,
     state: VmState,
     json: bool,
-    screen: &mut Output<'_>,
-) -> Result<(), VerbError> {
-    let vm: Vm = connection.patch("/vm", &VmChange { state })?;
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
+    let vm: Vm = client.patch("/vm", &VmChange { state })?;
     if json {
-        return Ok(screen.json(&vm)?);
+        return Ok(output.json(&vm)?);
     }
     let tone = match vm.state {
         VmState::Running => Tone::Good,
         VmState::Paused => Tone::Busy,
     };
-    Ok(screen.line(tone, &word(&vm.state))?)
+    Ok(output.line(tone, &word(&vm.state))?)
 }
 
-/// Ends the VM and waits until nobody answers any more.
-pub fn stop(connection: &Client, json: bool, screen: &mut Output<'_>) -> Result<(), VerbError> {
-    let vm: Vm = connection.delete("/vm")?;
+/// Stops the VM and waits until its VMM does not answer any more.
+pub fn stop(client: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
+    let vm: Vm = client.delete("/vm")?;
     let deadline = Instant::now() + STOP_TIMEOUT;
-    while connection.is_there() {
+    while client.responds() {
         if Instant::now() >= deadline {
-            return Err(VerbError::TimedOut(format!(
-                "the VMM (process {}) was told to end and still answers after {} s",
+            return Err(CommandError::TimedOut(format!(
+                "the VMM (process {}) was told to stop and still answers after {} s",
                 vm.pid,
                 STOP_TIMEOUT.as_secs()
             )));
@@ -54,7 +54,7 @@ pub fn stop(connection: &Client, json: bool, screen: &mut Output<'_>) -> Result<
         std::thread::sleep(Duration::from_millis(20));
     }
     if json {
-        return Ok(screen.json(&vm)?);
+        return Ok(output.json(&vm)?);
     }
-    Ok(screen.line(Tone::Plain, "stopped")?)
+    Ok(output.line(Tone::Plain, "stopped")?)
 }

@@ -1,10 +1,11 @@
-//! The verbs of the command line: arguments in, exit status out.
+//! The commands: arguments in, text or JSON on standard output, and an exit status.
 
+mod args;
 mod check;
-
 pub mod commands;
 mod core_guest;
 mod dump;
+mod error;
 mod inspect;
 mod lifecycle;
 mod module;
@@ -13,3 +14,5 @@ mod patches;
 mod progress;
 pub mod run;
 mod source;
+mod status;
+mod summary;

@@ -1,31 +1,34 @@
-//! A module's file.
+//! Reads the file of a livepatch module.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use vmm::api::routes::MODULE_LIMIT;
+use vmm::api::MAX_MODULE;
 
-use crate::cli::commands::VerbError;
+use crate::cli::error::CommandError;
 
-/// The whole file; one that no VMM would take is not read to its end.
+/// Reads the whole file, unless it is longer than any module that a VMM accepts.
 ///
 /// # Errors
-/// [`VerbError::File`].
-pub fn read_module(file: &Path) -> Result<Vec<u8>, VerbError> {
-    read(file).map_err(|source| VerbError::File {
+/// [`CommandError::File`] when it cannot be read, or is too long.
+pub fn read_module(file: &Path) -> Result<Vec<u8>, CommandError> {
+    read(file).map_err(|source| CommandError::File {
         path: file.to_owned(),
         source,
     })
 }
 
 fn read(file: &Path) -> io::Result<Vec<u8>> {
-    let limit = u64::try_from(MODULE_LIMIT).unwrap_or(u64::MAX);
+    let limit = u64::try_from(MAX_MODULE).unwrap_or(u64::MAX);
     let mut module = Vec::new();
     let mut start = File::open(file)?.take(limit.saturating_add(1));
     start.read_to_end(&mut module)?;
-    if module.len() > MODULE_LIMIT {
-        let why = format!("longer than {} MiB, which no module is", MODULE_LIMIT >> 20);
+    if module.len() > MAX_MODULE {
+        let why = format!(
+            "it is longer than {} MiB, the most that a module can have",
+            MAX_MODULE >> 20
+        );
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
     }
     Ok(module)

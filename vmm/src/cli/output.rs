@@ -1,21 +1,22 @@
-//! What the commands print: lines of plain text, aligned columns, colours only on a terminal.
+//! The output of commands: lines of text, aligned columns and JSON, with colours only on a
+//! terminal.
 //!
-//! Names come from the guest, so nothing that a terminal would act on is passed on.
+//! Names come from the guest: control characters, on which a terminal would act, are replaced.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 
 use serde::Serialize;
 
-/// What a piece of text is, for its colour.
+/// What a line says, which decides its colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
-    /// As the terminal has it.
+    /// Without a colour.
     Plain,
     /// A heading.
     Strong,
-    /// Done, running, reliable.
+    /// Completed, running, reliable.
     Good,
-    /// Under way, waiting.
+    /// In progress, pending, paused.
     Busy,
     /// Not reliable.
     Bad,
@@ -33,7 +34,10 @@ impl Tone {
     }
 }
 
-/// Standard output, or a test's buffer.
+/// The most lines of one kind that a command prints without `--verbose`.
+pub const MAX_LINES: usize = 20;
+
+/// Standard output, or the buffer of a test.
 pub struct Output<'a> {
     out: Box<dyn Write + 'a>,
     colour: bool,
@@ -49,7 +53,7 @@ impl Output<'_> {
         }
     }
 
-    /// A line of one tone.
+    /// Prints a line.
     pub fn line(&mut self, tone: Tone, text: &str) -> io::Result<()> {
         let text = printable(text);
         let code = tone.code();
@@ -58,29 +62,54 @@ impl Output<'_> {
         } else {
             writeln!(self.out, "{text}")?;
         }
-        // Somebody watches a transition by these lines.
+        // A transition is watched by these lines.
         self.out.flush()
     }
 
-    /// A line of very many: what is in it, set apart by tabs. It may only be seen after [`flush`](Self::flush).
+    /// Prints lines: without `all` at most [`MAX_LINES`], and then how many were left out.
+    pub fn lines(
+        &mut self,
+        tone: Tone,
+        lines: impl IntoIterator<Item = String>,
+        all: bool,
+    ) -> io::Result<()> {
+        let mut lines = lines.into_iter();
+        let shown = if all { usize::MAX } else { MAX_LINES };
+        for line in lines.by_ref().take(shown) {
+            self.line(tone, &line)?;
+        }
+        match lines.count() {
+            0 => Ok(()),
+            more => self.more(more),
+        }
+    }
+
+    /// Prints how many lines were left out.
+    pub fn more(&mut self, count: usize) -> io::Result<()> {
+        self.line(Tone::Plain, &format!("and {count} more (-v lists all)"))
+    }
+
+    /// Prints a line of fields separated by tabs. It is buffered until [`flush`](Self::flush), as
+    /// such lines are many.
     pub fn fields(&mut self, fields: &[&str]) -> io::Result<()> {
         let fields: Vec<String> = fields.iter().map(|field| printable(field)).collect();
         writeln!(self.out, "{}", fields.join("\t"))
     }
 
-    /// Shows all that was printed.
+    /// Writes out all buffered lines.
     pub fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 
-    /// The API's JSON, indented.
+    /// Prints JSON, indented.
     pub fn json(&mut self, value: &impl Serialize) -> io::Result<()> {
         serde_json::to_writer_pretty(&mut self.out, value)?;
         writeln!(self.out)?;
         self.out.flush()
     }
 
-    /// Columns as wide as their widest cell, under a heading; columns of numbers are set right.
+    /// Prints columns as wide as their widest cell, under a heading. Columns of numbers are aligned
+    /// to the right.
     pub fn table(&mut self, head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
         let columns: Vec<Column> = head
             .iter()
@@ -98,13 +127,13 @@ impl Output<'_> {
 
 impl std::fmt::Debug for Output<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Screen")
+        f.debug_struct("Output")
             .field("colour", &self.colour)
             .finish_non_exhaustive()
     }
 }
 
-/// How one column is set.
+/// The width and the alignment of a column.
 struct Column {
     width: usize,
     right: bool,
@@ -136,7 +165,7 @@ fn join(columns: &[Column], cells: &[String]) -> String {
     line.trim_end().to_owned()
 }
 
-/// `text` with everything that a terminal would act on made a question mark, as `ps` does.
+/// `text` with each control character replaced by a question mark, as `ps` does.
 pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
@@ -149,12 +178,12 @@ mod tests {
 
     fn printed(print: impl FnOnce(&mut Output<'_>) -> io::Result<()>, colour: bool) -> String {
         let mut buffer = Vec::new();
-        let mut screen = Output {
+        let mut output = Output {
             out: Box::new(&mut buffer),
             colour,
         };
-        print(&mut screen).unwrap();
-        drop(screen);
+        print(&mut output).unwrap();
+        drop(output);
         String::from_utf8(buffer).unwrap()
     }
 
@@ -182,13 +211,29 @@ mod tests {
     }
 
     #[test]
-    fn a_guests_name_cannot_drive_the_terminal() {
+    fn many_lines_are_cut_short_unless_all_are_wanted() {
+        let lines = |count: usize| (0..count).map(|n| n.to_string());
+        let count = |count, all| {
+            let text = printed(|o| o.lines(Tone::Plain, lines(count), all), false);
+            (
+                text.lines().count(),
+                text.ends_with("more (-v lists all)\n"),
+            )
+        };
+        assert_eq!(count(MAX_LINES, false), (MAX_LINES, false));
+        assert_eq!(count(MAX_LINES + 1, false), (MAX_LINES + 1, true));
+        assert_eq!(count(10_000, false), (MAX_LINES + 1, true));
+        assert_eq!(count(10_000, true), (10_000, false));
+    }
+
+    #[test]
+    fn a_name_from_the_guest_cannot_control_the_terminal() {
         let text = printed(|s| s.line(Tone::Plain, "a\x1b[2Jb\nc\u{9b}d"), false);
         assert_eq!(text, "a?[2Jb?c?d\n");
     }
 
     #[test]
-    fn colours_only_where_they_are_seen() {
+    fn colours_are_only_used_on_a_terminal() {
         assert_eq!(printed(|s| s.line(Tone::Good, "ok"), false), "ok\n");
         assert_eq!(
             printed(|s| s.line(Tone::Good, "ok"), true),

@@ -6,14 +6,15 @@ use std::process::ExitCode;
 use vmm::api::{ControlSocket, Controller, Limits, Server};
 use vmm::{ExitKind, VmConfig, parse_size};
 
-/// Boot a guest, with its serial console on this terminal; Ctrl-A x ends it.
+/// Boot a guest with its serial console on this terminal; Ctrl-A x stops it.
 ///
-/// Exit status: 0 when the guest powered off or reset itself (a guest is not started again) or was ended by Ctrl-A x or the
-/// control socket; 128 + N when signal N ended it; 1 when it could not be started or died of a triple fault or an internal
-/// error of KVM; 2 for wrong arguments.
+/// Exit status: 0 when the guest powered off or reset itself (it is not started again), or was
+/// stopped by Ctrl-A x or through the control socket; 128 + N when signal N stopped it; 1 when it
+/// could not be started, or ended with a triple fault or an internal error of KVM; 2 for wrong
+/// arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The kernel: a bzImage, as in a distribution's /boot/vmlinuz-*.
+    /// The kernel: a bzImage, such as a distribution's /boot/vmlinuz-*.
     #[arg(long, value_name = "BZIMAGE")]
     kernel: PathBuf,
     /// The initial RAM disk.
@@ -27,13 +28,13 @@ pub struct Args {
         allow_hyphen_values = true
     )]
     append: String,
-    /// Number of vCPUs, 1 to 8.
+    /// The number of vCPUs, 1 to 8.
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// Guest memory: 512M, 1G, 768MiB.
+    /// The size of guest memory: 512M, 1G, 768MiB.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     memory: u64,
-    /// Answer on this Unix socket, for `outpatch ps`, `apply` and the others.
+    /// Create the control socket at this path, for `outpatch ps`, `apply` and the other commands.
     #[arg(long, value_name = "PATH", env = "OUTPATCH_SOCKET")]
     socket: Option<PathBuf>,
 }
@@ -41,9 +42,9 @@ pub struct Args {
 /// Runs the guest until it ends.
 ///
 /// # Errors
-/// When it could not be started, or died.
+/// When it could not be started, or ended by a fault.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    // First of all: the one refusal that costs nothing to find out.
+    // First, as this refusal costs nothing to detect.
     let socket = args
         .socket
         .map(|path| ControlSocket::claim(&path))

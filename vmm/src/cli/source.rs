@@ -1,6 +1,6 @@
-//! What a look looks at: a running guest, through its VMM, or a core file.
+//! Where a guest is read from: a running one through its VMM, or a core file.
 //!
-//! Whoever shows tasks and stacks need not know which.
+//! Commands that show tasks, stacks and symbols need not know which of the two it is.
 
 use std::path::{Path, PathBuf};
 
@@ -9,13 +9,13 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use patcher::CheckReport;
 use vmm::api::types::{Symbol, Task, TaskStack};
-
-use crate::cli::commands::VerbError;
-use crate::cli::core_guest::CoreGuest;
-use crate::cli::module::read_module;
 use vmm::client::Client;
 
-/// Which guest, and how to print.
+use crate::cli::core_guest::CoreGuest;
+use crate::cli::error::CommandError;
+use crate::cli::module::read_module;
+
+/// Which guest to read, and how to print.
 #[derive(Debug, Args)]
 struct Given {
     /// The control socket of the VMM, as given to `outpatch run --socket`.
@@ -26,7 +26,8 @@ struct Given {
         required_unless_present = "core"
     )]
     socket: Option<PathBuf>,
-    /// A core file instead of a running guest: from `outpatch dump`, or from QEMU's dump-guest-memory.
+    /// Read a core file instead of a running guest: from `outpatch dump`, or from QEMU's
+    /// dump-guest-memory.
     #[arg(long, value_name = "FILE")]
     core: Option<PathBuf>,
     /// Print the API's JSON instead of text.
@@ -34,70 +35,72 @@ struct Given {
     json: bool,
 }
 
-/// The arguments, of which just one says what to look at.
+/// The arguments, of which one names the guest.
 #[derive(Debug)]
 pub struct Source(Given);
 
-/// A guest that can be looked at.
+/// A guest that can be read.
 #[derive(Debug)]
 pub enum GuestSource {
-    /// It runs.
+    /// It runs, and its VMM answers.
     Live(Client),
-    /// It is in a file.
+    /// It is in a core file.
     Core(Box<CoreGuest>),
 }
 
 impl Source {
-    /// The guest.
+    /// Opens the core file, or prepares a client of the VMM.
     ///
     /// # Errors
-    /// When the core file is none.
-    pub fn open(&self) -> Result<GuestSource, VerbError> {
+    /// When the core file cannot be read.
+    pub fn open(&self) -> Result<GuestSource, CommandError> {
         match (&self.0.core, &self.0.socket) {
             (Some(core), _) => Ok(GuestSource::Core(Box::new(CoreGuest::open(core)?))),
             (None, Some(socket)) => Ok(GuestSource::Live(Client::new(socket)?)),
-            (None, None) => Err(VerbError::InvalidState("say which guest".to_owned())),
+            (None, None) => Err(CommandError::InvalidState(
+                "no guest given: use --socket or --core".to_owned(),
+            )),
         }
     }
 
-    /// Whether to print JSON.
+    /// Whether to print JSON instead of text.
     pub fn json(&self) -> bool {
         self.0.json
     }
 }
 
 impl GuestSource {
-    /// Its tasks.
-    pub fn tasks(&mut self) -> Result<Vec<Task>, VerbError> {
+    /// All tasks of the guest.
+    pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/tasks")?),
+            GuestSource::Live(client) => Ok(client.get("/tasks")?),
             GuestSource::Core(core) => core.tasks(),
         }
     }
 
     /// One task's stack.
-    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, VerbError> {
+    pub fn stack(&mut self, pid: i32) -> Result<TaskStack, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get(&format!("/tasks/{pid}/stack"))?),
+            GuestSource::Live(client) => Ok(client.get(&format!("/tasks/{pid}/stack"))?),
             GuestSource::Core(core) => core.stack(pid),
         }
     }
 
-    /// Every task's stack.
-    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, VerbError> {
+    /// The stacks of all tasks, at one moment.
+    pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/stacks")?),
+            GuestSource::Live(client) => Ok(client.get("/stacks")?),
             GuestSource::Core(core) => core.stacks(),
         }
     }
 
-    /// What applying the module in `file` would come to.
-    pub fn check(&mut self, file: &Path) -> Result<CheckReport, VerbError> {
+    /// What applying the module in `file` would do.
+    pub fn check(&mut self, file: &Path) -> Result<CheckReport, CommandError> {
         let module = read_module(file)?;
         match self {
-            GuestSource::Live(connection) => {
-                let done = connection.post("/checks", module);
-                done.map_err(|source| VerbError::Module {
+            GuestSource::Live(client) => {
+                let done = client.post_module("/checks", module);
+                done.map_err(|source| CommandError::Module {
                     path: file.to_owned(),
                     source,
                 })
@@ -106,17 +109,17 @@ impl GuestSource {
         }
     }
 
-    /// Its symbols.
-    pub fn symbols(&mut self) -> Result<Vec<Symbol>, VerbError> {
+    /// All symbols of the guest's kernel and modules.
+    pub fn symbols(&mut self) -> Result<Vec<Symbol>, CommandError> {
         match self {
-            GuestSource::Live(connection) => Ok(connection.get("/symbols")?),
+            GuestSource::Live(client) => Ok(client.get("/symbols")?),
             GuestSource::Core(core) => core.symbols(),
         }
     }
 }
 
-/// By hand for one reason: a socket from the environment must not keep anybody from giving a core, and one on the command line
-/// must. The derived conflict knows no difference.
+/// Implemented by hand for one reason: `--core` conflicts with a `--socket` on the command line,
+/// but not with a socket from the environment. A derived conflict does not distinguish the two.
 impl FromArgMatches for Source {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Source, clap::Error> {
         let given = Given::from_arg_matches(matches)?;

@@ -1,4 +1,4 @@
-//! The routes, their answers and their errors, held against `docs/ABI`.
+//! The routes, their answers and their errors, compared with `docs/ABI`.
 
 use std::collections::BTreeSet;
 
@@ -7,18 +7,19 @@ use serde_json::Value;
 use crate::abi;
 use crate::api::problem::Kind;
 use crate::api::routes::ROUTES;
-use crate::api::testing::Served;
+use crate::api::server::Limits;
+use crate::api::testing::{ELF, FakeGuest, Served};
 
 const METHODS: [&str; 5] = ["GET ", "POST ", "PUT ", "PATCH ", "DELETE "];
 
 #[test]
-fn every_route_is_described_and_every_described_route_is_there() {
+fn every_route_is_described_and_every_described_route_exists() {
     let routes = ROUTES.iter().map(|r| format!("{} {}", r.method, r.path));
     abi::assert_described(&METHODS, routes);
 }
 
 #[test]
-fn every_sort_of_error_is_described_with_its_status() {
+fn every_kind_of_error_is_described_with_its_status() {
     let kinds = Kind::ALL.map(|kind| format!("error {}", kind.word()));
     abi::assert_described(&["error "], kinds);
     let text = abi::describing("error conflict");
@@ -33,30 +34,39 @@ fn every_sort_of_error_is_described_with_its_status() {
 
 #[test]
 fn every_field_of_an_answer_is_described() {
-    let served = Served::plain();
-    served.ask("POST", "/patches", b"\x7fELF");
-    for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
-        let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
-        let body = match (route.method.as_str(), route.path) {
-            ("PATCH", "/vm") => r#"{"state":"running"}"#,
-            ("PATCH", _) => r#"{"enabled":false}"#,
-            ("POST", "/dumps") => r#"{"path":"/guest.core"}"#,
-            ("POST", _) => "\x7fELF",
-            _ => "",
-        };
-        let answer = served.ask(route.method.as_str(), &path, body.as_bytes());
-        assert!((200..300).contains(&answer.status), "{route:?}: {answer:?}");
-        let what = format!("{} {}", route.method, route.path);
-        assert_words(&what, fields(&answer.json()));
+    let mut all = BTreeSet::new();
+    // In one guest all tasks switch, in the other none: their reports have different fields.
+    for guest in [FakeGuest::default(), FakeGuest::stuck()] {
+        let served = Served::new(guest, Limits::default());
+        served.send("POST", "/patches?wait_ms=500", ELF);
+        for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
+            let path = route.path.replace("{pid}", "1").replace("{name}", "fix");
+            let body: &[u8] = match (route.method.as_str(), route.path) {
+                ("PATCH", "/vm") => br#"{"state":"running"}"#,
+                ("PATCH", _) => br#"{"enabled":false}"#,
+                ("POST", "/dumps") => br#"{"path":"/guest.core"}"#,
+                ("POST", _) => ELF,
+                _ => b"",
+            };
+            let answer = served.send(route.method.as_str(), &path, body);
+            assert!((200..300).contains(&answer.status), "{route:?}: {answer:?}");
+            let what = format!("{} {}", route.method, route.path);
+            let fields = fields(&answer.json());
+            all.extend(fields.iter().cloned());
+            assert_words(&what, fields);
+        }
+        let refused = served.send("GET", "/nowhere", b"");
+        assert_words("error not-found", fields(&refused.json()));
     }
-    let refused = served.ask("GET", "/nowhere", b"");
-    assert_words("error not-found", fields(&refused.json()));
+    for sometimes in ["blocker", "since_ms", "after_ms"] {
+        assert!(all.contains(sometimes), "{sometimes} is in no answer");
+    }
 }
 
 #[test]
 fn every_metric_is_described() {
     let served = Served::plain();
-    let page = served.ask("GET", "/metrics", b"").body;
+    let page = served.send("GET", "/metrics", b"").body;
     let names = page
         .lines()
         .filter(|line| !line.starts_with('#'))
@@ -65,7 +75,7 @@ fn every_metric_is_described() {
     assert_words("GET /metrics", names.collect());
 }
 
-/// Asserts that the file on `what` has each of `words`.
+/// Asserts that the file that describes `what` has each of `words`.
 fn assert_words(what: &str, words: BTreeSet<String>) {
     assert!(!words.is_empty(), "{what}");
     let text = abi::describing(what);
@@ -77,7 +87,7 @@ fn assert_words(what: &str, words: BTreeSet<String>) {
     }
 }
 
-/// The names of all fields, at any depth.
+/// The names of all fields of a JSON value, at any depth.
 fn fields(value: &Value) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     let mut rest = vec![value];

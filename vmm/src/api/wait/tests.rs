@@ -1,4 +1,4 @@
-//! Answers that wait for the end of a transition, over a real socket, with a fake guest behind it.
+//! Answers that wait for the end of a transition, over a real socket, from a fake guest.
 
 use std::io::{Read, Write};
 use std::thread;
@@ -13,47 +13,47 @@ use crate::api::testing::{ELF, FakeGuest, Served};
 #[test]
 fn an_answer_waits_for_the_end_of_the_transition() {
     let served = Served::plain();
-    let applied = served.ask("POST", "/patches?wait_ms=20000", ELF);
+    let applied = served.send("POST", "/patches?wait_ms=20000", ELF);
     assert_eq!(
         (applied.status, &applied.json()["phase"]),
         (201, &json!("applied"))
     );
     let path = "/patches/fix?wait_ms=20000";
-    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
-    let reverted = served.ask("PATCH", path, br#"{"enabled":false}"#);
+    assert_eq!(served.send("GET", path, b"").json()["phase"], "applied");
+    let reverted = served.send("PATCH", path, br#"{"enabled":false}"#);
     assert_eq!(reverted.json()["phase"], "reverted");
-    served.ask("POST", "/patches", ELF);
-    assert_eq!(served.ask("GET", path, b"").json()["phase"], "applied");
+    served.send("POST", "/patches", ELF);
+    assert_eq!(served.send("GET", path, b"").json()["phase"], "applied");
 }
 
 #[test]
-fn an_answer_tells_of_the_tasks_that_were_asked_for() {
+fn an_answer_has_the_tasks_that_were_requested() {
     let served = Served::plain();
     let tasks = |method, path: &str, body: &[u8]| {
-        let patch = served.ask(method, path, body).json();
+        let patch = served.send(method, path, body).json();
         patch["tasks"].as_array().map(Vec::len)
     };
-    let (all, waiting) = ("wait_ms=20000", "wait_ms=20000&tasks=waiting");
-    assert_eq!(tasks("POST", &format!("/patches?{waiting}"), ELF), Some(0));
-    assert_eq!(tasks("GET", &format!("/patches/fix?{all}"), b""), Some(1));
-    assert_eq!(tasks("GET", "/patches/fix?tasks=all", b""), Some(1));
-    assert_eq!(tasks("GET", "/patches/fix?tasks=waiting", b""), Some(0));
+    let (all, pending) = ("wait_ms=20000", "wait_ms=20000&tasks=pending");
+    assert_eq!(tasks("POST", &format!("/patches?{pending}"), ELF), Some(0));
+    assert_eq!(tasks("GET", &format!("/patches/fix?{all}"), b""), Some(2));
+    assert_eq!(tasks("GET", "/patches/fix?tasks=all", b""), Some(2));
+    assert_eq!(tasks("GET", "/patches/fix?tasks=pending", b""), Some(0));
     let served = Served::new(FakeGuest::stuck(), Limits::default());
-    let begun = served.ask("POST", "/patches?tasks=waiting", ELF).json();
-    assert_eq!(begun["tasks"][0]["comm"], "init");
+    let started = served.send("POST", "/patches?tasks=pending", ELF).json();
+    assert_eq!(started["tasks"][0]["comm"], "init");
 }
 
 #[test]
-fn an_answer_waits_no_longer_than_it_was_told() {
+fn an_answer_waits_no_longer_than_requested() {
     let served = Served::new(FakeGuest::stuck(), Limits::default());
     for wait in ["", "?wait_ms=0", "?wait_ms=30"] {
-        let begun = served.ask("POST", &format!("/patches{wait}"), ELF);
+        let started = served.send("POST", &format!("/patches{wait}"), ELF);
         assert_eq!(
-            (begun.status, &begun.json()["transition"]),
+            (started.status, &started.json()["transition"]),
             (201, &json!(true))
         );
         let path = format!("/patches/fix{wait}");
-        let patch = served.ask("GET", &path, b"");
+        let patch = served.send("GET", &path, b"");
         assert_eq!(
             (patch.status, &patch.json()["transition"]),
             (200, &json!(true))
@@ -64,7 +64,7 @@ fn an_answer_waits_no_longer_than_it_was_told() {
         "wait_ms=-1",
         "wait_ms=",
         "wait=1",
-        "tasks=moved",
+        "tasks=switched",
     ] {
         for (method, path) in [
             ("POST", "/patches"),
@@ -77,28 +77,28 @@ fn an_answer_waits_no_longer_than_it_was_told() {
                 br#"{"enabled":false}"#
             };
             served
-                .ask(method, &format!("{path}?{query}"), body)
+                .send(method, &format!("{path}?{query}"), body)
                 .refused(Kind::BadRequest);
         }
     }
     let applied = served.logged();
     assert_eq!(
-        applied, ["apply 13 PerTask"; 3],
+        applied, ["apply 8 PerTask"; 3],
         "refused before anything is done"
     );
 }
 
 #[test]
-fn who_waits_for_a_transition_does_not_hold_up_the_end_of_the_server() {
+fn a_waiting_answer_does_not_delay_the_end_of_the_server() {
     let mut served = Served::new(FakeGuest::stuck(), Limits::default());
-    let mut waits = served.connect();
-    let head = "POST /patches?wait_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n";
-    waits.write_all(&[head.as_bytes(), ELF].concat()).unwrap();
+    let mut waiting = served.connect();
+    let head = "POST /patches?wait_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n\r\n";
+    waiting.write_all(&[head.as_bytes(), ELF].concat()).unwrap();
     while served.logged().is_empty() {
         thread::sleep(Duration::from_millis(5));
     }
-    let began = Instant::now();
+    let started = Instant::now();
     served.server = None;
-    assert!(began.elapsed() < Duration::from_secs(5));
-    assert_eq!(waits.read(&mut [0; 16]).unwrap_or(0), 0);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_eq!(waiting.read(&mut [0; 16]).unwrap_or(0), 0);
 }
