@@ -9,7 +9,7 @@ use guests::external::qemu::Qemu;
 use guests::host::cache::Cache;
 use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
-use tests::listing;
+use tests::task_listing;
 
 /// Listing all stacks takes an emulated guest some seconds.
 const LISTING_LIMIT: Duration = Duration::from_secs(180);
@@ -55,7 +55,7 @@ fn compare(stock: &PreparedKernel, scratch: &Path) -> Result<usize> {
         memory_mib: 256,
     };
     let mut guest = Emulated::boot(&Qemu::fetch(&Cache::open()?)?, &spec, scratch)?;
-    let theirs = listing::parse(&own_listing(&mut guest)?)?;
+    let theirs = task_listing::parse(&own_listing(&mut guest)?)?;
     guest.stop()?;
     let core = scratch.join("qemu.core");
     guest.dump_guest_memory(&core)?;
@@ -79,7 +79,7 @@ fn compare(stock: &PreparedKernel, scratch: &Path) -> Result<usize> {
         ensure!(pids.contains(pid), "{pid} {comm} is not in ps");
         let stack = outpatch.of_core(&["stack", &pid.to_string()], core)?;
         ensure!(stack["reliable"] == true, "{stack}");
-        let ours = listing::symbols(&stack)?;
+        let ours = task_listing::symbols(&stack)?;
         ensure!(
             &ours == frames,
             "{pid} {comm}\nours  {ours:?}\nguest {frames:?}"
@@ -96,7 +96,7 @@ fn own_listing(guest: &mut Emulated) -> Result<String> {
     // The markers are put together by the guest, so that the echo of the command line does not contain them.
     console.type_in(&format!(
         "stty -echo; sleeper 60 & sleep 3; printf '<%s>\\n' begin; {}; printf '<%s>\\n' end\n",
-        listing::COMMAND
+        task_listing::COMMAND
     ))?;
     console.wait_for("<begin>", LISTING_LIMIT)?;
     let text = console.wait_for("<end>", LISTING_LIMIT)?;

@@ -12,8 +12,8 @@ use guests::host::cache::Cache;
 use guests::kernel::stock::PreparedKernel;
 use serde::Deserialize;
 
-use crate::cores::{Core, GENERATION};
 use crate::report::{Figures, count};
+use tests::sleeper_cores::{Core, GENERATION};
 
 /// When it is set, drgn and the kernel's debugging information are fetched into the cache.
 const FETCH: &str = "OUTPATCH_DRGN";

@@ -4,7 +4,6 @@
 //! CPU time, then prints a table over all sizes with the time on the clock, too, the memory it takes and, where drgn is installed, the
 //! ratio to it.
 
-mod cores;
 mod cpu;
 mod drgn;
 mod report;
@@ -15,10 +14,10 @@ use std::{env, path::Path, process::ExitCode, time::Duration};
 use anyhow::{Context, Result};
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 
-use crate::cores::{Core, SIZES};
 use crate::cpu::CpuTime;
 use crate::report::Figures;
 use crate::subject::Subject;
+use tests::sleeper_cores::{self, Core, SIZES};
 
 /// The size that the goals are for.
 const MAIN: u32 = 5_000;
@@ -28,7 +27,7 @@ const ALL_STACKS: &str = "all stacks";
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().collect();
     let done = match words.as_slice() {
-        [_, flag, plan] if flag == cores::INSIDE => cores::inside(Path::new(plan)),
+        [_, flag, plan] if flag == sleeper_cores::INSIDE => sleeper_cores::inside(Path::new(plan)),
         [_, flag, core] if flag == report::PEAK => report::measure_peak_memory(Path::new(core)),
         _ => bench(&words),
     };
@@ -48,7 +47,7 @@ fn bench(words: &[String]) -> Result<()> {
         .measurement_time(Duration::from_secs(4))
         .with_measurement(CpuTime)
         .configure_from_args();
-    let (release, cores) = cores::all()?;
+    let (release, cores) = sleeper_cores::all()?;
     // One group for all sizes, so that Criterion draws a line through them.
     let mut group = criterion.benchmark_group(ALL_STACKS);
     for core in &cores {

@@ -10,9 +10,9 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, PhysMemory, Stack, Task};
 
-use crate::cores::Core;
 use crate::cpu;
 use crate::subject::{self, Subject};
+use tests::sleeper_cores::Core;
 
 /// The argument that says to the bench to measure its own memory, in front of the core to do it on.
 pub const PEAK: &str = "--peak-memory-of";

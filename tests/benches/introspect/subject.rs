@@ -8,7 +8,7 @@ use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, 
 use tests::core_machine;
 use vm_memory::GuestMemoryMmap;
 
-use crate::cores::Core;
+use tests::sleeper_cores::Core;
 
 /// A guest, from its core.
 pub struct Subject {

@@ -4,9 +4,6 @@
 //! The guests are cores of a stock kernel (those of the bench `introspect`), in memory; what is not in it is what stopping and starting
 //! vCPUs takes. `cargo bench -p tests --bench pause` prints a table.
 
-#[path = "../introspect/cores.rs"]
-mod cores;
-
 use std::{env, fs, path::Path, process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -15,6 +12,7 @@ use guests::kernel::stock::{Order, PreparedKernel};
 use introspect::{CoreFile, Kernel, TaskKind, task_list};
 use patcher::{Machine, Mode, Patcher, PauseLength};
 use tests::core_machine::CoreMachine;
+use tests::sleeper_cores;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Runs of which the median is told.
@@ -27,7 +25,7 @@ const PATCHES: [(&str, &str); 2] = [("livepatch-sample", "livepatch_sample"), ("
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().collect();
     let done = match words.as_slice() {
-        [_, flag, plan] if flag == cores::INSIDE => cores::inside(Path::new(plan)),
+        [_, flag, plan] if flag == sleeper_cores::INSIDE => sleeper_cores::inside(Path::new(plan)),
         _ if words.iter().any(|word| word == "--bench") => bench(),
         // Without it this is `cargo test --benches`, which has nothing to check here.
         _ => Ok(()),
@@ -42,9 +40,9 @@ fn main() -> ExitCode {
 }
 
 fn bench() -> Result<()> {
-    let (release, all) = cores::all()?;
+    let (release, all) = sleeper_cores::all()?;
     let stock = PreparedKernel::prepare(Order {
-        generation: cores::GENERATION,
+        generation: sleeper_cores::GENERATION,
         flavour: Flavour::Cloud,
         patches: &PATCHES.map(|(file, _)| file),
         modules: &[],

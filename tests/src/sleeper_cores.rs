@@ -1,0 +1,196 @@
+//! Cores of a stock 6.1 guest with so many sleeping processes: made once in the test bed, and kept in the cache.
+//!
+//! Each core has a guest of its own. Knows guests and files, nothing of what is measured.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use guests::bed::Bed;
+use guests::drive::{Guest, GuestSpec};
+use guests::host::cache::{Cache, fingerprint};
+use guests::initramfs::programs;
+use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
+use guests::kernel::{Flavour, Generation};
+use serde::{Deserialize, Serialize};
+
+/// How many sleepers the guest of each core has. Two of ten have another process or thread that sleeps with them.
+pub const SIZES: [u32; 6] = [10, 100, 1_000, 5_000, 10_000, 20_000];
+/// The argument that says to the fixture that it is in the bed, in front of what to do there.
+pub const INSIDE: &str = "--capture-inside";
+
+/// The kernel of the cores.
+pub const GENERATION: Generation = Generation::V6_1;
+/// A sleeper takes about 100 KiB: its stack, its page tables, its own pages.
+const GUEST_MIB: u32 = 3 << 10;
+const BED_MIB: u32 = 5 << 10;
+/// How long all may take; ten times what it takes on an idle machine.
+const LIMIT: Duration = Duration::from_secs(3000);
+/// How long one dump may take.
+const DUMP_LIMIT: Duration = Duration::from_secs(600);
+/// How many seconds sleepers may take to sleep.
+const PATIENCE: u32 = 600;
+/// Goes up when cores are to be made anew.
+const EDITION: &str = "1";
+
+/// One core.
+#[derive(Clone, Debug)]
+pub struct Core {
+    /// How many sleepers its guest had.
+    pub sleepers: u32,
+    /// The file.
+    pub path: PathBuf,
+}
+
+/// What to do in the bed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Plan {
+    binary: PathBuf,
+    stock: PreparedKernel,
+    /// How many sleepers each guest is to have.
+    sizes: Vec<u32>,
+    /// Where the cores go.
+    folder: PathBuf,
+}
+
+/// Every core, smallest first, and the kernel's release. They are made if they are not there.
+///
+/// # Errors
+/// When no guest could be had or driven; the cores that there are by then are kept.
+pub fn all() -> Result<(String, Vec<Core>)> {
+    let cache = Cache::open()?;
+    let stock = PreparedKernel::prepare(Order {
+        generation: GENERATION,
+        flavour: Flavour::Cloud,
+        patches: &[],
+        modules: &[],
+        boot: None,
+    })?;
+    let sleeper = programs::IN_GUEST
+        .iter()
+        .find(|source| source.name == "sleeper");
+    let sleeper = sleeper.context("no sleeper among the guest's programs")?;
+    let mark = fingerprint([sleeper.text.as_bytes(), EDITION.as_bytes()]);
+    let place = cache.root().join(format!("cores/{}-{mark}", stock.release));
+    let _lock = cache.lock("cores")?;
+    fs::create_dir_all(&place)?;
+    let is_missing = |sleepers: &u32| !place.join(name(*sleepers)).exists();
+    let missing: Vec<u32> = SIZES.into_iter().filter(is_missing).collect();
+    if !missing.is_empty() {
+        let staging = cache.stage()?;
+        let captured = capture(&stock, staging.path(), &missing);
+        // A core has its name once it is whole: it is kept whatever became of the others.
+        for name in missing.iter().map(|sleepers| name(*sleepers)) {
+            let core = staging.path().join(&name);
+            if core.exists() {
+                fs::rename(core, place.join(&name))?;
+            }
+        }
+        captured?;
+    }
+    let cores = SIZES.map(|sleepers| Core {
+        sleepers,
+        path: place.join(name(sleepers)),
+    });
+    Ok((stock.release, cores.into()))
+}
+
+fn name(sleepers: u32) -> String {
+    format!("{sleepers}.core")
+}
+
+/// On the host: starts this program again inside the bed.
+fn capture(stock: &PreparedKernel, folder: &Path, sizes: &[u32]) -> Result<()> {
+    println!(
+        "capturing cores of Linux {} with {sizes:?} sleepers in the test bed: some minutes, once",
+        stock.release
+    );
+    let plan = Plan {
+        binary: build_outpatch()?,
+        stock: stock.clone(),
+        sizes: sizes.to_vec(),
+        folder: folder.to_owned(),
+    };
+    let file = folder.join("plan.json");
+    fs::write(&file, serde_json::to_vec(&plan)?)?;
+    let mut command = Command::new(env::current_exe()?);
+    command.arg(INSIDE).arg(&file);
+    let status = Bed::new()
+        .memory_mib(BED_MIB)
+        .writable(folder)
+        .limit(LIMIT)
+        .run(&mut command)
+        .context("the test bed")?;
+    ensure!(status.success(), "capturing in the bed: {status}");
+    fs::remove_file(&file)?;
+    Ok(())
+}
+
+/// In the bed: a guest, and a dump of it, for each number of sleepers.
+///
+/// # Errors
+/// When a guest does not do as it is told.
+pub fn inside(plan: &Path) -> Result<()> {
+    let plan: Plan = serde_json::from_slice(&fs::read(plan)?)?;
+    let spec = GuestSpec {
+        vmm: plan.binary.clone(),
+        binary: plan.binary,
+        kernel: plan.stock.bzimage,
+        initrd: plan.stock.initrd,
+        cpus: 2,
+        memory_mib: GUEST_MIB,
+        append: String::new(),
+    };
+    for sleepers in plan.sizes {
+        let path = plan.folder.join(name(sleepers));
+        one(&spec, sleepers, &path).with_context(|| format!("{sleepers} sleepers"))?;
+    }
+    Ok(())
+}
+
+fn one(spec: &GuestSpec, sleepers: u32, path: &Path) -> Result<()> {
+    let mut guest = Guest::boot(spec, &env::temp_dir())?;
+    // More processes than a guest of its size allows itself.
+    let limits =
+        ["threads-max", "pid_max"].map(|of| format!("echo 100000 > /proc/sys/kernel/{of}"));
+    guest.sh(&limits.join(" && "))?;
+    start_sleepers(&mut guest, sleepers)?;
+    let file = path.to_str().context("a path in UTF-8")?;
+    let start = Instant::now();
+    // The command gives up before an emulated VMM has written so much, and says that it may still be done.
+    if let Err(error) = guest.outpatch().json(&["dump", file]) {
+        while !path.exists() {
+            if start.elapsed() > DUMP_LIMIT {
+                return Err(error);
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+    println!("{sleepers} sleepers: dumped in {:?}", start.elapsed());
+    // What is in it is no longer needed, and 20,000 processes take long to end.
+    drop(guest);
+    Ok(())
+}
+
+/// Starts so many, and waits until all sleep.
+fn start_sleepers(guest: &mut Guest, sleepers: u32) -> Result<()> {
+    // Of /proc/loadavg, the fourth word is the number of tasks that run and of all tasks.
+    let script = format!(
+        "look() {{ read a b c tasks rest < /proc/loadavg; }}; look
+         want=$((${{tasks#*/}} + {sleepers} * 12 / 10)); waited=0
+         sleeper {sleepers} & sleep 1; look
+         until [ ${{tasks#*/}} -ge $want ] && [ ${{tasks%/*}} = 1 ]; do
+             if [ $waited -ge {PATIENCE} ]; then echo $tasks of $want; dmesg | tail; false; break; fi
+             waited=$((waited + 1)); sleep 1; look
+         done"
+    );
+    guest.sh_within(&script, LIMIT)?;
+    // The bed is slow: the last ones are still on their way.
+    guest.sh("sleep 2")?;
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! The main job: 50 times on and off in one boot, under load, on each kernel, number of vCPUs and page-table isolation.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use guests::drive::Guest;
+
+use crate::Scenario;
+use crate::harness::fixture::Fixture;
+
+/// How often each patch goes on and off in one boot.
+const ROUNDS: u32 = 50;
+/// How long one transition may take: it is stuck then.
+pub const STUCK: Duration = Duration::from_secs(60);
+/// Processes that call the patched system call without a pause.
+const HAMMERS: u32 = 20;
+
+/// A patch module and how its effect shows in the guest.
+#[derive(Debug)]
+pub struct Patch {
+    /// File name, less `.ko`.
+    pub file: &'static str,
+    /// The module's name.
+    pub name: &'static str,
+    probe: &'static str,
+    sign: &'static str,
+}
+
+/// The kernel's own sample, and a patch of a system call.
+pub const PATCHES: [Patch; 2] = [
+    Patch {
+        file: "livepatch-sample",
+        name: "livepatch_sample",
+        probe: "cat /proc/cmdline",
+        sign: "this has been live patched",
+    },
+    // It changes the answers of the program that knows of it.
+    Patch {
+        file: "getpid",
+        name: "getpid",
+        probe: "hammer 0 - getpid",
+        sign: "new",
+    },
+];
+
+impl Patch {
+    /// Checks in the guest that the patch is, or is not, in force for a new process.
+    pub fn expect(&self, guest: &mut Guest, patched: bool) -> Result<()> {
+        let seen = guest.sh(self.probe)?;
+        ensure!(
+            seen.contains(self.sign) == patched,
+            "{} should be {patched}, but `{}` says {seen:?}",
+            self.name,
+            self.probe
+        );
+        Ok(())
+    }
+}
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for generation in ["6.1", "6.12", "7.3"] {
+        for cpus in [1, 2, 4] {
+            for pti in [false, true] {
+                let name = format!(
+                    "apply_revert::{ROUNDS}_rounds_{generation}_{cpus}_vcpus{}",
+                    if pti { "_pti" } else { "" }
+                );
+                let run = move |fixture: &Fixture| rounds(fixture, generation, cpus, pti);
+                // A plain run has each number of vCPUs once, and page tables kept apart once.
+                let plain = [("6.1", 4, false), ("6.12", 1, true), ("6.12", 2, false)];
+                let plain = plain.contains(&(generation, cpus, pti));
+                all.push(Scenario::new(name, run).more(!plain));
+            }
+        }
+    }
+    all
+}
+
+/// Two functions in one patch change together, and two patches beside each other come and go in any order.
+pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
+    let [sample, getpid] = &PATCHES;
+    let stock = fixture.stock(generation)?;
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    outpatch.ok(&["apply", stock.patch("two-functions")?])?;
+    ensure!(
+        guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
+        "not both are new"
+    );
+    outpatch.ok(&["revert", "two_functions"])?;
+    sample.expect(guest, false)?;
+    getpid.expect(guest, false)?;
+    outpatch.ok(&["apply", stock.patch(sample.file)?])?;
+    outpatch.ok(&["apply", stock.patch(getpid.file)?])?;
+    sample.expect(guest, true)?;
+    getpid.expect(guest, true)?;
+    outpatch.ok(&["revert", sample.name])?;
+    sample.expect(guest, false)?;
+    getpid.expect(guest, true)?;
+    outpatch.ok(&["revert"])?;
+    getpid.expect(guest, false)?;
+    guest.expect_unharmed(&log)
+}
+
+fn rounds(fixture: &Fixture, generation: &str, cpus: u32, pti: bool) -> Result<()> {
+    fixture.with(fixture.boot(generation, cpus, if pti { "pti=on" } else { "" })?, |guest| {
+        let stock = fixture.stock(generation)?;
+        let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
+        if pti {
+            let state = guest.sh("cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true")?;
+            ensure!(state.contains("PTI") || state.contains("page tables isolation: enabled"), "PTI is not on: {state}");
+        }
+        let log = guest.dmesg()?;
+        guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
+        let started = Instant::now();
+        for patch in &PATCHES {
+            let module = fs::read(stock.patch(patch.file)?)?;
+            for round in 0..ROUNDS {
+                rest.apply(&module, STUCK)?;
+                // The guest itself is asked in every tenth round: a process started there costs more than a patch.
+                if round % 10 == 0 {
+                    patch.expect(guest, true)?;
+                }
+                rest.revert(patch.name, STUCK)?;
+                if round % 10 == 0 {
+                    patch.expect(guest, false)?;
+                }
+            }
+        }
+        let took = started.elapsed();
+        let pauses = &outpatch.json(&["status"])?["vm"]["pauses"];
+        println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}, pauses {pauses}", 4 * ROUNDS);
+        guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
+        let answers = guest.sh("cat /tmp/hammer")?;
+        println!("{}", answers.lines().next().unwrap_or_default());
+        ensure!(answers.contains(" wrong=0 "), "a system call answered wrongly: {answers}");
+        guest.expect_unharmed(&log)
+    })
+}

@@ -1,0 +1,265 @@
+//! The guest's own tools beside a patch of ours, on the function that it patches and on others, before it and behind it: each
+//! works, or is refused with its reason, and the kernel never warns.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use guests::drive::{Guest, Outpatch};
+
+use crate::Scenario;
+use crate::harness::fixture::{Fixture, KEXEC};
+use crate::patching::blocked_tasks::stays_blocked;
+
+/// Where ftrace is told what to do.
+const TRACING: &str = "cd /sys/kernel/tracing";
+/// The function that the sample patches, and one beside it that `cat /proc/version` comes to.
+const PATCHED: &str = "cmdline_proc_show";
+const OTHER: &str = "version_proc_show";
+/// How long one call of a tool may take.
+const LIMIT: Duration = Duration::from_secs(60);
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for generation in ["6.1", "6.12", "7.3"] {
+        all.push(
+            Scenario::new(
+                format!("guest_tools::beside_a_patch_{generation}"),
+                move |fixture| beside(fixture, generation),
+            )
+            .more(generation != "7.3"),
+        );
+        all.push(
+            Scenario::new(
+                format!("guest_tools::ends_in_mid_transition_{generation}"),
+                move |fixture| ends(fixture, generation),
+            )
+            .more(generation != "6.12"),
+        );
+    }
+    all.push(Scenario::new("guest_tools::kexec_in_mid_transition", kexec));
+    all
+}
+
+fn beside(fixture: &Fixture, generation: &str) -> Result<()> {
+    let stock = fixture.stock(generation)?;
+    let sample = stock.patch("livepatch-sample")?;
+    fixture.with(fixture.boot(generation, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        let log = guest.dmesg()?;
+        users_are_named(guest, &outpatch, sample)?;
+
+        // Of other functions, both at once.
+        guest.sh(&format!(
+            "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer"
+        ))?;
+        outpatch.ok(&["apply", sample])?;
+        shows(guest, true)?;
+        ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
+
+        // Of the function itself: ftrace says no, and of many at once it leaves that one out. (A tracer that is on when its filter is
+        // emptied traces all functions for a moment, which takes a guest here a minute.)
+        guest.sh(&format!("{TRACING}; echo nop > current_tracer"))?;
+        let (status, words) = guest.try_sh(
+            &format!("{TRACING}; echo {PATCHED} > set_ftrace_filter"),
+            LIMIT,
+        )?;
+        println!("{generation}: tracing the patched function: {words}");
+        ensure!(status != 0, "it can be traced");
+        guest.sh(&format!(
+            "{TRACING}; echo '*_proc_show' > set_ftrace_filter; echo function > current_tracer"
+        ))?;
+        ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
+        ensure!(!traced(guest, PATCHED, "cmdline")?, "it was traced");
+        shows(guest, true)?;
+        guest.sh(&format!(
+            "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
+        ))?;
+        kprobe_behind(guest)?;
+        shows(guest, true)?;
+        come_meanwhile(guest)?;
+        shows(guest, true)?;
+
+        // The guest's own livepatching is told to wait, for any function.
+        for file in ["cmdline", "getpid"] {
+            let (status, words) = guest.try_sh(&format!("insmod /lib/patches/{file}.ko"), LIMIT)?;
+            println!("{generation}: insmod {file}.ko: {words}");
+            ensure!(status != 0, "the guest patched it as well: {words}");
+        }
+        shows(guest, true)?;
+        outpatch.ok(&["revert"])?;
+        shows(guest, false)?;
+        leave_afterwards(guest, generation)?;
+        tracing_is_free(guest)?;
+        let new = guest.dmesg_since(&log)?;
+        let own = ["cmdline: ", "getpid: ", "livepatch: "];
+        let warned = new
+            .iter()
+            .find(|line| !own.iter().any(|own| line.starts_with(own)));
+        ensure!(warned.is_none(), "in the guest's log: {warned:?}");
+
+        // And what it was told to wait with works now.
+        guest.sh("insmod /lib/patches/cmdline.ko")?;
+        Ok(())
+    })
+}
+
+/// A function that somebody in the guest uses is refused, by name; then it is free again.
+fn users_are_named(guest: &mut Guest, outpatch: &Outpatch, sample: &str) -> Result<()> {
+    for (on, off, word) in [
+        (
+            format!("echo {PATCHED} > set_ftrace_filter; echo function > current_tracer"),
+            "echo nop > current_tracer; echo > set_ftrace_filter",
+            "ftrace",
+        ),
+        (
+            format!("echo 'p:tools/one {PATCHED}' > kprobe_events; echo 1 > events/tools/enable"),
+            "echo 0 > events/tools/enable; echo > kprobe_events",
+            "kprobe",
+        ),
+        (
+            format!(
+                "bpf {PATCHED} > /tmp/bpf & until grep -q attached /tmp/bpf; do sleep 0.1; done"
+            ),
+            "killall bpf; sleep 1",
+            "BPF",
+        ),
+    ] {
+        guest.sh(&format!("{TRACING}; {on}"))?;
+        let line = outpatch.refused(&["apply", sample])?;
+        println!("{line}");
+        ensure!(line.contains(word) && line.contains(PATCHED), "{line}");
+        guest.sh(&format!("{TRACING}; {off}"))?;
+    }
+    Ok(())
+}
+
+/// Whether the patch is in force.
+fn shows(guest: &mut Guest, patched: bool) -> Result<()> {
+    let line = guest.sh("cat /proc/cmdline")?;
+    ensure!(line.contains("live patched") == patched, "{line}");
+    Ok(())
+}
+
+/// Whether the function tracer sees `function` when `/proc/FILE` is read.
+fn traced(guest: &mut Guest, function: &str, file: &str) -> Result<bool> {
+    let count = guest.sh(&format!(
+        "{TRACING}; echo > trace; cat /proc/{file} > /dev/null; sleep 0.2; grep -c {function} trace || true"
+    ))?;
+    Ok(count != "0")
+}
+
+/// A probe on the entry of the patched function is taken or refused; taken, it leaves again.
+fn kprobe_behind(guest: &mut Guest) -> Result<()> {
+    let (status, words) = guest.try_sh(
+        &format!("{TRACING}; echo 'p:tools/late {PATCHED}' > kprobe_events && echo 1 > events/tools/enable"),
+        LIMIT,
+    )?;
+    println!("a kprobe behind the patch: {status} {words}");
+    guest.sh(&format!(
+        "cat /proc/cmdline; {TRACING}; [ ! -e events/tools/enable ] || echo 0 > events/tools/enable; echo > kprobe_events"
+    ))?;
+    Ok(())
+}
+
+/// A probe and a BPF program on the entry of the patched function, and a BPF program on that of another: the kernel takes them, and
+/// leaves the patched function's entry alone.
+fn come_meanwhile(guest: &mut Guest) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo 'p:tools/stays {PATCHED}' > kprobe_events; echo 1 > events/tools/enable
+for function in {PATCHED} {OTHER}; do
+  bpf $function > /tmp/bpf-$function 2>&1 & until [ -s /tmp/bpf-$function ]; do sleep 0.1; done; grep attached /tmp/bpf-$function || exit 1
+done
+echo > trace; cat /proc/cmdline /proc/version"
+    ))?;
+    let hits = guest.sh(&format!("{TRACING}; grep -c stays trace || true"))?;
+    ensure!(hits == "0", "the probe was met {hits} times");
+    Ok(())
+}
+
+/// They are counted once the patch is reverted, work from ftrace's next change on, and leave no trace.
+fn leave_afterwards(guest: &mut Guest, generation: &str) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer; echo > trace; cat /proc/cmdline"
+    ))?;
+    let hits = guest.sh(&format!("{TRACING}; grep -c stays: trace"))?;
+    ensure!(hits == "1", "the probe was met {hits} times");
+    let enabled = guest.sh(&format!("{TRACING}; cat enabled_functions"))?;
+    println!("{generation}: enabled functions: {enabled}");
+    let counted = format!("{PATCHED} (2)");
+    ensure!(
+        enabled.lines().any(|line| line.starts_with(&counted)),
+        "not counted: {enabled}"
+    );
+    let left = guest.sh(&format!(
+        "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter; killall bpf; sleep 1
+echo 0 > events/tools/enable; echo > kprobe_events; cat enabled_functions"
+    ))?;
+    ensure!(left.is_empty(), "these are traced still: {left}");
+    Ok(())
+}
+
+/// The function can be traced again.
+fn tracing_is_free(guest: &mut Guest) -> Result<()> {
+    guest.sh(&format!(
+        "{TRACING}; echo {PATCHED} > set_ftrace_filter; echo function > current_tracer"
+    ))?;
+    ensure!(
+        traced(guest, PATCHED, "cmdline")?,
+        "it cannot be traced any more"
+    );
+    guest.sh(&format!(
+        "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
+    ))?;
+    Ok(())
+}
+
+/// A guest that reboots, panics or is stopped in mid-transition ends as it does at any other time.
+fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
+    let patch = fixture.stock(generation)?.patch("pause")?;
+    for typed in [
+        "reboot -f\n",
+        "echo c > /proc/sysrq-trigger\n",
+        "poweroff -f\n",
+    ] {
+        let mut guest = fixture.boot(generation, 2, "")?;
+        let outpatch = guest.outpatch().clone();
+        guest.sh("sleeper 10 & sleep 1")?;
+        stays_blocked(&mut guest, &outpatch, patch)?;
+        guest.console().type_in(typed)?;
+        let end = guest.wait_end(LIMIT)?;
+        ensure!(end.code() == Some(0), "typed {typed:?}: {end}");
+    }
+    Ok(())
+}
+
+/// How long a guest may take from one kernel to the shell of the next.
+const KEXEC_LIMIT: Duration = Duration::from_secs(120);
+
+/// A guest that starts another kernel loses what was done to the old one, and that is said; the new one can be patched.
+fn kexec(fixture: &Fixture) -> Result<()> {
+    let key = format!("{KEXEC}-kexec");
+    let patch = fixture.stock(&key)?.patch("pause")?;
+    fixture.with(fixture.boot(&key, 2, "")?, |guest| {
+        let outpatch = guest.outpatch().clone();
+        guest.sh("sleeper 10 & sleep 1")?;
+        stays_blocked(guest, &outpatch, patch)?;
+        guest.console().type_in(
+            "kexec /boot/vmlinuz /boot/initrd 'console=ttyS0 quiet panic=-1 tsc=reliable'\n",
+        )?;
+        guest.boots_again(KEXEC_LIMIT)?;
+
+        // Whoever asks first is told, unless the transition was already given up.
+        let told = outpatch.call(&["ps"])?;
+        println!("after kexec: {:?} {}", told.status, told.stderr.trim());
+        let tasks = outpatch.json(&["ps"])?;
+        ensure!(tasks.to_string().contains("kthreadd"), "{tasks}");
+        let status = outpatch.json(&["status"])?;
+        ensure!(!status.to_string().contains("applying"), "{status}");
+
+        let log = guest.dmesg()?;
+        guest.sh("sleeper 10 & sleep 1")?;
+        outpatch.ok(&["apply", patch, "--signal-after", "0", "--timeout", "60"])?;
+        outpatch.ok(&["revert", "pause", "--signal-after", "0", "--timeout", "60"])?;
+        guest.expect_unharmed(&log)
+    })
+}

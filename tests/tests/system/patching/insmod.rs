@@ -1,0 +1,65 @@
+//! The same `.ko` files that outpatch applies are ordinary livepatch modules: the guest's own `insmod` takes them too.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use guests::drive::Guest;
+
+use crate::Scenario;
+use crate::harness::fixture::Fixture;
+use crate::patching::apply_revert::{PATCHES, Patch};
+
+pub fn scenarios() -> Vec<Scenario> {
+    ["6.1", "6.12"]
+        .map(|generation| {
+            let name = format!("insmod::same_files_{generation}");
+            let run = move |fixture: &Fixture| same_files(fixture, generation);
+            Scenario::new(name, run).more(generation == "6.1")
+        })
+        .into()
+}
+
+/// A transition by the guest's own means takes up to 26 s here.
+const TRANSITION_LIMIT: Duration = Duration::from_secs(90);
+
+fn same_files(fixture: &Fixture, generation: &str) -> Result<()> {
+    fixture.with(fixture.boot(generation, 2, "")?, |guest| {
+        for patch in &PATCHES {
+            patch.expect(guest, false)?;
+            guest.sh(&format!("insmod /lib/patches/{}.ko", patch.file))?;
+            settle(guest, patch)?;
+            patch.expect(guest, true)?;
+            // While the guest's own livepatch holds the function, ours is refused with its reason and nothing changes.
+            let line = guest
+                .outpatch()
+                .clone()
+                .refused(&["apply", fixture.stock(generation)?.patch(patch.file)?])?;
+            ensure!(
+                line.contains(patch.name),
+                "the refusal does not name the module: {line}"
+            );
+            println!("{generation}: beside the guest's own: {line}");
+            guest.sh(&format!(
+                "echo 0 > /sys/kernel/livepatch/{}/enabled",
+                patch.name
+            ))?;
+            settle(guest, patch)?;
+            patch.expect(guest, false)?;
+            guest.sh(&format!("rmmod {}", patch.name))?;
+        }
+        Ok(())
+    })
+}
+
+fn settle(guest: &mut Guest, patch: &Patch) -> Result<()> {
+    let deadline = Instant::now() + TRANSITION_LIMIT;
+    let attribute = format!("/sys/kernel/livepatch/{}/transition", patch.name);
+    while Instant::now() < deadline {
+        // A disabled patch takes its folder with it.
+        if guest.sh(&format!("cat {attribute} 2>/dev/null || echo 0"))? == "0" {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    bail!("the guest's own transition of {} did not end", patch.name)
+}

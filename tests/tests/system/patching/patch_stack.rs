@@ -1,0 +1,83 @@
+//! Several patches of one function, taken out in any order, and a patch that takes the place of all others.
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::{Guest, Outpatch};
+
+use crate::harness::fixture::Fixture;
+use crate::patching::apply_revert::PATCHES;
+
+/// What `/proc/cmdline` says with each patch of it, by the patch's name, and by itself.
+const SAMPLE: (&str, &str) = ("livepatch_sample", "this has been live patched");
+const CMDLINE: (&str, &str) = ("cmdline", "this guest was patched from outside");
+const ORIGINAL: &str = "console=ttyS0";
+
+pub fn newest_serves(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
+    let stock = fixture.stock(generation)?;
+    let outpatch = guest.outpatch().clone();
+    let log = guest.dmesg()?;
+    guest.sh("sleeper 10 & hammer 4 /tmp/hammer & sleep 1")?;
+    let apply = |file: &str| outpatch.ok(&["apply", stock.patch(file)?, "--signal-after", "0"]);
+    let revert = |name: &str| outpatch.ok(&["revert", name, "--signal-after", "0"]);
+    let says = |guest: &mut Guest, what: &str| {
+        let line = guest.sh("cat /proc/cmdline")?;
+        ensure!(line.contains(what), "{what:?} was expected: {line}");
+        Ok(())
+    };
+
+    // The older one goes first, then the newer one.
+    apply("livepatch-sample")?;
+    says(guest, SAMPLE.1)?;
+    apply("cmdline")?;
+    says(guest, CMDLINE.1)?;
+    revert(SAMPLE.0)?;
+    says(guest, CMDLINE.1)?;
+    revert(CMDLINE.0)?;
+    says(guest, ORIGINAL)?;
+
+    // The newer one goes first, and comes back.
+    apply("livepatch-sample")?;
+    apply("cmdline")?;
+    revert(CMDLINE.0)?;
+    says(guest, SAMPLE.1)?;
+    apply("cmdline")?;
+    says(guest, CMDLINE.1)?;
+
+    // With sleepers in the function of another, and one of a system call that is hammered: one takes the place of them all.
+    apply("getpid")?;
+    apply("pause")?;
+    apply("replacing")?;
+    says(guest, ORIGINAL)?;
+    PATCHES[1].expect(guest, true)?;
+    let left = enabled(&outpatch)?;
+    ensure!(left == ["replacing"], "these are left: {left:?}");
+    let pauses = guest
+        .sh("cat $(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1 | sed 's/comm/stack/')")?;
+    ensure!(
+        pauses.is_empty() || pauses.contains("__do_sys_pause"),
+        "{pauses}"
+    );
+    revert("replacing")?;
+    PATCHES[1].expect(guest, false)?;
+    ensure!(enabled(&outpatch)?.is_empty(), "something is left");
+
+    // All is as new: the same can be applied again.
+    apply("livepatch-sample")?;
+    says(guest, SAMPLE.1)?;
+    revert(SAMPLE.0)?;
+    says(guest, ORIGINAL)?;
+    guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
+    let answers = guest.sh("head -n 1 /tmp/hammer")?;
+    println!("{generation}: {answers}");
+    ensure!(answers.contains(" wrong=0 "), "{answers}");
+    guest.expect_unharmed(&log)
+}
+
+/// The names of the patches that are applied.
+fn enabled(outpatch: &Outpatch) -> Result<Vec<String>> {
+    let status = outpatch.json(&["status"])?;
+    let patches = status["patches"].as_array().context("no patches")?;
+    let enabled = patches.iter().filter(|patch| patch["enabled"] == true);
+    enabled
+        .map(|patch| Ok(patch["name"].as_str().context("no name")?.to_owned()))
+        .collect()
+}

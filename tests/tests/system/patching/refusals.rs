@@ -1,0 +1,239 @@
+//! Bad input: one clear line, a non-zero status, and a guest that does not notice.
+
+use std::{
+    fs,
+    os::unix::net::UnixListener,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::{Guest, Reply, one_line_refusal};
+
+use crate::Scenario;
+use crate::harness::fixture::Fixture;
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![Scenario::new("refusals::command_line", command_line)]
+}
+
+/// Files that are no livepatch for this guest.
+pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
+    let stock = fixture.stock(generation)?;
+    let other = fixture.stock(if generation == "6.1" { "6.12" } else { "6.1" })?;
+    let folder = fixture.sockets();
+    let good = fs::read(stock.patch("livepatch-sample")?)?;
+    let truncated = write(&folder, "truncated.ko", &good[..good.len() / 2])?;
+    let header = write(&folder, "header.ko", &good[..40])?;
+    let text = write(
+        &folder,
+        "text.ko",
+        b"this is not an ELF file, it is a line of text\n",
+    )?;
+    let empty = write(&folder, "empty.ko", b"")?;
+    let outpatch = guest.outpatch().clone();
+    outpatch.ok(&["ps"])?;
+    let before = outpatch.json(&["status"])?;
+    let log = guest.dmesg()?;
+    let cases = [
+        ("not an ELF", text.as_str(), "ELF"),
+        ("an empty file", empty.as_str(), "empty.ko"),
+        ("a truncated file", truncated.as_str(), "truncated"),
+        ("a file cut in its header", header.as_str(), "header.ko"),
+        (
+            "not a livepatch",
+            stock.patch("not-livepatch")?,
+            "livepatch",
+        ),
+        (
+            "another kernel's vermagic",
+            other.patch("livepatch-sample")?,
+            "vermagic",
+        ),
+        (
+            "a function that is not in this kernel",
+            stock.patch("unknown-function")?,
+            "outpatch_no_such_function",
+        ),
+        (
+            "a symbol that is not in this kernel",
+            stock.patch("unknown-symbol")?,
+            "outpatch_no_such_export",
+        ),
+        (
+            "a function that is not there so often",
+            stock.patch("wrong-sympos")?,
+            "cmdline_proc_show",
+        ),
+        ("callbacks", stock.patch("callbacks")?, "callbacks"),
+        (
+            "per-CPU variables",
+            stock.patch("percpu")?,
+            "per-CPU variables",
+        ),
+        (
+            "a function of a module",
+            stock.patch("module-object")?,
+            "module",
+        ),
+        ("code that warns", stock.patch("features")?, "__bug_table"),
+        (
+            "no such file",
+            "/nonexistent/patch.ko",
+            "/nonexistent/patch.ko",
+        ),
+    ];
+    for (what, file, expected) in cases {
+        let line = outpatch.refused(&["apply", file]).context(what)?;
+        ensure!(
+            line.contains(expected),
+            "{what}: {expected:?} is not in {line:?}"
+        );
+        println!("{generation}: {what}: {line}");
+    }
+    let status = outpatch.json(&["status"])?;
+    ensure!(
+        status["patches"] == before["patches"],
+        "a refused patch left something: {status}"
+    );
+    outpatch.refused(&["revert", "no_such_patch"])?;
+    outpatch.refused(&["stack", "99999"])?;
+    guest.expect_unharmed(&log)?;
+    // After all this the guest takes a good patch.
+    outpatch.ok(&["apply", stock.patch("livepatch-sample")?])?;
+    ensure!(
+        guest
+            .sh("cat /proc/cmdline")?
+            .contains("this has been live patched"),
+        "the good patch has no effect"
+    );
+    outpatch.refused(&["apply", stock.patch("livepatch-sample")?])?;
+    outpatch.ok(&["revert", "livepatch_sample"])?;
+    guest.expect_unharmed(&log)
+}
+
+fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {
+    let path = folder.join(name);
+    fs::write(&path, content).with_context(|| path.display().to_string())?;
+    Ok(path.to_str().context("a path that is no UTF-8")?.to_owned())
+}
+
+/// `outpatch run` called wrongly.
+fn command_line(fixture: &Fixture) -> Result<()> {
+    let stock = fixture.stock("6.12")?;
+    let kernel = stock.bzimage.to_str().context("path")?;
+    let initrd = stock.initrd.to_str().context("path")?;
+    let folder = fixture.sockets();
+    let taken = folder.join("taken.sock");
+    let _listener = UnixListener::bind(&taken)?;
+    let taken = taken.to_str().context("path")?;
+    let text = write(
+        &folder,
+        "text.img",
+        b"neither a kernel nor anything else that boots, but long enough to look at\n",
+    )?;
+    let image = fs::read(&stock.bzimage)?;
+    let half = write(&folder, "half.img", &image[..image.len() / 2])?;
+    let run = |kernel: &str, initrd: &str, more: &[&str]| -> Result<Reply> {
+        let out = Command::new(&fixture.assets.binary)
+            .args(["run", "--kernel", kernel, "--initrd", initrd])
+            .args(more)
+            .stdin(Stdio::null())
+            .output()?;
+        Ok(Reply::from(&out))
+    };
+    let plain = ["--cpus", "1", "--memory", "256M"];
+    let long = "x".repeat(5000);
+    let cases: [(&str, Reply, &str); 10] = [
+        (
+            "kernel file missing",
+            run("/nonexistent/vmlinuz", initrd, &plain)?,
+            "/nonexistent/vmlinuz",
+        ),
+        (
+            "initrd file missing",
+            run(kernel, "/nonexistent/initrd", &plain)?,
+            "/nonexistent/initrd",
+        ),
+        ("not a bzImage", run(&text, initrd, &plain)?, "text.img"),
+        (
+            "a truncated bzImage",
+            run(&half, initrd, &plain)?,
+            "half.img",
+        ),
+        (
+            "0 vCPUs",
+            run(kernel, initrd, &["--cpus", "0", "--memory", "256M"])?,
+            "cpus",
+        ),
+        (
+            "1000 vCPUs",
+            run(kernel, initrd, &["--cpus", "1000", "--memory", "256M"])?,
+            "1000",
+        ),
+        (
+            "no memory size",
+            run(kernel, initrd, &["--cpus", "1", "--memory", "lots"])?,
+            "lots",
+        ),
+        (
+            "too little memory",
+            run(kernel, initrd, &["--cpus", "1", "--memory", "1M"])?,
+            "memory",
+        ),
+        (
+            "socket in use",
+            run(
+                kernel,
+                initrd,
+                &["--cpus", "1", "--memory", "256M", "--socket", taken],
+            )?,
+            "taken.sock",
+        ),
+        (
+            "a command line too long",
+            run(
+                kernel,
+                initrd,
+                &["--cpus", "1", "--memory", "256M", "--append", &long],
+            )?,
+            "command line",
+        ),
+    ];
+    for (what, reply, expected) in cases {
+        let line = one_line_refusal(what, &reply)?;
+        ensure!(
+            line.contains(expected),
+            "{what}: {expected:?} is not in {line:?}"
+        );
+        println!("{what}: {line}");
+    }
+    let gone = Command::new(&fixture.assets.binary)
+        .args(["ps", "--socket", "/nonexistent/guest.sock"])
+        .output()?;
+    let reply = Reply::from(&gone);
+    ensure!(
+        one_line_refusal("no socket", &reply)?.contains("/nonexistent/guest.sock"),
+        "{reply:?}"
+    );
+    // A mount namespace whose /dev is empty: the machine's own stays as it is. Who is not root needs a user namespace for it.
+    let id = Command::new("id").arg("-u").output()?.stdout;
+    let user: &[&str] = match id.trim_ascii() {
+        b"0" => &[],
+        _ => &["--user", "--map-root-user"],
+    };
+    let bare = Command::new("unshare")
+        .args(user)
+        .args(["--mount", "--propagation", "unchanged"])
+        .args(["sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"])
+        .arg(&fixture.assets.binary)
+        .args(["run", "--kernel", kernel, "--initrd", initrd])
+        .args(plain)
+        .output()?;
+    let line = one_line_refusal("no /dev/kvm", &Reply::from(&bare))?;
+    ensure!(
+        line.contains("/dev/kvm"),
+        "the line does not name /dev/kvm: {line}"
+    );
+    Ok(())
+}

@@ -1,0 +1,98 @@
+//! Apply and revert, again and again, under load that checks its own answers: forks, threads, files, TCP, timers, signals, a patched
+//! system call that is hammered, and sleepers in a patched function.
+//!
+//! A plain run does so for some seconds; `OUTPATCH_SOAK=SECONDS` says for how long.
+
+use std::{
+    env, fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::{Guest, Rest};
+use serde_json::{Value, json};
+
+use crate::Scenario;
+use crate::harness::fixture::Fixture;
+use crate::patching::apply_revert::STUCK;
+
+/// How long a plain run takes.
+const BRIEF: u64 = 15;
+/// File and name of each patch.
+const PATCHES: [(&str, &str); 4] = [
+    ("livepatch-sample", "livepatch_sample"),
+    ("getpid", "getpid"),
+    ("pause", "pause"),
+    ("two-functions", "two_functions"),
+];
+/// When tasks in the way are sent the fake signal.
+const SIGNAL_AFTER_MS: u64 = 100;
+
+pub fn scenarios() -> Vec<Scenario> {
+    let asked = env::var("OUTPATCH_SOAK").ok();
+    let seconds = asked.and_then(|seconds| seconds.parse().ok());
+    let time = Duration::from_secs(seconds.unwrap_or(BRIEF));
+    [("6.1", 2), ("6.12", 4), ("7.3", 4)]
+        .map(|(generation, cpus)| {
+            Scenario::new(format!("soak::under_load_{generation}"), move |fixture| {
+                soak(fixture, generation, cpus, time)
+            })
+            .limit(time + Duration::from_secs(600))
+            .more(generation != "7.3")
+        })
+        .into()
+}
+
+fn soak(fixture: &Fixture, generation: &str, cpus: u32, time: Duration) -> Result<()> {
+    let stock = fixture.stock(generation)?;
+    fixture.with(fixture.boot(generation, cpus, "")?, |guest| {
+        let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
+        let log = guest.dmesg()?;
+        guest.sh("churn /tmp/churn & hammer 4 /tmp/hammer & sleeper 20 & sleep 2")?;
+        let end = Instant::now() + time;
+        let mut rounds = 0;
+        while Instant::now() < end {
+            for (file, name) in PATCHES {
+                let patch = rest.begin(&fs::read(stock.patch(file)?)?)?;
+                signalled(&rest, patch)?;
+                let patch = rest.change(name, &json!({"enabled": false}))?;
+                signalled(&rest, patch)?;
+                rounds += 1;
+            }
+        }
+        let pauses = outpatch.json(&["status"])?["vm"]["pauses"].clone();
+        println!(
+            "{generation} {cpus} vCPUs: {rounds} rounds in {time:?}; pauses: {} of {} µs in all, the longest {} µs, {}",
+            pauses["count"], pauses["total_us"], pauses["longest_us"], pauses["histogram"]
+        );
+        right_answers(guest)?;
+        guest.expect_unharmed(&log)
+    })
+}
+
+/// To the end of the transition, with the signal.
+fn signalled(rest: &Rest, mut patch: Value) -> Result<()> {
+    if patch["transition"] == true {
+        let name = patch["name"].as_str().context("no name")?.to_owned();
+        let signal = json!({"signal": true, "signal_after_ms": SIGNAL_AFTER_MS});
+        // It may have ended just now.
+        if let Ok(asked) = rest.change(&name, &signal) {
+            patch = asked;
+        }
+    }
+    rest.end(patch, STUCK).map(drop)
+}
+
+/// Every system call that the load made was answered as it must be.
+pub fn right_answers(guest: &mut Guest) -> Result<()> {
+    guest.sh("killall churn; while [ ! -e /tmp/churn ]; do sleep 0.1; done")?;
+    guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
+    let churn = guest.sh("cat /tmp/churn")?;
+    let hammer = guest.sh("head -n 1 /tmp/hammer")?;
+    println!("{}; {hammer}", churn.replace('\n', ", "));
+    ensure!(
+        churn.lines().all(|line| line.ends_with(" wrong=0")) && hammer.contains(" wrong=0 "),
+        "a system call answered wrongly"
+    );
+    Ok(())
+}

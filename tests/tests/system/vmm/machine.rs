@@ -1,0 +1,161 @@
+//! The VMM itself: console, pause and resume, ways to end.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use guests::drive::Guest;
+
+use crate::Scenario;
+use crate::harness::fixture::Fixture;
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut all: Vec<Scenario> = [("6.1", 1), ("6.12", 8)]
+        .map(|(generation, cpus)| {
+            Scenario::new(
+                format!("machine::console_and_cpus_{generation}_{cpus}"),
+                move |fixture| console_and_cpus(fixture, generation, cpus),
+            )
+        })
+        .into();
+    all.push(Scenario::new("machine::ends_are_told_apart", ends));
+    all
+}
+
+/// Every vCPU is online, and long output both ways arrives whole.
+fn console_and_cpus(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()> {
+    fixture.with(fixture.boot(generation, cpus, "")?, |guest| {
+        ensure!(
+            guest.sh("nproc")? == cpus.to_string(),
+            "not all vCPUs are online"
+        );
+        let lines = guest.sh(
+            "i=0; while [ $i -lt 500 ]; do echo line-$i-of-the-long-output; i=$((i+1)); done",
+        )?;
+        for (number, line) in lines.lines().enumerate() {
+            ensure!(
+                line == format!("line-{number}-of-the-long-output"),
+                "line {number} came as {line:?}"
+            );
+        }
+        ensure!(
+            lines.lines().count() == 500,
+            "{} of 500 lines came",
+            lines.lines().count()
+        );
+        // Around the number of bytes after which a guest's driver looks anew, and its multiples.
+        for len in [230, 240, 280, 480, 900] {
+            let long = "x".repeat(len);
+            let came = guest.sh(&format!("echo {long} | wc -c"))?;
+            ensure!(
+                came == (len + 1).to_string(),
+                "of {len} bytes that were typed came {came}"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// A guest that runs prints several lines in this time.
+const SILENCE: Duration = Duration::from_millis(200);
+/// How long what a paused guest has printed may take to arrive.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Lines that it prints: an emulated machine takes 15 ms for each.
+const TICKS: u32 = 1500;
+/// What it prints when it has printed them.
+const ALL_TICKS: &str = "all-ticks";
+/// How often it is paused meanwhile.
+const PAUSES: u32 = 20;
+
+/// A paused guest does not run; pausing at any moment of its output loses none.
+pub fn pause_loses_nothing(_: &Fixture, guest: &mut Guest, _: &str) -> Result<()> {
+    let log = guest.dmesg()?;
+    let outpatch = guest.outpatch().clone();
+    // The last of the output is waited for now and then (`stty` drains before it sets): on a slow emulated CPU a console that always has
+    // more to print keeps one of the guest's CPUs in its interrupt for so long that RCU takes that for a stall.
+    guest.console().type_in(&format!(
+        "i=0; while [ $i -lt {TICKS} ]; do echo tick-$i.; i=$((i+1)); \
+         [ $((i % 100)) != 0 ] || {{ stty -echo; sleep 0.1; }}; done; echo {ALL_TICKS}\n",
+    ))?;
+    for _ in 0..PAUSES {
+        outpatch.ok(&["pause"])?;
+        // What was already on its way may still arrive; a guest that goes on would never fall silent.
+        let deadline = Instant::now() + SETTLE_LIMIT;
+        let mut held = guest.console().text().len();
+        loop {
+            thread::sleep(SILENCE);
+            let now = guest.console().text().len();
+            if now == held {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "a paused guest goes on printing");
+            held = now;
+        }
+        outpatch.ok(&["resume"])?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(
+        !guest.console().text().contains(ALL_TICKS),
+        "it had printed all before the last pause"
+    );
+    let text = guest
+        .console()
+        .wait_for(ALL_TICKS, Duration::from_secs(60))?;
+    for tick in 0..TICKS {
+        ensure!(
+            text.contains(&format!("tick-{tick}.")),
+            "tick {tick} was lost: {:?}",
+            text.split_once(&format!("tick-{}.", tick.saturating_sub(1)))
+                .map_or(&*text, |(_, rest)| rest)
+                .chars()
+                .take(400)
+                .collect::<String>()
+        );
+    }
+    guest.expect_unharmed(&log)
+}
+
+/// Poweroff, reset by each way that a guest may choose, Ctrl-A x, the operator's stop, a panic's reset and a triple fault each end
+/// the process with its documented status.
+fn ends(fixture: &Fixture) -> Result<()> {
+    let limit = Duration::from_secs(30);
+    for (append, typed, status) in [
+        // One vCPU boots in half the time; that those of several end, those in mid-transition show (`tools`).
+        ("", "poweroff -f\n", 0),
+        ("", "reboot -f\n", 0),
+        ("reboot=k", "reboot -f\n", 0),
+        ("reboot=a", "reboot -f\n", 0),
+        ("", "\u{1}x", 0),
+        ("", "echo c > /proc/sysrq-trigger\n", 0),
+        // A guest that asks for its own triple fault ends as any triple fault does.
+        ("reboot=t", "reboot -f\n", 1),
+    ] {
+        let mut guest = fixture.boot("6.12", 1, append)?;
+        guest.console().type_in(typed)?;
+        let end = guest
+            .wait_end(limit)
+            .with_context(|| format!("{append} typed {typed:?}"))?;
+        ensure!(
+            end.code() == Some(status),
+            "{append} typed {typed:?}, the VMM ended with {end}"
+        );
+        ensure!(
+            !guest.socket().exists(),
+            "the socket is left behind after {typed:?}"
+        );
+    }
+    let mut guest = fixture.boot("6.12", 1, "")?;
+    let asked = Instant::now();
+    guest.outpatch().ok(&["stop"])?;
+    let end = guest.wait_end(limit)?;
+    ensure!(end.code() == Some(0), "stopped, the VMM ended with {end}");
+    ensure!(
+        asked.elapsed() < limit,
+        "stopping took {:?}",
+        asked.elapsed()
+    );
+    Ok(())
+}

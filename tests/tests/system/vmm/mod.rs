@@ -1,0 +1,3 @@
+//! Scenarios of the VMM itself.
+
+pub mod machine;
