@@ -1,20 +1,20 @@
-//! Cores of guests that something was found in, kept for whoever asks for them.
+//! Core files of guests in which a scenario found a fault, kept when the environment requests it.
 
 use std::{env, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-/// The folder to keep them in; without it none is kept.
+/// Environment variable: the folder to keep core files in. Without it none is kept.
 const FOLDER: &str = "OUTPATCH_KEEP_CORES";
-/// In the scratch folder of a scenario, the core of a guest that it failed with.
+/// In the scratch folder of a scenario, the core of the guest in which it failed.
 pub const OF_A_FAILURE: &str = "failed.core";
 
-/// Whether somebody asks for cores.
+/// Whether the environment requests that cores are kept.
 pub fn are_kept() -> bool {
     env::var_os(FOLDER).is_some()
 }
 
-/// Keeps this one, if cores are kept.
+/// Copies `core` to the folder of kept cores, if there is one.
 pub fn keep(core: &Path) -> Result<()> {
     let Some(folder) = env::var_os(FOLDER) else {
         return Ok(());

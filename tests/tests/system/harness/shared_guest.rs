@@ -1,4 +1,5 @@
-//! Checks that share a guest, one after the other: a boot takes longer than most of them, and each leaves the guest as it found it.
+//! Checks that share a guest, one after the other: a boot takes longer than most of them, and each
+//! leaves the guest as it found it.
 
 use std::{env, time::Instant};
 
@@ -6,30 +7,32 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::{Scenario, is_all_requested};
 use crate::introspection::core_dumps;
 use crate::patching::{
     apply_revert, blocked_tasks, dry_run, generations, modes, patch_stack, refusals,
 };
 use crate::vmm::machine;
-use crate::{ALL, Scenario};
 
-/// Picks the checks whose names it is a part of; without it all run.
+/// Environment variable: only checks with this in their names run. Without it all run.
 const CHECK: &str = "OUTPATCH_TEST_CHECK";
 
+/// A check, and the generations that it is for.
 struct Check {
     name: &'static str,
     run: fn(&Fixture, &mut Guest, &str) -> Result<()>,
-    /// The generations on which a plain run has it, and those on which it runs when all is asked for.
+    /// Generations on which a plain run has it.
     plain: &'static [&'static str],
+    /// Generations on which it runs besides when every scenario is requested.
     more: &'static [&'static str],
 }
 
-/// In this order: the first wants a guest that nobody has patched yet (a core file does not tell what room is taken), and the last
-/// leaves code behind.
+/// All checks, in this order: the first needs a guest that has not been patched yet (a core file
+/// does not show which memory patches have taken), and the last leaves code in the guest.
 static CHECKS: [Check; 9] = [
     Check {
-        name: "dry_run::tells_what_apply_does",
-        run: dry_run::tells_what_apply_does,
+        name: "dry_run::predicts_apply",
+        run: dry_run::predicts_apply,
         plain: &["6.12"],
         more: &["6.1", "7.3"],
     },
@@ -64,8 +67,8 @@ static CHECKS: [Check; 9] = [
         more: &[],
     },
     Check {
-        name: "patch_stack::newest_serves",
-        run: patch_stack::newest_serves,
+        name: "patch_stack::newest_is_in_force",
+        run: patch_stack::newest_is_in_force,
         plain: &["7.3"],
         more: &["6.1", "6.12"],
     },
@@ -84,16 +87,15 @@ static CHECKS: [Check; 9] = [
 ];
 
 pub fn scenarios() -> Vec<Scenario> {
-    // What no check has in its name fails on each of them.
+    // A part that no check has in its name makes each scenario fail.
     let part = part();
-    let known = CHECKS.iter().any(|check| check.name.contains(&part));
+    let is_known = CHECKS.iter().any(|check| check.name.contains(&part));
     ["5.10", "6.1", "6.12", "7.3"]
         .into_iter()
-        .filter(|generation| !known || !wanted(generation).is_empty())
         .map(|generation| {
-            Scenario::new(format!("shared_guest::{generation}"), move |fixture| {
-                one_after_the_other(fixture, generation)
-            })
+            let name = format!("shared_guest::{generation}");
+            let run = move |fixture: &Fixture| run_wanted(fixture, generation);
+            Scenario::new(name, run).only_if(!is_known || !wanted(generation).is_empty())
         })
         .collect()
 }
@@ -102,26 +104,28 @@ fn part() -> String {
     env::var(CHECK).unwrap_or_default()
 }
 
-/// The checks that were asked for on this generation.
+/// The checks that this run has on this generation.
 fn wanted(generation: &str) -> Vec<&'static Check> {
     let part = part();
-    let all = env::var_os(ALL).is_some() || !part.is_empty();
-    let here = |check: &&Check| {
+    let all = is_all_requested() || !part.is_empty();
+    let is_for = |check: &&Check| {
         check.plain.contains(&generation) || (all && check.more.contains(&generation))
     };
     let named = CHECKS.iter().filter(|check| check.name.contains(&part));
-    named.filter(here).collect()
+    named.filter(is_for).collect()
 }
 
-fn one_after_the_other(fixture: &Fixture, generation: &str) -> Result<()> {
+fn run_wanted(fixture: &Fixture, generation: &str) -> Result<()> {
     let wanted = wanted(generation);
     ensure!(!wanted.is_empty(), "no check has {:?} in its name", part());
     fixture.with(fixture.boot(generation, 2, "")?, |guest| {
         for check in wanted {
-            let begun = Instant::now();
+            let started = Instant::now();
             (check.run)(fixture, guest, generation).context(check.name)?;
-            println!("{generation}: {} took {} s", check.name, begun.elapsed().as_secs());
-            guest.sh("killall -q sleeper hammer; while grep -q '^sleep-' /proc/[0-9]*/comm; do sleep 0.1; done")?;
+            let seconds = started.elapsed().as_secs();
+            println!("{generation}: {} took {seconds} s", check.name);
+            guest.sh("killall -q sleeper hammer
+while grep -q '^sleep-' /proc/[0-9]*/comm; do sleep 0.1; done")?;
         }
         Ok(())
     })

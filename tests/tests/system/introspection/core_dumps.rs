@@ -6,7 +6,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
 use serde_json::Value;
 
-use crate::harness::fixture::{Fixture, Scratch};
+use crate::harness::fixture::Fixture;
+use crate::harness::scratch::Scratch;
 
 /// At least this many tasks are compared on each kernel.
 const ENOUGH: usize = 50;

@@ -6,8 +6,9 @@ use std::{fs, process::Command, time::Duration};
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::Guest;
 
-use crate::Scenario;
-use crate::harness::fixture::{Fixture, Scratch};
+use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
+use crate::harness::scratch::Scratch;
 use crate::introspection::stacks;
 use crate::patching::locks;
 

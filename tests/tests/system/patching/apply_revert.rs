@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Result, ensure};
 use guests::drive::Guest;
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
 /// How often each patch goes on and off in one boot.
 const ROUNDS: u32 = 50;
@@ -73,7 +73,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 // A plain run has each number of vCPUs once, and page tables kept apart once.
                 let plain = [("6.1", 4, false), ("6.12", 1, true), ("6.12", 2, false)];
                 let plain = plain.contains(&(generation, cpus, pti));
-                all.push(Scenario::new(name, run).more(!plain));
+                all.push(Scenario::new(name, run).extra_if(!plain));
             }
         }
     }
@@ -83,10 +83,10 @@ pub fn scenarios() -> Vec<Scenario> {
 /// Two functions in one patch change together, and two patches beside each other come and go in any order.
 pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
     let [sample, getpid] = &PATCHES;
-    let stock = fixture.stock(generation)?;
+    let kernel = fixture.kernel(generation)?;
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
-    outpatch.ok(&["apply", stock.patch("two-functions")?])?;
+    outpatch.ok(&["apply", kernel.patch("two-functions")?])?;
     ensure!(
         guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
         "not both are new"
@@ -94,8 +94,8 @@ pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Resul
     outpatch.ok(&["revert", "two_functions"])?;
     sample.expect(guest, false)?;
     getpid.expect(guest, false)?;
-    outpatch.ok(&["apply", stock.patch(sample.file)?])?;
-    outpatch.ok(&["apply", stock.patch(getpid.file)?])?;
+    outpatch.ok(&["apply", kernel.patch(sample.file)?])?;
+    outpatch.ok(&["apply", kernel.patch(getpid.file)?])?;
     sample.expect(guest, true)?;
     getpid.expect(guest, true)?;
     outpatch.ok(&["revert", sample.name])?;
@@ -108,7 +108,7 @@ pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Resul
 
 fn rounds(fixture: &Fixture, generation: &str, cpus: u32, pti: bool) -> Result<()> {
     fixture.with(fixture.boot(generation, cpus, if pti { "pti=on" } else { "" })?, |guest| {
-        let stock = fixture.stock(generation)?;
+        let kernel = fixture.kernel(generation)?;
         let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
         if pti {
             let state = guest.sh("cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true")?;
@@ -118,7 +118,7 @@ fn rounds(fixture: &Fixture, generation: &str, cpus: u32, pti: bool) -> Result<(
         guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
         let started = Instant::now();
         for patch in &PATCHES {
-            let module = fs::read(stock.patch(patch.file)?)?;
+            let module = fs::read(kernel.patch(patch.file)?)?;
             for round in 0..ROUNDS {
                 rest.apply(&module, STUCK)?;
                 // The guest itself is asked in every tenth round: a process started there costs more than a patch.

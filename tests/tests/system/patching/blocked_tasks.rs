@@ -24,7 +24,7 @@ pub fn sleepers_in_the_function(
     guest: &mut Guest,
     generation: &str,
 ) -> Result<()> {
-    let patch = fixture.stock(generation)?.patch("pause")?;
+    let patch = fixture.kernel(generation)?.patch("pause")?;
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
     guest.sh("sleeper 10 & sleep 1")?;

@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch, one_line_refusal};
 use serde_json::Value;
 
-use crate::harness::fixture::{Fixture, Scratch};
+use crate::harness::fixture::Fixture;
+use crate::harness::scratch::Scratch;
 use crate::patching::blocked_tasks::BLOCKERS;
 use crate::patching::locks;
 
@@ -32,21 +33,21 @@ const BAD: [&str; 6] = [
     "module-object",
 ];
 
-pub fn tells_what_apply_does(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
-    let stock = fixture.stock(generation)?;
+pub fn predicts_apply(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
+    let kernel = fixture.kernel(generation)?;
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
     guest.sh("sleeper 10 & sleep 1")?;
     let symbols = symbols(&outpatch)?;
     for (name, functions) in GOOD {
-        let report = outpatch.json(&["check", stock.patch(name)?])?;
+        let report = outpatch.json(&["check", kernel.patch(name)?])?;
         println!("{generation}: {name}: {}", summary(&report));
         addresses_are_the_guests(&report, functions, &symbols)
             .with_context(|| report.to_string())?;
     }
-    blockers_are_named(&outpatch, stock.patch("pause")?)?;
+    blockers_are_named(&outpatch, kernel.patch("pause")?)?;
     for name in BAD {
-        let file = stock.patch(name)?;
+        let file = kernel.patch(name)?;
         let applied = outpatch.refused(&["apply", file])?;
         let checked = outpatch.refused(&["check", file])?;
         ensure!(
@@ -54,8 +55,8 @@ pub fn tells_what_apply_does(fixture: &Fixture, guest: &mut Guest, generation: &
             "{name}: apply says {applied:?}, check {checked:?}"
         );
     }
-    nothing_is_written(&outpatch, stock.patch("pause")?, stock.patch(BAD[1])?)?;
-    as_applied(guest, &outpatch, stock.patch("livepatch-sample")?)?;
+    nothing_is_written(&outpatch, kernel.patch("pause")?, kernel.patch(BAD[1])?)?;
+    as_applied(guest, &outpatch, kernel.patch("livepatch-sample")?)?;
     guest.expect_unharmed(&log)
 }
 

@@ -10,15 +10,15 @@ pub fn right_or_refused(fixture: &Fixture, guest: &mut Guest, generation: &str) 
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
     ensure!(
-        guest.sh("uname -r")? == fixture.stock(generation)?.release,
+        guest.sh("uname -r")? == fixture.kernel(generation)?.release,
         "another kernel than asked for"
     );
     ensure!(guest.sh("nproc")? == "2", "not all vCPUs are online");
     // A patch built for another kernel is refused in any case.
-    let line = outpatch.refused(&["apply", fixture.stock("6.12")?.patch("livepatch-sample")?])?;
+    let line = outpatch.refused(&["apply", fixture.kernel("6.12")?.patch("livepatch-sample")?])?;
     println!("{generation}: {line}");
     for patch in &PATCHES {
-        let Ok(file) = fixture.stock(generation)?.patch(patch.file) else {
+        let Ok(file) = fixture.kernel(generation)?.patch(patch.file) else {
             continue;
         };
         let reply = outpatch.call(&["apply", file])?;

@@ -3,11 +3,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
+use guests::kernel::stock::{Order, PreparedKernel};
+use guests::kernel::{Flavour, Generation};
 
-use crate::Scenario;
-use crate::harness::fixture::{Fixture, KEXEC};
+use crate::harness::assets::Assets;
+use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::patching::blocked_tasks::stays_blocked;
 
 /// Where ftrace is told what to do.
@@ -26,23 +29,24 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("guest_tools::beside_a_patch_{generation}"),
                 move |fixture| beside(fixture, generation),
             )
-            .more(generation != "7.3"),
+            .extra_if(generation != "7.3"),
         );
         all.push(
             Scenario::new(
                 format!("guest_tools::ends_in_mid_transition_{generation}"),
                 move |fixture| ends(fixture, generation),
             )
-            .more(generation != "6.12"),
+            .extra_if(generation != "6.12"),
         );
     }
-    all.push(Scenario::new("guest_tools::kexec_in_mid_transition", kexec));
+    let kexec = Scenario::new("guest_tools::kexec_in_mid_transition", kexec);
+    all.push(kexec.prepare(prepare_kexec));
     all
 }
 
 fn beside(fixture: &Fixture, generation: &str) -> Result<()> {
-    let stock = fixture.stock(generation)?;
-    let sample = stock.patch("livepatch-sample")?;
+    let kernel = fixture.kernel(generation)?;
+    let sample = kernel.patch("livepatch-sample")?;
     fixture.with(fixture.boot(generation, 2, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
         let log = guest.dmesg()?;
@@ -215,7 +219,7 @@ fn tracing_is_free(guest: &mut Guest) -> Result<()> {
 
 /// A guest that reboots, panics or is stopped in mid-transition ends as it does at any other time.
 fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
-    let patch = fixture.stock(generation)?.patch("pause")?;
+    let patch = fixture.kernel(generation)?.patch("pause")?;
     for typed in [
         "reboot -f\n",
         "echo c > /proc/sysrq-trigger\n",
@@ -232,14 +236,35 @@ fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
     Ok(())
 }
 
+/// The generation of the guest that starts another kernel of the same generation.
+const KEXEC_GENERATION: Generation = Generation::V6_12;
+/// The name of its kernel among the assets.
+const KEXEC: &str = "6.12-kexec";
 /// How long a guest may take from one kernel to the shell of the next.
 const KEXEC_LIMIT: Duration = Duration::from_secs(120);
 
+/// On the host: adds a kernel whose guest has the kernel in its own files, too.
+fn prepare_kexec(assets: &mut Assets) -> Result<()> {
+    let plain = assets.kernels.get(&KEXEC_GENERATION.to_string());
+    let initrd = plain
+        .context("no kernel of this generation")?
+        .initrd
+        .clone();
+    let kernel = PreparedKernel::prepare(Order {
+        generation: KEXEC_GENERATION,
+        flavour: Flavour::Cloud,
+        patches: &["pause"],
+        modules: &[],
+        boot: Some(&initrd),
+    })?;
+    assets.kernels.insert(KEXEC.to_owned(), kernel);
+    Ok(())
+}
+
 /// A guest that starts another kernel loses what was done to the old one, and that is said; the new one can be patched.
 fn kexec(fixture: &Fixture) -> Result<()> {
-    let key = format!("{KEXEC}-kexec");
-    let patch = fixture.stock(&key)?.patch("pause")?;
-    fixture.with(fixture.boot(&key, 2, "")?, |guest| {
+    let patch = fixture.kernel(KEXEC)?.patch("pause")?;
+    fixture.with(fixture.boot(KEXEC, 2, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
         guest.sh("sleeper 10 & sleep 1")?;
         stays_blocked(guest, &outpatch, patch)?;

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use guests::drive::Guest;
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::patching::apply_revert::{PATCHES, Patch};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -14,7 +14,7 @@ pub fn scenarios() -> Vec<Scenario> {
         .map(|generation| {
             let name = format!("insmod::same_files_{generation}");
             let run = move |fixture: &Fixture| same_files(fixture, generation);
-            Scenario::new(name, run).more(generation == "6.1")
+            Scenario::new(name, run).extra_if(generation == "6.1")
         })
         .into()
 }
@@ -33,7 +33,7 @@ fn same_files(fixture: &Fixture, generation: &str) -> Result<()> {
             let line = guest
                 .outpatch()
                 .clone()
-                .refused(&["apply", fixture.stock(generation)?.patch(patch.file)?])?;
+                .refused(&["apply", fixture.kernel(generation)?.patch(patch.file)?])?;
             ensure!(
                 line.contains(patch.name),
                 "the refusal does not name the module: {line}"

@@ -17,8 +17,8 @@ pub fn one_pause_cancel_and_force(
     guest: &mut Guest,
     generation: &str,
 ) -> Result<()> {
-    let stock = fixture.stock(generation)?;
-    let (sample, pause) = (stock.patch("livepatch-sample")?, stock.patch("pause")?);
+    let kernel = fixture.kernel(generation)?;
+    let (sample, pause) = (kernel.patch("livepatch-sample")?, kernel.patch("pause")?);
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
     // The log just read is still on its way through the console's workers: let the guest be idle.

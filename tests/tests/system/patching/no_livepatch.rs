@@ -8,48 +8,43 @@ use std::{collections::BTreeSet, env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
-use guests::kernel::stock::PreparedKernel;
 use guests::kernel::{Generation, no_livepatch};
 use serde_json::Value;
 
-use crate::Scenario;
+use crate::harness::assets::Assets;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::patching::apply_revert::STUCK;
 use crate::patching::blocked_tasks::{BLOCKERS, end_of_transition, list, pausing, the_patch};
 
 /// What asks for it.
 const VARIABLE: &str = "OUTPATCH_TEST_NO_LIVEPATCH";
 /// The name under which the fixture has the kernel.
-pub const KEY: &str = "no-livepatch";
-const NAME: &str = "no_livepatch::moves_by_our_own_book";
+const KEY: &str = "no-livepatch";
 /// On and off, under load.
 const ROUNDS: u32 = 50;
 /// Exit status of the command line when the transition goes on.
 const TIMED_OUT: i32 = 4;
 
 pub fn scenarios() -> Vec<Scenario> {
-    vec![Scenario::new(NAME, moves)]
+    let name = "no_livepatch::switches_by_a_table_of_its_own";
+    let is_requested = env::var_os(VARIABLE).is_some();
+    vec![
+        Scenario::new(name, switches)
+            .prepare(prepare)
+            .only_if(is_requested),
+    ]
 }
 
-/// Whether the scenario is to run: others than this one always are.
-pub fn is_wanted(scenario: &Scenario) -> bool {
-    scenario.name != NAME || env::var_os(VARIABLE).is_some()
+/// On the host: builds the kernel and its patches.
+fn prepare(assets: &mut Assets) -> Result<()> {
+    let patches = ["cmdline", "getpid", "pause"];
+    let kernel = no_livepatch::prepare(Generation::V6_12, &patches)?;
+    assets.kernels.insert(KEY.to_owned(), kernel);
+    Ok(())
 }
 
-/// The kernel with its patches, if it is wanted.
-///
-/// # Errors
-/// When it cannot be built.
-pub fn stock() -> Result<Option<PreparedKernel>> {
-    match env::var_os(VARIABLE) {
-        None => Ok(None),
-        Some(_) => {
-            no_livepatch::prepare(Generation::V6_12, &["cmdline", "getpid", "pause"]).map(Some)
-        }
-    }
-}
-
-fn moves(fixture: &Fixture) -> Result<()> {
+fn switches(fixture: &Fixture) -> Result<()> {
     for cpus in [1, 2, 4] {
         fixture.with(fixture.boot(KEY, cpus, "")?, |guest| {
             let log = guest.dmesg()?;
@@ -78,12 +73,12 @@ fn it_has_none(guest: &mut Guest) -> Result<()> {
 fn under_load(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
     let rest = guest.rest();
     guest.sh("sleeper 16 & hammer 8 /tmp/hammer & sleep 1")?;
-    let stock = fixture.stock(KEY)?;
+    let kernel = fixture.kernel(KEY)?;
     for (file, probe, sign) in [
         ("getpid", "hammer 0 - getpid", "new"),
         ("cmdline", "cat /proc/cmdline", "patched from outside"),
     ] {
-        let module = fs::read(stock.patch(file)?)?;
+        let module = fs::read(kernel.patch(file)?)?;
         for round in 0..ROUNDS {
             rest.apply(&module, STUCK)?;
             if round % 10 == 0 {
@@ -109,7 +104,7 @@ fn under_load(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
 
 /// Those who sleep in the function are named, stay, and move when they have left it; the three other ways out work too.
 fn in_the_way(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
-    let patch = fixture.stock(KEY)?.patch("pause")?;
+    let patch = fixture.kernel(KEY)?.patch("pause")?;
     let outpatch = guest.outpatch().clone();
     guest.sh("sleeper 10 & sleep 1")?;
     ensure!(pausing(guest)? == "__do_sys_pause", "nobody is in pause(2)");

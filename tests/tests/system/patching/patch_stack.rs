@@ -11,12 +11,12 @@ const SAMPLE: (&str, &str) = ("livepatch_sample", "this has been live patched");
 const CMDLINE: (&str, &str) = ("cmdline", "this guest was patched from outside");
 const ORIGINAL: &str = "console=ttyS0";
 
-pub fn newest_serves(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
-    let stock = fixture.stock(generation)?;
+pub fn newest_is_in_force(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
+    let kernel = fixture.kernel(generation)?;
     let outpatch = guest.outpatch().clone();
     let log = guest.dmesg()?;
     guest.sh("sleeper 10 & hammer 4 /tmp/hammer & sleep 1")?;
-    let apply = |file: &str| outpatch.ok(&["apply", stock.patch(file)?, "--signal-after", "0"]);
+    let apply = |file: &str| outpatch.ok(&["apply", kernel.patch(file)?, "--signal-after", "0"]);
     let revert = |name: &str| outpatch.ok(&["revert", name, "--signal-after", "0"]);
     let says = |guest: &mut Guest, what: &str| {
         let line = guest.sh("cat /proc/cmdline")?;

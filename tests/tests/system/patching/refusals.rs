@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Reply, one_line_refusal};
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("refusals::command_line", command_line)]
@@ -19,10 +19,10 @@ pub fn scenarios() -> Vec<Scenario> {
 
 /// Files that are no livepatch for this guest.
 pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
-    let stock = fixture.stock(generation)?;
-    let other = fixture.stock(if generation == "6.1" { "6.12" } else { "6.1" })?;
+    let kernel = fixture.kernel(generation)?;
+    let other = fixture.kernel(if generation == "6.1" { "6.12" } else { "6.1" })?;
     let folder = fixture.sockets();
-    let good = fs::read(stock.patch("livepatch-sample")?)?;
+    let good = fs::read(kernel.patch("livepatch-sample")?)?;
     let truncated = write(&folder, "truncated.ko", &good[..good.len() / 2])?;
     let header = write(&folder, "header.ko", &good[..40])?;
     let text = write(
@@ -42,7 +42,7 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         ("a file cut in its header", header.as_str(), "header.ko"),
         (
             "not a livepatch",
-            stock.patch("not-livepatch")?,
+            kernel.patch("not-livepatch")?,
             "livepatch",
         ),
         (
@@ -52,31 +52,31 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         ),
         (
             "a function that is not in this kernel",
-            stock.patch("unknown-function")?,
+            kernel.patch("unknown-function")?,
             "outpatch_no_such_function",
         ),
         (
             "a symbol that is not in this kernel",
-            stock.patch("unknown-symbol")?,
+            kernel.patch("unknown-symbol")?,
             "outpatch_no_such_export",
         ),
         (
             "a function that is not there so often",
-            stock.patch("wrong-sympos")?,
+            kernel.patch("wrong-sympos")?,
             "cmdline_proc_show",
         ),
-        ("callbacks", stock.patch("callbacks")?, "callbacks"),
+        ("callbacks", kernel.patch("callbacks")?, "callbacks"),
         (
             "per-CPU variables",
-            stock.patch("percpu")?,
+            kernel.patch("percpu")?,
             "per-CPU variables",
         ),
         (
             "a function of a module",
-            stock.patch("module-object")?,
+            kernel.patch("module-object")?,
             "module",
         ),
-        ("code that warns", stock.patch("features")?, "__bug_table"),
+        ("code that warns", kernel.patch("features")?, "__bug_table"),
         (
             "no such file",
             "/nonexistent/patch.ko",
@@ -100,14 +100,14 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
     outpatch.refused(&["stack", "99999"])?;
     guest.expect_unharmed(&log)?;
     // After all this the guest takes a good patch.
-    outpatch.ok(&["apply", stock.patch("livepatch-sample")?])?;
+    outpatch.ok(&["apply", kernel.patch("livepatch-sample")?])?;
     ensure!(
         guest
             .sh("cat /proc/cmdline")?
             .contains("this has been live patched"),
         "the good patch has no effect"
     );
-    outpatch.refused(&["apply", stock.patch("livepatch-sample")?])?;
+    outpatch.refused(&["apply", kernel.patch("livepatch-sample")?])?;
     outpatch.ok(&["revert", "livepatch_sample"])?;
     guest.expect_unharmed(&log)
 }
@@ -120,7 +120,7 @@ fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {
 
 /// `outpatch run` called wrongly.
 fn command_line(fixture: &Fixture) -> Result<()> {
-    let stock = fixture.stock("6.12")?;
+    let stock = fixture.kernel("6.12")?;
     let kernel = stock.bzimage.to_str().context("path")?;
     let initrd = stock.initrd.to_str().context("path")?;
     let folder = fixture.sockets();

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Rest};
 use serde_json::{Value, json};
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::patching::apply_revert::STUCK;
 
 /// How long a plain run takes.
@@ -38,13 +38,13 @@ pub fn scenarios() -> Vec<Scenario> {
                 soak(fixture, generation, cpus, time)
             })
             .limit(time + Duration::from_secs(600))
-            .more(generation != "7.3")
+            .extra_if(generation != "7.3")
         })
         .into()
 }
 
 fn soak(fixture: &Fixture, generation: &str, cpus: u32, time: Duration) -> Result<()> {
-    let stock = fixture.stock(generation)?;
+    let kernel = fixture.kernel(generation)?;
     fixture.with(fixture.boot(generation, cpus, "")?, |guest| {
         let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
         let log = guest.dmesg()?;
@@ -53,7 +53,7 @@ fn soak(fixture: &Fixture, generation: &str, cpus: u32, time: Duration) -> Resul
         let mut rounds = 0;
         while Instant::now() < end {
             for (file, name) in PATCHES {
-                let patch = rest.begin(&fs::read(stock.patch(file)?)?)?;
+                let patch = rest.begin(&fs::read(kernel.patch(file)?)?)?;
                 signalled(&rest, patch)?;
                 let patch = rest.change(name, &json!({"enabled": false}))?;
                 signalled(&rest, patch)?;

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Log, Outpatch, STOLEN_TIME};
 use serde_json::Value;
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::introspection::symbols;
 
 /// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
@@ -60,13 +60,13 @@ pub fn scenarios() -> Vec<Scenario> {
     let scenario = |(generation, cpus)| {
         let name = format!("task_kinds::as_documented_{generation}_{cpus}_vcpus");
         let run = move |fixture: &Fixture| kinds(fixture, generation, cpus);
-        Scenario::new(name, run).more((generation, cpus) != ("7.3", 4))
+        Scenario::new(name, run).extra_if((generation, cpus) != ("7.3", 4))
     };
     cases.into_iter().flatten().map(scenario).collect()
 }
 
 fn kinds(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()> {
-    let patch = fixture.stock(generation)?.patch("kinds")?;
+    let patch = fixture.kernel(generation)?.patch("kinds")?;
     fixture.with(fixture.boot(generation, cpus, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
         symbols::load_modules(guest)?;
@@ -98,10 +98,10 @@ fn kinds(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()> {
         ensure!(states == "-1", "states are left: {states}");
 
         outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
-        let stock = fixture.stock(generation)?;
-        main_loop(&outpatch, stock.patch("kthread")?, "oom_reaper", "oom_reaper+")?;
+        let kernel = fixture.kernel(generation)?;
+        main_loop(&outpatch, kernel.patch("kthread")?, "oom_reaper", "oom_reaper+")?;
         if worker_of_vhost(generation) == "worker" {
-            main_loop(&outpatch, stock.patch("worker")?, VHOST, "vhost_task_fn+")?;
+            main_loop(&outpatch, kernel.patch("worker")?, VHOST, "vhost_task_fn+")?;
         }
         vhost_still_serves(guest, &over)?;
         guest.expect_unharmed(&log)

@@ -10,8 +10,8 @@ use guests::drive::Guest;
 use rustix::process::{getpriority_process, setpriority_process};
 use serde_json::json;
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
 /// Transitions of each, there and back; `OUTPATCH_BESIDE=ROUNDS` asks for more.
 const ROUNDS: usize = 3;
@@ -34,7 +34,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 faster(fixture, generation, load, rounds)
             })
             .limit(Duration::from_secs(7200))
-            .more(true)
+            .extra_if(true)
         })
     });
     each.collect()
@@ -73,7 +73,7 @@ fn faster(fixture: &Fixture, generation: &str, load: Load, rounds: usize) -> Res
     fixture.with(fixture.boot(generation, 2, "")?, |guest| {
         // Sleepers in callers of the functions, in vfs_read for one, and in one of them; two who do not leave user mode.
         guest.sh("sleeper 100 & spin 2 & sleep 2")?;
-        let module = std::fs::read(fixture.stock(generation)?.patch(load.file)?)?;
+        let module = std::fs::read(fixture.kernel(generation)?.patch(load.file)?)?;
         let pair = Pair { load, module };
         let (ours, theirs) = pair.rounds(guest, rounds)?;
         compare(generation, load.what, &ours, &theirs)

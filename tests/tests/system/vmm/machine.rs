@@ -8,8 +8,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<Scenario> = [("6.1", 1), ("6.12", 8)]
@@ -20,7 +20,7 @@ pub fn scenarios() -> Vec<Scenario> {
             )
         })
         .into();
-    all.push(Scenario::new("machine::ends_are_told_apart", ends));
+    all.push(Scenario::new("machine::each_end_has_its_status", ends));
     all
 }
 

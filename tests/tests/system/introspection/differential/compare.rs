@@ -45,12 +45,7 @@ struct Counts {
 ///
 /// # Errors
 /// When a set of tasks or a reliable stack differs, or too little could be compared.
-pub fn judge(
-    generation: Generation,
-    vmlinux: &Path,
-    cores: &Path,
-    ended: &AtomicBool,
-) -> Result<()> {
+pub fn all(generation: Generation, vmlinux: &Path, cores: &Path, ended: &AtomicBool) -> Result<()> {
     let drgn = Drgn::fetch(&Cache::open()?)?;
     let mut oracle = Oracle::start(&drgn, vmlinux)?;
     let mut counts = Counts::default();

@@ -1,49 +1,46 @@
-//! introspect against drgn, on core files of a guest that works hard: the same tasks, and every stack that is called reliable the
-//! same, frame by frame.
+//! introspect compared with drgn, on core files of a guest under load: the same tasks, and the same
+//! frames of every stack that introspect calls reliable.
 //!
-//! The guest runs in the bed and is dumped there; the cores are judged on the host, where nothing is emulated. A plain run compares
-//! a few pauses of one generation; `OUTPATCH_DIFFERENTIAL=PAUSES` asks for that many of every generation.
+//! The guest runs in the bed and is dumped there; the cores are compared on the host, where nothing
+//! is emulated. A plain run compares a few pauses of one generation; `OUTPATCH_DIFFERENTIAL=PAUSES`
+//! requests that many of every generation.
 
 mod compare;
 mod crash;
 mod drgn;
 mod introspected;
 
-use std::{
-    env, fs,
-    io::ErrorKind,
-    path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
-    thread,
-    time::Duration,
-};
+use std::{env, fs, io::ErrorKind, path::Path, sync::atomic::AtomicBool, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;
 use guests::kernel::Generation;
 use guests::kernel::stock::PreparedKernel;
 
-use crate::Scenario;
+use crate::harness::assets::Assets;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
-/// Pauses in a plain run.
-const FEW: u64 = 12;
-/// Pauses at the most for each that is asked for: one with a lock held compares nothing, and another is taken in its place.
-const MOST_PER_ASKED: u64 = 3;
-/// Cores that wait for the judge before the guest is left alone for a while.
-const MOST_WAITING: usize = 3;
-/// Where the judge writes one byte for each core that has a lock held.
+/// How many pauses a plain run compares.
+const PLAIN_PAUSES: u64 = 12;
+/// How many pauses are taken at most for each that is requested: one with a lock held compares
+/// nothing, and another is taken in its place.
+const MAX_PAUSES_PER_REQUESTED: u64 = 3;
+/// How many cores wait for the comparison at most before the guest is dumped again.
+const MAX_WAITING: usize = 3;
+/// The file to which the comparison writes one byte for each core that has a lock held.
 const LOCKED: &str = "locked";
-/// Left by a judge that compares no more.
+/// The file that the comparison leaves when it has failed and compares no more.
 const GAVE_UP: &str = "gave-up";
-/// What a pause may cost in the bed, with the dump.
+/// How long a pause may take in the bed, with the dump.
 const PAUSE_LIMIT: Duration = Duration::from_secs(20);
-/// Less memory than other guests: all of it is dumped, many times.
+/// Less memory than other guests have: all of it is dumped, many times.
 const MEMORY_MIB: u32 = 256;
 
-/// Turned on and off in a loop, so that pauses fall into every state of it: function and graph tracing, probes on entries and on
-/// returns, of functions that tasks sleep in and that are called all the time. A round takes a minute at times, as each step waits for
-/// all CPUs, several times: it ends behind any step.
+/// Turns tracing on and off in a loop, so that pauses fall into every state of it: function and
+/// graph tracing, probes on entries and on returns, of functions that tasks sleep in and of
+/// functions that are called all the time. A round may take a minute, as each step waits for all
+/// CPUs several times, so the loop can end after any step.
 const TRACING: &str = r#"cd /sys/kernel/tracing
 echo 'schedule* vfs_* do_wait* kernel_wait4 tcp_sendmsg* tcp_recvmsg* do_nanosleep hrtimer_nanosleep futex_* do_futex do_sys_poll pipe_* kthread worker_thread do_exit' > set_ftrace_filter
 going() { [ ! -e /tmp/stop ]; }
@@ -62,13 +59,13 @@ done
 rm /tmp/stop"#;
 
 pub fn scenarios() -> Vec<Scenario> {
-    let asked = env::var("OUTPATCH_DIFFERENTIAL").ok();
-    let pauses = asked.as_deref().and_then(|count| count.parse().ok());
+    let requested = env::var("OUTPATCH_DIFFERENTIAL").ok();
+    let pauses = requested.as_deref().and_then(|count| count.parse().ok());
     let generations = match pauses {
         Some(_) => &Generation::ALL[..],
         None => &[Generation::V6_1],
     };
-    let pauses = pauses.unwrap_or(FEW);
+    let pauses = pauses.unwrap_or(PLAIN_PAUSES);
     let scenario = |generation: &Generation| {
         let generation = *generation;
         let limit =
@@ -77,38 +74,43 @@ pub fn scenarios() -> Vec<Scenario> {
             hand_over(fixture, generation, pauses)
         })
         .limit(limit)
-        .judged(generation)
+        .prepare(move |assets| prepare(assets, generation))
+        .meanwhile(move |assets, cores, ended| compare(assets, generation, cores, ended))
     };
     generations.iter().map(scenario).collect()
 }
 
-/// The kernel of a generation that has debugging information, under the name that [`hand_over`] looks for, and that information.
-pub fn prepare(generation: Generation) -> Result<(String, PreparedKernel, PathBuf)> {
-    let (stock, vmlinux) = PreparedKernel::prepare_debug(generation)?;
-    Ok((name(generation), stock, vmlinux))
+/// On the host: adds the newest kernel of the generation that has debugging information.
+fn prepare(assets: &mut Assets, generation: Generation) -> Result<()> {
+    let (kernel, vmlinux) = PreparedKernel::prepare_debug(generation)?;
+    assets.kernels.insert(key(generation), kernel);
+    assets.vmlinux.insert(key(generation), vmlinux);
+    Ok(())
 }
 
-/// On the host: the judge, whose giving up ends the scenario too.
-pub fn judged(
+/// On the host: compares the cores as they come. When this fails, the scenario ends too.
+fn compare(
+    assets: &Assets,
     generation: Generation,
-    vmlinux: &Path,
     cores: &Path,
     ended: &AtomicBool,
 ) -> Result<()> {
-    let judged = compare::judge(generation, vmlinux, cores, ended);
-    if judged.is_err() {
+    let vmlinux = assets.vmlinux.get(&key(generation)).context("no vmlinux")?;
+    let compared = compare::all(generation, vmlinux, cores, ended);
+    if compared.is_err() {
         fs::write(cores.join(GAVE_UP), "")?;
     }
-    judged
+    compared
 }
 
-fn name(generation: Generation) -> String {
+/// The name of the kernel among the assets.
+fn key(generation: Generation) -> String {
     format!("{generation}-debug")
 }
 
-/// In the bed: dumps a busy guest again and again.
+/// In the bed: dumps a guest under load, many times.
 fn hand_over(fixture: &Fixture, generation: Generation, pauses: u64) -> Result<()> {
-    let guest = fixture.boot_with(&name(generation), 4, MEMORY_MIB, "")?;
+    let guest = fixture.boot_with(&key(generation), 4, MEMORY_MIB, "")?;
     fixture.with(guest, |guest| {
         let log = guest.dmesg()?;
         guest.sh("churn /tmp/churn & sleeper 40 & sleep 1")?;
@@ -122,65 +124,64 @@ fn hand_over(fixture: &Fixture, generation: Generation, pauses: u64) -> Result<(
         println!("{generation}: {}", answers.replace('\n', ", "));
         ensure!(
             answers.lines().all(|line| line.ends_with(" wrong=0")),
-            "a system call answered wrongly"
+            "a system call returned a wrong result"
         );
         guest.expect_unharmed(&log)
     })
 }
 
-/// Takes pauses until so many could be compared.
-fn dumps(fixture: &Fixture, guest: &Guest, asked: u64) -> Result<()> {
+/// Takes pauses until `requested` of them could be compared.
+fn dumps(fixture: &Fixture, guest: &Guest, requested: u64) -> Result<()> {
     let mut taken = 0;
     loop {
-        // In this order: the judge tells of a lock before it is done with the core.
-        let all_judged = waiting(fixture)? == 0;
+        // In this order: the comparison reports a lock before it is done with the core.
+        let all_compared = waiting(fixture)? == 0;
         let locked = locked(fixture)?;
-        if taken < asked + locked {
+        if taken < requested + locked {
             ensure!(
-                taken < asked * MOST_PER_ASKED,
+                taken < requested * MAX_PAUSES_PER_REQUESTED,
                 "a lock was held in {locked} of {taken} pauses"
             );
             dump(fixture, guest, taken).with_context(|| format!("pause {taken}"))?;
             taken += 1;
-        } else if all_judged {
+        } else if all_compared {
             return Ok(());
         } else {
-            wait_for_judge(fixture)?;
+            wait_for_comparison(fixture)?;
         }
     }
 }
 
 fn dump(fixture: &Fixture, guest: &Guest, pause: u64) -> Result<()> {
-    // No rhythm, so that pauses do not fall into step with the guest's timers.
+    // Irregular intervals, so that pauses do not fall into step with the guest's timers.
     thread::sleep(Duration::from_millis(20 + pause * 67 % 240));
     let draft = fixture.scratch().join(format!("{pause:05}.part"));
     let file = draft.to_str().context("a scratch folder in UTF-8")?;
     guest.outpatch().ok(&["dump", file])?;
     fs::rename(&draft, draft.with_extension("core"))?;
-    while waiting(fixture)? > MOST_WAITING {
-        wait_for_judge(fixture)?;
+    while waiting(fixture)? > MAX_WAITING {
+        wait_for_comparison(fixture)?;
     }
     Ok(())
 }
 
-fn wait_for_judge(fixture: &Fixture) -> Result<()> {
-    ensure!(
-        !fixture.scratch().join(GAVE_UP).exists(),
-        "the judge gave up"
-    );
+fn wait_for_comparison(fixture: &Fixture) -> Result<()> {
+    let gave_up = fixture.scratch().join(GAVE_UP).exists();
+    ensure!(!gave_up, "the comparison on the host gave up");
     thread::sleep(Duration::from_millis(50));
     Ok(())
 }
 
-/// How many cores had a lock held, by the judge's word.
+/// How many cores had a lock held, as the comparison reports.
 fn locked(fixture: &Fixture) -> Result<u64> {
     match fs::read(fixture.scratch().join(LOCKED)) {
-        Ok(lines) => Ok(lines.len() as u64),
+        Ok(bytes) => Ok(bytes.len() as u64),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
         Err(error) => Err(error.into()),
     }
 }
 
+/// How many cores are not compared yet.
 fn waiting(fixture: &Fixture) -> Result<usize> {
     let names = fs::read_dir(fixture.scratch())?.flatten();
     let cores = names.filter(|name| name.path().extension().is_some_and(|end| end == "core"));

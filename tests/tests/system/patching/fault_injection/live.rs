@@ -21,8 +21,8 @@ use vmm::api::{ControlSocket, Controller, Limits, Server};
 use vmm::{VmConfig, VmHandle, VmMachine, VmState};
 
 use super::sequences::{Call, Story, Subject, somebody_was_told, tell};
-use crate::Scenario;
 use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 use crate::patching::soak;
 
 /// Code is read in pieces of at most this.
@@ -72,27 +72,30 @@ const STORIES: [Story; 3] = [
     },
 ];
 
+/// The first argument with which this program is started as a VMM.
+pub const RUN: &str = "run";
+
 pub fn scenarios() -> Vec<Scenario> {
     ["6.1", "6.12", "7.3"]
         .map(|generation| {
             let name = format!("fault_injection::in_a_live_guest_{generation}");
             Scenario::new(name, move |fixture| faults(fixture, generation))
                 .limit(LIMIT + Duration::from_secs(120))
-                .more(true)
+                .extra_if(true)
         })
         .into()
 }
 
 /// In the bed: a guest with a load that checks its answers.
 fn faults(fixture: &Fixture, generation: &str) -> Result<()> {
-    let stock = fixture.stock(generation)?;
+    let kernel = fixture.kernel(generation)?;
     let vmm = env::current_exe()?;
     let guest = fixture.boot_under(&vmm, generation, (2, MEMORY_MIB), String::new())?;
     fixture.with(guest, |guest| {
         let log = guest.dmesg()?;
         guest.sh("churn /tmp/churn & hammer 2 /tmp/hammer & sleeper 10 & sleep 2")?;
         let (order, answer) = (order(guest.socket()), answer(guest.socket()));
-        let modules = STORIES.map(|story| stock.patch(story.file).map(str::to_owned));
+        let modules = STORIES.map(|story| kernel.patch(story.file).map(str::to_owned));
         let modules = modules.into_iter().collect::<Result<Vec<_>>>()?;
         put(&order, &modules.join("\n"))?;
         let until = Instant::now() + LIMIT;

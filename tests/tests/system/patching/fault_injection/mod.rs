@@ -15,8 +15,9 @@ use patcher::{ErrorKind, Mode, Patcher};
 use tests::{core_machine::CoreMachine, fault_machine::FaultMachine};
 
 use self::sequences::{Call, Story, Subject, somebody_was_told, tell};
-use crate::Scenario;
-use crate::harness::fixture::{Assets, Fixture};
+use crate::harness::assets::Assets;
+use crate::harness::fixture::Fixture;
+use crate::harness::scenario::Scenario;
 
 /// The dump, in the scenario's scratch folder.
 const CORE: &str = "faults.core";
@@ -69,7 +70,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 move |fixture| hand_over(fixture, generation),
             )
             .then(move |assets, folder| every_story(assets, folder, generation))
-            .more(generation != "7.3")
+            .extra_if(generation != "7.3")
         })
         .into_iter()
         .chain(live::scenarios())
@@ -81,8 +82,8 @@ fn hand_over(fixture: &Fixture, generation: &str) -> Result<()> {
     let guest = fixture.boot_with(generation, 2, MEMORY_MIB, "")?;
     fixture.with(guest, |guest| {
         guest.sh("sleeper 10 & sleep 1")?;
-        let stock = fixture.stock(generation)?;
-        let module = fs::read(stock.patch(STORIES[0].file)?)?;
+        let kernel = fixture.kernel(generation)?;
+        let module = fs::read(kernel.patch(STORIES[0].file)?)?;
         let core = fixture.scratch().join(CORE);
         let file = core.to_str().context("a scratch folder in UTF-8")?;
         let mut why = String::new();
@@ -113,7 +114,7 @@ fn in_the_way(core: &Path, module: &[u8]) -> Result<Option<String>> {
 
 /// On the host.
 fn every_story(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
-    let stock = assets.stock.get(generation).context("no such kernel")?;
+    let kernel = assets.kernels.get(generation).context("no such kernel")?;
     let core = CoreFile::open(&folder.join(CORE))?;
     let mut dump = Dump {
         machine: FaultMachine::new(CoreMachine::load(&core)?),
@@ -121,7 +122,7 @@ fn every_story(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
         before: BTreeMap::new(),
     };
     for story in &STORIES {
-        let file = fs::read(stock.patch(story.file)?)?;
+        let file = fs::read(kernel.patch(story.file)?)?;
         let tried = every_step(&mut dump, story, &file)
             .with_context(|| format!("{generation}: {:?}", story.calls))?;
         println!(
