@@ -1,4 +1,5 @@
-//! A core file of a guest against the guest itself: the same tasks, the same stacks, and no harm done.
+//! A core file of a guest compared with the guest itself: the same tasks, the same stacks, and no
+//! effect on the guest.
 
 use std::{fs, path::Path};
 
@@ -9,8 +10,8 @@ use serde_json::Value;
 use crate::harness::fixture::Fixture;
 use crate::harness::scratch::Scratch;
 
-/// At least this many tasks are compared on each kernel.
-const ENOUGH: usize = 50;
+/// The minimum number of tasks that must be compared on each kernel.
+const MIN_COMPARED: usize = 50;
 
 pub fn equal_the_paused_guest(_: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
     let scratch = Scratch::new()?;
@@ -30,7 +31,7 @@ pub fn equal_the_paused_guest(_: &Fixture, guest: &mut Guest, generation: &str) 
     let tasks = same_tasks(&outpatch, file)?;
     same_stacks(&outpatch, &tasks, file)?;
     println!("{generation}: {} tasks and stacks equal", tasks.len());
-    ensure!(tasks.len() >= ENOUGH, "only {} tasks", tasks.len());
+    ensure!(tasks.len() >= MIN_COMPARED, "only {} tasks", tasks.len());
     has_symbols(&outpatch, file)?;
     cut_short(&outpatch, &path)?;
 
@@ -53,7 +54,7 @@ fn same_stacks(outpatch: &Outpatch, tasks: &[Value], core: &str) -> Result<()> {
     let stacks = live.as_array().context("stack is no list")?;
     let of = |stack: &Value| stack["task"].clone();
     ensure!(stacks.iter().map(of).eq(tasks.iter().cloned()), "{live}");
-    // One by one they are the same.
+    // Read one by one they are the same.
     for stack in stacks.iter().step_by(10) {
         let pid = stack["task"]["pid"].to_string();
         let alone = outpatch.of_core(&["stack", &pid], core)?;

@@ -3,5 +3,6 @@
 pub mod core_dumps;
 pub mod differential;
 pub mod flavours;
+pub mod locks;
 pub mod stacks;
 pub mod symbols;

@@ -1,4 +1,5 @@
-//! The main job: 50 times on and off in one boot, under load, on each kernel, number of vCPUs and page-table isolation.
+//! Patches applied and reverted 50 times in one boot, under load, on each kernel, with 1, 2 and 4
+//! vCPUs, with and without page-table isolation.
 
 use std::{
     fs,
@@ -11,21 +12,23 @@ use guests::drive::Guest;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 
-/// How often each patch goes on and off in one boot.
+/// How often each patch is applied and reverted in one boot.
 const ROUNDS: u32 = 50;
-/// How long one transition may take: it is stuck then.
-pub const STUCK: Duration = Duration::from_secs(60);
-/// Processes that call the patched system call without a pause.
+/// How long one transition may take; after that it counts as stuck.
+pub const TRANSITION_LIMIT: Duration = Duration::from_secs(60);
+/// How many processes call the patched system call all the time.
 const HAMMERS: u32 = 20;
 
-/// A patch module and how its effect shows in the guest.
+/// A patch module, and how its effect can be seen in the guest.
 #[derive(Debug)]
 pub struct Patch {
-    /// File name, less `.ko`.
+    /// The file name without `.ko`.
     pub file: &'static str,
     /// The module's name.
     pub name: &'static str,
+    /// A shell command whose output shows the effect.
     probe: &'static str,
+    /// What the output contains if and only if the patch is in force.
     sign: &'static str,
 }
 
@@ -37,7 +40,7 @@ pub const PATCHES: [Patch; 2] = [
         probe: "cat /proc/cmdline",
         sign: "this has been live patched",
     },
-    // It changes the answers of the program that knows of it.
+    // It changes the result that `hammer` prints.
     Patch {
         file: "getpid",
         name: "getpid",
@@ -47,12 +50,12 @@ pub const PATCHES: [Patch; 2] = [
 ];
 
 impl Patch {
-    /// Checks in the guest that the patch is, or is not, in force for a new process.
+    /// Checks in the guest that the patch is in force for a new process, or that it is not.
     pub fn expect(&self, guest: &mut Guest, patched: bool) -> Result<()> {
-        let seen = guest.sh(self.probe)?;
+        let output = guest.sh(self.probe)?;
         ensure!(
-            seen.contains(self.sign) == patched,
-            "{} should be {patched}, but `{}` says {seen:?}",
+            output.contains(self.sign) == patched,
+            "whether {} is in force should be {patched}, but `{}` prints {output:?}",
             self.name,
             self.probe
         );
@@ -70,7 +73,7 @@ pub fn scenarios() -> Vec<Scenario> {
                     if pti { "_pti" } else { "" }
                 );
                 let run = move |fixture: &Fixture| rounds(fixture, generation, cpus, pti);
-                // A plain run has each number of vCPUs once, and page tables kept apart once.
+                // A plain run has each number of vCPUs once, and page-table isolation once.
                 let plain = [("6.1", 4, false), ("6.12", 1, true), ("6.12", 2, false)];
                 let plain = plain.contains(&(generation, cpus, pti));
                 all.push(Scenario::new(name, run).extra_if(!plain));
@@ -80,7 +83,8 @@ pub fn scenarios() -> Vec<Scenario> {
     all
 }
 
-/// Two functions in one patch change together, and two patches beside each other come and go in any order.
+/// Two functions in one patch are patched together, and two patches are applied and reverted
+/// independently of each other.
 pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
     let [sample, getpid] = &PATCHES;
     let kernel = fixture.kernel(generation)?;
@@ -89,7 +93,7 @@ pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Resul
     outpatch.ok(&["apply", kernel.patch("two-functions")?])?;
     ensure!(
         guest.sh("cat /proc/cmdline; hammer 0 - getpid")? == "both are new\nnew",
-        "not both are new"
+        "not both functions are new"
     );
     outpatch.ok(&["revert", "two_functions"])?;
     sample.expect(guest, false)?;
@@ -107,25 +111,28 @@ pub fn together(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Resul
 }
 
 fn rounds(fixture: &Fixture, generation: &str, cpus: u32, pti: bool) -> Result<()> {
-    fixture.with(fixture.boot(generation, cpus, if pti { "pti=on" } else { "" })?, |guest| {
+    let append = if pti { "pti=on" } else { "" };
+    fixture.with(fixture.boot(generation, cpus, append)?, |guest| {
         let kernel = fixture.kernel(generation)?;
         let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
         if pti {
-            let state = guest.sh("cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true")?;
-            ensure!(state.contains("PTI") || state.contains("page tables isolation: enabled"), "PTI is not on: {state}");
+            expect_pti(guest)?;
         }
         let log = guest.dmesg()?;
-        guest.sh(&format!("sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"))?;
+        guest.sh(&format!(
+            "sleeper 16 & hammer {HAMMERS} /tmp/hammer & sleep 1"
+        ))?;
         let started = Instant::now();
         for patch in &PATCHES {
             let module = fs::read(kernel.patch(patch.file)?)?;
             for round in 0..ROUNDS {
-                rest.apply(&module, STUCK)?;
-                // The guest itself is asked in every tenth round: a process started there costs more than a patch.
+                rest.apply(&module, TRANSITION_LIMIT)?;
+                // Checked in every tenth round only: starting a process in the guest takes longer
+                // than applying a patch.
                 if round % 10 == 0 {
                     patch.expect(guest, true)?;
                 }
-                rest.revert(patch.name, STUCK)?;
+                rest.revert(patch.name, TRANSITION_LIMIT)?;
                 if round % 10 == 0 {
                     patch.expect(guest, false)?;
                 }
@@ -133,11 +140,29 @@ fn rounds(fixture: &Fixture, generation: &str, cpus: u32, pti: bool) -> Result<(
         }
         let took = started.elapsed();
         let pauses = &outpatch.json(&["status"])?["vm"]["pauses"];
-        println!("{generation} {cpus} vCPUs pti={pti}: {} transitions in {took:?}, pauses {pauses}", 4 * ROUNDS);
+        let transitions = 4 * ROUNDS;
+        println!(
+            "{generation} {cpus} vCPUs pti={pti}: {transitions} transitions in {took:?}, \
+             pauses {pauses}"
+        );
         guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
         let answers = guest.sh("cat /tmp/hammer")?;
         println!("{}", answers.lines().next().unwrap_or_default());
-        ensure!(answers.contains(" wrong=0 "), "a system call answered wrongly: {answers}");
+        ensure!(
+            answers.contains(" wrong=0 "),
+            "a system call returned a wrong result: {answers}"
+        );
         guest.expect_unharmed(&log)
     })
+}
+
+fn expect_pti(guest: &mut Guest) -> Result<()> {
+    let state = guest.sh(
+        "cat /sys/devices/system/cpu/vulnerabilities/meltdown; dmesg | grep -i isolation || true",
+    )?;
+    ensure!(
+        state.contains("PTI") || state.contains("page tables isolation: enabled"),
+        "PTI is not on: {state}"
+    );
+    Ok(())
 }

@@ -170,7 +170,7 @@ fn nothing_is_written(outpatch: &Outpatch, good: &str, bad: &str) -> Result<()> 
     outpatch.ok(&["dump", after.to_str().context("a scratch folder in UTF-8")?])?;
     outpatch.ok(&["resume"])?;
     same_bytes(&before, &after)?;
-    locks::changes_say_busy(&before, &fs::read(good)?)?;
+    locks::changes_report_busy(&before, &fs::read(good)?)?;
 
     let offline = outpatch.of_core(&["check", good], core)?;
     for part in [

@@ -1,4 +1,4 @@
-//! The oldest and the newest kernel: they boot, and patching there is right or refused with a reason.
+//! The oldest and the newest kernel: they boot, and a patch works there or is refused with a reason.
 
 use anyhow::{Result, ensure};
 use guests::drive::Guest;
@@ -11,10 +11,10 @@ pub fn right_or_refused(fixture: &Fixture, guest: &mut Guest, generation: &str) 
     let log = guest.dmesg()?;
     ensure!(
         guest.sh("uname -r")? == fixture.kernel(generation)?.release,
-        "another kernel than asked for"
+        "another kernel than requested"
     );
     ensure!(guest.sh("nproc")? == "2", "not all vCPUs are online");
-    // A patch built for another kernel is refused in any case.
+    // A patch that was built for another kernel is refused in any case.
     let line = outpatch.refused(&["apply", fixture.kernel("6.12")?.patch("livepatch-sample")?])?;
     println!("{generation}: {line}");
     for patch in &PATCHES {

@@ -1,4 +1,5 @@
-//! The same `.ko` files that outpatch applies are ordinary livepatch modules: the guest's own `insmod` takes them too.
+//! The `.ko` files that outpatch applies are ordinary livepatch modules: the guest's own `insmod`
+//! loads them too.
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,7 @@ pub fn scenarios() -> Vec<Scenario> {
         .into()
 }
 
-/// A transition by the guest's own means takes up to 26 s here.
+/// A transition by the guest's own livepatching takes up to 26 s in an emulated guest.
 const TRANSITION_LIMIT: Duration = Duration::from_secs(90);
 
 fn same_files(fixture: &Fixture, generation: &str) -> Result<()> {
@@ -29,7 +30,8 @@ fn same_files(fixture: &Fixture, generation: &str) -> Result<()> {
             guest.sh(&format!("insmod /lib/patches/{}.ko", patch.file))?;
             settle(guest, patch)?;
             patch.expect(guest, true)?;
-            // While the guest's own livepatch holds the function, ours is refused with its reason and nothing changes.
+            // While the guest's own livepatch has the function patched, outpatch refuses to patch
+            // it, names the reason, and changes nothing.
             let line = guest
                 .outpatch()
                 .clone()
@@ -38,7 +40,7 @@ fn same_files(fixture: &Fixture, generation: &str) -> Result<()> {
                 line.contains(patch.name),
                 "the refusal does not name the module: {line}"
             );
-            println!("{generation}: beside the guest's own: {line}");
+            println!("{generation}: patched by the guest itself: {line}");
             guest.sh(&format!(
                 "echo 0 > /sys/kernel/livepatch/{}/enabled",
                 patch.name
@@ -55,7 +57,7 @@ fn settle(guest: &mut Guest, patch: &Patch) -> Result<()> {
     let deadline = Instant::now() + TRANSITION_LIMIT;
     let attribute = format!("/sys/kernel/livepatch/{}/transition", patch.name);
     while Instant::now() < deadline {
-        // A disabled patch takes its folder with it.
+        // The folder of a patch is removed when it is disabled.
         if guest.sh(&format!("cat {attribute} 2>/dev/null || echo 0"))? == "0" {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::harness::assets::Assets;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
-use crate::patching::apply_revert::STUCK;
+use crate::patching::apply_revert::TRANSITION_LIMIT;
 use crate::patching::blocked_tasks::{BLOCKERS, end_of_transition, list, pausing, the_patch};
 
 /// What asks for it.
@@ -80,12 +80,12 @@ fn under_load(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
     ] {
         let module = fs::read(kernel.patch(file)?)?;
         for round in 0..ROUNDS {
-            rest.apply(&module, STUCK)?;
+            rest.apply(&module, TRANSITION_LIMIT)?;
             if round % 10 == 0 {
                 let seen = guest.sh(probe)?;
                 ensure!(seen.contains(sign), "{file} is not there: {seen}");
             }
-            rest.revert(file, STUCK)?;
+            rest.revert(file, TRANSITION_LIMIT)?;
             if round % 10 == 0 {
                 let seen = guest.sh(probe)?;
                 ensure!(!seen.contains(sign), "{file} is still there: {seen}");

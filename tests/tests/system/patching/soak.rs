@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
-use crate::patching::apply_revert::STUCK;
+use crate::patching::apply_revert::TRANSITION_LIMIT;
 
 /// How long a plain run takes.
 const BRIEF: u64 = 15;
@@ -80,7 +80,7 @@ fn signalled(rest: &Rest, mut patch: Value) -> Result<()> {
             patch = asked;
         }
     }
-    rest.end(patch, STUCK).map(drop)
+    rest.end(patch, TRANSITION_LIMIT).map(drop)
 }
 
 /// Every system call that the load made was answered as it must be.

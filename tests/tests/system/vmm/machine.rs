@@ -1,4 +1,4 @@
-//! The VMM itself: console, pause and resume, ways to end.
+//! The VMM: console, pause and resume, and the exit status of each way in which a guest ends.
 
 use std::{
     thread,
@@ -20,7 +20,10 @@ pub fn scenarios() -> Vec<Scenario> {
             )
         })
         .into();
-    all.push(Scenario::new("machine::each_end_has_its_status", ends));
+    all.push(Scenario::new(
+        "machine::each_end_has_its_status",
+        exit_statuses,
+    ));
     all
 }
 
@@ -37,62 +40,63 @@ fn console_and_cpus(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()
         for (number, line) in lines.lines().enumerate() {
             ensure!(
                 line == format!("line-{number}-of-the-long-output"),
-                "line {number} came as {line:?}"
+                "line {number} arrived as {line:?}"
             );
         }
         ensure!(
             lines.lines().count() == 500,
-            "{} of 500 lines came",
+            "{} of 500 lines arrived",
             lines.lines().count()
         );
-        // Around the number of bytes after which a guest's driver looks anew, and its multiples.
+        // Around the number of bytes after which a guest's driver polls again, and its multiples.
         for len in [230, 240, 280, 480, 900] {
             let long = "x".repeat(len);
-            let came = guest.sh(&format!("echo {long} | wc -c"))?;
+            let arrived = guest.sh(&format!("echo {long} | wc -c"))?;
             ensure!(
-                came == (len + 1).to_string(),
-                "of {len} bytes that were typed came {came}"
+                arrived == (len + 1).to_string(),
+                "of {len} bytes that were typed {arrived} arrived"
             );
         }
         Ok(())
     })
 }
 
-/// A guest that runs prints several lines in this time.
+/// A running guest prints several lines in this time.
 const SILENCE: Duration = Duration::from_millis(200);
-/// How long what a paused guest has printed may take to arrive.
+/// How long the output of a paused guest may take to arrive.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Lines that it prints: an emulated machine takes 15 ms for each.
+/// How many lines it prints: an emulated guest takes 15 ms for each.
 const TICKS: u32 = 1500;
-/// What it prints when it has printed them.
+/// What it prints after these lines.
 const ALL_TICKS: &str = "all-ticks";
 /// How often it is paused meanwhile.
 const PAUSES: u32 = 20;
 
-/// A paused guest does not run; pausing at any moment of its output loses none.
+/// A paused guest does not run, and pausing loses no output, whenever it happens.
 pub fn pause_loses_nothing(_: &Fixture, guest: &mut Guest, _: &str) -> Result<()> {
     let log = guest.dmesg()?;
     let outpatch = guest.outpatch().clone();
-    // The last of the output is waited for now and then (`stty` drains before it sets): on a slow emulated CPU a console that always has
-    // more to print keeps one of the guest's CPUs in its interrupt for so long that RCU takes that for a stall.
+    // Now and then the script waits until all output is printed (`stty` drains before it sets): on a
+    // slow emulated CPU a console that always has more to print keeps one of the guest's CPUs in its
+    // interrupt handler for so long that RCU reports a stall.
     guest.console().type_in(&format!(
         "i=0; while [ $i -lt {TICKS} ]; do echo tick-$i.; i=$((i+1)); \
          [ $((i % 100)) != 0 ] || {{ stty -echo; sleep 0.1; }}; done; echo {ALL_TICKS}\n",
     ))?;
     for _ in 0..PAUSES {
         outpatch.ok(&["pause"])?;
-        // What was already on its way may still arrive; a guest that goes on would never fall silent.
+        // Output that was already printed may still arrive; a guest that runs never stops printing.
         let deadline = Instant::now() + SETTLE_LIMIT;
-        let mut held = guest.console().text().len();
+        let mut before = guest.console().text().len();
         loop {
             thread::sleep(SILENCE);
             let now = guest.console().text().len();
-            if now == held {
+            if now == before {
                 break;
             }
-            ensure!(Instant::now() < deadline, "a paused guest goes on printing");
-            held = now;
+            ensure!(Instant::now() < deadline, "a paused guest prints");
+            before = now;
         }
         outpatch.ok(&["resume"])?;
         thread::sleep(Duration::from_millis(20));
@@ -118,19 +122,19 @@ pub fn pause_loses_nothing(_: &Fixture, guest: &mut Guest, _: &str) -> Result<()
     guest.expect_unharmed(&log)
 }
 
-/// Poweroff, reset by each way that a guest may choose, Ctrl-A x, the operator's stop, a panic's reset and a triple fault each end
-/// the process with its documented status.
-fn ends(fixture: &Fixture) -> Result<()> {
+/// Poweroff, reset by each method that a guest may choose, Ctrl-A x, `outpatch stop`, a panic's reset
+/// and a triple fault each end the process with the documented status.
+fn exit_statuses(fixture: &Fixture) -> Result<()> {
     let limit = Duration::from_secs(30);
     for (append, typed, status) in [
-        // One vCPU boots in half the time; that those of several end, those in mid-transition show (`tools`).
+        // One vCPU boots in half the time; `guest_tools` ends guests with several.
         ("", "poweroff -f\n", 0),
         ("", "reboot -f\n", 0),
         ("reboot=k", "reboot -f\n", 0),
         ("reboot=a", "reboot -f\n", 0),
         ("", "\u{1}x", 0),
         ("", "echo c > /proc/sysrq-trigger\n", 0),
-        // A guest that asks for its own triple fault ends as any triple fault does.
+        // A guest that requests its own triple fault ends like any triple fault.
         ("reboot=t", "reboot -f\n", 1),
     ] {
         let mut guest = fixture.boot("6.12", 1, append)?;
@@ -144,18 +148,18 @@ fn ends(fixture: &Fixture) -> Result<()> {
         );
         ensure!(
             !guest.socket().exists(),
-            "the socket is left behind after {typed:?}"
+            "the socket still exists after {typed:?}"
         );
     }
     let mut guest = fixture.boot("6.12", 1, "")?;
-    let asked = Instant::now();
+    let requested = Instant::now();
     guest.outpatch().ok(&["stop"])?;
     let end = guest.wait_end(limit)?;
     ensure!(end.code() == Some(0), "stopped, the VMM ended with {end}");
     ensure!(
-        asked.elapsed() < limit,
+        requested.elapsed() < limit,
         "stopping took {:?}",
-        asked.elapsed()
+        requested.elapsed()
     );
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The judge: on the host, takes each core file that the scenario in the bed hands over, asks drgn and introspect, compares.
+//! The comparison on the host: reads each core file that the scenario in the bed hands over with
+//! drgn and with introspect, and compares the results.
 
 use std::{
     collections::BTreeMap,
@@ -18,49 +19,53 @@ use introspect::{Stack, Task, Verdict};
 
 use crate::harness::kept_cores;
 
-use super::drgn::{Oracle, Told};
-use super::introspected::Ours;
+use super::drgn::{DrgnProcess, DrgnTask};
+use super::introspected::IntrospectedCore;
 use super::{LOCKED, crash};
 
-/// A difference is told in full so many times.
-const TOLD_IN_FULL: usize = 5;
+/// How many differences an error shows.
+const MAX_SHOWN: usize = 5;
 
-/// What was compared, and how it came out.
+/// What was compared, and the results.
 #[derive(Debug, Default)]
 struct Counts {
+    /// Core files.
     pauses: u64,
+    /// Core files in which a lock was held, by lock.
     busy: BTreeMap<&'static str, u64>,
+    /// Tasks that both list.
     tasks: u64,
-    /// Reliable stacks that equal drgn's, and their frames.
+    /// Reliable stacks that equal drgn's.
     equal: u64,
+    /// The frames on these stacks.
     frames: u64,
-    /// Of these, stacks of tasks that a vCPU ran.
+    /// How many of these stacks are of tasks that a vCPU ran.
     running: u64,
     /// Unreliable stacks, by reason.
     unreliable: BTreeMap<String, u64>,
+    /// Descriptions of all differences.
     differences: Vec<String>,
 }
 
-/// Compares until `ended` is set and no core is left, then prints the counts.
+/// Compares core files as they come, until `ended` is set and none is left, then prints the counts.
 ///
 /// # Errors
-/// When a set of tasks or a reliable stack differs, or too little could be compared.
+/// When a set of tasks or a reliable stack differs, or when too few stacks could be compared.
 pub fn all(generation: Generation, vmlinux: &Path, cores: &Path, ended: &AtomicBool) -> Result<()> {
-    let drgn = Drgn::fetch(&Cache::open()?)?;
-    let mut oracle = Oracle::start(&drgn, vmlinux)?;
+    let mut drgn = DrgnProcess::start(&Drgn::fetch(&Cache::open()?)?, vmlinux)?;
     let mut counts = Counts::default();
-    let mut asked_crash = false;
+    let mut crash_compared = false;
     loop {
         let last = ended.load(Ordering::Acquire);
         let mut waiting = finished_cores(cores)?;
         waiting.sort_unstable();
         for core in &waiting {
-            let compared = compare(core, &mut oracle, &mut counts);
-            let ours =
+            let compared = compare_core(core, &mut drgn, &mut counts);
+            let introspected =
                 compared.with_context(|| format!("{generation}: pause {}", counts.pauses))?;
-            if let (Some(ours), false) = (ours, asked_crash) {
-                crash::opens(generation, vmlinux, core, &ours)?;
-                asked_crash = true;
+            if let (Some(introspected), false) = (introspected, crash_compared) {
+                crash::compare(generation, vmlinux, core, &introspected)?;
+                crash_compared = true;
             }
             fs::remove_file(core)?;
         }
@@ -81,32 +86,36 @@ fn finished_cores(folder: &Path) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// One core; what introspect says of it, if no lock was held.
-fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Option<Ours>> {
+/// Compares one core file. Returns what introspect read from it, if no lock was held.
+fn compare_core(
+    core: &Path,
+    drgn: &mut DrgnProcess,
+    counts: &mut Counts,
+) -> Result<Option<IntrospectedCore>> {
     counts.pauses += 1;
-    let ours = match Ours::read(core)? {
-        Ok(ours) => ours,
+    let introspected = match IntrospectedCore::read(core)? {
+        Ok(introspected) => introspected,
         Err(lock) => {
             *counts.busy.entry(lock).or_default() += 1;
-            tell_locked(core)?;
+            report_locked(core)?;
             return Ok(None);
         }
     };
-    let told = oracle.tasks(core)?;
+    let drgn_tasks = drgn.tasks(core)?;
     let before = counts.differences.len();
-    for (address, told) in &told {
-        match ours.tasks.get(address) {
-            Some((task, stack)) => counts.stack(&ours, task, stack, told),
-            None if told.listed => counts.differences.push(format!(
+    for (address, drgn_task) in &drgn_tasks {
+        match introspected.tasks.get(address) {
+            Some((task, stack)) => counts.stack(&introspected, task, stack, drgn_task),
+            None if drgn_task.listed => counts.differences.push(format!(
                 "only drgn has the task {} {} at {address:#x}",
-                told.pid, told.comm
+                drgn_task.pid, drgn_task.comm
             )),
-            // A CPU's current task by the run queue need not be its current task by the CPU: it is being switched.
+            // In a context switch a CPU's current task differs between run queue and CPU.
             None => {}
         }
     }
-    for (address, (task, _)) in &ours.tasks {
-        if !told.contains_key(address) {
+    for (address, (task, _)) in &introspected.tasks {
+        if !drgn_tasks.contains_key(address) {
             counts.differences.push(format!(
                 "only introspect has the task {} {} at {address:#x}",
                 task.pid, task.comm
@@ -116,26 +125,33 @@ fn compare(core: &Path, oracle: &mut Oracle, counts: &mut Counts) -> Result<Opti
     if counts.differences.len() > before {
         kept_cores::keep(core)?;
     }
-    Ok(Some(ours))
+    Ok(Some(introspected))
 }
 
-/// Tells the scenario in the bed that this pause compares nothing.
-fn tell_locked(core: &Path) -> Result<()> {
-    let told = core.with_file_name(LOCKED);
+/// Reports to the scenario in the bed that this pause compares nothing.
+fn report_locked(core: &Path) -> Result<()> {
+    let locked = core.with_file_name(LOCKED);
     let mut file = fs::OpenOptions::new()
         .create(true)
         .append(true)
-        .open(told)?;
+        .open(locked)?;
     Ok(file.write_all(b"!")?)
 }
 
 impl Counts {
-    fn stack(&mut self, ours: &Ours, task: &Task, stack: &Stack, told: &Told) {
+    /// Compares a task that both list, and its stack.
+    fn stack(
+        &mut self,
+        introspected: &IntrospectedCore,
+        task: &Task,
+        stack: &Stack,
+        drgn_task: &DrgnTask,
+    ) {
         self.tasks += 1;
-        if (task.pid, task.comm.as_str()) != (told.pid, told.comm.as_str()) {
+        if (task.pid, task.comm.as_str()) != (drgn_task.pid, drgn_task.comm.as_str()) {
             self.differences.push(format!(
-                "{} {} is {} {} to drgn",
-                task.pid, task.comm, told.pid, told.comm
+                "{} {} is {} {} for drgn",
+                task.pid, task.comm, drgn_task.pid, drgn_task.comm
             ));
         }
         match &stack.verdict {
@@ -144,13 +160,14 @@ impl Counts {
                 *self.unreliable.entry(reason).or_default() += 1;
             }
             Verdict::Reliable => {
-                let mine: Vec<u64> = stack.frames.iter().map(|frame| frame.ip.0).collect();
-                if told.frames.as_deref().unwrap_or_default() == mine {
+                let frames: Vec<u64> = stack.frames.iter().map(|frame| frame.ip.0).collect();
+                if drgn_task.frames.as_deref().unwrap_or_default() == frames {
                     self.equal += 1;
-                    self.frames += mine.len() as u64;
+                    self.frames += frames.len() as u64;
                     self.running += u64::from(task.vcpu.is_some());
                 } else {
-                    self.differences.push(side_by_side(ours, task, &mine, told));
+                    self.differences
+                        .push(side_by_side(introspected, task, &frames, drgn_task));
                 }
             }
         }
@@ -158,8 +175,9 @@ impl Counts {
 
     fn report(&self, generation: Generation) {
         println!(
-            "{generation}: {} pauses, {} of them with a lock held {:?}; {} tasks, the same as drgn's; {} stacks equal drgn's, \
-             frame by frame ({} frames, {} stacks of running tasks); unreliable: {:?}; differences: {}",
+            "{generation}: {} pauses, {} of them with a lock held {:?}; {} tasks, the same as \
+             drgn's; {} stacks equal drgn's, frame by frame ({} frames, {} stacks of running \
+             tasks); unreliable: {:?}; differences: {}",
             self.pauses,
             self.busy.values().sum::<u64>(),
             self.busy,
@@ -174,7 +192,7 @@ impl Counts {
 
     fn verdict(&self) -> Result<()> {
         if !self.differences.is_empty() {
-            let shown = self.differences.iter().take(TOLD_IN_FULL);
+            let shown = self.differences.iter().take(MAX_SHOWN);
             let shown: Vec<&str> = shown.map(String::as_str).collect();
             bail!(
                 "{} differences from drgn:\n{}",
@@ -186,7 +204,7 @@ impl Counts {
         let unreliable = self.unreliable.values().sum::<u64>();
         ensure!(
             unreliable * 10 <= self.tasks,
-            "{unreliable} of {} stacks unreliable: nothing much was compared",
+            "{unreliable} of {} stacks unreliable: too few were compared",
             self.tasks
         );
         ensure!(self.running > 0, "no running task was compared");
@@ -194,7 +212,7 @@ impl Counts {
     }
 }
 
-/// Addresses differ from stack to stack; the sort of reason counts.
+/// A reason without the addresses in it, which differ from stack to stack.
 fn reason_without_address(reason: &str) -> String {
     let words = reason.split(' ');
     let words: Vec<&str> = words
@@ -203,21 +221,26 @@ fn reason_without_address(reason: &str) -> String {
     words.join(" ")
 }
 
-fn side_by_side(ours: &Ours, task: &Task, mine: &[u64], told: &Told) -> String {
+fn side_by_side(
+    introspected: &IntrospectedCore,
+    task: &Task,
+    frames: &[u64],
+    drgn_task: &DrgnTask,
+) -> String {
     let names = |frames: &[u64]| -> String {
-        let names: Vec<String> = frames.iter().map(|ip| ours.name(*ip)).collect();
+        let names: Vec<String> = frames.iter().map(|ip| introspected.name(*ip)).collect();
         names.join(" < ")
     };
-    let theirs = match (&told.frames, &told.why) {
+    let drgn = match (&drgn_task.frames, &drgn_task.why) {
         (Some(frames), _) => names(frames),
         (None, why) => format!("none ({})", why.as_deref().unwrap_or_default()),
     };
     format!(
-        "{} {} ({}, vCPU {:?}):\n  ours  {}\n  drgn  {theirs}",
+        "{} {} ({}, vCPU {:?}):\n  introspect  {}\n  drgn        {drgn}",
         task.pid,
         task.comm,
         task.state_letter(),
         task.vcpu,
-        names(mine)
+        names(frames)
     )
 }

@@ -1,4 +1,5 @@
-//! Debian's crash on a core file: it must open it, know the kernel, and list the same tasks.
+//! Debian's crash on a core file: it must open the file, recognise the kernel, and list the same
+//! tasks as introspect.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -7,13 +8,19 @@ use guests::external::crash::Crash;
 use guests::host::cache::Cache;
 use guests::kernel::Generation;
 
-use super::introspected::Ours;
+use super::introspected::IntrospectedCore;
 
-/// Asks crash about a core.
+/// Compares what crash reads from a core file. Does nothing for generations that crash does not
+/// support.
 ///
 /// # Errors
-/// When crash cannot open it or lists other tasks. Of generations that it knows nothing of, it is not asked.
-pub fn opens(generation: Generation, vmlinux: &Path, core: &Path, ours: &Ours) -> Result<()> {
+/// When crash cannot open the file or lists other tasks.
+pub fn compare(
+    generation: Generation,
+    vmlinux: &Path,
+    core: &Path,
+    introspected: &IntrospectedCore,
+) -> Result<()> {
     if !opens_cores_of(generation) {
         return Ok(());
     }
@@ -28,35 +35,38 @@ pub fn opens(generation: Generation, vmlinux: &Path, core: &Path, ours: &Ours) -
     let release = text
         .lines()
         .find_map(|line| line.trim().strip_prefix("RELEASE: "));
-    let release = release.with_context(|| format!("crash knows no release: {text}"))?;
+    let release = release.with_context(|| format!("crash prints no release: {text}"))?;
     ensure!(
         release.starts_with(&format!("{generation}.")),
-        "crash says that this is {release}"
+        "crash reads the release {release}"
     );
     if !lists_tasks(generation) {
         println!("{generation}: crash opens the core");
         return Ok(());
     }
     let listed: BTreeSet<u64> = text.lines().filter_map(task).collect();
-    let mine: BTreeSet<u64> = ours.tasks.keys().copied().collect();
+    let expected: BTreeSet<u64> = introspected.tasks.keys().copied().collect();
     ensure!(
-        listed == mine,
+        listed == expected,
         "crash lists {} tasks, introspect {}: they differ in {:x?}",
         listed.len(),
-        mine.len(),
-        listed.symmetric_difference(&mine).collect::<Vec<_>>()
+        expected.len(),
+        listed.symmetric_difference(&expected).collect::<Vec<_>>()
     );
-    println!("{generation}: crash lists the same {} tasks", mine.len());
+    println!(
+        "{generation}: crash lists the same {} tasks",
+        expected.len()
+    );
     Ok(())
 }
 
-/// Debian 12's crash is older than the kernels after these, and says so.
+/// Debian 12's crash is older than later kernels, and refuses them.
 fn opens_cores_of(generation: Generation) -> bool {
     generation <= Generation::V6_1
 }
 
-/// Debian 12's crash is older than the form that `struct pid` has in stable updates of 6.1 and ever since: there it finds the idle
-/// tasks only.
+/// Debian 12's crash is older than the layout that `struct pid` has in stable updates of 6.1 and
+/// in later kernels: there it finds the idle tasks only.
 fn lists_tasks(generation: Generation) -> bool {
     generation < Generation::V6_1
 }

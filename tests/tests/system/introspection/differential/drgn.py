@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""What drgn says of core files: for each path on standard input one line of JSON, `{"tasks": {ADDRESS: TASK}}` or `{"error": TEXT}`.
+"""Lists the tasks of core files with drgn.
 
-A TASK has `pid`, `comm`, `listed` (false: on a CPU, but in no list any more) and `frames`: the addresses of its kernel stack from the
-innermost outwards, without what the compiler inlined and without user mode, or null with `why`.
+For each path on standard input it prints one line of JSON: `{"tasks": {ADDRESS: TASK}}` or
+`{"error": TEXT}`. A TASK has `pid`, `comm`, `listed` (false: on a CPU, but in no list any more) and
+`frames`: the addresses on its kernel stack, innermost first, without inlined functions and without
+user mode; or null, with the reason in `why`.
 
-usage: oracle.py VMLINUX
+usage: drgn.py VMLINUX
 """
 import json
 import sys
@@ -19,7 +21,7 @@ KERNEL_HALF = 1 << 63
 
 
 def idle_tasks(prog):
-    """Idle tasks are on no list."""
+    """The idle tasks, which are in no list."""
     for cpu in for_each_possible_cpu(prog):
         idle = per_cpu_ptr(prog["idle_threads"].address_of_(), cpu)[0]
         if idle:
@@ -27,7 +29,7 @@ def idle_tasks(prog):
 
 
 def current_tasks(prog):
-    """By the run queue and by the CPU itself: they differ while the CPU is being switched."""
+    """The CPUs' current tasks, by the run queue and by the CPU: they differ in a context switch."""
     for cpu in for_each_online_cpu(prog):
         yield cpu_curr(prog, cpu)
         try:
@@ -38,7 +40,8 @@ def current_tasks(prog):
 
 
 def kernel_frames(prog, task):
-    # A dead task has given its stack back: what is there belongs to others, or to the past (kernel/fork.c: put_task_stack).
+    # A dead task has freed its stack: the memory has another use, or stale content
+    # (kernel/fork.c: put_task_stack).
     if not task.stack_refcount.refs.counter:
         return []
     frames = []
@@ -86,7 +89,7 @@ def main():
     for line in sys.stdin:
         try:
             answer = {"tasks": tasks(line.rstrip("\n"), vmlinux)}
-        except Exception as error:  # whatever it is, the judge wants to know
+        except Exception as error:  # reported, whatever it is
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
 

@@ -1,4 +1,4 @@
-//! drgn as a process that answers for one core file after the other.
+//! drgn as a process that lists the tasks of one core file after the other.
 
 use std::{
     collections::BTreeMap,
@@ -11,58 +11,60 @@ use anyhow::{Context, Result, bail, ensure};
 use guests::external::drgn::Drgn;
 use serde::Deserialize;
 
-/// What drgn says of a task.
+/// The script that drgn runs, below the crate's folder.
+const SCRIPT: &str = "tests/system/introspection/differential/drgn.py";
+
+/// A task as drgn reads it.
 #[derive(Debug, Deserialize)]
-pub struct Told {
+pub struct DrgnTask {
     pub pid: i32,
     pub comm: String,
-    /// It is in the kernel's lists, or an idle task.
+    /// Whether the task is in the kernel's lists, or an idle task.
     pub listed: bool,
-    /// Addresses of its kernel stack, innermost first.
+    /// The addresses on its kernel stack, innermost first.
     pub frames: Option<Vec<u64>>,
-    /// Why there are none.
+    /// Why drgn has no frames.
     pub why: Option<String>,
 }
 
+/// A line that the script prints.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Answer {
-    Tasks(BTreeMap<String, Told>),
+    Tasks(BTreeMap<String, DrgnTask>),
     Error(String),
 }
 
 /// The process.
 #[derive(Debug)]
-pub struct Oracle {
+pub struct DrgnProcess {
     child: Child,
-    questions: ChildStdin,
+    requests: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
-impl Oracle {
-    /// Starts it, with the debugging information of the guest's kernel.
-    pub fn start(drgn: &Drgn, vmlinux: &Path) -> Result<Oracle> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/system/introspection/differential/drgn.py");
+impl DrgnProcess {
+    /// Starts the process, with the debugging information of the guest's kernel.
+    pub fn start(drgn: &Drgn, vmlinux: &Path) -> Result<DrgnProcess> {
         let mut child = drgn
-            .command(&script)
+            .command(&Path::new(env!("CARGO_MANIFEST_DIR")).join(SCRIPT))
             .arg(vmlinux)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start python3")?;
-        let questions = child.stdin.take().context("no pipe to drgn")?;
+        let requests = child.stdin.take().context("no pipe to drgn")?;
         let answers = BufReader::new(child.stdout.take().context("no pipe from drgn")?);
-        Ok(Oracle {
+        Ok(DrgnProcess {
             child,
-            questions,
+            requests,
             answers,
         })
     }
 
-    /// All tasks in a core, by the address of their `task_struct`.
-    pub fn tasks(&mut self, core: &Path) -> Result<BTreeMap<u64, Told>> {
-        writeln!(self.questions, "{}", core.display())?;
+    /// All tasks in a core file, by the address of their `task_struct`.
+    pub fn tasks(&mut self, core: &Path) -> Result<BTreeMap<u64, DrgnTask>> {
+        writeln!(self.requests, "{}", core.display())?;
         let mut line = String::new();
         let read = self.answers.read_line(&mut line)?;
         ensure!(read > 0, "drgn ended");
@@ -70,13 +72,13 @@ impl Oracle {
             Answer::Error(error) => bail!("drgn on {}: {error}", core.display()),
             Answer::Tasks(tasks) => tasks
                 .into_iter()
-                .map(|(address, told)| Ok((address.parse()?, told)))
+                .map(|(address, task)| Ok((address.parse()?, task)))
                 .collect(),
         }
     }
 }
 
-impl Drop for Oracle {
+impl Drop for DrgnProcess {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();

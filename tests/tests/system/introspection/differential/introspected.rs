@@ -1,21 +1,22 @@
-//! What introspect says of a core file.
+//! A core file as introspect reads it.
 
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::Result;
-use introspect::{CoreFile, Kernel, Stack, Task, TasksError, Unwinder, task_list};
+use introspect::{CoreFile, Gva, Kernel, Stack, Task, TasksError, Unwinder, task_list};
 
-/// A core file, read.
+/// All tasks and stacks of a core file.
 #[derive(Debug)]
-pub struct Ours {
+pub struct IntrospectedCore {
     /// All tasks with their stacks, by the address of their `task_struct`.
     pub tasks: BTreeMap<u64, (Task, Stack)>,
     kernel: Kernel,
 }
 
-impl Ours {
-    /// Reads all tasks and stacks; `Err` inside is the lock that was held.
-    pub fn read(path: &Path) -> Result<Result<Ours, &'static str>> {
+impl IntrospectedCore {
+    /// Reads all tasks and stacks. The inner `Err` is the lock that a task in the guest held, so
+    /// that the task list cannot be read.
+    pub fn read(path: &Path) -> Result<Result<IntrospectedCore, &'static str>> {
         let core = CoreFile::open(path)?;
         let kernel = Kernel::find(&core, core.vcpus())?;
         let memory = kernel.memory(&core);
@@ -32,12 +33,12 @@ impl Ours {
             let stack = unwinder.stack(&memory, &task, regs);
             tasks.insert(task.addr.0, (task, stack));
         }
-        Ok(Ok(Ours { tasks, kernel }))
+        Ok(Ok(IntrospectedCore { tasks, kernel }))
     }
 
     /// `symbol+offset` of an address.
     pub fn name(&self, address: u64) -> String {
-        match self.kernel.symbolize(introspect::Gva(address)) {
+        match self.kernel.symbolize(Gva(address)) {
             Some((symbol, offset)) => format!("{}+{offset:#x}", symbol.name),
             None => format!("{address:#x}"),
         }

@@ -75,7 +75,7 @@ pub fn scenarios() -> Vec<Scenario> {
         })
         .limit(limit)
         .prepare(move |assets| prepare(assets, generation))
-        .meanwhile(move |assets, cores, ended| compare(assets, generation, cores, ended))
+        .meanwhile(move |assets, cores, ended| compare_cores(assets, generation, cores, ended))
     };
     generations.iter().map(scenario).collect()
 }
@@ -89,7 +89,7 @@ fn prepare(assets: &mut Assets, generation: Generation) -> Result<()> {
 }
 
 /// On the host: compares the cores as they come. When this fails, the scenario ends too.
-fn compare(
+fn compare_cores(
     assets: &Assets,
     generation: Generation,
     cores: &Path,
