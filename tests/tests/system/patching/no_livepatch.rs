@@ -1,10 +1,11 @@
-//! A guest whose kernel has no `CONFIG_LIVEPATCH`: nothing in it knows of patch states, and a TIF_PATCH_PENDING would send its exit to
-//! user mode round for ever. Who has moved is our own book, in hidden memory.
+//! A guest whose kernel has no `CONFIG_LIVEPATCH`: its tasks have no patch state, and with
+//! TIF_PATCH_PENDING set a task would loop on exit to user mode permanently. Which tasks have not
+//! switched is in a table of outpatch's own, in hidden memory.
 //!
-//! Debian has no such kernel: a small one is built from its source, which takes some minutes the first time, so this runs when
-//! `OUTPATCH_TEST_NO_LIVEPATCH` is in the environment.
+//! Debian has no such kernel: a small one is built from its source, which takes some minutes the
+//! first time, so this runs when `OUTPATCH_TEST_NO_LIVEPATCH` is in the environment.
 
-use std::{collections::BTreeSet, env, fs};
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
@@ -15,16 +16,16 @@ use crate::harness::assets::Assets;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::apply_revert::TRANSITION_LIMIT;
-use crate::patching::blocked_tasks::{BLOCKERS, end_of_transition, list, pausing, the_patch};
+use crate::patching::blocked_tasks::{
+    blockers_wait, end_of_transition, list, pausing, the_patch, times_out, waiting,
+};
 
-/// What asks for it.
+/// Environment variable that requests the scenario.
 const VARIABLE: &str = "OUTPATCH_TEST_NO_LIVEPATCH";
-/// The name under which the fixture has the kernel.
+/// The name of the kernel among the assets.
 const KEY: &str = "no-livepatch";
-/// On and off, under load.
+/// How often each patch is applied and reverted under load.
 const ROUNDS: u32 = 50;
-/// Exit status of the command line when the transition goes on.
-const TIMED_OUT: i32 = 4;
 
 pub fn scenarios() -> Vec<Scenario> {
     let name = "no_livepatch::switches_by_a_table_of_its_own";
@@ -50,26 +51,27 @@ fn switches(fixture: &Fixture) -> Result<()> {
             let log = guest.dmesg()?;
             it_has_none(guest)?;
             under_load(fixture, guest)?;
-            in_the_way(fixture, guest)?;
-            println!("without CONFIG_LIVEPATCH, {cpus} vCPUs: all moved as they should");
+            blocked(fixture, guest)?;
+            println!("without CONFIG_LIVEPATCH, {cpus} vCPUs: all tasks switched as they should");
             guest.expect_unharmed(&log)
         })?;
     }
     Ok(())
 }
 
-/// The kernel is what it is meant to be.
+/// Checks that the guest has no livepatching.
 fn it_has_none(guest: &mut Guest) -> Result<()> {
-    let seen =
+    let found =
         guest.sh("ls -d /sys/kernel/livepatch /proc/self/patch_state 2>/dev/null || true")?;
-    ensure!(seen.is_empty(), "the guest has livepatching: {seen}");
+    ensure!(found.is_empty(), "the guest has livepatching: {found}");
     let tasks = guest.outpatch().json(&["ps"])?;
     let mut states = list(&tasks, "")?.iter().map(|task| &task["patch_state"]);
     ensure!(states.all(Value::is_null), "{tasks}");
     Ok(())
 }
 
-/// A system call that is hammered changes its answer, and no call gets a wrong one.
+/// A system call that processes call all the time changes its result, and no call returns a wrong
+/// one.
 fn under_load(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
     let rest = guest.rest();
     guest.sh("sleeper 16 & hammer 8 /tmp/hammer & sleep 1")?;
@@ -82,69 +84,77 @@ fn under_load(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
         for round in 0..ROUNDS {
             rest.apply(&module, TRANSITION_LIMIT)?;
             if round % 10 == 0 {
-                let seen = guest.sh(probe)?;
-                ensure!(seen.contains(sign), "{file} is not there: {seen}");
+                let output = guest.sh(probe)?;
+                ensure!(output.contains(sign), "{file} is not in force: {output}");
             }
             rest.revert(file, TRANSITION_LIMIT)?;
             if round % 10 == 0 {
-                let seen = guest.sh(probe)?;
-                ensure!(!seen.contains(sign), "{file} is still there: {seen}");
+                let output = guest.sh(probe)?;
+                ensure!(!output.contains(sign), "{file} is still in force: {output}");
             }
         }
     }
-    guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done; kill_sleepers() { kill -9 $(grep -l '^sleep' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); }; kill_sleepers; sleep 1")?;
+    guest.sh(
+        "killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done
+kill -9 $(grep -l '^sleep' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); sleep 1",
+    )?;
     let answers = guest.sh("cat /tmp/hammer")?;
     println!("{}", answers.lines().next().unwrap_or_default());
     ensure!(
         answers.contains(" wrong=0 "),
-        "a system call answered wrongly: {answers}"
+        "a system call returned a wrong result: {answers}"
     );
     Ok(())
 }
 
-/// Those who sleep in the function are named, stay, and move when they have left it; the three other ways out work too.
-fn in_the_way(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
+/// Tasks that sleep in the function are named, keep their state, and switch when they have left it;
+/// cancel, revert and force work too.
+fn blocked(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
     let patch = fixture.kernel(KEY)?.patch("pause")?;
     let outpatch = guest.outpatch().clone();
     guest.sh("sleeper 10 & sleep 1")?;
-    ensure!(pausing(guest)? == "__do_sys_pause", "nobody is in pause(2)");
+    ensure!(
+        pausing(guest)? == "__do_sys_pause",
+        "no task is in pause(2)"
+    );
 
     let line = outpatch.refused(&["apply", patch, "--mode", "stop-machine"])?;
     ensure!(line.contains("__do_sys_pause+"), "{line}");
-    waits_for(&outpatch, &["apply", patch, "--timeout", "2"])?;
+    apply_blocked(&outpatch, patch, "2")?;
     let line = outpatch.refused(&["signal", "pause"])?;
     ensure!(line.contains("CONFIG_LIVEPATCH"), "{line}");
-    ensure!(pausing(guest)? == "__do_sys_pause", "a sleeper was moved");
+    ensure!(pausing(guest)? == "__do_sys_pause", "a sleeper was woken");
     outpatch.ok(&["cancel", "pause"])?;
     ensure!(
         the_patch(&outpatch)?["phase"] == "reverted",
-        "it is still there"
+        "the patch is still there"
     );
 
-    // They go, and nobody is left in the way. Whoever comes meanwhile gets the new function.
-    waits_for(&outpatch, &["apply", patch, "--timeout", "2"])?;
+    // The sleepers are killed, and nothing blocks any more. Tasks that are created meanwhile get
+    // the new function.
+    apply_blocked(&outpatch, patch, "2")?;
     guest.sh("sleeper 10 & sleep 1")?;
     let status = the_patch(&outpatch)?;
-    let born = list(&status, "/tasks")?
+    let forked = list(&status, "/tasks")?
         .iter()
         .any(|task| task["switched_by"] == "forked");
-    ensure!(born, "nobody was born there: {status}");
-    kill_those_that_wait(guest, &status)?;
-    let ended = end_of_transition(&outpatch)?;
-    ensure!(ended["phase"] == "applied", "{ended}");
+    ensure!(forked, "no task was forked in the transition: {status}");
+    kill_waiting(guest, &status)?;
+    let completed = end_of_transition(&outpatch)?;
+    ensure!(completed["phase"] == "applied", "{completed}");
     ensure!(
         pausing(guest)? != "__do_sys_pause",
-        "somebody is in the old function"
+        "a task is in the old function"
     );
 
-    // Now they sleep in the new one, and are in the way back.
+    // Now tasks sleep in the new function, and block the revert.
     outpatch.call(&["revert", "pause", "--timeout", "1"])?;
-    kill_those_that_wait(guest, &the_patch(&outpatch)?)?;
-    let ended = end_of_transition(&outpatch)?;
-    ensure!(ended["phase"] == "reverted", "{ended}");
+    kill_waiting(guest, &the_patch(&outpatch)?)?;
+    let completed = end_of_transition(&outpatch)?;
+    ensure!(completed["phase"] == "reverted", "{completed}");
 
     guest.sh("sleeper 10 & sleep 1")?;
-    waits_for(&outpatch, &["apply", patch, "--timeout", "1"])?;
+    apply_blocked(&outpatch, patch, "1")?;
     outpatch.ok(&["force", "pause"])?;
     let forced = the_patch(&outpatch)?;
     ensure!(
@@ -154,34 +164,22 @@ fn in_the_way(fixture: &Fixture, guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// The transition goes on when the time is over, and exactly the sleepers in the function are named.
-fn waits_for(outpatch: &Outpatch, words: &[&str]) -> Result<()> {
-    let reply = outpatch.call(words)?;
-    ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
-    let status = the_patch(outpatch)?;
-    let waiting = list(&status, "/tasks")?
-        .iter()
-        .filter(|task| task["switched_by"].is_null());
-    let mut names = BTreeSet::new();
-    for task in waiting {
-        let blocker = task["blocker"].as_str().unwrap_or_default();
-        ensure!(blocker.contains("__do_sys_pause+"), "{task}");
-        names.insert(task["comm"].as_str().unwrap_or_default());
-    }
-    ensure!(names == BTreeSet::from(BLOCKERS), "these wait: {names:?}");
-    Ok(())
+/// Applies the patch, which does not complete within the timeout: exactly the sleepers in the
+/// function block it.
+fn apply_blocked(outpatch: &Outpatch, patch: &str, timeout: &str) -> Result<()> {
+    times_out(outpatch, &["apply", patch, "--timeout", timeout])?;
+    blockers_wait(&the_patch(outpatch)?)
 }
 
-fn kill_those_that_wait(guest: &mut Guest, status: &Value) -> Result<()> {
-    let waiting = list(status, "/tasks")?
-        .iter()
-        .filter(|task| task["switched_by"].is_null());
-    let pids: Vec<String> = waiting.map(|task| task["pid"].to_string()).collect();
+/// Kills all tasks that have not switched.
+fn kill_waiting(guest: &mut Guest, status: &Value) -> Result<()> {
+    let waiting = waiting(status)?;
+    let pids: Vec<String> = waiting.iter().map(|task| task["pid"].to_string()).collect();
     if pids.is_empty() {
         return Ok(());
     }
     guest
         .sh(&format!("kill -9 {}", pids.join(" ")))
-        .context("killing those that wait")?;
+        .context("killing the tasks that have not switched")?;
     Ok(())
 }
