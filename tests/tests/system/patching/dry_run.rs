@@ -1,5 +1,5 @@
-//! `outpatch check` against what applying then does, against the guest's own symbols, and against the guest's memory: not a byte of
-//! it changes.
+//! `outpatch check`: it reports what applying the module then does, with the guest's own addresses,
+//! and changes not a byte of the guest's memory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,16 +14,16 @@ use serde_json::Value;
 
 use crate::harness::fixture::Fixture;
 use crate::harness::scratch::Scratch;
-use crate::patching::blocked_tasks::BLOCKERS;
+use crate::patching::blocked_tasks::{BLOCKERS, list, waiting};
 use crate::patching::locks;
 
-/// Good patches, and functions that each replaces.
+/// Patches that apply, and the functions that each replaces.
 const GOOD: [(&str, &[&str]); 3] = [
     ("livepatch-sample", &["cmdline_proc_show"]),
     ("getpid", &["__do_sys_getpid"]),
     ("pause", &["__do_sys_pause"]),
 ];
-/// What apply refuses.
+/// Modules that apply refuses.
 const BAD: [&str; 6] = [
     "not-livepatch",
     "unknown-function",
@@ -42,10 +42,9 @@ pub fn predicts_apply(fixture: &Fixture, guest: &mut Guest, generation: &str) ->
     for (name, functions) in GOOD {
         let report = outpatch.json(&["check", kernel.patch(name)?])?;
         println!("{generation}: {name}: {}", summary(&report));
-        addresses_are_the_guests(&report, functions, &symbols)
-            .with_context(|| report.to_string())?;
+        expect_addresses(&report, functions, &symbols).with_context(|| report.to_string())?;
     }
-    blockers_are_named(&outpatch, kernel.patch("pause")?)?;
+    expect_blockers(&outpatch, kernel.patch("pause")?)?;
     for name in BAD {
         let file = kernel.patch(name)?;
         let applied = outpatch.refused(&["apply", file])?;
@@ -56,39 +55,28 @@ pub fn predicts_apply(fixture: &Fixture, guest: &mut Guest, generation: &str) ->
         );
     }
     nothing_is_written(&outpatch, kernel.patch("pause")?, kernel.patch(BAD[1])?)?;
-    as_applied(guest, &outpatch, kernel.patch("livepatch-sample")?)?;
+    applies_afterwards(guest, &outpatch, kernel.patch("livepatch-sample")?)?;
     guest.expect_unharmed(&log)
 }
 
 fn summary(report: &Value) -> String {
-    let waiting = list(report, "tasks").map_or(0, |tasks| {
-        tasks
-            .iter()
-            .filter(|task| task["switched_by"].is_null())
-            .count()
-    });
+    let len = |at| list(report, at).map_or(0, Vec::len);
     format!(
-        "{} functions, {} symbols, code {}, data {}, {} of {} tasks in the way, stopped {}",
-        list(report, "functions").map_or(0, Vec::len),
-        list(report, "symbols").map_or(0, Vec::len),
+        "{} functions, {} symbols, code {}, data {}, blocked by {} of {} tasks, stopped {}",
+        len("/functions"),
+        len("/symbols"),
         report["code"],
         report["data"],
-        waiting,
-        list(report, "tasks").map_or(0, Vec::len),
+        waiting(report).map_or(0, |tasks| tasks.len()),
+        len("/tasks"),
         report["pauses"]
     )
 }
 
-fn list<'v>(value: &'v Value, at: &str) -> Result<&'v Vec<Value>> {
-    value[at]
-        .as_array()
-        .with_context(|| format!("{at} is no list in {value}"))
-}
-
-/// Addresses by name, of the kernel's own symbols.
+/// The addresses of the kernel's own symbols, by name.
 fn symbols(outpatch: &Outpatch) -> Result<BTreeMap<String, BTreeSet<String>>> {
     let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    // These lines are the guest's /proc/kallsyms: the scenarios of symbols see to that.
+    // These lines equal the guest's /proc/kallsyms, as the scenarios of symbols check.
     for line in outpatch.ok(&["symbols"])?.lines() {
         let mut words = line.split_whitespace();
         if let (Some(address), Some(_), Some(name), None) =
@@ -104,22 +92,23 @@ fn symbols(outpatch: &Outpatch) -> Result<BTreeMap<String, BTreeSet<String>>> {
     Ok(found)
 }
 
-fn addresses_are_the_guests(
+/// Checks that all addresses in the report are those of the guest's symbols.
+fn expect_addresses(
     report: &Value,
     functions: &[&str],
     symbols: &BTreeMap<String, BTreeSet<String>>,
 ) -> Result<()> {
-    let names: Vec<&str> = list(report, "functions")?
+    let names: Vec<&str> = list(report, "/functions")?
         .iter()
         .filter_map(|function| function["name"].as_str())
         .collect();
     ensure!(names == functions, "replaces {names:?}");
-    let used = list(report, "symbols")?;
-    ensure!(!used.is_empty(), "a patch that uses nothing of the guest");
-    for found in list(report, "functions")?.iter().chain(used) {
+    let used = list(report, "/symbols")?;
+    ensure!(!used.is_empty(), "a patch that uses no symbol of the guest");
+    for found in list(report, "/functions")?.iter().chain(used) {
         let name = found["name"].as_str().context("no name")?;
         let name = match name.strip_prefix(".klp.sym.vmlinux.") {
-            Some(late) => late.split(',').next().unwrap_or_default(),
+            Some(klp) => klp.split(',').next().unwrap_or_default(),
             None => name,
         };
         let address = found["address"].as_str().context("no address")?;
@@ -133,32 +122,30 @@ fn addresses_are_the_guests(
     Ok(())
 }
 
-/// The tasks that sleep in the function, and no others, each with the frame.
-fn blockers_are_named(outpatch: &Outpatch, patch: &str) -> Result<()> {
+/// Checks that the tasks that sleep in the function are named, and no others, each with the frame.
+fn expect_blockers(outpatch: &Outpatch, patch: &str) -> Result<()> {
     let report = outpatch.json(&["check", patch])?;
-    let waiting = list(&report, "tasks")?
-        .iter()
-        .filter(|t| t["switched_by"].is_null());
     let mut names = BTreeSet::new();
-    for task in waiting {
+    for task in waiting(&report)? {
         let blocker = task["blocker"].as_str().unwrap_or_default();
-        // Somebody may just be running; who sleeps in the function is in the way in every look.
+        // Another task may just be running. The tasks that sleep in the function block every time.
         if blocker.contains("__do_sys_pause") {
             names.insert(task["comm"].as_str().unwrap_or_default());
         }
     }
-    ensure!(names == BTreeSet::from(BLOCKERS), "in the way: {names:?}");
+    ensure!(names == BTreeSet::from(BLOCKERS), "blocked by {names:?}");
     ensure!(report["at_once"] == false, "{}", report["at_once"]);
     let text = outpatch.ok(&["check", patch])?;
     for name in BLOCKERS {
         let line = text.lines().find(|line| line.contains(name));
         let line = line.with_context(|| format!("no line on {name} in {text}"))?;
-        ensure!(line.contains("in the way: in __do_sys_pause+"), "{line}");
+        ensure!(line.contains("in __do_sys_pause+"), "{line}");
     }
     Ok(())
 }
 
-/// Of a paused guest a core before and one after are the same, and say the same.
+/// Checks that the core files of a paused guest before and after are the same, and that a check of
+/// the core file reports the same as one of the guest.
 fn nothing_is_written(outpatch: &Outpatch, good: &str, bad: &str) -> Result<()> {
     let scratch = Scratch::new()?;
     let (before, after) = (scratch.path().join("before"), scratch.path().join("after"));
@@ -203,26 +190,26 @@ fn same_bytes(one: &Path, other: &Path) -> Result<()> {
     let (mut a, mut b) = (File::open(one)?, File::open(other)?);
     ensure!(
         a.metadata()?.len() == b.metadata()?.len(),
-        "cores of two lengths"
+        "core files of different lengths"
     );
-    let mut pieces = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut chunks = (vec![0; 1 << 20], vec![0; 1 << 20]);
     let mut at = 0;
     loop {
-        let len = a.read(&mut pieces.0)?;
+        let len = a.read(&mut chunks.0)?;
         if len == 0 {
             return Ok(());
         }
-        b.read_exact(&mut pieces.1[..len])?;
+        b.read_exact(&mut chunks.1[..len])?;
         ensure!(
-            pieces.0[..len] == pieces.1[..len],
-            "the guest's memory changed, at {at:#x} of its core or behind"
+            chunks.0[..len] == chunks.1[..len],
+            "the guest's memory changed, at {at:#x} of its core file or after"
         );
         at += len;
     }
 }
 
-/// After all this the patch that was checked goes in, with no trace of the check in its way.
-fn as_applied(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
+/// After all this the patch that was checked applies: no trace of the check is left.
+fn applies_afterwards(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
     const SIGN: &str = "this has been live patched";
     ensure!(
         !guest.sh("cat /proc/cmdline")?.contains(SIGN),
@@ -231,7 +218,7 @@ fn as_applied(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()>
     let status = outpatch.json(&["status"])?;
     ensure!(
         status["patches"].as_array().is_some_and(Vec::is_empty),
-        "a check left something: {status}"
+        "a check left a patch: {status}"
     );
     outpatch.ok(&["apply", patch])?;
     ensure!(

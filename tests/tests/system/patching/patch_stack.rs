@@ -1,4 +1,4 @@
-//! Several patches of one function, taken out in any order, and a patch that takes the place of all others.
+//! Several patches of one function, reverted in any order, and a patch that replaces all others.
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};
@@ -6,7 +6,7 @@ use guests::drive::{Guest, Outpatch};
 use crate::harness::fixture::Fixture;
 use crate::patching::apply_revert::PATCHES;
 
-/// What `/proc/cmdline` says with each patch of it, by the patch's name, and by itself.
+/// The patches of `/proc/cmdline` by name, and what it contains with each and without.
 const SAMPLE: (&str, &str) = ("livepatch_sample", "this has been live patched");
 const CMDLINE: (&str, &str) = ("cmdline", "this guest was patched from outside");
 const ORIGINAL: &str = "console=ttyS0";
@@ -18,38 +18,39 @@ pub fn newest_is_in_force(fixture: &Fixture, guest: &mut Guest, generation: &str
     guest.sh("sleeper 10 & hammer 4 /tmp/hammer & sleep 1")?;
     let apply = |file: &str| outpatch.ok(&["apply", kernel.patch(file)?, "--signal-after", "0"]);
     let revert = |name: &str| outpatch.ok(&["revert", name, "--signal-after", "0"]);
-    let says = |guest: &mut Guest, what: &str| {
+    let expect = |guest: &mut Guest, what: &str| {
         let line = guest.sh("cat /proc/cmdline")?;
         ensure!(line.contains(what), "{what:?} was expected: {line}");
         Ok(())
     };
 
-    // The older one goes first, then the newer one.
+    // The older patch is reverted first, then the newer one.
     apply("livepatch-sample")?;
-    says(guest, SAMPLE.1)?;
+    expect(guest, SAMPLE.1)?;
     apply("cmdline")?;
-    says(guest, CMDLINE.1)?;
+    expect(guest, CMDLINE.1)?;
     revert(SAMPLE.0)?;
-    says(guest, CMDLINE.1)?;
+    expect(guest, CMDLINE.1)?;
     revert(CMDLINE.0)?;
-    says(guest, ORIGINAL)?;
+    expect(guest, ORIGINAL)?;
 
-    // The newer one goes first, and comes back.
+    // The newer patch is reverted first, and applied again.
     apply("livepatch-sample")?;
     apply("cmdline")?;
     revert(CMDLINE.0)?;
-    says(guest, SAMPLE.1)?;
+    expect(guest, SAMPLE.1)?;
     apply("cmdline")?;
-    says(guest, CMDLINE.1)?;
+    expect(guest, CMDLINE.1)?;
 
-    // With sleepers in the function of another, and one of a system call that is hammered: one takes the place of them all.
+    // With sleepers in the function of another patch, and a patch of a system call that is called
+    // all the time: one patch replaces them all.
     apply("getpid")?;
     apply("pause")?;
     apply("replacing")?;
-    says(guest, ORIGINAL)?;
+    expect(guest, ORIGINAL)?;
     PATCHES[1].expect(guest, true)?;
     let left = enabled(&outpatch)?;
-    ensure!(left == ["replacing"], "these are left: {left:?}");
+    ensure!(left == ["replacing"], "these are applied: {left:?}");
     let pauses = guest
         .sh("cat $(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1 | sed 's/comm/stack/')")?;
     ensure!(
@@ -58,13 +59,13 @@ pub fn newest_is_in_force(fixture: &Fixture, guest: &mut Guest, generation: &str
     );
     revert("replacing")?;
     PATCHES[1].expect(guest, false)?;
-    ensure!(enabled(&outpatch)?.is_empty(), "something is left");
+    ensure!(enabled(&outpatch)?.is_empty(), "a patch is still applied");
 
-    // All is as new: the same can be applied again.
+    // Nothing is left: the same patches can be applied again.
     apply("livepatch-sample")?;
-    says(guest, SAMPLE.1)?;
+    expect(guest, SAMPLE.1)?;
     revert(SAMPLE.0)?;
-    says(guest, ORIGINAL)?;
+    expect(guest, ORIGINAL)?;
     guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
     let answers = guest.sh("head -n 1 /tmp/hammer")?;
     println!("{generation}: {answers}");

@@ -1,4 +1,4 @@
-//! Bad input: one clear line, a non-zero status, and a guest that does not notice.
+//! Bad input: one clear line, a non-zero exit status, and no effect on the guest.
 
 use std::{
     fs,
@@ -17,7 +17,7 @@ pub fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("refusals::command_line", command_line)]
 }
 
-/// Files that are no livepatch for this guest.
+/// Files that are not a livepatch for this guest are refused.
 pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
     let kernel = fixture.kernel(generation)?;
     let other = fixture.kernel(if generation == "6.1" { "6.12" } else { "6.1" })?;
@@ -61,7 +61,7 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
             "outpatch_no_such_export",
         ),
         (
-            "a function that is not there so often",
+            "a function with too few symbols of its name",
             kernel.patch("wrong-sympos")?,
             "cmdline_proc_show",
         ),
@@ -94,12 +94,12 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
     let status = outpatch.json(&["status"])?;
     ensure!(
         status["patches"] == before["patches"],
-        "a refused patch left something: {status}"
+        "a refused patch is in the status: {status}"
     );
     outpatch.refused(&["revert", "no_such_patch"])?;
     outpatch.refused(&["stack", "99999"])?;
     guest.expect_unharmed(&log)?;
-    // After all this the guest takes a good patch.
+    // After all this a good patch still applies.
     outpatch.ok(&["apply", kernel.patch("livepatch-sample")?])?;
     ensure!(
         guest
@@ -115,10 +115,13 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
 fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {
     let path = folder.join(name);
     fs::write(&path, content).with_context(|| path.display().to_string())?;
-    Ok(path.to_str().context("a path that is no UTF-8")?.to_owned())
+    Ok(path
+        .to_str()
+        .context("a path that is not UTF-8")?
+        .to_owned())
 }
 
-/// `outpatch run` called wrongly.
+/// `outpatch run` with wrong arguments is refused.
 fn command_line(fixture: &Fixture) -> Result<()> {
     let stock = fixture.kernel("6.12")?;
     let kernel = stock.bzimage.to_str().context("path")?;
@@ -130,93 +133,90 @@ fn command_line(fixture: &Fixture) -> Result<()> {
     let text = write(
         &folder,
         "text.img",
-        b"neither a kernel nor anything else that boots, but long enough to look at\n",
+        b"neither a kernel nor anything else that boots, but long enough to have a header\n",
     )?;
     let image = fs::read(&stock.bzimage)?;
     let half = write(&folder, "half.img", &image[..image.len() / 2])?;
-    let run = |kernel: &str, initrd: &str, more: &[&str]| -> Result<Reply> {
-        let out = Command::new(&fixture.assets.binary)
-            .args(["run", "--kernel", kernel, "--initrd", initrd])
-            .args(more)
-            .stdin(Stdio::null())
-            .output()?;
-        Ok(Reply::from(&out))
-    };
     let plain = ["--cpus", "1", "--memory", "256M"];
     let long = "x".repeat(5000);
-    let cases: [(&str, Reply, &str); 10] = [
+    let missing = ("/nonexistent/vmlinuz", "/nonexistent/initrd");
+    let with = |option, value| [&plain[..], &[option, value]].concat();
+    let sized = |cpus, memory| vec!["--cpus", cpus, "--memory", memory];
+    let cases = [
         (
-            "kernel file missing",
-            run("/nonexistent/vmlinuz", initrd, &plain)?,
-            "/nonexistent/vmlinuz",
+            "no kernel file",
+            (missing.0, initrd),
+            plain.to_vec(),
+            missing.0,
         ),
         (
-            "initrd file missing",
-            run(kernel, "/nonexistent/initrd", &plain)?,
-            "/nonexistent/initrd",
+            "no initrd file",
+            (kernel, missing.1),
+            plain.to_vec(),
+            missing.1,
         ),
-        ("not a bzImage", run(&text, initrd, &plain)?, "text.img"),
+        ("not a bzImage", (&text, initrd), plain.to_vec(), "text.img"),
         (
             "a truncated bzImage",
-            run(&half, initrd, &plain)?,
+            (&half, initrd),
+            plain.to_vec(),
             "half.img",
         ),
-        (
-            "0 vCPUs",
-            run(kernel, initrd, &["--cpus", "0", "--memory", "256M"])?,
-            "cpus",
-        ),
+        ("0 vCPUs", (kernel, initrd), sized("0", "256M"), "cpus"),
         (
             "1000 vCPUs",
-            run(kernel, initrd, &["--cpus", "1000", "--memory", "256M"])?,
+            (kernel, initrd),
+            sized("1000", "256M"),
             "1000",
         ),
         (
             "no memory size",
-            run(kernel, initrd, &["--cpus", "1", "--memory", "lots"])?,
+            (kernel, initrd),
+            sized("1", "lots"),
             "lots",
         ),
         (
             "too little memory",
-            run(kernel, initrd, &["--cpus", "1", "--memory", "1M"])?,
+            (kernel, initrd),
+            sized("1", "1M"),
             "memory",
         ),
         (
             "socket in use",
-            run(
-                kernel,
-                initrd,
-                &["--cpus", "1", "--memory", "256M", "--socket", taken],
-            )?,
+            (kernel, initrd),
+            with("--socket", taken),
             "taken.sock",
         ),
         (
-            "a command line too long",
-            run(
-                kernel,
-                initrd,
-                &["--cpus", "1", "--memory", "256M", "--append", &long],
-            )?,
+            "a long command line",
+            (kernel, initrd),
+            with("--append", &long),
             "command line",
         ),
     ];
-    for (what, reply, expected) in cases {
-        let line = one_line_refusal(what, &reply)?;
+    for (what, (kernel, initrd), options, expected) in cases {
+        let out = Command::new(&fixture.assets.binary)
+            .args(["run", "--kernel", kernel, "--initrd", initrd])
+            .args(options)
+            .stdin(Stdio::null())
+            .output()?;
+        let line = one_line_refusal(what, &Reply::from(&out))?;
         ensure!(
             line.contains(expected),
             "{what}: {expected:?} is not in {line:?}"
         );
         println!("{what}: {line}");
     }
-    let gone = Command::new(&fixture.assets.binary)
+    let no_socket = Command::new(&fixture.assets.binary)
         .args(["ps", "--socket", "/nonexistent/guest.sock"])
         .output()?;
-    let reply = Reply::from(&gone);
+    let reply = Reply::from(&no_socket);
     ensure!(
         one_line_refusal("no socket", &reply)?.contains("/nonexistent/guest.sock"),
         "{reply:?}"
     );
-    // A mount namespace whose /dev is empty: the machine's own stays as it is. Who is not root needs a user namespace for it.
+    // A mount namespace whose /dev is empty: the host's own stays as it is. A user other than root
+    // needs a user namespace for it.
     let id = Command::new("id").arg("-u").output()?.stdout;
     let user: &[&str] = match id.trim_ascii() {
         b"0" => &[],

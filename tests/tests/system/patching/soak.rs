@@ -1,7 +1,8 @@
-//! Apply and revert, again and again, under load that checks its own answers: forks, threads, files, TCP, timers, signals, a patched
-//! system call that is hammered, and sleepers in a patched function.
+//! Patches applied and reverted many times, under load that checks its own results: forks, threads,
+//! files, TCP, timers, signals, a patched system call that is called all the time, and sleepers in a
+//! patched function.
 //!
-//! A plain run does so for some seconds; `OUTPATCH_SOAK=SECONDS` says for how long.
+//! A plain run takes some seconds; `OUTPATCH_SOAK=SECONDS` requests another duration.
 
 use std::{
     env, fs,
@@ -16,22 +17,22 @@ use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::apply_revert::TRANSITION_LIMIT;
 
-/// How long a plain run takes.
-const BRIEF: u64 = 15;
-/// File and name of each patch.
+/// How long a plain run takes, in seconds.
+const PLAIN_SECONDS: u64 = 15;
+/// The file and the name of each patch.
 const PATCHES: [(&str, &str); 4] = [
     ("livepatch-sample", "livepatch_sample"),
     ("getpid", "getpid"),
     ("pause", "pause"),
     ("two-functions", "two_functions"),
 ];
-/// When tasks in the way are sent the fake signal.
+/// After how long blocking tasks are sent the fake signal, in milliseconds.
 const SIGNAL_AFTER_MS: u64 = 100;
 
 pub fn scenarios() -> Vec<Scenario> {
-    let asked = env::var("OUTPATCH_SOAK").ok();
-    let seconds = asked.and_then(|seconds| seconds.parse().ok());
-    let time = Duration::from_secs(seconds.unwrap_or(BRIEF));
+    let requested = env::var("OUTPATCH_SOAK").ok();
+    let seconds = requested.and_then(|seconds| seconds.parse().ok());
+    let time = Duration::from_secs(seconds.unwrap_or(PLAIN_SECONDS));
     [("6.1", 2), ("6.12", 4), ("7.3", 4)]
         .map(|(generation, cpus)| {
             Scenario::new(format!("soak::under_load_{generation}"), move |fixture| {
@@ -54,37 +55,38 @@ fn soak(fixture: &Fixture, generation: &str, cpus: u32, time: Duration) -> Resul
         while Instant::now() < end {
             for (file, name) in PATCHES {
                 let patch = rest.begin(&fs::read(kernel.patch(file)?)?)?;
-                signalled(&rest, patch)?;
+                complete_with_signal(&rest, patch)?;
                 let patch = rest.change(name, &json!({"enabled": false}))?;
-                signalled(&rest, patch)?;
+                complete_with_signal(&rest, patch)?;
                 rounds += 1;
             }
         }
         let pauses = outpatch.json(&["status"])?["vm"]["pauses"].clone();
         println!(
-            "{generation} {cpus} vCPUs: {rounds} rounds in {time:?}; pauses: {} of {} µs in all, the longest {} µs, {}",
+            "{generation} {cpus} vCPUs: {rounds} rounds in {time:?}; pauses: {} of {} µs in all, \
+             the longest {} µs, {}",
             pauses["count"], pauses["total_us"], pauses["longest_us"], pauses["histogram"]
         );
-        right_answers(guest)?;
+        expect_right_results(guest)?;
         guest.expect_unharmed(&log)
     })
 }
 
-/// To the end of the transition, with the signal.
-fn signalled(rest: &Rest, mut patch: Value) -> Result<()> {
+/// Waits until the transition has completed, with the fake signal.
+fn complete_with_signal(rest: &Rest, mut patch: Value) -> Result<()> {
     if patch["transition"] == true {
         let name = patch["name"].as_str().context("no name")?.to_owned();
         let signal = json!({"signal": true, "signal_after_ms": SIGNAL_AFTER_MS});
-        // It may have ended just now.
-        if let Ok(asked) = rest.change(&name, &signal) {
-            patch = asked;
+        // The transition may have completed just now.
+        if let Ok(status) = rest.change(&name, &signal) {
+            patch = status;
         }
     }
     rest.end(patch, TRANSITION_LIMIT).map(drop)
 }
 
-/// Every system call that the load made was answered as it must be.
-pub fn right_answers(guest: &mut Guest) -> Result<()> {
+/// Checks that every system call that the load made returned the right result.
+pub fn expect_right_results(guest: &mut Guest) -> Result<()> {
     guest.sh("killall churn; while [ ! -e /tmp/churn ]; do sleep 0.1; done")?;
     guest.sh("killall hammer; while [ ! -e /tmp/hammer ]; do sleep 0.1; done")?;
     let churn = guest.sh("cat /tmp/churn")?;
@@ -92,7 +94,7 @@ pub fn right_answers(guest: &mut Guest) -> Result<()> {
     println!("{}; {hammer}", churn.replace('\n', ", "));
     ensure!(
         churn.lines().all(|line| line.ends_with(" wrong=0")) && hammer.contains(" wrong=0 "),
-        "a system call answered wrongly"
+        "a system call returned a wrong result"
     );
     Ok(())
 }

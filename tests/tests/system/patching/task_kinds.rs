@@ -1,4 +1,5 @@
-//! Every kind of task in a transition, among a thousand sleepers: each ends as the table in `docs/transition.md` says.
+//! Every kind of task in a transition, among a thousand sleepers: each switches as the table in
+//! `docs/transition.md` says.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
@@ -9,35 +10,36 @@ use serde_json::Value;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::introspection::symbols;
+use crate::patching::blocked_tasks::{has_left, times_out};
 
-/// Sleepers beside the others; one of ten is in pause(2) itself, two of ten have one in pause(2) with them.
+/// How many sleepers there are besides the other tasks. One of ten is in pause(2) itself, two of ten
+/// have another task in pause(2) with them.
 const SLEEPERS: u32 = 1000;
-/// The kernel's own threads, at the least.
-const KTHREADS: usize = 50;
-/// How lines of the log begin that tell of a CPU that goes or comes.
+/// The minimum number of kernel threads.
+const MIN_KTHREADS: usize = 50;
+/// How lines of the log begin that report a CPU going offline or online.
 const HOTPLUG: [&str; 2] = ["smpboot: ", "x86: Booting SMP configuration"];
-/// How long so many take to start.
+/// How long the tasks may take to start.
 const START: Duration = Duration::from_secs(180);
-/// How long a transition may take in which nothing is in the way any more.
-const SOON: &str = "120";
-/// The same, for who waits here.
-const GETS_ON: Duration = Duration::from_secs(120);
-/// Exit status of the command line when the transition goes on.
-const TIMED_OUT: i32 = 4;
+/// How long a transition may take once nothing blocks it, in seconds.
+const UNBLOCKED_SECONDS: u64 = 120;
+const UNBLOCKED_LIMIT: Duration = Duration::from_secs(UNBLOCKED_SECONDS);
 
-/// Those of the program `kinds` that sleep in the functions of the patch: in pause(2), where the fake signal reaches them.
+/// The tasks of the program `kinds` that sleep in pause(2), a function of the patch, where the fake
+/// signal wakes them.
 const INTERRUPTIBLE: [&str; 4] = ["k-pause", "k-clone", "k-namespace", "k-vforked"];
-/// In vfork(2), where it does not.
+/// The task in vfork(2), a function of the patch too, where it does not.
 const UNINTERRUPTIBLE: &str = "k-vfork";
-/// Sleepers of the program `sleeper` in pause(2).
+/// The sleepers of the program `sleeper` in pause(2).
 const PAUSING: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
 
-/// How workers of io_uring and of vhost are named, before the id of whom they work for.
+/// How the names of workers of io_uring and of vhost begin, before the ID of the task that they work
+/// for.
 const WORKERS: [&str; 2] = ["iou-wrk-", VHOST];
 const VHOST: &str = "vhost-";
 
-/// Who may go which way before anybody is signalled.
-const WAYS: [(&str, &[&str]); 15] = [
+/// What each task may be switched by before any task is signalled.
+const SWITCHED_BY: [(&str, &[&str]); 15] = [
     ("k-user", &["user-mode", "kernel-exit", "stack"]),
     ("k-kernel", &["kernel-exit", "stack", "user-mode"]),
     ("k-stopped", &["stack"]),
@@ -73,8 +75,7 @@ fn kinds(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()> {
         let log = guest.dmesg()?;
         start(guest)?;
 
-        let reply = outpatch.call(&["apply", patch, "--timeout", "5"])?;
-        ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
+        times_out(&outpatch, &["apply", patch, "--timeout", "5"])?;
         let log = unplug_and_plug(guest, cpus, &log)?;
         let before = Tasks::of(&outpatch, "kinds")?;
         before.as_documented(generation)?;
@@ -82,44 +83,52 @@ fn kinds(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()> {
 
         outpatch.ok(&["signal"])?;
         let signalled = until_only(&outpatch, UNINTERRUPTIBLE)?;
-        signalled.moved_by_signal()?;
+        signalled.switched_by_signal()?;
         let stays = signalled.one(UNINTERRUPTIBLE)?;
         ensure!(stays["state"] == "D", "{stays}");
 
-        // What it waits for ends, and it comes by the boundary, or is met on the way there.
-        guest.sh("kill -9 $(pidof_comm() { grep -l \"^$1$\" /proc/[0-9]*/comm | sed 's/[^0-9]//g'; }; pidof_comm k-vforked)")?;
+        // The child that it waits for ends, and it switches on exit to user mode, or in a pause on
+        // its way there.
+        guest.sh("kill -9 $(grep -l '^k-vforked$' /proc/[0-9]*/comm | sed 's/[^0-9]//g')")?;
         let status = outpatch.json(&["status", "kinds"])?;
-        guest.rest().end(status, GETS_ON)?;
-        let over = Tasks::of(&outpatch, "kinds")?;
-        let moved = over.one(UNINTERRUPTIBLE)?;
-        ensure!(moved["switched_by"] == "kernel-exit" || moved["switched_by"] == "stack", "{moved}");
-        println!("{generation}, {cpus} vCPUs: {}", over.summary());
+        guest.rest().end(status, UNBLOCKED_LIMIT)?;
+        let completed = Tasks::of(&outpatch, "kinds")?;
+        let parent = completed.one(UNINTERRUPTIBLE)?;
+        ensure!(has_left(parent), "{parent}");
+        println!("{generation}, {cpus} vCPUs: {}", completed.summary());
         let states = guest.sh("cat /proc/[0-9]*/task/[0-9]*/patch_state | sort | uniq")?;
-        ensure!(states == "-1", "states are left: {states}");
+        ensure!(states == "-1", "tasks still have a patch state: {states}");
 
-        outpatch.ok(&["revert", "--signal-after", "0", "--timeout", SOON])?;
+        let limit = UNBLOCKED_SECONDS.to_string();
+        outpatch.ok(&["revert", "--signal-after", "0", "--timeout", &limit])?;
         let kernel = fixture.kernel(generation)?;
-        main_loop(&outpatch, kernel.patch("kthread")?, "oom_reaper", "oom_reaper+")?;
+        main_loop(
+            &outpatch,
+            kernel.patch("kthread")?,
+            "oom_reaper",
+            "oom_reaper+",
+        )?;
         if worker_of_vhost(generation) == "worker" {
             main_loop(&outpatch, kernel.patch("worker")?, VHOST, "vhost_task_fn+")?;
         }
-        vhost_still_serves(guest, &over)?;
+        vhost_worker_ends(guest, &completed)?;
         guest.expect_unharmed(&log)
     })
 }
 
-/// All of them, at their places.
+/// Starts all tasks, and waits until each sleeps where it should.
 fn start(guest: &mut Guest) -> Result<()> {
     let wait = |guest: &mut Guest, what, until: &str| {
         let wait = format!("until {until}; do sleep 2; done 2>/dev/null");
         guest.sh_within(&wait, START).context(what).map(drop)
     };
-    // All of them before the busy ones begin: who is born in the transition has no way to go. One of ten has a child.
+    // All sleepers before the busy tasks start: a task that is forked in the transition would be
+    // reported as such. One of ten has a child.
     guest.sh(&format!("sleeper {SLEEPERS} &"))?;
     let all = SLEEPERS / 10 * 11;
     let named = format!("[ $(cat /proc/[0-9]*/comm | grep -c '^sleep-') -ge {all} ]");
     wait(guest, "sleepers", &named)?;
-    // What looks at them is not to wait for the busy ones.
+    // The shell that checks them must not wait for the busy ones.
     guest.sh("kinds & renice -n -20 -p $$; sleep 1")?;
     for worker in WORKERS {
         let is_there = format!("cat /proc/[0-9]*/task/[0-9]*/comm | grep -q ^{worker}");
@@ -134,11 +143,14 @@ until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done; 
     Ok(())
 }
 
-/// The last CPU goes and comes back, of which the kernel says so in its log, and nothing else.
+/// Takes the last CPU offline and online again. The kernel reports this in its log, and nothing else.
 fn unplug_and_plug(guest: &mut Guest, cpus: u32, before: &Log) -> Result<Log> {
     let cpu = format!("/sys/devices/system/cpu/cpu{}/online", cpus - 1);
     guest.sh(&format!("echo 0 > {cpu}; sleep 1; echo 1 > {cpu}"))?;
-    ensure!(guest.sh(&format!("cat {cpu}"))? == "1", "the CPU is off");
+    ensure!(
+        guest.sh(&format!("cat {cpu}"))? == "1",
+        "the CPU is offline"
+    );
     let log = guest.dmesg()?;
     for line in guest.dmesg_since(before)? {
         let expected = HOTPLUG.iter().chain(&STOLEN_TIME);
@@ -150,7 +162,7 @@ fn unplug_and_plug(guest: &mut Guest, cpus: u32, before: &Log) -> Result<Log> {
     Ok(log)
 }
 
-/// What a worker of vhost is to the kernel: threads of whom they work for came with 6.4.
+/// The kind of a vhost worker: since 6.4 it is a thread of the task that it works for.
 fn worker_of_vhost(generation: &str) -> &'static str {
     match generation {
         "6.1" => "kthread",
@@ -158,23 +170,24 @@ fn worker_of_vhost(generation: &str) -> &'static str {
     }
 }
 
-/// Its worker goes when whom it is for goes.
-fn vhost_still_serves(guest: &mut Guest, tasks: &Tasks) -> Result<()> {
+/// Checks that the worker of vhost ends when the task that it works for ends.
+fn vhost_worker_ends(guest: &mut Guest, tasks: &Tasks) -> Result<()> {
     let owner = &tasks.one("k-vhost")?["pid"];
-    let worker = &tasks.beginning(VHOST)?["pid"];
+    let worker = &tasks.with_prefix(VHOST)?["pid"];
     guest.sh(&format!(
         "kill -9 {owner}; while [ -e /proc/{worker} ]; do sleep 0.1; done"
     ))?;
     Ok(())
 }
 
-/// One that never leaves the function: it is named, told and woken when that is asked for, and stays.
-fn main_loop(outpatch: &Outpatch, patch: &str, begins: &str, function: &str) -> Result<()> {
-    let reply = outpatch.call(&["apply", patch, "--signal-after", "0", "--timeout", "3"])?;
-    ensure!(reply.status == Some(TIMED_OUT), "{reply:?}");
+/// A task that never leaves the patched function, its main loop: it is named, signalled and woken on
+/// request, and keeps its state.
+fn main_loop(outpatch: &Outpatch, patch: &str, prefix: &str, function: &str) -> Result<()> {
+    let arguments = ["apply", patch, "--signal-after", "0", "--timeout", "3"];
+    times_out(outpatch, &arguments)?;
     let name = Path::new(patch).file_stem().context(patch.to_owned())?;
     let tasks = Tasks::of(outpatch, &name.to_string_lossy())?;
-    let one = tasks.beginning(begins)?;
+    let one = tasks.with_prefix(prefix)?;
     let waiting = tasks.waiting();
     let comm = one["comm"].as_str().unwrap_or_default();
     ensure!(waiting.keys().eq([&comm]), "{waiting:?}");
@@ -184,7 +197,7 @@ fn main_loop(outpatch: &Outpatch, patch: &str, begins: &str, function: &str) -> 
     outpatch.ok(&["cancel"]).map(drop)
 }
 
-/// Waits until nobody but tasks of this name keep the old state.
+/// Waits until no tasks but those of this name keep the old state.
 fn until_only(outpatch: &Outpatch, comm: &str) -> Result<Tasks> {
     let started = std::time::Instant::now();
     loop {
@@ -193,12 +206,15 @@ fn until_only(outpatch: &Outpatch, comm: &str) -> Result<Tasks> {
         if waiting.keys().eq([&comm]) {
             return Ok(tasks);
         }
-        ensure!(started.elapsed() < GETS_ON, "these wait: {waiting:?}");
+        ensure!(
+            started.elapsed() < UNBLOCKED_LIMIT,
+            "these wait: {waiting:?}"
+        );
         std::thread::sleep(Duration::from_millis(300));
     }
 }
 
-/// Every task's part in the transition.
+/// The tasks of a transition, as the status reports them.
 struct Tasks(Vec<Value>);
 
 impl Tasks {
@@ -218,17 +234,17 @@ impl Tasks {
             .with_context(|| format!("no {comm} among the tasks"))
     }
 
-    /// The first whose name begins so.
-    fn beginning(&self, begins: &str) -> Result<&Value> {
+    /// The first task whose name starts with this.
+    fn with_prefix(&self, prefix: &str) -> Result<&Value> {
         let mut tasks = self.0.iter();
-        let is_it = |task: &&Value| {
+        let matches = |task: &&Value| {
             let comm = task["comm"].as_str();
-            comm.is_some_and(|comm| comm.starts_with(begins))
+            comm.is_some_and(|comm| comm.starts_with(prefix))
         };
-        (tasks.find(is_it)).with_context(|| format!("no {begins} among the tasks"))
+        (tasks.find(matches)).with_context(|| format!("no {prefix} among the tasks"))
     }
 
-    /// How many of each name keep the old state.
+    /// How many tasks of each name keep the old state.
     fn waiting(&self) -> BTreeMap<&str, usize> {
         let mut waiting = BTreeMap::new();
         for task in self.0.iter().filter(|task| task["switched_by"].is_null()) {
@@ -239,27 +255,29 @@ impl Tasks {
         waiting
     }
 
+    /// Checks what each task was switched by, before any task is signalled.
     fn as_documented(&self, generation: &str) -> Result<()> {
-        for (comm, ways) in WAYS {
+        for (comm, allowed) in SWITCHED_BY {
             let mut tasks = self.named(comm).peekable();
             ensure!(tasks.peek().is_some(), "no {comm} among the tasks");
             for task in tasks {
-                let way = task["switched_by"].as_str().unwrap_or_default();
-                ensure!(ways.contains(&way), "{task}");
+                let switched_by = task["switched_by"].as_str().unwrap_or_default();
+                ensure!(allowed.contains(&switched_by), "{task}");
             }
         }
         let kind = |kind: &'static str| self.0.iter().filter(move |task| task["kind"] == kind);
         let kthreads = kind("kthread").count();
-        ensure!(kthreads >= KTHREADS, "only {kthreads} kthreads");
+        ensure!(kthreads >= MIN_KTHREADS, "only {kthreads} kthreads");
         for kthread in kind("kthread") {
-            let way = kthread["switched_by"].as_str().unwrap_or_default();
-            ensure!(["stack", "forked", "exited"].contains(&way), "{kthread}");
+            let switched_by = kthread["switched_by"].as_str().unwrap_or_default();
+            let allowed = ["stack", "forked", "exited"];
+            ensure!(allowed.contains(&switched_by), "{kthread}");
         }
-        for (begins, kind) in WORKERS
+        for (prefix, kind) in WORKERS
             .into_iter()
             .zip(["worker", worker_of_vhost(generation)])
         {
-            let worker = self.beginning(begins)?;
+            let worker = self.with_prefix(prefix)?;
             ensure!(worker["kind"] == kind, "{worker}");
             ensure!(worker["switched_by"] == "stack", "{worker}");
         }
@@ -267,19 +285,20 @@ impl Tasks {
             ensure!(worker["switched_by"] == "stack", "{worker}");
         }
         for idle in kind("idle") {
-            let way = idle["switched_by"].as_str().unwrap_or_default();
-            ensure!(["stack", "idle", "forked"].contains(&way), "{idle}");
+            let switched_by = idle["switched_by"].as_str().unwrap_or_default();
+            let allowed = ["stack", "idle", "forked"];
+            ensure!(allowed.contains(&switched_by), "{idle}");
         }
         // A process that forks all the time, and its children.
         let mut forked = self.named("k-forking");
         ensure!(
             forked.any(|task| task["switched_by"] == "forked"),
-            "nobody was born in the transition"
+            "no task was forked in the transition"
         );
         Ok(())
     }
 
-    /// Exactly these wait, each with its frame and its state.
+    /// Checks that exactly these tasks wait, each with its frame and its state.
     fn blocked_are(&self, comms: &[&str]) -> Result<()> {
         let waiting: Vec<&str> = self.waiting().into_keys().collect();
         let mut expected = comms.to_vec();
@@ -300,10 +319,10 @@ impl Tasks {
         Ok(())
     }
 
-    /// All that slept interruptibly moved once they were signalled: by the boundary, or a few by their stack, where a pause came
-    /// while they were on the way there. Nobody else was signalled.
-    fn moved_by_signal(&self) -> Result<()> {
-        let (mut boundary, mut stack) = (0, 0);
+    /// Checks that all tasks that slept interruptibly switched once they were signalled: on exit to
+    /// user mode, or a few by their stack, in a pause on their way there. No other task was signalled.
+    fn switched_by_signal(&self) -> Result<()> {
+        let (mut kernel_exit, mut stack) = (0, 0);
         for task in &self.0 {
             let comm = task["comm"].as_str().unwrap_or_default();
             let signals = task["signals"].as_u64().context("no signals")?;
@@ -313,23 +332,23 @@ impl Tasks {
                 "{task}"
             );
             match task["switched_by"].as_str() {
-                Some("kernel-exit") if in_pause => boundary += 1,
+                Some("kernel-exit") if in_pause => kernel_exit += 1,
                 Some("stack") if in_pause => stack += 1,
-                way => ensure!(!in_pause, "{way:?}: {task}"),
+                other => ensure!(!in_pause, "{other:?}: {task}"),
             }
         }
-        println!("signalled: {boundary} came by the boundary, {stack} were met on the way");
-        ensure!(boundary > stack, "most were met on the way");
+        println!("signalled: {kernel_exit} switched on kernel exit, {stack} by their stack");
+        ensure!(kernel_exit > stack, "most switched by their stack");
         Ok(())
     }
 
     fn summary(&self) -> String {
-        let mut ways: BTreeMap<String, usize> = BTreeMap::new();
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
         for task in &self.0 {
-            *ways
+            *counts
                 .entry(format!("{} {}", task["kind"], task["switched_by"]).replace('"', ""))
                 .or_default() += 1;
         }
-        format!("{} tasks: {ways:?}", self.0.len())
+        format!("{} tasks: {counts:?}", self.0.len())
     }
 }

@@ -106,7 +106,7 @@ fn faults(fixture: &Fixture, generation: &str) -> Result<()> {
         let told = fs::read_to_string(&answer)?;
         ensure!(!told.contains(FAILED), "{told}");
         print!("{generation}, live:\n{told}");
-        soak::right_answers(guest)?;
+        soak::expect_right_results(guest)?;
         guest.expect_unharmed(&log)
     })
 }
