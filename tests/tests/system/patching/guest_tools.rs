@@ -1,5 +1,6 @@
-//! The guest's own tools beside a patch of ours, on the function that it patches and on others, before it and behind it: each
-//! works, or is refused with its reason, and the kernel never warns.
+//! The guest's own tracing tools together with a patch, on the function that it patches and on
+//! others, started before the patch and after it: each works, or is refused with its reason, and the
+//! kernel never warns.
 
 use std::time::Duration;
 
@@ -13,10 +14,11 @@ use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::blocked_tasks::stays_blocked;
 
-/// Where ftrace is told what to do.
+/// Changes to the folder of the files that control ftrace.
 const TRACING: &str = "cd /sys/kernel/tracing";
-/// The function that the sample patches, and one beside it that `cat /proc/version` comes to.
+/// The function that the sample patches.
 const PATCHED: &str = "cmdline_proc_show";
+/// Another function, which `cat /proc/version` calls.
 const OTHER: &str = "version_proc_show";
 /// How long one call of a tool may take.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -27,7 +29,7 @@ pub fn scenarios() -> Vec<Scenario> {
         all.push(
             Scenario::new(
                 format!("guest_tools::beside_a_patch_{generation}"),
-                move |fixture| beside(fixture, generation),
+                move |fixture| beside_a_patch(fixture, generation),
             )
             .extra_if(generation != "7.3"),
         );
@@ -44,7 +46,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all
 }
 
-fn beside(fixture: &Fixture, generation: &str) -> Result<()> {
+fn beside_a_patch(fixture: &Fixture, generation: &str) -> Result<()> {
     let kernel = fixture.kernel(generation)?;
     let sample = kernel.patch("livepatch-sample")?;
     fixture.with(fixture.boot(generation, 2, "")?, |guest| {
@@ -52,62 +54,73 @@ fn beside(fixture: &Fixture, generation: &str) -> Result<()> {
         let log = guest.dmesg()?;
         users_are_named(guest, &outpatch, sample)?;
 
-        // Of other functions, both at once.
+        // Tracing of another function and a patch work at the same time.
         guest.sh(&format!(
             "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer"
         ))?;
         outpatch.ok(&["apply", sample])?;
-        shows(guest, true)?;
-        ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
+        expect_in_force(guest, true)?;
+        ensure!(
+            traced(guest, OTHER, "version")?,
+            "the other function is not traced"
+        );
 
-        // Of the function itself: ftrace says no, and of many at once it leaves that one out. (A tracer that is on when its filter is
-        // emptied traces all functions for a moment, which takes a guest here a minute.)
+        // Tracing of the patched function is refused by ftrace, and a pattern that matches many
+        // functions leaves it out. (A tracer that is on when its filter is emptied traces all
+        // functions for a moment, which takes an emulated guest a minute.)
         guest.sh(&format!("{TRACING}; echo nop > current_tracer"))?;
-        let (status, words) = guest.try_sh(
+        let (status, output) = guest.try_sh(
             &format!("{TRACING}; echo {PATCHED} > set_ftrace_filter"),
             LIMIT,
         )?;
-        println!("{generation}: tracing the patched function: {words}");
+        println!("{generation}: tracing the patched function: {output}");
         ensure!(status != 0, "it can be traced");
         guest.sh(&format!(
             "{TRACING}; echo '*_proc_show' > set_ftrace_filter; echo function > current_tracer"
         ))?;
-        ensure!(traced(guest, OTHER, "version")?, "the other is not traced");
-        ensure!(!traced(guest, PATCHED, "cmdline")?, "it was traced");
-        shows(guest, true)?;
+        ensure!(
+            traced(guest, OTHER, "version")?,
+            "the other function is not traced"
+        );
+        ensure!(
+            !traced(guest, PATCHED, "cmdline")?,
+            "the patched function was traced"
+        );
+        expect_in_force(guest, true)?;
         guest.sh(&format!(
             "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
         ))?;
-        kprobe_behind(guest)?;
-        shows(guest, true)?;
-        come_meanwhile(guest)?;
-        shows(guest, true)?;
+        kprobe_after_the_patch(guest)?;
+        expect_in_force(guest, true)?;
+        start_on_the_patched(guest)?;
+        expect_in_force(guest, true)?;
 
-        // The guest's own livepatching is told to wait, for any function.
+        // The guest's own livepatching is refused, for any function.
         for file in ["cmdline", "getpid"] {
-            let (status, words) = guest.try_sh(&format!("insmod /lib/patches/{file}.ko"), LIMIT)?;
-            println!("{generation}: insmod {file}.ko: {words}");
-            ensure!(status != 0, "the guest patched it as well: {words}");
+            let (status, output) =
+                guest.try_sh(&format!("insmod /lib/patches/{file}.ko"), LIMIT)?;
+            println!("{generation}: insmod {file}.ko: {output}");
+            ensure!(status != 0, "the guest patched it as well: {output}");
         }
-        shows(guest, true)?;
+        expect_in_force(guest, true)?;
         outpatch.ok(&["revert"])?;
-        shows(guest, false)?;
-        leave_afterwards(guest, generation)?;
-        tracing_is_free(guest)?;
+        expect_in_force(guest, false)?;
+        work_after_revert(guest, generation)?;
+        tracing_works(guest)?;
         let new = guest.dmesg_since(&log)?;
-        let own = ["cmdline: ", "getpid: ", "livepatch: "];
+        let expected = ["cmdline: ", "getpid: ", "livepatch: "];
         let warned = new
             .iter()
-            .find(|line| !own.iter().any(|own| line.starts_with(own)));
+            .find(|line| !expected.iter().any(|start| line.starts_with(start)));
         ensure!(warned.is_none(), "in the guest's log: {warned:?}");
 
-        // And what it was told to wait with works now.
+        // What was refused works now.
         guest.sh("insmod /lib/patches/cmdline.ko")?;
         Ok(())
     })
 }
 
-/// A function that somebody in the guest uses is refused, by name; then it is free again.
+/// A patch of a function that has a user in the guest is refused, and names the user.
 fn users_are_named(guest: &mut Guest, outpatch: &Outpatch, sample: &str) -> Result<()> {
     for (on, off, word) in [
         (
@@ -137,8 +150,8 @@ fn users_are_named(guest: &mut Guest, outpatch: &Outpatch, sample: &str) -> Resu
     Ok(())
 }
 
-/// Whether the patch is in force.
-fn shows(guest: &mut Guest, patched: bool) -> Result<()> {
+/// Checks that the patch is in force, or that it is not.
+fn expect_in_force(guest: &mut Guest, patched: bool) -> Result<()> {
     let line = guest.sh("cat /proc/cmdline")?;
     ensure!(line.contains("live patched") == patched, "{line}");
     Ok(())
@@ -147,46 +160,54 @@ fn shows(guest: &mut Guest, patched: bool) -> Result<()> {
 /// Whether the function tracer sees `function` when `/proc/FILE` is read.
 fn traced(guest: &mut Guest, function: &str, file: &str) -> Result<bool> {
     let count = guest.sh(&format!(
-        "{TRACING}; echo > trace; cat /proc/{file} > /dev/null; sleep 0.2; grep -c {function} trace || true"
+        "{TRACING}; echo > trace; cat /proc/{file} > /dev/null; sleep 0.2
+grep -c {function} trace || true"
     ))?;
     Ok(count != "0")
 }
 
-/// A probe on the entry of the patched function is taken or refused; taken, it leaves again.
-fn kprobe_behind(guest: &mut Guest) -> Result<()> {
-    let (status, words) = guest.try_sh(
-        &format!("{TRACING}; echo 'p:tools/late {PATCHED}' > kprobe_events && echo 1 > events/tools/enable"),
+/// A probe on the entry of the patched function is accepted or refused, and can be removed.
+fn kprobe_after_the_patch(guest: &mut Guest) -> Result<()> {
+    let (status, output) = guest.try_sh(
+        &format!(
+            "{TRACING}
+echo 'p:tools/late {PATCHED}' > kprobe_events && echo 1 > events/tools/enable"
+        ),
         LIMIT,
     )?;
-    println!("a kprobe behind the patch: {status} {words}");
+    println!("a kprobe on the patched function: {status} {output}");
     guest.sh(&format!(
-        "cat /proc/cmdline; {TRACING}; [ ! -e events/tools/enable ] || echo 0 > events/tools/enable; echo > kprobe_events"
+        "cat /proc/cmdline; {TRACING}
+[ ! -e events/tools/enable ] || echo 0 > events/tools/enable; echo > kprobe_events"
     ))?;
     Ok(())
 }
 
-/// A probe and a BPF program on the entry of the patched function, and a BPF program on that of another: the kernel takes them, and
-/// leaves the patched function's entry alone.
-fn come_meanwhile(guest: &mut Guest) -> Result<()> {
+/// The kernel accepts a probe and a BPF program on the entry of the patched function, and a BPF
+/// program on the entry of another, and does not change the patched function's entry.
+fn start_on_the_patched(guest: &mut Guest) -> Result<()> {
     guest.sh(&format!(
         "{TRACING}; echo 'p:tools/stays {PATCHED}' > kprobe_events; echo 1 > events/tools/enable
 for function in {PATCHED} {OTHER}; do
-  bpf $function > /tmp/bpf-$function 2>&1 & until [ -s /tmp/bpf-$function ]; do sleep 0.1; done; grep attached /tmp/bpf-$function || exit 1
+  bpf $function > /tmp/bpf-$function 2>&1 & until [ -s /tmp/bpf-$function ]; do sleep 0.1; done
+  grep attached /tmp/bpf-$function || exit 1
 done
 echo > trace; cat /proc/cmdline /proc/version"
     ))?;
     let hits = guest.sh(&format!("{TRACING}; grep -c stays trace || true"))?;
-    ensure!(hits == "0", "the probe was met {hits} times");
+    ensure!(hits == "0", "the probe was hit {hits} times");
     Ok(())
 }
 
-/// They are counted once the patch is reverted, work from ftrace's next change on, and leave no trace.
-fn leave_afterwards(guest: &mut Guest, generation: &str) -> Result<()> {
+/// Once the patch is reverted these users are counted, work from ftrace's next change on, and can be
+/// removed completely.
+fn work_after_revert(guest: &mut Guest, generation: &str) -> Result<()> {
     guest.sh(&format!(
-        "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer; echo > trace; cat /proc/cmdline"
+        "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer
+echo > trace; cat /proc/cmdline"
     ))?;
     let hits = guest.sh(&format!("{TRACING}; grep -c stays: trace"))?;
-    ensure!(hits == "1", "the probe was met {hits} times");
+    ensure!(hits == "1", "the probe was hit {hits} times");
     let enabled = guest.sh(&format!("{TRACING}; cat enabled_functions"))?;
     println!("{generation}: enabled functions: {enabled}");
     let counted = format!("{PATCHED} (2)");
@@ -198,26 +219,23 @@ fn leave_afterwards(guest: &mut Guest, generation: &str) -> Result<()> {
         "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter; killall bpf; sleep 1
 echo 0 > events/tools/enable; echo > kprobe_events; cat enabled_functions"
     ))?;
-    ensure!(left.is_empty(), "these are traced still: {left}");
+    ensure!(left.is_empty(), "these functions are still traced: {left}");
     Ok(())
 }
 
 /// The function can be traced again.
-fn tracing_is_free(guest: &mut Guest) -> Result<()> {
+fn tracing_works(guest: &mut Guest) -> Result<()> {
     guest.sh(&format!(
         "{TRACING}; echo {PATCHED} > set_ftrace_filter; echo function > current_tracer"
     ))?;
-    ensure!(
-        traced(guest, PATCHED, "cmdline")?,
-        "it cannot be traced any more"
-    );
+    ensure!(traced(guest, PATCHED, "cmdline")?, "it cannot be traced");
     guest.sh(&format!(
         "{TRACING}; echo nop > current_tracer; echo > set_ftrace_filter"
     ))?;
     Ok(())
 }
 
-/// A guest that reboots, panics or is stopped in mid-transition ends as it does at any other time.
+/// A guest that reboots, panics or is powered off in mid-transition ends as at any other time.
 fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
     let patch = fixture.kernel(generation)?.patch("pause")?;
     for typed in [
@@ -261,7 +279,8 @@ fn prepare_kexec(assets: &mut Assets) -> Result<()> {
     Ok(())
 }
 
-/// A guest that starts another kernel loses what was done to the old one, and that is said; the new one can be patched.
+/// A guest that starts another kernel loses the patches of the old one, which is reported; the new
+/// kernel can be patched.
 fn kexec(fixture: &Fixture) -> Result<()> {
     let patch = fixture.kernel(KEXEC)?.patch("pause")?;
     fixture.with(fixture.boot(KEXEC, 2, "")?, |guest| {
@@ -273,9 +292,9 @@ fn kexec(fixture: &Fixture) -> Result<()> {
         )?;
         guest.boots_again(KEXEC_LIMIT)?;
 
-        // Whoever asks first is told, unless the transition was already given up.
-        let told = outpatch.call(&["ps"])?;
-        println!("after kexec: {:?} {}", told.status, told.stderr.trim());
+        // The first call reports the new kernel, unless the transition has already been given up.
+        let reply = outpatch.call(&["ps"])?;
+        println!("after kexec: {:?} {}", reply.status, reply.stderr.trim());
         let tasks = outpatch.json(&["ps"])?;
         ensure!(tasks.to_string().contains("kthreadd"), "{tasks}");
         let status = outpatch.json(&["status"])?;

@@ -1,11 +1,12 @@
-//! outpatch beside the guest's own livepatching: the same `.ko` files, the same guest, the same load, one after the other.
+//! outpatch compared with the guest's own livepatching: the same `.ko` files, the same guest, the
+//! same load, one after the other.
 
 use std::{
     env,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use guests::drive::Guest;
 use rustix::process::{getpriority_process, setpriority_process};
 use serde_json::json;
@@ -13,49 +14,50 @@ use serde_json::json;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 
-/// Transitions of each, there and back; `OUTPATCH_BESIDE=ROUNDS` asks for more.
+/// How often each applies and reverts; `OUTPATCH_BESIDE=ROUNDS` requests another number.
 const ROUNDS: usize = 3;
-/// How long one of the guest's own may take. 6.12 rewrites every place in the kernel where a task may give way
-/// (`kernel/sched/core.c: sched_dynamic_klp_enable`), and each takes some interrupts from CPU to CPU: minutes, where the vCPUs share one.
+/// How long one transition of the guest's own may take. 6.12 rewrites every place in the kernel
+/// where a task may reschedule (`kernel/sched/core.c: sched_dynamic_klp_enable`), and each takes
+/// some interrupts from CPU to CPU: minutes, where the vCPUs share one CPU.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// The nice value of who asks, which is that of outpatch's own threads.
-const FRONT: i32 = -20;
+/// The nice value of the measuring thread, which is that of outpatch's own threads.
+const NICE: i32 = -20;
 
 pub fn scenarios() -> Vec<Scenario> {
-    let asked = env::var("OUTPATCH_BESIDE").ok();
-    let rounds = asked
-        .and_then(|rounds| rounds.parse().ok())
-        .unwrap_or(ROUNDS);
+    let requested = env::var("OUTPATCH_BESIDE").ok();
+    let rounds = requested.and_then(|rounds| rounds.parse().ok());
+    let rounds = rounds.unwrap_or(ROUNDS);
     let each = ["6.1", "6.12", "7.3"].into_iter().flat_map(|generation| {
         LOADS.map(|load| {
             let name = format!("versus_klp::{}_{generation}", load.scenario);
-            Scenario::new(name, move |fixture| {
-                faster(fixture, generation, load, rounds)
-            })
-            .limit(Duration::from_secs(7200))
-            .extra_if(true)
+            let run = move |fixture: &Fixture| faster(fixture, generation, load, rounds);
+            Scenario::new(name, run)
+                .limit(Duration::from_secs(7200))
+                .extra_if(true)
         })
     });
     each.collect()
 }
 
-/// Who is in the way of a patch.
+/// A patch, and whether tasks block it.
 #[derive(Clone, Copy)]
 struct Load {
     scenario: &'static str,
     what: &'static str,
-    /// The patch's file, and the name of its module.
+    /// The patch's file, without `.ko`.
     file: &'static str,
+    /// The name of its module.
     name: &'static str,
-    /// Whether ours is to send the fake signal; the guest's own always does, after 15 s (`transition.c: SIGNALS_TIMEOUT`).
+    /// Whether outpatch is to send the fake signal; the guest's own livepatching always does, after
+    /// 15 s (`transition.c: SIGNALS_TIMEOUT`).
     signal: bool,
 }
 
 const LOADS: [Load; 2] = [
     Load {
         scenario: "faster_than_the_guests_own",
-        what: "nobody in the function",
+        what: "no task in the function",
         file: "livepatch-sample",
         name: "livepatch_sample",
         signal: false,
@@ -71,52 +73,55 @@ const LOADS: [Load; 2] = [
 
 fn faster(fixture: &Fixture, generation: &str, load: Load, rounds: usize) -> Result<()> {
     fixture.with(fixture.boot(generation, 2, "")?, |guest| {
-        // Sleepers in callers of the functions, in vfs_read for one, and in one of them; two who do not leave user mode.
+        // Sleepers in callers of the functions, such as vfs_read, and in one of them; two tasks
+        // that do not leave user mode.
         guest.sh("sleeper 100 & spin 2 & sleep 2")?;
         let module = std::fs::read(fixture.kernel(generation)?.patch(load.file)?)?;
-        let pair = Pair { load, module };
-        let (ours, theirs) = pair.rounds(guest, rounds)?;
-        compare(generation, load.what, &ours, &theirs)
+        let patch = Patch { load, module };
+        let (outpatch, klp) = patch.rounds(guest, rounds)?;
+        compare(generation, load.what, &outpatch, &klp)
     })
 }
 
-/// Prints both, and by how much outpatch is the faster one, which it is.
-fn compare(generation: &str, load: &str, ours: &[Duration], theirs: &[Duration]) -> Result<()> {
-    println!("{generation}, {load}: outpatch {ours:?}, the guest's own {theirs:?}");
-    let (ours, theirs) = (median(ours), median(theirs));
+/// Prints both, and by how much outpatch is faster. Fails if it is not.
+fn compare(generation: &str, load: &str, outpatch: &[Duration], klp: &[Duration]) -> Result<()> {
+    println!("{generation}, {load}: outpatch {outpatch:?}, the guest's own {klp:?}");
+    let (outpatch, klp) = (median(outpatch), median(klp));
     println!(
-        "{generation}, {load}: in the median outpatch takes {ours:?}, the guest's own {theirs:?}, {:.0} times that",
-        theirs.as_secs_f64() / ours.as_secs_f64()
+        "{generation}, {load}: in the median outpatch takes {outpatch:?}, the guest's own {klp:?}, \
+         {:.0} times that",
+        klp.as_secs_f64() / outpatch.as_secs_f64()
     );
-    ensure!(ours < theirs, "outpatch takes longer");
+    ensure!(outpatch < klp, "outpatch takes longer");
     Ok(())
 }
 
 /// One module, for both.
-struct Pair {
+struct Patch {
     load: Load,
     module: Vec<u8>,
 }
 
-impl Pair {
-    /// How long each took to apply, from the request to the end of the transition, in turns.
+impl Patch {
+    /// How long outpatch and the guest's own livepatching took to apply the module in each round,
+    /// from the request until the transition had completed.
     fn rounds(&self, guest: &mut Guest, rounds: usize) -> Result<(Vec<Duration>, Vec<Duration>)> {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let (mut outpatch, mut klp) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
-            // A guest that is lost late takes an hour with it.
-            let before = || format!("after outpatch {ours:?}, the guest's own {theirs:?}");
-            let our = self.ours(guest).with_context(before)?;
-            let their = self.theirs(guest).with_context(before)?;
-            ours.push(our);
-            theirs.push(their);
+            // A guest that is lost late would lose the measurements of an hour.
+            let before = || format!("after outpatch {outpatch:?}, the guest's own {klp:?}");
+            let by_outpatch = self.by_outpatch(guest).with_context(before)?;
+            let by_klp = self.by_klp(guest).with_context(before)?;
+            outpatch.push(by_outpatch);
+            klp.push(by_klp);
         }
-        Ok((ours, theirs))
+        Ok((outpatch, klp))
     }
 
-    fn ours(&self, guest: &Guest) -> Result<Duration> {
+    fn by_outpatch(&self, guest: &Guest) -> Result<Duration> {
         let rest = guest.rest();
-        let asked = Instant::now();
-        as_from_elsewhere(|| {
+        let started = Instant::now();
+        with_priority(|| {
             if !self.load.signal {
                 return rest.apply(&self.module, LIMIT);
             }
@@ -126,52 +131,57 @@ impl Pair {
             }
             rest.end(patch, LIMIT)
         })?;
-        let took = asked.elapsed();
+        let took = started.elapsed();
         guest
             .outpatch()
             .ok(&["revert", self.load.name, "--signal-after", "0"])?;
         Ok(took)
     }
 
-    /// By the guest's own clock, which stands still for nobody here.
-    fn theirs(&self, guest: &mut Guest) -> Result<Duration> {
+    /// Measured by the guest's own clock, which does not stop here.
+    fn by_klp(&self, guest: &mut Guest) -> Result<Duration> {
         let (file, name) = (self.load.file, self.load.name);
         let attribute = format!("/sys/kernel/livepatch/{name}");
-        let settled = format!(
+        let completed = format!(
             "while [ \"$(cat {attribute}/transition 2>/dev/null)\" = 1 ]; do sleep 0.02; done"
         );
-        let took = guest.sh_within(
+        let times = guest.sh_within(
             &format!(
-                "read a b < /proc/uptime; insmod /lib/patches/{file}.ko; {settled}; read c d < /proc/uptime; echo $a $c"
+                "read a b < /proc/uptime; insmod /lib/patches/{file}.ko; {completed}
+read c d < /proc/uptime; echo $a $c"
             ),
             LIMIT,
         )?;
         guest.sh_within(
-            &format!("echo 0 > {attribute}/enabled; {settled}; while ! rmmod {name} 2>/dev/null; do sleep 0.1; done"),
+            &format!(
+                "echo 0 > {attribute}/enabled; {completed}
+while ! rmmod {name} 2>/dev/null; do sleep 0.1; done"
+            ),
             LIMIT,
         )?;
-        let times = took
+        let seconds = times
             .split(' ')
             .map(str::parse)
             .collect::<Result<Vec<f64>, _>>()?;
-        let [from, to] = times[..] else {
-            anyhow::bail!("the guest says {took:?}");
+        let [from, to] = seconds[..] else {
+            bail!("the guest printed {times:?}");
         };
         Ok(Duration::from_secs_f64(to - from))
     }
 }
 
-/// Who asks does not run on a guest's processors; in the bed there is but one for all, and this lets it go before the vCPUs. It waits
-/// asleep, until outpatch says that the transition has ended.
-fn as_from_elsewhere<T>(ask: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs `request` as if on a CPU that no vCPU shares. In the bed all share one, so the calling thread
+/// gets a priority above that of the vCPUs; it sleeps until outpatch reports the end of the
+/// transition.
+fn with_priority<T>(request: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = getpriority_process(None)?;
-    // A host with processors enough may not allow it, and does not need it.
-    let moved = setpriority_process(None, FRONT).is_ok();
-    let answer = ask();
-    if moved {
+    // A host with enough CPUs may not permit this, and does not need it.
+    let raised = setpriority_process(None, NICE).is_ok();
+    let result = request();
+    if raised {
         setpriority_process(None, before)?;
     }
-    answer
+    result
 }
 
 fn median(times: &[Duration]) -> Duration {
