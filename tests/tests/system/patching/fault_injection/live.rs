@@ -1,7 +1,9 @@
-//! The same on a guest that runs and works: every step that changes it fails in turn, under a real KVM, and it goes on.
+//! The same in a running guest under load: every step that changes it fails in turn, under a real
+//! KVM, and the guest runs on.
 //!
-//! This binary is its VMM: `outpatch run` with a second patcher beside the control socket's, on a machine that fails where it is told to.
-//! What the guest does in between is its own, so that not all of its memory can be held against what it was: its code can.
+//! This program is its VMM: `outpatch run` with a second patcher besides that of the control socket,
+//! on a machine that fails at the requested step. The guest changes its own memory meanwhile, so not
+//! all of it can be compared with what it was: its code can.
 
 use std::{
     collections::BTreeMap,
@@ -15,65 +17,30 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::MEMORY_MIB;
 use introspect::{Gva, Kernel};
-use patcher::{Machine, Mode, Patcher};
+use patcher::{Machine, Patcher};
 use tests::fault_machine::FaultMachine;
 use vmm::api::{ControlSocket, Controller, Limits, Server};
 use vmm::{VmConfig, VmHandle, VmMachine, VmState};
 
-use super::sequences::{Call, Story, Subject, somebody_was_told, tell};
+use super::sequences::{self, FaultyGuest, Place, Sequence, expect_reported};
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::soak;
 
-/// Code is read in pieces of at most this.
-const CHUNK: usize = 64 << 10;
-/// How long the guest's kernel may take to be found, and its clock to tick.
-const FOUND_WITHIN: Duration = Duration::from_secs(60);
-const TICKS_WITHIN: Duration = Duration::from_secs(10);
-/// A story is told so often without a fault: the middle of their steps is how many it has. One telling may go on for long.
-const USUAL: usize = 5;
-/// How long it all may take.
-const LIMIT: Duration = Duration::from_secs(3000);
-
-const STORIES: [Story; 3] = [
-    // Everybody is in the function all the time.
-    Story {
-        file: "getpid",
-        name: "getpid",
-        calls: &[
-            Call::Apply(Mode::PerTask),
-            Call::Finish,
-            Call::Revert(Mode::PerTask),
-            Call::Finish,
-        ],
-    },
-    // One sleeps in it, and keeps the transition from its end.
-    Story {
-        file: "pause",
-        name: "pause",
-        calls: &[
-            Call::Apply(Mode::PerTask),
-            Call::Look,
-            Call::Cancel,
-            Call::Finish,
-        ],
-    },
-    Story {
-        file: "pause",
-        name: "pause",
-        calls: &[
-            Call::Apply(Mode::PerTask),
-            Call::Signal,
-            Call::Finish,
-            Call::Revert(Mode::PerTask),
-            Call::Signal,
-            Call::Finish,
-        ],
-    },
-];
-
 /// The first argument with which this program is started as a VMM.
 pub const RUN: &str = "run";
+
+/// How many bytes of code are read at a time.
+const CHUNK: usize = 64 << 10;
+/// How long the guest's kernel may take to be found.
+const FOUND_WITHIN: Duration = Duration::from_secs(60);
+/// How long the guest's clock may take to tick.
+const TICKS_WITHIN: Duration = Duration::from_secs(10);
+/// How often a sequence is run without a fault. The median number of steps counts, as one run may
+/// take long.
+const FAULTLESS_RUNS: usize = 5;
+/// How long all of it may take.
+const LIMIT: Duration = Duration::from_secs(3000);
 
 pub fn scenarios() -> Vec<Scenario> {
     ["6.1", "6.12", "7.3"]
@@ -86,7 +53,8 @@ pub fn scenarios() -> Vec<Scenario> {
         .into()
 }
 
-/// In the bed: a guest with a load that checks its answers.
+/// In the bed: boots a guest with a load that checks its results, under this program as the VMM,
+/// and waits until that has tried every sequence.
 fn faults(fixture: &Fixture, generation: &str) -> Result<()> {
     let kernel = fixture.kernel(generation)?;
     let vmm = env::current_exe()?;
@@ -94,44 +62,44 @@ fn faults(fixture: &Fixture, generation: &str) -> Result<()> {
     fixture.with(guest, |guest| {
         let log = guest.dmesg()?;
         guest.sh("churn /tmp/churn & hammer 2 /tmp/hammer & sleeper 10 & sleep 2")?;
-        let (order, answer) = (order(guest.socket()), answer(guest.socket()));
-        let modules = STORIES.map(|story| kernel.patch(story.file).map(str::to_owned));
-        let modules = modules.into_iter().collect::<Result<Vec<_>>>()?;
-        put(&order, &modules.join("\n"))?;
-        let until = Instant::now() + LIMIT;
-        while !answer.exists() {
-            ensure!(Instant::now() < until, "no answer within {LIMIT:?}");
+        let (modules, result) = (modules_file(guest.socket()), result_file(guest.socket()));
+        let files = sequences::all(Place::LiveGuest).map(|sequence| kernel.patch(sequence.file));
+        let files = files.collect::<Result<Vec<_>>>()?;
+        write_whole(&modules, &files.join("\n"))?;
+        let deadline = Instant::now() + LIMIT;
+        while !result.exists() {
+            ensure!(Instant::now() < deadline, "no result within {LIMIT:?}");
             thread::sleep(Duration::from_millis(100));
         }
-        let told = fs::read_to_string(&answer)?;
-        ensure!(!told.contains(FAILED), "{told}");
-        print!("{generation}, live:\n{told}");
+        let text = fs::read_to_string(&result)?;
+        ensure!(!text.contains(FAILED), "{text}");
+        print!("{generation}, live:\n{text}");
         soak::expect_right_results(guest)?;
         guest.expect_unharmed(&log)
     })
 }
 
-/// How an answer begins that is none.
+/// How the result of a run that failed begins.
 const FAILED: &str = "FAILED: ";
 
-/// Beside the guest's socket: the modules' files, a line each.
-fn order(socket: &Path) -> PathBuf {
-    socket.with_extension("order")
+/// The file beside the guest's socket that starts the run: the modules' files, one on each line.
+fn modules_file(socket: &Path) -> PathBuf {
+    socket.with_extension("modules")
 }
 
-/// And what came of them.
-fn answer(socket: &Path) -> PathBuf {
-    socket.with_extension("answer")
+/// The file beside the guest's socket with the result.
+fn result_file(socket: &Path) -> PathBuf {
+    socket.with_extension("result")
 }
 
-/// Makes a file that is there whole or not at all.
-fn put(file: &Path, text: &str) -> Result<()> {
+/// Creates a file that is there either completely or not at all.
+fn write_whole(file: &Path, text: &str) -> Result<()> {
     let part = file.with_extension("part");
     fs::write(&part, text)?;
     Ok(fs::rename(part, file)?)
 }
 
-/// What this binary does as a VMM, with the options of `outpatch run`.
+/// This program as a VMM, with the options of `outpatch run`.
 pub fn run(options: &[String]) -> ExitCode {
     match serve(options) {
         Ok(()) => ExitCode::SUCCESS,
@@ -160,12 +128,12 @@ fn serve(options: &[String]) -> Result<()> {
     vmm::run(&config, |vm| {
         let server = Server::start(socket, Controller::new(vm.clone()), Limits::default())?;
         let vm = vm.clone();
-        // It ends with the process, if not before.
+        // The thread ends with the process, if not before.
         thread::Builder::new().spawn(move || {
-            let told = when_ordered(&vm, &path);
-            let told = told.unwrap_or_else(|error| format!("{FAILED}{error:#}"));
-            if let Err(error) = put(&answer(&path), &told) {
-                eprintln!("no answer: {error:#}");
+            let result = try_all(&vm, &path);
+            let text = result.unwrap_or_else(|error| format!("{FAILED}{error:#}"));
+            if let Err(error) = write_whole(&result_file(&path), &text) {
+                eprintln!("cannot write the result: {error:#}");
             }
         })?;
         Ok::<_, io::Error>(server)
@@ -173,74 +141,76 @@ fn serve(options: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn when_ordered(vm: &VmHandle, socket: &Path) -> Result<String> {
-    let order = order(socket);
-    while !order.exists() {
+/// Waits for the modules, and tries every sequence. Returns a line on each.
+fn try_all(vm: &VmHandle, socket: &Path) -> Result<String> {
+    let modules = modules_file(socket);
+    while !modules.exists() {
         thread::sleep(Duration::from_millis(100));
     }
-    let files = fs::read_to_string(order)?;
-    let mut live = Live::begin(vm)?;
-    let mut told = String::new();
-    for (story, file) in STORIES.iter().zip(files.lines()) {
-        let begun = Instant::now();
-        let tried = live.every_step(story, &fs::read(file)?);
-        let (tried, steps) = tried.with_context(|| format!("{}: {:?}", story.name, story.calls))?;
-        told += &format!(
-            "{}: {tried} of {steps} steps failed, each once, {:?}, in {} s\n",
-            story.name,
-            story.calls,
-            begun.elapsed().as_secs()
+    let files = fs::read_to_string(modules)?;
+    let mut guest = LiveGuest::find(vm)?;
+    let mut text = String::new();
+    for (sequence, file) in sequences::all(Place::LiveGuest).zip(files.lines()) {
+        let Sequence { name, calls, .. } = sequence;
+        let started = Instant::now();
+        let tried = guest.every_step(sequence, &fs::read(file)?);
+        let (tried, steps) = tried.with_context(|| format!("{name}: {calls:?}"))?;
+        let seconds = started.elapsed().as_secs();
+        text += &format!(
+            "{name}: {tried} of {steps} steps failed, each once, {calls:?}, in {seconds} s\n"
         );
     }
-    Ok(told)
+    Ok(text)
 }
 
-/// The guest.
-struct Live<'v> {
+/// The running guest.
+struct LiveGuest<'v> {
     vm: &'v VmHandle,
     machine: FaultMachine<VmMachine>,
     patcher: Patcher,
-    /// The code before the call that is made.
+    /// The kernel's code before the call that is made.
     before: Vec<u8>,
 }
 
-impl<'v> Live<'v> {
-    fn begin(vm: &'v VmHandle) -> Result<Live<'v>> {
-        let mut live = Live {
+impl<'v> LiveGuest<'v> {
+    /// Waits until the guest's kernel is found.
+    fn find(vm: &'v VmHandle) -> Result<LiveGuest<'v>> {
+        let mut guest = LiveGuest {
             vm,
             machine: FaultMachine::new(vm.machine()),
             patcher: Patcher::new(),
             before: Vec::new(),
         };
-        let until = Instant::now() + FOUND_WITHIN;
-        while let Err(error) = live.patcher.kernel(&mut live.machine) {
-            ensure!(Instant::now() < until, "{error}");
+        let deadline = Instant::now() + FOUND_WITHIN;
+        while let Err(error) = guest.patcher.kernel(&mut guest.machine) {
+            ensure!(Instant::now() < deadline, "{error}");
         }
-        Ok(live)
+        Ok(guest)
     }
 
-    /// How many steps failed, of those that there are where none does. Not every telling comes to all of them: the guest is never twice
-    /// the same.
-    fn every_step(&mut self, story: &Story, module: &[u8]) -> Result<(u64, u64)> {
-        let mut told = [0; USUAL];
-        for steps in &mut told {
+    /// Runs the sequence once for each step that it has without a fault. Returns how many of them
+    /// failed, and how many there are. Not every run reaches all of them: the guest is never the
+    /// same twice.
+    fn every_step(&mut self, sequence: &Sequence, module: &[u8]) -> Result<(u64, u64)> {
+        let mut counts = [0; FAULTLESS_RUNS];
+        for steps in &mut counts {
             self.machine.fail_at(None);
-            let failed = tell(self, story, module).context("with no fault")?;
+            let failed = sequences::run(self, sequence, module).context("with no fault")?;
             ensure!(failed == 0, "{failed} calls failed by themselves");
             *steps = self.machine.steps();
         }
-        // The first has more: what wakes sleepers stays in the guest from then on.
-        told.sort_unstable();
-        let steps = told[USUAL / 2];
-        let code = self.keep_code(Vec::new())?;
+        // The first run has more steps: the code that wakes sleepers stays in the guest afterwards.
+        counts.sort_unstable();
+        let steps = counts[FAULTLESS_RUNS / 2];
+        let code = self.copy_code(Vec::new())?;
         let mut tried = 0;
         for step in 0..steps {
             let place = || format!("step {step} of {steps}");
             self.machine.fail_at(Some(step));
-            let failed = tell(self, story, module).with_context(place)?;
-            self.same_code(&code).with_context(place)?;
+            let failed = sequences::run(self, sequence, module).with_context(place)?;
+            self.expect_code(&code).with_context(place)?;
             match self.machine.failed() {
-                Some(call) => somebody_was_told(failed, call).with_context(place)?,
+                Some(call) => expect_reported(failed, call).with_context(place)?,
                 None => ensure!(failed == 0, "{failed} calls failed by themselves"),
             }
             tried += u64::from(self.machine.failed().is_some());
@@ -249,8 +219,9 @@ impl<'v> Live<'v> {
         Ok((tried, steps))
     }
 
-    /// Has `piece` called with each piece of the kernel's own code, modules' aside, and how far into it that is.
-    fn code(&mut self, mut piece: impl FnMut(usize, &[u8])) -> Result<()> {
+    /// Calls `chunk` with the kernel's own code, without that of modules, chunk by chunk, and the
+    /// offset of each.
+    fn code(&mut self, mut chunk: impl FnMut(usize, &[u8])) -> Result<()> {
         let kernel = self.patcher.kernel(&mut self.machine)?;
         let (start, end) = (address(kernel, "_stext")?, address(kernel, "_etext")?);
         let memory = kernel.memory(self.machine.memory());
@@ -259,68 +230,69 @@ impl<'v> Live<'v> {
         for at in (0..len).step_by(CHUNK) {
             let bytes = &mut bytes[..CHUNK.min(len - at)];
             memory.read(start.add(at as u64), bytes)?;
-            piece(at, bytes);
+            chunk(at, bytes);
         }
         Ok(())
     }
 
-    /// Keeps the code as it is, in memory that is used again: under emulation, new memory is what takes time.
-    fn keep_code(&mut self, mut kept: Vec<u8>) -> Result<Vec<u8>> {
-        kept.clear();
-        self.code(|_, bytes| kept.extend_from_slice(bytes))?;
-        Ok(kept)
+    /// Copies the code as it is now, into memory that was used before: under emulation, new memory
+    /// takes most of the time.
+    fn copy_code(&mut self, mut copy: Vec<u8>) -> Result<Vec<u8>> {
+        copy.clear();
+        self.code(|_, bytes| copy.extend_from_slice(bytes))?;
+        Ok(copy)
     }
 
-    /// Fails when the code is not what it was.
-    fn same_code(&mut self, kept: &[u8]) -> Result<()> {
+    /// Checks that the code is what it was.
+    fn expect_code(&mut self, before: &[u8]) -> Result<()> {
         let mut first = None;
         self.code(|at, bytes| {
-            let was = kept.get(at..at + bytes.len()).unwrap_or_default();
+            let was = before.get(at..at + bytes.len()).unwrap_or_default();
             if first.is_none() && was != bytes {
                 let same = was.iter().zip(bytes).take_while(|(a, b)| a == b);
                 first = Some(at + same.count());
             }
         })?;
         match first {
-            Some(at) => bail!("other code is left, from _stext+{at:#x} on"),
+            Some(at) => bail!("the code is different from _stext+{at:#x} on"),
             None => Ok(()),
         }
     }
 }
 
-impl Subject for Live<'_> {
+impl FaultyGuest for LiveGuest<'_> {
     type Machine = VmMachine;
 
     fn parts(&mut self) -> (&mut FaultMachine<VmMachine>, &mut Patcher) {
         (&mut self.machine, &mut self.patcher)
     }
 
-    fn wait(&self, later: Duration) {
-        thread::sleep(later);
+    fn wait(&self, delay: Duration) {
+        thread::sleep(delay);
     }
 
-    fn note(&mut self) -> Result<()> {
+    fn take_snapshot(&mut self) -> Result<()> {
         let before = std::mem::take(&mut self.before);
-        self.before = self.keep_code(before)?;
+        self.before = self.copy_code(before)?;
         Ok(())
     }
 
-    fn unchanged(&mut self) -> Result<()> {
+    fn expect_unchanged(&mut self) -> Result<()> {
         let before = std::mem::take(&mut self.before);
-        let same = self.same_code(&before);
+        let unchanged = self.expect_code(&before);
         self.before = before;
-        same
+        unchanged
     }
 
-    /// Its clock ticks.
-    fn runs(&mut self) -> Result<()> {
-        ensure!(self.vm.state() == VmState::Running, "the guest stands");
+    /// Checks that the guest's clock ticks.
+    fn expect_running(&mut self) -> Result<()> {
+        ensure!(self.vm.state() == VmState::Running, "the guest is paused");
         let kernel = self.patcher.kernel(&mut self.machine)?;
         let ticks = address(kernel, "jiffies_64")?;
         let memory = kernel.memory(self.machine.memory());
-        let (first, until) = (memory.u64(ticks)?, Instant::now() + TICKS_WITHIN);
+        let (first, deadline) = (memory.u64(ticks)?, Instant::now() + TICKS_WITHIN);
         while memory.u64(ticks)? == first {
-            ensure!(Instant::now() < until, "the guest's clock stands");
+            ensure!(Instant::now() < deadline, "the guest's clock does not tick");
             thread::sleep(Duration::from_millis(1));
         }
         Ok(())

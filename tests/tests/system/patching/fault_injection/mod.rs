@@ -1,8 +1,9 @@
-//! Every step that changes a guest fails in turn: whatever was asked for is then undone or was not begun, the guest is as it was and
-//! runs, and the same asked again is done as if nothing had been.
+//! Every step that changes a guest fails in turn: the call is then undone or was not started, the
+//! guest is as it was and runs, and the same call made once more succeeds as if nothing had failed.
 //!
-//! The guest is a stock kernel's, dumped in the bed; what is tried on the dump runs on the host, where nothing is emulated. There all
-//! memory can be held against what it was. That a guest lives on is tried on one that runs ([`live`]).
+//! The guest is a stock kernel's, dumped in the bed; the core file is patched on the host, where
+//! nothing is emulated. There all memory can be compared with what it was. That a guest runs on
+//! afterwards is checked in one that runs ([`live`]).
 
 pub mod live;
 mod sequences;
@@ -11,98 +12,63 @@ use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use introspect::CoreFile;
-use patcher::{ErrorKind, Mode, Patcher};
+use patcher::{ErrorKind, Patcher};
 use tests::{core_machine::CoreMachine, fault_machine::FaultMachine};
 
-use self::sequences::{Call, Story, Subject, somebody_was_told, tell};
+use self::sequences::{FaultyGuest, Place, SAMPLE, Sequence, expect_reported, run};
 use crate::harness::assets::Assets;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 
-/// The dump, in the scenario's scratch folder.
+/// The core file, in the scenario's scratch folder.
 const CORE: &str = "faults.core";
-/// So many are made until all tasks are where they can be moved.
-const DUMPS: usize = 10;
-/// A kernel thread that wakes up for a moment has gone to sleep after this.
+/// How many core files are written at most until all tasks can switch in one.
+const MAX_DUMPS: usize = 10;
+/// How long a kernel thread takes at most to sleep again after it woke up for a moment.
 const BETWEEN_DUMPS: Duration = Duration::from_millis(30);
-/// A guest that is small: its memory is read many times.
+/// A small guest: its memory is read many times.
 const MEMORY_MIB: u32 = 256;
-const STORIES: [Story; 3] = [
-    Story {
-        file: "livepatch-sample",
-        name: "livepatch_sample",
-        calls: &[
-            Call::Apply(Mode::StopMachine),
-            Call::Revert(Mode::StopMachine),
-        ],
-    },
-    // Three tasks sleep in the function.
-    Story {
-        file: "pause",
-        name: "pause",
-        calls: &[
-            Call::Apply(Mode::PerTask),
-            Call::Look,
-            Call::Signal,
-            Call::Look,
-            Call::Cancel,
-            Call::Finish,
-        ],
-    },
-    Story {
-        file: "pause",
-        name: "pause",
-        calls: &[
-            Call::Apply(Mode::PerTask),
-            Call::Force,
-            Call::Finish,
-            Call::Revert(Mode::PerTask),
-            Call::Finish,
-        ],
-    },
-];
 
 pub fn scenarios() -> Vec<Scenario> {
     ["6.1", "6.12", "7.3"]
         .map(|generation| {
-            Scenario::new(
-                format!("fault_injection::every_step_{generation}"),
-                move |fixture| hand_over(fixture, generation),
-            )
-            .then(move |assets, folder| every_story(assets, folder, generation))
-            .extra_if(generation != "7.3")
+            let name = format!("fault_injection::every_step_{generation}");
+            Scenario::new(name, move |fixture| hand_over(fixture, generation))
+                .then(move |assets, folder| all_sequences(assets, folder, generation))
+                .extra_if(generation != "7.3")
         })
         .into_iter()
         .chain(live::scenarios())
         .collect()
 }
 
-/// In the bed: a guest with sleepers, dumped.
+/// In the bed: dumps a guest with sleepers.
 fn hand_over(fixture: &Fixture, generation: &str) -> Result<()> {
     let guest = fixture.boot_with(generation, 2, MEMORY_MIB, "")?;
     fixture.with(guest, |guest| {
         guest.sh("sleeper 10 & sleep 1")?;
         let kernel = fixture.kernel(generation)?;
-        let module = fs::read(kernel.patch(STORIES[0].file)?)?;
+        let module = fs::read(kernel.patch(SAMPLE)?)?;
         let core = fixture.scratch().join(CORE);
         let file = core.to_str().context("a scratch folder in UTF-8")?;
-        let mut why = String::new();
-        for _ in 0..DUMPS {
+        let mut reason = String::new();
+        for _ in 0..MAX_DUMPS {
             guest.outpatch().ok(&["dump", file])?;
-            why = match in_the_way(&core, &module)? {
+            reason = match blocked_by(&core, &module)? {
                 None => return Ok(()),
-                Some(why) => why,
+                Some(reason) => reason,
             };
             fs::remove_file(&core)?;
             thread::sleep(BETWEEN_DUMPS);
         }
-        bail!("in none of {DUMPS} moments could all tasks be moved: {why}")
+        bail!("in none of {MAX_DUMPS} core files could all tasks switch: {reason}")
     })
 }
 
-/// Why not all tasks of a dump can be moved at once: a dump can be of a moment in which some kernel thread runs through code that no
-/// stack can be relied on in, and the guest in it never gets on.
-fn in_the_way(core: &Path, module: &[u8]) -> Result<Option<String>> {
+/// Why not all tasks of a core file can switch at once, if so: the guest may have been dumped while
+/// a kernel thread was in code in which its stack is not reliable, and in a core file it never
+/// leaves that code.
+fn blocked_by(core: &Path, module: &[u8]) -> Result<Option<String>> {
     let mut machine = CoreMachine::load(&CoreFile::open(core)?)?;
     match Patcher::new().check(&mut machine, module) {
         Ok(report) if report.at_once => Ok(None),
@@ -112,59 +78,59 @@ fn in_the_way(core: &Path, module: &[u8]) -> Result<Option<String>> {
     }
 }
 
-/// On the host.
-fn every_story(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
+/// On the host: tries every sequence in the core file.
+fn all_sequences(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
     let kernel = assets.kernels.get(generation).context("no such kernel")?;
     let core = CoreFile::open(&folder.join(CORE))?;
-    let mut dump = Dump {
+    let mut guest = CoreGuest {
         machine: FaultMachine::new(CoreMachine::load(&core)?),
         patcher: Patcher::new(),
         before: BTreeMap::new(),
     };
-    for story in &STORIES {
-        let file = fs::read(kernel.patch(story.file)?)?;
-        let tried = every_step(&mut dump, story, &file)
-            .with_context(|| format!("{generation}: {:?}", story.calls))?;
+    for sequence in sequences::all(Place::Core) {
+        let file = fs::read(kernel.patch(sequence.file)?)?;
+        let steps = every_step(&mut guest, sequence, &file)
+            .with_context(|| format!("{generation}: {:?}", sequence.calls))?;
         println!(
-            "{generation}: {}: each of {tried} steps failed once, {:?}",
-            story.name, story.calls
+            "{generation}: {}: each of {steps} steps failed once, {:?}",
+            sequence.name, sequence.calls
         );
     }
     Ok(())
 }
 
-/// How many steps there were to fail.
-fn every_step(dump: &mut Dump, story: &Story, module: &[u8]) -> Result<u64> {
-    dump.begin(None)?;
-    let failed = tell(dump, story, module).context("with no fault")?;
+/// Runs the sequence once for each of its steps, which fails. Returns how many steps there are.
+fn every_step(guest: &mut CoreGuest, sequence: &Sequence, module: &[u8]) -> Result<u64> {
+    guest.start(None)?;
+    let failed = run(guest, sequence, module).context("with no fault")?;
     ensure!(failed == 0, "{failed} calls failed by themselves");
-    let steps = dump.machine.steps();
-    let changes = dump.changes()?;
+    let steps = guest.machine.steps();
+    let changes = guest.changes()?;
     for step in 0..steps {
         let place = || format!("step {step} of {steps}");
-        dump.begin(Some(step))?;
-        let failed = tell(dump, story, module).with_context(place)?;
+        guest.start(Some(step))?;
+        let failed = run(guest, sequence, module).with_context(place)?;
         ensure!(
-            dump.changes()? == changes,
-            "step {step}: the guest ends otherwise"
+            guest.changes()? == changes,
+            "step {step}: the guest's memory is different at the end"
         );
-        let call = dump.machine.failed().context("nothing failed")?;
-        somebody_was_told(failed, call).with_context(place)?;
+        let call = guest.machine.failed().context("nothing failed")?;
+        expect_reported(failed, call).with_context(place)?;
     }
     Ok(steps)
 }
 
-/// A guest out of a dump.
-struct Dump {
+/// A guest from a core file.
+struct CoreGuest {
     machine: FaultMachine<CoreMachine>,
     patcher: Patcher,
-    /// Written pages, before the call that is made.
+    /// The pages written so far, before the call that is made.
     before: BTreeMap<u64, Vec<u8>>,
 }
 
-impl Dump {
-    /// As it was dumped, with nothing known of it.
-    fn begin(&mut self, fail_at: Option<u64>) -> Result<()> {
+impl CoreGuest {
+    /// Restores the guest as it was dumped, with a patcher that knows nothing of it.
+    fn start(&mut self, fail_at: Option<u64>) -> Result<()> {
         self.machine.get_mut().restore()?;
         self.machine.fail_at(fail_at);
         self.patcher = Patcher::new();
@@ -176,28 +142,28 @@ impl Dump {
     }
 }
 
-impl Subject for Dump {
+impl FaultyGuest for CoreGuest {
     type Machine = CoreMachine;
 
     fn parts(&mut self) -> (&mut FaultMachine<CoreMachine>, &mut Patcher) {
         (&mut self.machine, &mut self.patcher)
     }
 
-    fn wait(&self, _later: Duration) {}
+    fn wait(&self, _delay: Duration) {}
 
-    fn note(&mut self) -> Result<()> {
+    fn take_snapshot(&mut self) -> Result<()> {
         self.before = self.machine.get().written()?;
         Ok(())
     }
 
-    fn unchanged(&mut self) -> Result<()> {
+    fn expect_unchanged(&mut self) -> Result<()> {
         let changes = self.machine.get().changes_since(&self.before)?;
         ensure!(changes.is_empty(), "it left {changes:x?}");
         Ok(())
     }
 
-    fn runs(&mut self) -> Result<()> {
-        ensure!(self.machine.get().runs(), "the guest stands");
+    fn expect_running(&mut self) -> Result<()> {
+        ensure!(self.machine.get().runs(), "the guest is paused");
         Ok(())
     }
 }

@@ -1,4 +1,6 @@
-//! What is asked for in a guest in which a step is to fail, and what has to hold then.
+//! Sequences of calls in a guest in which a step is made to fail, and what must hold then.
+//!
+//! Knows the calls and what is checked around each; must not know what kind of guest it is.
 
 use std::time::{Duration, Instant};
 
@@ -6,66 +8,171 @@ use anyhow::{Context, Result, bail, ensure};
 use patcher::{Machine, Mode, PatchError, PatchPhase, Patcher};
 use tests::fault_machine::FaultMachine;
 
-/// Looks that a transition may take: it goes to its end by itself, or was kept from it only by what then left.
-const MOST_LOOKS: u32 = 20;
+/// How many pauses a transition may take: it completes by itself, or was kept from completing only
+/// by tasks that then left the function.
+const MAX_PAUSES: u32 = 20;
 
-/// What is asked for, one after the other.
+/// A call to the patcher.
 #[derive(Clone, Copy, Debug)]
 pub enum Call {
     Apply(Mode),
-    /// One look at the running transition.
-    Look,
-    /// Looks until no transition runs.
-    Finish,
-    /// The fake signal, if a transition runs still.
+    /// One pause of the running transition.
+    Poll,
+    /// Pauses until no transition is running.
+    Complete,
+    /// The fake signal, if a transition is still running.
     Signal,
     Cancel,
     Force,
     Revert(Mode),
 }
 
-/// What happens to one patch, from a guest without it to a guest without it.
+/// Where a sequence is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the core file of a guest, in which nothing runs.
+    Core,
+    /// In a running guest under load.
+    LiveGuest,
+}
+
+/// Calls for one patch, from a guest without it to a guest without it.
 #[derive(Clone, Copy, Debug)]
-pub struct Story {
+pub struct Sequence {
+    pub place: Place,
+    /// The patch's file, without `.ko`.
     pub file: &'static str,
+    /// The name of its module.
     pub name: &'static str,
     pub calls: &'static [Call],
 }
 
-/// A guest in which it happens.
-pub trait Subject {
+/// The patch whose function no task of the core file is in.
+pub const SAMPLE: &str = "livepatch-sample";
+
+/// All sequences. Sleepers are in the function of `pause`, and keep its transition from completing
+/// until they are signalled, or the transition is cancelled or forced. In the running guest, tasks
+/// call the function of `getpid` all the time.
+const SEQUENCES: [Sequence; 6] = [
+    Sequence {
+        place: Place::Core,
+        file: SAMPLE,
+        name: "livepatch_sample",
+        calls: &[
+            Call::Apply(Mode::StopMachine),
+            Call::Revert(Mode::StopMachine),
+        ],
+    },
+    Sequence {
+        place: Place::Core,
+        file: "pause",
+        name: "pause",
+        calls: &[
+            Call::Apply(Mode::PerTask),
+            Call::Poll,
+            Call::Signal,
+            Call::Poll,
+            Call::Cancel,
+            Call::Complete,
+        ],
+    },
+    Sequence {
+        place: Place::Core,
+        file: "pause",
+        name: "pause",
+        calls: &[
+            Call::Apply(Mode::PerTask),
+            Call::Force,
+            Call::Complete,
+            Call::Revert(Mode::PerTask),
+            Call::Complete,
+        ],
+    },
+    Sequence {
+        place: Place::LiveGuest,
+        file: "getpid",
+        name: "getpid",
+        calls: &[
+            Call::Apply(Mode::PerTask),
+            Call::Complete,
+            Call::Revert(Mode::PerTask),
+            Call::Complete,
+        ],
+    },
+    Sequence {
+        place: Place::LiveGuest,
+        file: "pause",
+        name: "pause",
+        calls: &[
+            Call::Apply(Mode::PerTask),
+            Call::Poll,
+            Call::Cancel,
+            Call::Complete,
+        ],
+    },
+    Sequence {
+        place: Place::LiveGuest,
+        file: "pause",
+        name: "pause",
+        calls: &[
+            Call::Apply(Mode::PerTask),
+            Call::Signal,
+            Call::Complete,
+            Call::Revert(Mode::PerTask),
+            Call::Signal,
+            Call::Complete,
+        ],
+    },
+];
+
+/// The sequences that are tried in one kind of guest.
+pub fn all(place: Place) -> impl Iterator<Item = &'static Sequence> {
+    SEQUENCES
+        .iter()
+        .filter(move |sequence| sequence.place == place)
+}
+
+/// A guest in which a sequence is tried.
+pub trait FaultyGuest {
     type Machine: Machine;
 
     /// What calls are made with.
     fn parts(&mut self) -> (&mut FaultMachine<Self::Machine>, &mut Patcher);
-    /// Between two looks.
-    fn wait(&self, later: Duration);
-    /// Notes what a call that fails must leave alone.
-    fn note(&mut self) -> Result<()>;
-    /// Nothing of that has changed.
-    fn unchanged(&mut self) -> Result<()>;
-    /// The guest runs.
-    fn runs(&mut self) -> Result<()>;
+    /// Waits between two pauses.
+    fn wait(&self, delay: Duration);
+    /// Takes a snapshot of what a call that fails must not change.
+    fn take_snapshot(&mut self) -> Result<()>;
+    /// Checks that this has not changed since.
+    fn expect_unchanged(&mut self) -> Result<()>;
+    /// Checks that the guest runs.
+    fn expect_running(&mut self) -> Result<()>;
 }
 
-/// How many calls of the story failed: those that did were made once more, and done.
-pub fn tell(subject: &mut impl Subject, story: &Story, module: &[u8]) -> Result<u64> {
+/// Makes the calls of the sequence. Returns how many of them failed; each of those was made once
+/// more, and succeeded.
+pub fn run(guest: &mut impl FaultyGuest, sequence: &Sequence, module: &[u8]) -> Result<u64> {
     let mut failed = 0;
-    for call in story.calls {
-        failed += u64::from(!one(subject, story, module, *call)?);
+    for call in sequence.calls {
+        failed += u64::from(!succeeds_at_once(guest, sequence, module, *call)?);
     }
-    let (_, patcher) = subject.parts();
+    let (_, patcher) = guest.parts();
     let status = patcher.status();
     let left = (status.iter()).any(|patch| patch.phase != PatchPhase::Reverted);
     ensure!(!left, "{status:?}");
     Ok(failed)
 }
 
-/// One call, and once more if it failed. False: it did fail.
-fn one(subject: &mut impl Subject, story: &Story, module: &[u8], call: Call) -> Result<bool> {
-    subject.note()?;
-    let first = make(subject, story, module, call);
-    subject.runs().with_context(|| format!("after {call:?}"))?;
+/// Makes a call, and once more if it failed: then false.
+fn succeeds_at_once(
+    guest: &mut impl FaultyGuest,
+    sequence: &Sequence,
+    module: &[u8],
+    call: Call,
+) -> Result<bool> {
+    guest.take_snapshot()?;
+    let first = make(guest, sequence, module, call);
+    let running = guest.expect_running();
+    running.with_context(|| format!("after {call:?}"))?;
     let Err(error) = first else {
         return Ok(true);
     };
@@ -73,53 +180,57 @@ fn one(subject: &mut impl Subject, story: &Story, module: &[u8], call: Call) -> 
         !matches!(error, PatchError::Undo { .. }),
         "{call:?}: {error}"
     );
-    // A call of several looks fails between two of them.
-    if !matches!(call, Call::Finish) {
-        let unchanged = subject.unchanged();
+    // A call with several pauses fails between two of them.
+    if !matches!(call, Call::Complete) {
+        let unchanged = guest.expect_unchanged();
         unchanged.with_context(|| format!("{call:?} failed ({error})"))?;
     }
-    match make(subject, story, module, call) {
+    match make(guest, sequence, module, call) {
         Ok(()) => Ok(false),
-        Err(again) => bail!("{call:?} failed ({error}), and again: {again}"),
+        Err(second) => bail!("{call:?} failed ({error}), and once more: {second}"),
     }
 }
 
 fn make(
-    subject: &mut impl Subject,
-    story: &Story,
+    guest: &mut impl FaultyGuest,
+    sequence: &Sequence,
     module: &[u8],
     call: Call,
 ) -> Result<(), PatchError> {
-    let (machine, patcher) = subject.parts();
+    let (machine, patcher) = guest.parts();
     match call {
         Call::Apply(mode) => patcher.apply(machine, module, mode).map(drop),
-        Call::Look => patcher.poll(machine),
-        Call::Finish => finish(subject),
+        Call::Poll => patcher.poll(machine),
+        Call::Complete => complete(guest),
         Call::Signal if !patcher.status().iter().any(|patch| patch.transition) => Ok(()),
-        Call::Signal => patcher.signal(machine, story.name, Duration::ZERO),
-        Call::Cancel => patcher.cancel(machine, story.name),
-        Call::Force => patcher.force(machine, story.name),
-        Call::Revert(mode) => patcher.revert(machine, story.name, mode),
+        Call::Signal => patcher.signal(machine, sequence.name, Duration::ZERO),
+        Call::Cancel => patcher.cancel(machine, sequence.name),
+        Call::Force => patcher.force(machine, sequence.name),
+        Call::Revert(mode) => patcher.revert(machine, sequence.name, mode),
     }
 }
 
-fn finish(subject: &mut impl Subject) -> Result<(), PatchError> {
-    for _ in 0..MOST_LOOKS {
-        let (machine, patcher) = subject.parts();
+fn complete(guest: &mut impl FaultyGuest) -> Result<(), PatchError> {
+    for _ in 0..MAX_PAUSES {
+        let (machine, patcher) = guest.parts();
         patcher.poll(machine)?;
         match patcher.due() {
-            Some(due) => subject.wait(due.saturating_duration_since(Instant::now())),
+            Some(due) => guest.wait(due.saturating_duration_since(Instant::now())),
             None => break,
         }
     }
     Ok(())
 }
 
-/// `failed` calls failed of a story in which a `call` to the machine was made to. What may fail without a word is only what need not
-/// succeed: an interrupt that hastens things. And where all was done and the guest then does not go on, that is no reason to say that
+/// Checks that a failure was reported: `failed` calls of a sequence failed in which a `call` to the
+/// machine was made to fail. Only what need not succeed may fail without a report: an interrupt,
+/// which only makes tasks switch sooner; and a resume after all was done, which does not mean that
 /// it was not done.
-pub fn somebody_was_told(failed: u64, call: &str) -> Result<()> {
+pub fn expect_reported(failed: u64, call: &str) -> Result<()> {
     let silent = ["interrupt", "resume"].contains(&call);
-    ensure!(failed == 1 || silent, "{call} failed and nobody was told");
+    ensure!(
+        failed == 1 || silent,
+        "{call} failed and no call reported it"
+    );
     Ok(())
 }
