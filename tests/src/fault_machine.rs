@@ -1,12 +1,13 @@
-//! A machine that fails once, where it is told to; all else is up to the machine inside.
+//! A machine that fails once, at a requested step, and otherwise passes all calls to another machine.
 //!
-//! Steps are all calls that can fail: the vCPUs stopped, read and started, each write, hidden memory, interrupts.
+//! Steps are all calls that can fail: pause, resume, the vCPUs' registers, each write, hidden memory,
+//! interrupts.
 
 use introspect::VcpuRegs;
 use patcher::{Machine, MachineError};
 use vm_memory::GuestAddress;
 
-/// The machine.
+/// A machine with one fault.
 #[derive(Debug)]
 pub struct FaultMachine<M> {
     inner: M,
@@ -16,7 +17,7 @@ pub struct FaultMachine<M> {
 }
 
 impl<M: Machine> FaultMachine<M> {
-    /// One that does not fail by itself.
+    /// A machine that fails only when `inner` does.
     pub fn new(inner: M) -> FaultMachine<M> {
         FaultMachine {
             inner,
@@ -26,36 +27,37 @@ impl<M: Machine> FaultMachine<M> {
         }
     }
 
-    /// From now on, the step with this number fails, counted from 0.
+    /// Makes the step with this number fail, counted from 0 from now on; none if `None`.
     pub fn fail_at(&mut self, step: Option<u64>) {
         self.steps = 0;
         self.fail_at = step;
         self.failed = None;
     }
 
-    /// Which call was made to fail, if any was yet.
+    /// The name of the call that was made to fail, if the step was reached.
     #[must_use]
     pub fn failed(&self) -> Option<&'static str> {
         self.failed
     }
 
-    /// How many steps were asked for since [`fail_at`](Self::fail_at).
+    /// How many steps there were since [`fail_at`](Self::fail_at).
     #[must_use]
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// The machine inside.
+    /// The other machine.
     #[must_use]
     pub fn get(&self) -> &M {
         &self.inner
     }
 
-    /// The machine inside, to change.
+    /// The other machine, to change it.
     pub fn get_mut(&mut self) -> &mut M {
         &mut self.inner
     }
 
+    /// Counts a step, and fails it if it is the requested one.
     fn step(
         &mut self,
         call: &'static str,
@@ -86,7 +88,7 @@ impl<M: Machine> Machine for FaultMachine<M> {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        // The guest runs even so: one that stands says nothing of what was done to it.
+        // The guest is resumed even so: whether it still works shows only when it runs.
         self.inner.resume()?;
         self.step("resume", MachineError::Vcpu)
     }

@@ -1,6 +1,7 @@
-//! Cores of a stock 6.1 guest with so many sleeping processes: made once in the test bed, and kept in the cache.
+//! Core files of stock 6.1 guests with many sleeping processes, for the benches: made once in the
+//! test bed, and kept in the cache. Each is of a guest of its own.
 //!
-//! Each core has a guest of its own. Knows guests and files, nothing of what is measured.
+//! Knows guests and files; must not know what is measured.
 
 use std::{
     env, fs,
@@ -19,49 +20,51 @@ use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
-/// How many sleepers the guest of each core has. Two of ten have another process or thread that sleeps with them.
+/// How many sleepers the guest of each core file has. Two of ten have another process or thread that
+/// sleeps with them.
 pub const SIZES: [u32; 6] = [10, 100, 1_000, 5_000, 10_000, 20_000];
 /// The argument that says to the fixture that it is in the bed, in front of what to do there.
 pub const INSIDE: &str = "--capture-inside";
 
-/// The kernel of the cores.
+/// The generation of the guests' kernel.
 pub const GENERATION: Generation = Generation::V6_1;
-/// A sleeper takes about 100 KiB: its stack, its page tables, its own pages.
+/// The memory of a guest. A sleeper takes about 100 KiB: its stack, its page tables, its own pages.
 const GUEST_MIB: u32 = 3 << 10;
+/// The memory of the bed.
 const BED_MIB: u32 = 5 << 10;
-/// How long all may take; ten times what it takes on an idle machine.
+/// How long all of it may take: ten times what it takes on an idle host.
 const LIMIT: Duration = Duration::from_secs(3000);
 /// How long one dump may take.
 const DUMP_LIMIT: Duration = Duration::from_secs(600);
-/// How many seconds sleepers may take to sleep.
-const PATIENCE: u32 = 600;
-/// Goes up when cores are to be made anew.
+/// How many seconds it may take until all sleepers sleep.
+const MAX_START_SECONDS: u32 = 600;
+/// The version of the core files: a change makes them from scratch.
 const EDITION: &str = "1";
 
-/// One core.
+/// A core file.
 #[derive(Clone, Debug)]
 pub struct Core {
     /// How many sleepers its guest had.
     pub sleepers: u32,
-    /// The file.
+    /// The path of the file.
     pub path: PathBuf,
 }
 
-/// What to do in the bed.
+/// What is to be done in the bed.
 #[derive(Debug, Serialize, Deserialize)]
 struct Plan {
     binary: PathBuf,
     stock: PreparedKernel,
     /// How many sleepers each guest is to have.
     sizes: Vec<u32>,
-    /// Where the cores go.
+    /// The folder for the core files.
     folder: PathBuf,
 }
 
-/// Every core, smallest first, and the kernel's release. They are made if they are not there.
+/// The kernel's release, and all core files, smallest first. Those that do not exist are made.
 ///
 /// # Errors
-/// When no guest could be had or driven; the cores that there are by then are kept.
+/// When a guest cannot be booted or dumped; the core files that exist by then are kept.
 pub fn all() -> Result<(String, Vec<Core>)> {
     let cache = Cache::open()?;
     let stock = PreparedKernel::prepare(Order {
@@ -84,7 +87,7 @@ pub fn all() -> Result<(String, Vec<Core>)> {
     if !missing.is_empty() {
         let staging = cache.stage()?;
         let captured = capture(&stock, staging.path(), &missing);
-        // A core has its name once it is whole: it is kept whatever became of the others.
+        // A core file gets its name once it is complete, and is kept if others fail.
         for name in missing.iter().map(|sleepers| name(*sleepers)) {
             let core = staging.path().join(&name);
             if core.exists() {
@@ -104,7 +107,7 @@ fn name(sleepers: u32) -> String {
     format!("{sleepers}.core")
 }
 
-/// On the host: starts this program again inside the bed.
+/// On the host: starts this program a second time, inside the bed.
 fn capture(stock: &PreparedKernel, folder: &Path, sizes: &[u32]) -> Result<()> {
     println!(
         "capturing cores of Linux {} with {sizes:?} sleepers in the test bed: some minutes, once",
@@ -131,10 +134,10 @@ fn capture(stock: &PreparedKernel, folder: &Path, sizes: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// In the bed: a guest, and a dump of it, for each number of sleepers.
+/// In the bed: boots and dumps a guest for each number of sleepers.
 ///
 /// # Errors
-/// When a guest does not do as it is told.
+/// When a guest cannot be booted or dumped.
 pub fn inside(plan: &Path) -> Result<()> {
     let plan: Plan = serde_json::from_slice(&fs::read(plan)?)?;
     let spec = GuestSpec {
@@ -148,21 +151,22 @@ pub fn inside(plan: &Path) -> Result<()> {
     };
     for sleepers in plan.sizes {
         let path = plan.folder.join(name(sleepers));
-        one(&spec, sleepers, &path).with_context(|| format!("{sleepers} sleepers"))?;
+        boot_and_dump(&spec, sleepers, &path).with_context(|| format!("{sleepers} sleepers"))?;
     }
     Ok(())
 }
 
-fn one(spec: &GuestSpec, sleepers: u32, path: &Path) -> Result<()> {
+fn boot_and_dump(spec: &GuestSpec, sleepers: u32, path: &Path) -> Result<()> {
     let mut guest = Guest::boot(spec, &env::temp_dir())?;
-    // More processes than a guest of its size allows itself.
+    // More processes than a guest of this size permits by default.
     let limits =
         ["threads-max", "pid_max"].map(|of| format!("echo 100000 > /proc/sys/kernel/{of}"));
     guest.sh(&limits.join(" && "))?;
     start_sleepers(&mut guest, sleepers)?;
     let file = path.to_str().context("a path in UTF-8")?;
     let start = Instant::now();
-    // The command gives up before an emulated VMM has written so much, and says that it may still be done.
+    // The command stops waiting before an emulated VMM has written that much, and reports that the
+    // dump may still complete.
     if let Err(error) = guest.outpatch().json(&["dump", file]) {
         while !path.exists() {
             if start.elapsed() > DUMP_LIMIT {
@@ -172,25 +176,27 @@ fn one(spec: &GuestSpec, sleepers: u32, path: &Path) -> Result<()> {
         }
     }
     println!("{sleepers} sleepers: dumped in {:?}", start.elapsed());
-    // What is in it is no longer needed, and 20,000 processes take long to end.
+    // The guest is not powered off: 20,000 processes take long to end.
     drop(guest);
     Ok(())
 }
 
-/// Starts so many, and waits until all sleep.
+/// Starts this many sleepers, and waits until all sleep.
 fn start_sleepers(guest: &mut Guest, sleepers: u32) -> Result<()> {
-    // Of /proc/loadavg, the fourth word is the number of tasks that run and of all tasks.
+    // The fourth word of /proc/loadavg is the number of running tasks and of all tasks.
     let script = format!(
-        "look() {{ read a b c tasks rest < /proc/loadavg; }}; look
+        "count() {{ read a b c tasks rest < /proc/loadavg; }}; count
          want=$((${{tasks#*/}} + {sleepers} * 12 / 10)); waited=0
-         sleeper {sleepers} & sleep 1; look
+         sleeper {sleepers} & sleep 1; count
          until [ ${{tasks#*/}} -ge $want ] && [ ${{tasks%/*}} = 1 ]; do
-             if [ $waited -ge {PATIENCE} ]; then echo $tasks of $want; dmesg | tail; false; break; fi
-             waited=$((waited + 1)); sleep 1; look
+             if [ $waited -ge {MAX_START_SECONDS} ]; then
+                 echo $tasks of $want; dmesg | tail; false; break
+             fi
+             waited=$((waited + 1)); sleep 1; count
          done"
     );
     guest.sh_within(&script, LIMIT)?;
-    // The bed is slow: the last ones are still on their way.
+    // The bed is slow: the last ones may still be about to sleep.
     guest.sh("sleep 2")?;
     Ok(())
 }

@@ -1,25 +1,29 @@
-//! A guest's own listing of its threads and their kernel stacks, and ours in the same words.
+//! A guest's own listing of its threads and their kernel stacks, and the stacks that outpatch prints
+//! in the same form.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-/// Has a guest's shell print `T PID COMM` for every thread, and then the lines of its stack; not of the shell's own.
-pub const COMMAND: &str = "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; [ $p = $$ ] || cat $t/stack; done";
+/// A shell command that prints `T PID COMM` for every thread, followed by the lines of its stack
+/// unless it is the shell itself.
+pub const COMMAND: &str = "for t in /proc/[0-9]*/task/[0-9]*; do p=${t##*/}; \
+    [ -e $t/comm ] || continue; echo \"T $p $(cat $t/comm)\"; [ $p = $$ ] || cat $t/stack; done";
 
-/// The frames in what `/proc/PID/stack` says.
+/// The frames in the text of `/proc/PID/stack`.
 #[must_use]
 pub fn guest_frames(text: &str) -> Vec<String> {
     let lines = text.lines().filter_map(|line| line.strip_prefix("[<0>] "));
     lines.map(|frame| frame.trim().to_owned()).collect()
 }
 
-/// `TASK_COMM_LEN`, less the NUL.
+/// `TASK_COMM_LEN` without the NUL.
 const COMM_LEN: usize = 15;
 
-/// Whether `/proc` shows `comm` as `shown`: it adds a worker's work (`kernel/workqueue.c: wq_worker_comm`), and gives a kernel
-/// thread's name in full (`fs/proc/array.c: proc_task_name`).
+/// Whether `/proc` shows `comm` as `shown`: it adds the work of a worker
+/// (`kernel/workqueue.c: wq_worker_comm`), and shows the name of a kernel thread in full
+/// (`fs/proc/array.c: proc_task_name`).
 #[must_use]
 pub fn is_named(comm: &str, shown: &str) -> bool {
     match shown.strip_prefix(comm) {
@@ -31,13 +35,13 @@ pub fn is_named(comm: &str, shown: &str) -> bool {
     }
 }
 
-/// Of each thread, by its number: the name, and the frames from the innermost on.
+/// Each thread's name and its frames, innermost first, by thread ID.
 pub type Stacks = BTreeMap<i64, (String, Vec<String>)>;
 
-/// What [`COMMAND`] printed.
+/// Parses what [`COMMAND`] printed.
 ///
 /// # Errors
-/// When it is something else.
+/// When the text has another form.
 pub fn parse(listing: &str) -> Result<Stacks> {
     let mut stacks = Stacks::new();
     let mut current = None;
@@ -52,13 +56,14 @@ pub fn parse(listing: &str) -> Result<Stacks> {
                 frames.push(frame.trim().to_owned());
             }
         } else if !line.trim().is_empty() {
-            bail!("a line that is no frame: {line:?}");
+            bail!("a line that is not a frame: {line:?}");
         }
     }
     Ok(stacks)
 }
 
-/// Our frames as the guest prints them, less the scheduler's own (`stack_trace_save_tsk` leaves those out).
+/// The frames that outpatch prints as JSON, as the guest prints them: without the scheduler's own,
+/// which `stack_trace_save_tsk` leaves out.
 ///
 /// # Errors
 /// When a frame has no symbol.
