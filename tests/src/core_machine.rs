@@ -1,5 +1,5 @@
-//! A guest from a core file, in memory, that can be written and in which nothing runs: it shows what
-//! a patch changes in a guest, without changes that the guest makes itself.
+//! A guest from a core file, in memory, that can be written and in which nothing runs: it shows
+//! what a patch changes in a guest, without changes that the guest makes itself.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -88,8 +88,9 @@ impl CoreMachine {
         Ok(pages)
     }
 
-    /// The differences between RAM now and at `before`, which [`written`](Self::written) returned: for
-    /// each page, the address of the first byte that differs, and all bytes from it to the last.
+    /// The differences between RAM now and at `before`, which [`written`](Self::written) returned:
+    /// for each page, the address of the first byte that differs, and all bytes from it to the
+    /// last.
     ///
     /// # Errors
     /// When a page cannot be read.

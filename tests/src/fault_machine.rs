@@ -1,7 +1,8 @@
-//! A machine that fails once, at a requested step, and otherwise passes all calls to another machine.
+//! A machine that fails once, at a requested step, and otherwise passes all calls to another
+//! machine.
 //!
-//! Steps are all calls that can fail: pause, resume, the vCPUs' registers, each write, hidden memory,
-//! interrupts.
+//! Steps are all calls that can fail: pause, resume, the vCPUs' registers, each write, hidden
+//! memory, interrupts.
 
 use introspect::VcpuRegs;
 use patcher::{Machine, MachineError};

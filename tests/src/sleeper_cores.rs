@@ -20,10 +20,10 @@ use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};
 use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
-/// How many sleepers the guest of each core file has. Two of ten have another process or thread that
-/// sleeps with them.
+/// How many sleepers the guest of each core file has. Two of ten have another process or thread
+/// that sleeps with them.
 pub const SIZES: [u32; 6] = [10, 100, 1_000, 5_000, 10_000, 20_000];
-/// The argument that says to the fixture that it is in the bed, in front of what to do there.
+/// The argument with which a bench is started inside the bed, before the file with the plan.
 pub const INSIDE: &str = "--capture-inside";
 
 /// The generation of the guests' kernel.
@@ -44,7 +44,7 @@ const EDITION: &str = "1";
 /// A core file.
 #[derive(Clone, Debug)]
 pub struct Core {
-    /// How many sleepers its guest had.
+    /// The number of sleepers in its guest.
     pub sleepers: u32,
     /// The path of the file.
     pub path: PathBuf,

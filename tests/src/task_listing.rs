@@ -1,5 +1,5 @@
-//! A guest's own listing of its threads and their kernel stacks, and the stacks that outpatch prints
-//! in the same form.
+//! A guest's own listing of its threads and their kernel stacks, and the stacks that outpatch
+//! prints in the same form.
 
 use std::collections::BTreeMap;
 

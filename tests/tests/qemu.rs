@@ -1,5 +1,5 @@
-//! Core files that QEMU's `dump-guest-memory` writes, of stock kernels under QEMU: the same tasks and
-//! stacks as the guest lists itself.
+//! Core files that QEMU's `dump-guest-memory` writes, of stock kernels under QEMU: the same tasks
+//! and stacks as the guest lists itself.
 
 use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
 
@@ -94,7 +94,8 @@ fn compare(stock: &PreparedKernel, scratch: &Path) -> Result<usize> {
 /// The guest's listing of its threads, with many sleepers among them.
 fn own_listing(guest: &mut Emulated) -> Result<String> {
     let console = guest.console();
-    // The guest puts the markers together, so that the echo of the command line does not contain them.
+    // The guest puts the markers together, so that the echo of the command line does not contain
+    // them.
     console.type_in(&format!(
         "stty -echo; sleeper 60 & sleep 3; printf '<%s>\\n' begin; {}; printf '<%s>\\n' end\n",
         task_listing::COMMAND

@@ -1,8 +1,9 @@
-//! How fast a guest's kernel, tasks and stacks are read, on cores of a stock kernel with 100 to 20,000 sleeping processes.
+//! How fast a guest's kernel, tasks and stacks are read, on core files of a stock kernel with 10 to
+//! 20,000 sleeping processes.
 //!
-//! `cargo bench -p tests` captures the cores where the cache has none (one boot in the test bed), lets Criterion measure
-//! CPU time, then prints a table over all sizes with the time on the clock, too, the memory it takes and, where drgn is installed, the
-//! ratio to it.
+//! `cargo bench -p tests` makes the core files that are not in the cache (in the test bed), lets
+//! Criterion measure CPU time, then prints a table over all sizes that also has the elapsed time,
+//! the memory that is used and, where drgn is installed, how many times as fast introspect is.
 
 mod cpu;
 mod drgn;
@@ -19,7 +20,7 @@ use crate::report::Figures;
 use crate::subject::Subject;
 use tests::sleeper_cores::{self, Core, SIZES};
 
-/// The size that the goals are for.
+/// The number of sleepers that the goals are for.
 const MAIN: u32 = 5_000;
 /// The group that shows the cost over the number of tasks.
 const ALL_STACKS: &str = "all stacks";
@@ -65,7 +66,7 @@ fn bench(words: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The cost of all stacks, on each size.
+/// Measures reading all stacks.
 fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     for (name, memory) in subject.memories() {
@@ -83,7 +84,7 @@ fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Res
     Ok(())
 }
 
-/// Each step on its own.
+/// Measures each step separately.
 fn steps(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     for (name, memory) in subject.memories() {
@@ -118,10 +119,11 @@ fn summary(release: &str, cores: &[Core]) -> Result<()> {
     }
     let (core, figures) = main.with_context(|| format!("{MAIN} is not among {SIZES:?}"))?;
     println!(
-        "\ngoals, for {MAIN} sleepers: first contact 50 ms, all stacks 20 ms and 2M frames/s, memory 64 MiB\nmemory: {:.1} MiB at the most, unwind data, symbols and types included",
+        "\ngoals, for {MAIN} sleepers: first contact 50 ms, all stacks 20 ms and 2M frames/s, \
+         memory 64 MiB\nmemory: at most {:.1} MiB, with unwind data, symbols and types",
         report::peak_memory(core)?
     );
-    drgn::beside(core, release, &figures)?;
+    drgn::compare(core, release, &figures)?;
     println!("\nplot of the cost over tasks: target/criterion/{ALL_STACKS}/report/lines.svg");
     Ok(())
 }

@@ -2,8 +2,8 @@
 //! a nested test bed.
 //!
 //! Each scenario runs in a bed of its own, in a process of its own: this binary, started a second
-//! time inside. A guest that is lost before outpatch first touched it is a failure of the bed: it is
-//! reported and counted, and the boot is tried once more. A guest that is lost later fails its
+//! time inside. A guest that is lost before outpatch first touched it is a failure of the bed: it
+//! is reported and counted, and the boot is tried once more. A guest that is lost later fails its
 //! scenario. A bed that is lost, with all guests in it, is treated like a guest that does not boot:
 //! it is reported and counted, and the scenario is tried once more.
 

@@ -1,5 +1,5 @@
-//! The tasks and stacks of an idle guest, as outpatch reads them and as the guest lists them itself:
-//! every task, and every sleeping task's stack frame by frame.
+//! The tasks and stacks of an idle guest, as outpatch reads them and as the guest lists them
+//! itself: every task, and every sleeping task's stack frame by frame.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -25,8 +25,9 @@ pub fn equal_in(guest: &mut Guest) -> Result<usize> {
     let ps = outpatch.json(&["ps"])?;
     let tasks = ps.as_array().context("ps is no list")?;
     // Processes of the shell that lists /proc come and go, the shell itself changes its stack, and
-    // the kernel starts a worker now and then. So every thread that is in both of the guest's lists,
-    // before and after, must be in `ps` too, and every thread in `ps` must be in one of the two.
+    // the kernel starts a worker now and then. So every thread that is in both of the guest's
+    // lists, before and after, must be in `ps` too, and every thread in `ps` must be in one of the
+    // two.
     let in_ps: BTreeSet<i64> = tasks
         .iter()
         .filter_map(|task| task["pid"].as_i64())
@@ -100,9 +101,9 @@ fn both_run(outpatch: &Outpatch, tasks: &[Value]) -> Result<()> {
     bail!("a vCPU runs no task in {ATTEMPTS} lists one after the other")
 }
 
-/// Whether the stack of `pid` is reliable and equals the guest's, after the two were different: even
-/// in an idle guest some kernel threads wake up now and then. Both are read again, and compared if
-/// the task did not run in between. False if it ran in each attempt.
+/// Whether the stack of `pid` is reliable and equals the guest's, after the two were different:
+/// even in an idle guest some kernel threads wake up now and then. Both are read again, and
+/// compared if the task did not run in between. False if it ran in each attempt.
 fn same_stack(guest: &mut Guest, pid: i64) -> Result<bool> {
     let outpatch = guest.outpatch().clone();
     let read = |outpatch: &Outpatch| -> Result<Vec<String>> {

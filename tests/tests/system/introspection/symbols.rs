@@ -1,6 +1,6 @@
-//! `outpatch symbols` compared with the guest's own `/proc/kallsyms`: every line, in the same order,
-//! with modules and code that the kernel generates at runtime. Before that, in the same boot, tasks
-//! and stacks are compared with the guest's own: [`stacks`].
+//! `outpatch symbols` compared with the guest's own `/proc/kallsyms`: every line, in the same
+//! order, with modules and code that the kernel generates at runtime. Before that, in the same
+//! boot, tasks and stacks are compared with the guest's own: [`stacks`].
 
 use std::{fs, process::Command, time::Duration};
 
@@ -152,7 +152,8 @@ fn difference(guest: &mut Guest, text: &str) -> Result<String> {
         .map(|(a, b)| format!("\nguest    {a}\noutpatch {b}"))
         .collect();
     Ok(format!(
-        "{} lines where outpatch lists {}, in the first {CHUNK_LINES} that differ (number {same}): {}",
+        "{} lines where outpatch lists {}, in the first {CHUNK_LINES} that differ \
+         (number {same}): {}",
         listed.lines().count(),
         read.lines().count(),
         shown.concat()

@@ -215,8 +215,8 @@ pub fn back_in_the_function(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// The function that sleep-pause sleeps in, by the guest's own unwinder. That shows a stack once the
-/// task is off its CPU, and a task that has just switched may be about to sleep.
+/// The function that sleep-pause sleeps in, by the guest's own unwinder. That shows a stack once
+/// the task is off its CPU, and a task that has just switched may be about to sleep.
 pub fn pausing(guest: &mut Guest) -> Result<String> {
     let stack = guest.sh("p=$(grep -l '^sleep-pause$' /proc/[0-9]*/comm | head -1)
 for n in $(seq 100); do s=$(head -1 ${p%comm}stack); [ -n \"$s\" ] && break; sleep 0.1; done

@@ -1,4 +1,5 @@
-//! The oldest and the newest kernel: they boot, and a patch works there or is refused with a reason.
+//! The oldest and the newest kernel: they boot, and a patch works there or is refused with a
+//! reason.
 
 use anyhow::{Result, ensure};
 use guests::drive::Guest;

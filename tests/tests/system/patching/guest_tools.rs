@@ -1,6 +1,6 @@
 //! The guest's own tracing tools together with a patch, on the function that it patches and on
-//! others, started before the patch and after it: each works, or is refused with its reason, and the
-//! kernel never warns.
+//! others, started before the patch and after it: each works, or is refused with its reason, and
+//! the kernel never warns.
 
 use std::time::Duration;
 
@@ -199,8 +199,8 @@ echo > trace; cat /proc/cmdline /proc/version"
     Ok(())
 }
 
-/// Once the patch is reverted these users are counted, work from ftrace's next change on, and can be
-/// removed completely.
+/// Once the patch is reverted these users are counted, work from ftrace's next change on, and can
+/// be removed completely.
 fn work_after_revert(guest: &mut Guest, generation: &str) -> Result<()> {
     guest.sh(&format!(
         "{TRACING}; echo {OTHER} > set_ftrace_filter; echo function > current_tracer

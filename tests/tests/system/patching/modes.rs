@@ -1,5 +1,5 @@
-//! How tasks switch: all in one pause or each when it can; in a transition that is reversed while it
-//! runs; by force.
+//! How tasks switch: all in one pause or each when it can; in a transition that is reversed while
+//! it runs; by force.
 
 use anyhow::{Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};
@@ -117,8 +117,8 @@ fn cancelled(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> 
     back_in_the_function(guest)
 }
 
-/// Force switches blocked tasks where they are; the status says so permanently, and the patch's code
-/// stays in the guest.
+/// Force switches blocked tasks where they are; the status says so permanently, and the patch's
+/// code stays in the guest.
 fn forced(guest: &mut Guest, outpatch: &Outpatch, patch: &str) -> Result<()> {
     stays_blocked(guest, outpatch, patch)?;
     outpatch.ok(&["force"])?;

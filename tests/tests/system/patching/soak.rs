@@ -1,6 +1,6 @@
 //! Patches applied and reverted many times, under load that checks its own results: forks, threads,
-//! files, TCP, timers, signals, a patched system call that is called all the time, and sleepers in a
-//! patched function.
+//! files, TCP, timers, signals, a patched system call that is called all the time, and sleepers in
+//! a patched function.
 //!
 //! A plain run takes some seconds; `OUTPATCH_SOAK=SECONDS` requests another duration.
 

@@ -12,8 +12,8 @@ use crate::harness::scenario::Scenario;
 use crate::introspection::symbols;
 use crate::patching::blocked_tasks::{has_left, times_out};
 
-/// How many sleepers there are besides the other tasks. One of ten is in pause(2) itself, two of ten
-/// have another task in pause(2) with them.
+/// How many sleepers there are besides the other tasks. One of ten is in pause(2) itself, two of
+/// ten have another task in pause(2) with them.
 const SLEEPERS: u32 = 1000;
 /// The minimum number of kernel threads.
 const MIN_KTHREADS: usize = 50;
@@ -33,8 +33,8 @@ const UNINTERRUPTIBLE: &str = "k-vfork";
 /// The sleepers of the program `sleeper` in pause(2).
 const PAUSING: [&str; 3] = ["sleep-pause", "sleep-thread", "sleep-waited"];
 
-/// How the names of workers of io_uring and of vhost begin, before the ID of the task that they work
-/// for.
+/// How the names of workers of io_uring and of vhost begin, before the ID of the task that they
+/// work for.
 const WORKERS: [&str; 2] = ["iou-wrk-", VHOST];
 const VHOST: &str = "vhost-";
 
@@ -135,15 +135,19 @@ fn start(guest: &mut Guest) -> Result<()> {
         wait(guest, worker, &is_there)?;
     }
     guest.sh(
-        "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mkdir /sys/fs/cgroup/cold
-for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do echo $p > /sys/fs/cgroup/cold/cgroup.procs; done
+        "mkdir -p /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup
+mkdir /sys/fs/cgroup/cold
+for p in $(grep -l '^k-frozen$' /proc/[0-9]*/comm | sed 's/[^0-9]//g'); do
+  echo $p > /sys/fs/cgroup/cold/cgroup.procs
+done
 echo 1 > /sys/fs/cgroup/cold/cgroup.freeze
 until grep -q 'frozen 1' /sys/fs/cgroup/cold/cgroup.events; do sleep 0.1; done; sleep 2",
     )?;
     Ok(())
 }
 
-/// Takes the last CPU offline and online again. The kernel reports this in its log, and nothing else.
+/// Takes the last CPU offline and online again. The kernel reports this in its log, and nothing
+/// else.
 fn unplug_and_plug(guest: &mut Guest, cpus: u32, before: &Log) -> Result<Log> {
     let cpu = format!("/sys/devices/system/cpu/cpu{}/online", cpus - 1);
     guest.sh(&format!("echo 0 > {cpu}; sleep 1; echo 1 > {cpu}"))?;
@@ -180,8 +184,8 @@ fn vhost_worker_ends(guest: &mut Guest, tasks: &Tasks) -> Result<()> {
     Ok(())
 }
 
-/// A task that never leaves the patched function, its main loop: it is named, signalled and woken on
-/// request, and keeps its state.
+/// A task that never leaves the patched function, its main loop: it is named, signalled and woken
+/// on request, and keeps its state.
 fn main_loop(outpatch: &Outpatch, patch: &str, prefix: &str, function: &str) -> Result<()> {
     let arguments = ["apply", patch, "--signal-after", "0", "--timeout", "3"];
     times_out(outpatch, &arguments)?;
@@ -320,7 +324,8 @@ impl Tasks {
     }
 
     /// Checks that all tasks that slept interruptibly switched once they were signalled: on exit to
-    /// user mode, or a few by their stack, in a pause on their way there. No other task was signalled.
+    /// user mode, or a few by their stack, in a pause on their way there. No other task was
+    /// signalled.
     fn switched_by_signal(&self) -> Result<()> {
         let (mut kernel_exit, mut stack) = (0, 0);
         for task in &self.0 {

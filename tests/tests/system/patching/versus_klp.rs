@@ -170,8 +170,8 @@ while ! rmmod {name} 2>/dev/null; do sleep 0.1; done"
     }
 }
 
-/// Runs `request` as if on a CPU that no vCPU shares. In the bed all share one, so the calling thread
-/// gets a priority above that of the vCPUs; it sleeps until outpatch reports the end of the
+/// Runs `request` as if on a CPU that no vCPU shares. In the bed all share one, so the calling
+/// thread gets a priority above that of the vCPUs; it sleeps until outpatch reports the end of the
 /// transition.
 fn with_priority<T>(request: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = getpriority_process(None)?;

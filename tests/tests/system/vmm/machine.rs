@@ -77,9 +77,9 @@ const PAUSES: u32 = 20;
 pub fn pause_loses_nothing(_: &Fixture, guest: &mut Guest, _: &str) -> Result<()> {
     let log = guest.dmesg()?;
     let outpatch = guest.outpatch().clone();
-    // Now and then the script waits until all output is printed (`stty` drains before it sets): on a
-    // slow emulated CPU a console that always has more to print keeps one of the guest's CPUs in its
-    // interrupt handler for so long that RCU reports a stall.
+    // Now and then the script waits until all output is printed (`stty` drains before it sets): on
+    // a slow emulated CPU a console that always has more to print keeps one of the guest's CPUs in
+    // its interrupt handler for so long that RCU reports a stall.
     guest.console().type_in(&format!(
         "i=0; while [ $i -lt {TICKS} ]; do echo tick-$i.; i=$((i+1)); \
          [ $((i % 100)) != 0 ] || {{ stty -echo; sleep 0.1; }}; done; echo {ALL_TICKS}\n",
@@ -122,8 +122,8 @@ pub fn pause_loses_nothing(_: &Fixture, guest: &mut Guest, _: &str) -> Result<()
     guest.expect_unharmed(&log)
 }
 
-/// Poweroff, reset by each method that a guest may choose, Ctrl-A x, `outpatch stop`, a panic's reset
-/// and a triple fault each end the process with the documented status.
+/// Poweroff, reset by each method that a guest may choose, Ctrl-A x, `outpatch stop`, a panic's
+/// reset and a triple fault each end the process with the documented status.
 fn exit_statuses(fixture: &Fixture) -> Result<()> {
     let limit = Duration::from_secs(30);
     for (append, typed, status) in [

@@ -45,7 +45,9 @@ const TRACING: &str = r#"cd /sys/kernel/tracing
 echo 'schedule* vfs_* do_wait* kernel_wait4 tcp_sendmsg* tcp_recvmsg* do_nanosleep hrtimer_nanosleep futex_* do_futex do_sys_poll pipe_* kthread worker_thread do_exit' > set_ftrace_filter
 going() { [ ! -e /tmp/stop ]; }
 while going; do
-	for tracer in function function_graph nop; do going && echo $tracer > current_tracer && sleep 0.4; done
+	for tracer in function function_graph nop; do
+	going && echo $tracer > current_tracer && sleep 0.4
+	done
 	going && echo 'p:outpatch/a vfs_read
 p:outpatch/b schedule
 r:outpatch/c do_nanosleep

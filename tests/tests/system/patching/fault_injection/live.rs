@@ -1,9 +1,9 @@
 //! The same in a running guest under load: every step that changes it fails in turn, under a real
 //! KVM, and the guest runs on.
 //!
-//! This program is its VMM: `outpatch run` with a second patcher besides that of the control socket,
-//! on a machine that fails at the requested step. The guest changes its own memory meanwhile, so not
-//! all of it can be compared with what it was: its code can.
+//! This program is its VMM: `outpatch run` with a second patcher besides that of the control
+//! socket, on a machine that fails at the requested step. The guest changes its own memory
+//! meanwhile, so not all of it can be compared with what it was: its code can.
 
 use std::{
     collections::BTreeMap,
