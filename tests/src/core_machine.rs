@@ -1,12 +1,11 @@
 //! A guest from a core file, in memory, that can be written and in which nothing runs: it shows
 //! what a patch changes in a guest, without changes that the guest makes itself.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    fmt,
-    ops::Range,
-    sync::Arc,
-};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use introspect::{CoreFile, PhysMemory, VcpuRegs};

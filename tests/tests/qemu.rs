@@ -1,7 +1,10 @@
 //! Core files that QEMU's `dump-guest-memory` writes, of stock kernels under QEMU: the same tasks
 //! and stacks as the guest lists itself.
 
-use std::{collections::BTreeSet, env, fs, path::Path, time::Duration};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::emulated::EmulatedSpec;

@@ -1,19 +1,17 @@
 //! drgn on the same core file, where it is installed.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 use guests::external::drgn::Drgn;
 use guests::host::cache::Cache;
 use guests::kernel::stock::PreparedKernel;
 use serde::Deserialize;
+use tests::sleeper_cores::{Core, GENERATION};
 
 use crate::report::{Figures, count};
-use tests::sleeper_cores::{Core, GENERATION};
 
 /// Environment variable: when set, drgn and the kernel's debugging information are fetched into the
 /// cache.

@@ -10,15 +10,18 @@ mod drgn;
 mod report;
 mod subject;
 
-use std::{env, path::Path, process::ExitCode, time::Duration};
+use std::env;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use tests::sleeper_cores::{self, Core, SIZES};
 
 use crate::cpu::CpuTime;
 use crate::report::Figures;
 use crate::subject::Subject;
-use tests::sleeper_cores::{self, Core, SIZES};
 
 /// The number of sleepers that the goals are for.
 const MAIN: u32 = 5_000;

@@ -1,18 +1,16 @@
 //! What Criterion does not print: a table of all measurements, and the memory that is used.
 
-use std::{
-    env, fmt, fs,
-    path::Path,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use std::{env, fmt, fs};
 
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, PhysMemory, Stack, Task};
+use tests::sleeper_cores::Core;
 
 use crate::cpu;
 use crate::subject::{self, Subject};
-use tests::sleeper_cores::Core;
 
 /// The argument with which the bench is started to measure its own memory, before the core file.
 pub const PEAK: &str = "--peak-memory-of";

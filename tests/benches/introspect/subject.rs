@@ -6,9 +6,8 @@
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, task_list};
 use tests::core_machine;
-use vm_memory::GuestMemoryMmap;
-
 use tests::sleeper_cores::Core;
+use vm_memory::GuestMemoryMmap;
 
 /// A guest from a core file.
 pub struct Subject {

@@ -6,7 +6,10 @@
 //! time for stopping and starting vCPUs is not included. `cargo bench -p tests --bench pause`
 //! prints a table.
 
-use std::{env, fs, path::Path, process::ExitCode, time::Instant};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::kernel::Flavour;

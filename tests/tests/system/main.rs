@@ -12,7 +12,9 @@ mod introspection;
 mod patching;
 mod vmm;
 
-use std::{env, path::Path, process::ExitCode};
+use std::env;
+use std::path::Path;
+use std::process::ExitCode;
 
 use crate::harness::run;
 use crate::patching::fault_injection::live;

@@ -4,7 +4,9 @@
 //! Knows what most scenarios need; what a single one needs besides, it adds itself
 //! (`Scenario::prepare`).
 
-use std::{collections::BTreeMap, path::PathBuf, sync::OnceLock};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow};
 use guests::kernel::stock::{Order, PreparedKernel, build_outpatch};

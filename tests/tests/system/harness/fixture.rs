@@ -1,9 +1,7 @@
 //! What a scenario is given inside the bed: the assets, a scratch folder, and guests.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, GuestSpec, MEMORY_MIB};

@@ -2,12 +2,10 @@
 //!
 //! Scenarios count in their beds, in a file of the scratch folder; the host adds the files up.
 
-use std::{
-    fs,
-    io::Write,
-    path::Path,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
 

@@ -1,6 +1,8 @@
 //! Core files of guests in which a scenario found a fault, kept when the environment requests it.
 
-use std::{env, path::Path, process::Command};
+use std::env;
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 

@@ -1,17 +1,12 @@
 //! Runs scenarios: on the host as tests of libtest's kind, each in a test bed of its own; in the
 //! bed, by name.
 
-use std::{
-    env, fs,
-    path::Path,
-    process::{Command, ExitCode},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::Instant,
-};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use std::{env, fs, thread};
 
 use anyhow::{Context, Result, anyhow, bail};
 use guests::bed::{self, Bed, BedError};

@@ -3,7 +3,10 @@
 //!
 //! Knows what a scenario consists of; must not know which scenarios there are.
 
-use std::{env, path::Path, sync::atomic::AtomicBool, time::Duration};
+use std::env;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use anyhow::Result;
 

@@ -1,10 +1,8 @@
 //! Temporary folders.
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::{env, fs};
 
 use anyhow::{Context, Result};
 

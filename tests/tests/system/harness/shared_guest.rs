@@ -1,7 +1,8 @@
 //! Checks that share a guest, one after the other: a boot takes longer than most of them, and each
 //! leaves the guest as it found it.
 
-use std::{env, time::Instant};
+use std::env;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;

@@ -1,7 +1,8 @@
 //! A core file of a guest compared with the guest itself: the same tasks, the same stacks, and no
 //! effect on the guest.
 
-use std::{fs, path::Path};
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch};

@@ -1,4 +1,4 @@
-//! Scenarios of reading a guest: tasks, stacks, symbols, core dumps.
+//! Scenarios of reading a guest: its tasks, stacks and symbols, running, paused and from core files.
 
 pub mod core_dumps;
 pub mod differential;

@@ -1,7 +1,8 @@
 //! The tasks and stacks of an idle guest, as outpatch reads them and as the guest lists them
 //! itself: every task, and every sleeping task's stack frame by frame.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};

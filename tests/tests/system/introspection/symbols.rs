@@ -2,7 +2,9 @@
 //! order, with modules and code that the kernel generates at runtime. Before that, in the same
 //! boot, tasks and stacks are compared with the guest's own: [`stacks`].
 
-use std::{fs, process::Command, time::Duration};
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::Guest;

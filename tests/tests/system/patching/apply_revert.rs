@@ -1,10 +1,8 @@
 //! Patches applied and reverted 50 times in one boot, under load, on each kernel, with 1, 2 and 4
 //! vCPUs, with and without page-table isolation.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::fs;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use guests::drive::Guest;

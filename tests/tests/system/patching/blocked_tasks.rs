@@ -1,11 +1,9 @@
 //! A transition that cannot complete at once: tasks sleep in the patched function, are named with
 //! the frame that blocks them, and switch when they leave the function.
 
-use std::{
-    collections::BTreeSet,
-    thread,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeSet;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::{Guest, Outpatch};

@@ -1,12 +1,10 @@
 //! `outpatch check`: it reports what applying the module then does, with the guest's own addresses,
 //! and changes not a byte of the guest's memory.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
-    io::Read,
-    path::Path,
-};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Outpatch, one_line_refusal};

@@ -1,4 +1,5 @@
-//! Scenarios of patching a guest.
+//! Scenarios of patching a guest: what is patched and reverted, which tasks switch how, what is
+//! refused, and what else in the guest uses the same functions.
 
 pub mod apply_revert;
 pub mod blocked_tasks;

@@ -1,11 +1,9 @@
 //! Bad input: one clear line, a non-zero exit status, and no effect on the guest.
 
-use std::{
-    fs,
-    os::unix::net::UnixListener,
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Reply, one_line_refusal};

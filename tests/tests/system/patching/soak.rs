@@ -4,10 +4,8 @@
 //!
 //! A plain run takes some seconds; `OUTPATCH_SOAK=SECONDS` requests another duration.
 
-use std::{
-    env, fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Rest};

@@ -1,7 +1,9 @@
 //! Every kind of task in a transition, among a thousand sleepers: each switches as the table in
 //! `docs/transition.md` says.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::{Guest, Log, Outpatch, STOLEN_TIME};

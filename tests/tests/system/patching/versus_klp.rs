@@ -1,10 +1,8 @@
 //! outpatch compared with the guest's own livepatching: the same `.ko` files, the same guest, the
 //! same load, one after the other.
 
-use std::{
-    env,
-    time::{Duration, Instant},
-};
+use std::env;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::Guest;

@@ -1,9 +1,7 @@
 //! The VMM: console, pause and resume, and the exit status of each way in which a guest ends.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;

@@ -1,15 +1,12 @@
 //! The comparison on the host: reads each core file that the scenario in the bed hands over with
 //! drgn and with introspect, and compares the results.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
-    thread,
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::external::drgn::Drgn;

@@ -1,7 +1,9 @@
 //! Debian's crash on a core file: it must open the file, recognise the kernel, and list the same
 //! tasks as introspect.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use guests::external::crash::Crash;

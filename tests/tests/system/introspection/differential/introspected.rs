@@ -1,6 +1,7 @@
 //! A core file as introspect reads it.
 
-use std::{collections::BTreeMap, path::Path};
+use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Result;
 use introspect::{CoreFile, Gva, Kernel, Stack, Task, TasksError, Unwinder, task_list};

@@ -10,7 +10,11 @@ mod crash;
 mod drgn;
 mod introspected;
 
-use std::{env, fs, io::ErrorKind, path::Path, sync::atomic::AtomicBool, thread, time::Duration};
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use std::{env, fs, thread};
 
 use anyhow::{Context, Result, ensure};
 use guests::drive::Guest;

@@ -5,14 +5,11 @@
 //! socket, on a machine that fails at the requested step. The guest changes its own memory
 //! meanwhile, so not all of it can be compared with what it was: its code can.
 
-use std::{
-    collections::BTreeMap,
-    env, fs, io,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    thread,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use std::{env, fs, io, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use guests::drive::MEMORY_MIB;

@@ -8,12 +8,16 @@
 pub mod live;
 mod sequences;
 
-use std::{collections::BTreeMap, fs, path::Path, thread, time::Duration};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::{Context, Result, bail, ensure};
 use introspect::CoreFile;
 use patcher::{ErrorKind, Patcher};
-use tests::{core_machine::CoreMachine, fault_machine::FaultMachine};
+use tests::core_machine::CoreMachine;
+use tests::fault_machine::FaultMachine;
 
 use self::sequences::{FaultyGuest, Place, SAMPLE, Sequence, expect_reported, run};
 use crate::harness::assets::Assets;
