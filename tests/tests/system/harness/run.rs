@@ -40,7 +40,7 @@ pub fn on_host() -> ExitCode {
             let counts = Arc::clone(&counts);
             Trial::test(scenario.name.clone(), move || {
                 let started = Instant::now();
-                let result = run(&scenario, &counts);
+                let result = run_with_retry(&scenario, &counts);
                 println!("{} took {} s", scenario.name, started.elapsed().as_secs());
                 result.map_err(|error| Failed::from(format!("{error:#}")))
             })
@@ -62,7 +62,7 @@ pub fn on_host() -> ExitCode {
 
 /// A bed that dies says nothing about the scenario in it: this is reported and counted, and the
 /// scenario gets another bed, once.
-fn run(scenario: &Scenario, counts: &GuestCounts) -> Result<()> {
+fn run_with_retry(scenario: &Scenario, counts: &GuestCounts) -> Result<()> {
     match run_in_new_bed(scenario, counts) {
         Err(error) if is_death_of_bed(&error) => {
             println!("LOST the bed of {}, once more: {error:#}", scenario.name);
