@@ -9,8 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use guests::external::drgn::Drgn;
 use serde::Deserialize;
 
-/// The script that drgn runs, below the crate's folder.
-const SCRIPT: &str = "tests/system/introspection/differential/drgn.py";
+/// The script that drgn runs, below the crate's folder. Python searches the script's folder for
+/// modules first, so no script there may be named `drgn.py`.
+const SCRIPT: &str = "tests/system/introspection/differential/list_tasks.py";
 
 /// A task as drgn reads it.
 #[derive(Debug, Deserialize)]

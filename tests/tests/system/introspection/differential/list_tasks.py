@@ -6,7 +6,7 @@ For each path on standard input it prints one line of JSON: `{"tasks": {ADDRESS:
 `frames`: the addresses on its kernel stack, innermost first, without inlined functions and without
 user mode; or null, with the reason in `why`.
 
-usage: drgn.py VMLINUX
+usage: list_tasks.py VMLINUX
 """
 import json
 import sys
