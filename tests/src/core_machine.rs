@@ -1,12 +1,11 @@
-//! A guest out of a core file, in memory, that does not run and can be changed: what a patch does to a guest, with nothing of the
-//! guest's own doing in between.
+//! A guest from a core file, in memory, that can be written and in which nothing runs: it shows
+//! what a patch changes in a guest, without changes that the guest makes itself.
 
-use std::{
-    collections::{BTreeMap, btree_map::Entry},
-    fmt,
-    ops::Range,
-    sync::Arc,
-};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use introspect::{CoreFile, PhysMemory, VcpuRegs};
@@ -16,26 +15,28 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
-/// Memory is copied so many bytes at a time.
+/// How many bytes of memory are copied at a time.
 const CHUNK: usize = 64 << 10;
-/// Changes are told by page.
+/// The unit of memory in which changes are reported, in bytes.
 const PAGE: u64 = 4096;
-/// Hidden memory lies at a multiple of this.
+/// The alignment of hidden memory, in bytes.
 const ALIGN: u64 = 2 << 20;
 
-/// What a guest does between two looks; given its memory.
+/// What the guest changes between two pauses, given its memory.
 type OnPause = Box<dyn FnMut(&GuestMemoryMmap)>;
 
-/// The guest.
+/// The guest as a machine.
 pub struct CoreMachine {
     memory: GuestMemoryMmap,
     vcpus: Vec<VcpuRegs>,
-    /// Where hidden memory begins.
+    /// The address at which hidden memory begins.
     hidden: u64,
-    /// Each write to RAM, no part of it over the end of a page: where, and where in `before` is what stood there. Pages are made of
-    /// that only when asked for: what a pause takes is measured.
+    /// Each write to RAM, split at page boundaries: its address, and the range of `before` with the
+    /// previous content. Pages are put together on request only, as the duration of a pause is
+    /// measured.
     writes: Vec<(u64, Range<usize>)>,
     before: Vec<u8>,
+    /// How many pauses were not resumed yet.
     paused: u32,
     on_pause: Option<OnPause>,
 }
@@ -47,10 +48,10 @@ impl fmt::Debug for CoreMachine {
 }
 
 impl CoreMachine {
-    /// As much of the core's memory as is not zero, in a mapping of its own.
+    /// Copies the core file's memory into a new mapping.
     ///
     /// # Errors
-    /// When it cannot be read, or there is no room for it.
+    /// When it cannot be read or mapped.
     pub fn load(core: &CoreFile) -> Result<CoreMachine> {
         let memory = map(core)?;
         let hidden = memory.last_addr().0.next_multiple_of(ALIGN);
@@ -65,12 +66,12 @@ impl CoreMachine {
         })
     }
 
-    /// What happens in the guest right before each pause.
+    /// Sets what changes in the guest right before each pause.
     pub fn on_pause(&mut self, change: impl FnMut(&GuestMemoryMmap) + 'static) {
         self.on_pause = Some(Box::new(change));
     }
 
-    /// All RAM that was ever written, as it is now: by page.
+    /// All pages of RAM that were ever written, as they are now, by address.
     ///
     /// # Errors
     /// When a page cannot be read.
@@ -86,7 +87,9 @@ impl CoreMachine {
         Ok(pages)
     }
 
-    /// Where RAM now differs from what it was at `before`: from the first byte to the last of each page that does.
+    /// The differences between RAM now and at `before`, which [`written`](Self::written) returned:
+    /// for each page, the address of the first byte that differs, and all bytes from it to the
+    /// last.
     ///
     /// # Errors
     /// When a page cannot be read.
@@ -114,7 +117,7 @@ impl CoreMachine {
         Ok(changes)
     }
 
-    /// Puts all RAM back as it was in the core, and gives hidden memory back.
+    /// Restores RAM as it is in the core file, and removes hidden memory.
     ///
     /// # Errors
     /// When a page cannot be written.
@@ -135,12 +138,13 @@ impl CoreMachine {
         Ok(())
     }
 
-    /// Whether all vCPUs would run.
+    /// Whether the vCPUs would run, as each pause was resumed.
     #[must_use]
     pub fn runs(&self) -> bool {
         self.paused == 0
     }
 
+    /// Records the content of RAM at `gpa` before it is overwritten.
     fn keep_before(&mut self, gpa: GuestAddress, len: usize) -> Result<(), GuestMemoryError> {
         let start = self.before.len();
         self.before.resize(start + len, 0);
@@ -160,10 +164,11 @@ impl CoreMachine {
     }
 }
 
-/// As much of a core's memory as is not zero, in a mapping as the VMM's own guests have.
+/// Copies a core file's memory into a mapping like those of the VMM's own guests. Zeros are not
+/// copied.
 ///
 /// # Errors
-/// When it cannot be read, or there is no room for it.
+/// When it cannot be read or mapped.
 pub fn map(core: &CoreFile) -> Result<GuestMemoryMmap> {
     let ranges: Vec<(GuestAddress, usize)> = core
         .ranges()

@@ -1,5 +1,7 @@
-//! The product from outside. The tests are the integration tests of this crate (see `tests/guests/main.rs`); here is what they share.
+//! Tests of the product from outside, on stock kernels. They are the integration tests of this
+//! crate (see `tests/system/main.rs`) and its benches; this library has what they share.
 
 pub mod core_machine;
-pub mod faulty;
-pub mod listing;
+pub mod fault_machine;
+pub mod sleeper_cores;
+pub mod task_listing;

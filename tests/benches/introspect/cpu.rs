@@ -1,21 +1,21 @@
-//! The time that this process was on CPUs, all its threads together.
+//! The CPU time of this process, all its threads together.
 //!
-//! Nothing that is measured here waits, so for what one thread does this is the time on the clock of an idle machine. All stacks are
-//! walked by several: there the clock says less.
+//! Nothing that is measured here waits, so for what one thread does this is the elapsed time on an
+//! idle host. All stacks are walked by several threads: there the elapsed time is less.
 
 use std::time::Duration;
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use rustix::time::{ClockId, clock_gettime};
 
-/// As much of it as was used so far.
+/// The CPU time that was used so far.
 pub fn used() -> Duration {
     let now = clock_gettime(ClockId::ProcessCPUTime);
-    let part = |value: i64| u64::try_from(value).unwrap_or_default(); // it counts from 0
+    let part = |value: i64| u64::try_from(value).unwrap_or_default(); // never negative
     Duration::from_secs(part(now.tv_sec)) + Duration::from_nanos(part(now.tv_nsec))
 }
 
-/// Criterion's measurement of it.
+/// Criterion's measurement of CPU time.
 #[derive(Debug)]
 pub struct CpuTime;
 

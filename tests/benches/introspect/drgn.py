@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-"""Times drgn on a core: prints JSON with seconds of CPU time for listing all tasks and for the stacks of a sample of them."""
+"""Times drgn on a core file.
+
+Prints JSON with the seconds of CPU time for listing all tasks and for the stacks of a sample.
+"""
 
 import json
 import sys
@@ -27,14 +30,14 @@ def listing():
 
 
 listings = [listing() for _ in range(RUNS)]
-# Running tasks have no saved frame, and their registers may be in no note that drgn reads.
+# Running tasks have no saved frame, and drgn may not read the note with their registers.
 asleep = [task for task in for_each_task(prog) if not task.on_cpu.value_()]
-# Some stacks drgn follows through user mode, for a thousand frames of nothing: those are left out, in its favour. Going through
-# them reads its unwind data, too, which it does once.
-LONGEST = 64
+# drgn unwinds some stacks through user mode, with a thousand meaningless frames: those are left
+# out, in its favour. Unwinding all of them here also makes drgn read its unwind data, once.
+MAX_FRAMES = 64
 chosen = []
 for task in asleep:
-    if len(chosen) < sample and len(prog.stack_trace(task)) <= LONGEST:
+    if len(chosen) < sample and len(prog.stack_trace(task)) <= MAX_FRAMES:
         chosen.append(task)
 
 

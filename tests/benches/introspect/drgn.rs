@@ -1,27 +1,26 @@
-//! drgn on the same core, where it is installed.
+//! drgn on the same core file, where it is installed.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 use guests::external::drgn::Drgn;
 use guests::host::cache::Cache;
 use guests::kernel::prepared::PreparedKernel;
 use serde::Deserialize;
+use tests::sleeper_cores::{Core, GENERATION};
 
-use crate::cores::{Core, GENERATION};
 use crate::report::{Figures, count};
 
-/// When it is set, drgn and the kernel's debugging information are fetched into the cache.
+/// Environment variable: when set, drgn and the kernel's debugging information are fetched into the
+/// cache.
 const FETCH: &str = "OUTPATCH_DRGN";
 const SCRIPT: &str = include_str!("drgn.py");
-/// drgn takes milliseconds for each stack: as many as this are enough.
+/// How many stacks drgn unwinds: it takes milliseconds for each.
 const SAMPLE: usize = 200;
 
-/// What the script prints.
+/// What the script prints; times are in seconds.
 #[derive(Debug, Deserialize)]
 struct Times {
     version: String,
@@ -32,29 +31,32 @@ struct Times {
     unwind: f64,
 }
 
-/// Runs drgn on `core`, and prints how many times faster `ours` is; or what is missing to do so.
+/// Runs drgn on `core`, and prints how many times as fast introspect is, which `figures` are of; or
+/// what is missing to do so.
 ///
 /// # Errors
-/// When drgn is there and fails.
-pub fn beside(core: &Core, release: &str, ours: &Figures) -> Result<()> {
+/// When drgn is installed and fails.
+pub fn compare(core: &Core, release: &str, figures: &Figures) -> Result<()> {
     let Some((python, vmlinux)) = find(release)? else {
         println!(
-            "\nno drgn beside it: python3 cannot import drgn, or there is no /usr/lib/debug/boot/vmlinux-{release}; {FETCH}=1 fetches both into the cache"
+            "\nnot compared with drgn: python3 cannot import drgn, or there is no \
+             /usr/lib/debug/boot/vmlinux-{release}; {FETCH}=1 fetches both into the cache"
         );
         return Ok(());
     };
-    let theirs = run(python, &vmlinux, core)?;
-    print(&theirs, ours);
+    let times = run(python, &vmlinux, core)?;
+    print(&times, figures);
     Ok(())
 }
 
-/// A Python that has drgn, with the script as its last argument so far, and the kernel's vmlinux.
+/// A command that runs the script with drgn, without the script's arguments, and the kernel's
+/// vmlinux.
 fn find(release: &str) -> Result<Option<(Command, PathBuf)>> {
     if env::var_os(FETCH).is_some() {
         let (stock, vmlinux) = PreparedKernel::prepare_debug(GENERATION)?;
         ensure!(
             stock.release == release,
-            "the cores are of Linux {release}, and debugging information is for {}",
+            "the core files are of Linux {release}, and debugging information is for {}",
             stock.release
         );
         let mut python = Drgn::fetch(&Cache::open()?)?.command(Path::new("-c"));
@@ -84,27 +86,29 @@ fn run(mut python: Command, vmlinux: &Path, core: &Core) -> Result<Times> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-fn print(theirs: &Times, ours: &Figures) {
-    let one_list = theirs.list / count(theirs.tasks);
-    let our_list = ours.list.seconds() / count(ours.tasks);
+fn print(drgn: &Times, figures: &Figures) {
+    let drgn_task = drgn.list / count(drgn.tasks);
+    let task = figures.list.seconds() / count(figures.tasks);
     println!(
-        "\nthe same core read by drgn {}, in CPU time: {} tasks with pid and comm in {:.0} ms; outpatch: {} tasks with all fields in {:.2} ms: {:.0} times as fast a task",
-        theirs.version,
-        theirs.tasks,
-        theirs.list * 1e3,
-        ours.tasks,
-        ours.list.seconds() * 1e3,
-        one_list / our_list
+        "\nthe same core file read by drgn {}, in CPU time: {} tasks with pid and comm in \
+         {:.0} ms; outpatch: {} tasks with all fields in {:.2} ms: {:.0} times as fast per task",
+        drgn.version,
+        drgn.tasks,
+        drgn.list * 1e3,
+        figures.tasks,
+        figures.list.seconds() * 1e3,
+        drgn_task / task
     );
-    let one_stack = theirs.unwind / count(theirs.stacks);
-    let our_stack = ours.stacks.seconds() / count(ours.tasks);
+    let drgn_stack = drgn.unwind / count(drgn.stacks);
+    let stack = figures.stacks.seconds() / count(figures.tasks);
     println!(
-        "drgn: {} stacks (a sample) with {} frames, inlined ones counted, in {:.0} ms, {:.0} frames/s; outpatch, listing included: {:.0} frames/s: {:.0} times as fast a stack",
-        theirs.stacks,
-        theirs.frames,
-        theirs.unwind * 1e3,
-        count(theirs.frames) / theirs.unwind,
-        count(ours.frames) / ours.stacks.seconds(),
-        one_stack / our_stack
+        "drgn: {} stacks (a sample) with {} frames, with inlined ones, in {:.0} ms, \
+         {:.0} frames/s; outpatch, listing included: {:.0} frames/s: {:.0} times as fast per stack",
+        drgn.stacks,
+        drgn.frames,
+        drgn.unwind * 1e3,
+        count(drgn.frames) / drgn.unwind,
+        count(figures.frames) / figures.stacks.seconds(),
+        drgn_stack / stack
     );
 }

@@ -1,26 +1,29 @@
-//! How fast a guest's kernel, tasks and stacks are read, on cores of a stock kernel with 100 to 20,000 sleeping processes.
+//! How fast a guest's kernel, tasks and stacks are read, on core files of a stock kernel with 10 to
+//! 20,000 sleeping processes.
 //!
-//! `cargo bench -p tests` captures the cores where the cache has none (one boot in the test bed), lets Criterion measure
-//! CPU time, then prints a table over all sizes with the time on the clock, too, the memory it takes and, where drgn is installed, the
-//! ratio to it.
+//! `cargo bench -p tests` makes the core files that are not in the cache (in the test bed), lets
+//! Criterion measure CPU time, then prints a table over all sizes that also has the elapsed time,
+//! the memory that is used and, where drgn is installed, how many times as fast introspect is.
 
-mod cores;
 mod cpu;
 mod drgn;
 mod report;
 mod subject;
 
-use std::{env, path::Path, process::ExitCode, time::Duration};
+use std::env;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use tests::sleeper_cores::{self, Core, SIZES};
 
-use crate::cores::{Core, SIZES};
 use crate::cpu::CpuTime;
 use crate::report::Figures;
 use crate::subject::Subject;
 
-/// The size that the goals are for.
+/// The number of sleepers that the goals are for.
 const MAIN: u32 = 5_000;
 /// The group that shows the cost over the number of tasks.
 const ALL_STACKS: &str = "all stacks";
@@ -28,7 +31,7 @@ const ALL_STACKS: &str = "all stacks";
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().collect();
     let done = match words.as_slice() {
-        [_, flag, plan] if flag == cores::INSIDE => cores::inside(Path::new(plan)),
+        [_, flag, plan] if flag == sleeper_cores::INSIDE => sleeper_cores::inside(Path::new(plan)),
         [_, flag, core] if flag == report::PEAK => report::measure_peak_memory(Path::new(core)),
         _ => bench(&words),
     };
@@ -48,7 +51,7 @@ fn bench(words: &[String]) -> Result<()> {
         .measurement_time(Duration::from_secs(4))
         .with_measurement(CpuTime)
         .configure_from_args();
-    let (release, cores) = cores::all()?;
+    let (release, cores) = sleeper_cores::all()?;
     // One group for all sizes, so that Criterion draws a line through them.
     let mut group = criterion.benchmark_group(ALL_STACKS);
     for core in &cores {
@@ -66,7 +69,7 @@ fn bench(words: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The cost of all stacks, on each size.
+/// Measures reading all stacks.
 fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     for (name, memory) in subject.memories() {
@@ -84,7 +87,7 @@ fn all_stacks(group: &mut BenchmarkGroup<'_, CpuTime>, subject: &Subject) -> Res
     Ok(())
 }
 
-/// Each step on its own.
+/// Measures each step separately.
 fn steps(criterion: &mut Criterion<CpuTime>, subject: &Subject) -> Result<()> {
     let vcpus = subject.vcpus();
     for (name, memory) in subject.memories() {
@@ -119,10 +122,11 @@ fn summary(release: &str, cores: &[Core]) -> Result<()> {
     }
     let (core, figures) = main.with_context(|| format!("{MAIN} is not among {SIZES:?}"))?;
     println!(
-        "\ngoals, for {MAIN} sleepers: first contact 50 ms, all stacks 20 ms and 2M frames/s, memory 64 MiB\nmemory: {:.1} MiB at the most, unwind data, symbols and types included",
+        "\ngoals, for {MAIN} sleepers: first contact 50 ms, all stacks 20 ms and 2M frames/s, \
+         memory 64 MiB\nmemory: at most {:.1} MiB, with unwind data, symbols and types",
         report::peak_memory(core)?
     );
-    drgn::beside(core, release, &figures)?;
+    drgn::compare(core, release, &figures)?;
     println!("\nplot of the cost over tasks: target/criterion/{ALL_STACKS}/report/lines.svg");
     Ok(())
 }

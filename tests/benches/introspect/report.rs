@@ -1,53 +1,51 @@
-//! The measured against the goals, in words: what Criterion does not print.
+//! What Criterion does not print: a table of all measurements, and the memory that is used.
 
-use std::{
-    env, fmt, fs,
-    path::Path,
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use std::{env, fmt, fs};
 
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, PhysMemory, Stack, Task};
+use tests::sleeper_cores::Core;
 
-use crate::cores::Core;
 use crate::cpu;
 use crate::subject::{self, Subject};
 
-/// The argument that says to the bench to measure its own memory, in front of the core to do it on.
+/// The argument with which the bench is started to measure its own memory, before the core file.
 pub const PEAK: &str = "--peak-memory-of";
 
-/// Runs of which the median is told.
+/// The number of runs of which the median is reported.
 const RUNS: usize = 21;
 
-/// What was measured on one core, in one way of having its memory.
+/// What was measured on one core file, with its memory mapped or read from the file.
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {
-    /// Tasks that were listed.
+    /// The number of tasks.
     pub tasks: usize,
-    /// Frames on their stacks.
+    /// The number of frames on their stacks.
     pub frames: usize,
-    /// First contact.
+    /// Finding the kernel.
     pub contact: Timing,
-    /// The unwind data of kernel and modules, once for a guest.
+    /// Reading the unwind data of kernel and modules, once for a guest.
     pub unwind: Timing,
-    /// All tasks.
+    /// Listing all tasks.
     pub list: Timing,
-    /// All tasks and all stacks.
+    /// Listing all tasks and reading all stacks.
     pub stacks: Timing,
 }
 
 /// How long something took: medians of several runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// On the clock.
+    /// The elapsed time.
     pub wall: Duration,
-    /// On CPUs, all together.
+    /// The CPU time of all threads.
     pub cpu: Duration,
 }
 
 impl Timing {
-    /// The time on CPUs, in seconds.
+    /// The CPU time, in seconds.
     pub fn seconds(&self) -> f64 {
         self.cpu.as_secs_f64()
     }
@@ -62,10 +60,10 @@ impl fmt::Display for Timing {
 }
 
 impl Figures {
-    /// Measures.
+    /// Measures on one core file.
     ///
     /// # Errors
-    /// When the core does not hold what it should.
+    /// When it does not hold what it should.
     pub fn of(subject: &Subject, memory: &dyn PhysMemory) -> Result<Figures> {
         let vcpus = subject.vcpus();
         let kernel = subject::first_contact(memory, vcpus)?;
@@ -81,10 +79,11 @@ impl Figures {
         })
     }
 
-    /// The header of [`Figures::print`].
+    /// Prints the header of the table.
     pub fn print_header() {
         println!(
-            "\nin ms on the clock (and on all CPUs), medians of {RUNS} runs; stacks include the list; a stack's time on CPUs, frames a second by the clock"
+            "\nelapsed ms (CPU ms), medians of {RUNS} runs; stacks include the list; \
+             ns per stack by CPU time, frames/s by elapsed time"
         );
         println!(
             "{:>8} {:<9} {:>6} {:>7} {:>15} {:>15} {:>15} {:>15} {:>12} {:>9}",
@@ -101,7 +100,7 @@ impl Figures {
         );
     }
 
-    /// One line.
+    /// Prints a line of the table.
     pub fn print(&self, sleepers: u32, memory: &str) {
         println!(
             "{sleepers:>8} {memory:<9} {:>6} {:>7} {:>15} {:>15} {:>15} {:>15} {:>12.0} {:>8.2}M",
@@ -117,7 +116,7 @@ impl Figures {
     }
 }
 
-/// A count as a number to calculate with.
+/// Converts a count for calculations.
 pub fn count(count: usize) -> f64 {
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
@@ -126,7 +125,7 @@ fn frames(all: &[(Task, Stack)]) -> usize {
     all.iter().map(|(_, stack)| stack.frames.len()).sum()
 }
 
-/// Times several runs. What a run returns is dropped outside of it.
+/// Times several runs. Dropping what a run returns is not included.
 fn time<T>(mut run: impl FnMut() -> Result<T>) -> Result<Timing> {
     let mut walls = Vec::with_capacity(RUNS);
     let mut cpus = Vec::with_capacity(RUNS);
@@ -145,7 +144,7 @@ fn time<T>(mut run: impl FnMut() -> Result<T>) -> Result<Timing> {
     })
 }
 
-/// How much memory all of it takes on a core, in MiB: measured in a process of its own.
+/// How much memory all of it takes on a core file, in MiB: measured in a process of its own.
 ///
 /// # Errors
 /// When that process fails.
@@ -159,14 +158,14 @@ pub fn peak_memory(core: &Core) -> Result<f64> {
     Ok(text.trim().parse::<f64>()? / 1024.0)
 }
 
-/// In that process: prints by how many KiB its memory grew at the most, with everything kept until the end. A core file is
-/// read and not mapped, so none of this is the guest's.
+/// In that process: prints by how many KiB its memory grew at most, with everything kept until the
+/// end. A core file is read and not mapped, so none of this is the guest's.
 ///
 /// # Errors
-/// When the core or `/proc` cannot be read.
+/// When the core file or `/proc` cannot be read.
 pub fn measure_peak_memory(core: &Path) -> Result<()> {
     let core = CoreFile::open(core)?;
-    fs::write("/proc/self/clear_refs", "5").context("cannot begin a new VmHWM")?;
+    fs::write("/proc/self/clear_refs", "5").context("cannot reset VmHWM")?;
     let before = status("VmRSS:")?;
     let kernel = subject::first_contact(&core, core.vcpus())?;
     let unwinder = subject::unwind_data(&kernel, &core)?;

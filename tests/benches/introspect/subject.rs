@@ -1,30 +1,29 @@
-//! What is measured: the calls that the VMM makes, on the memory of a guest that stands still.
+//! What is measured: the calls that the VMM makes, on the memory of a paused guest.
 //!
-//! Memory comes in the two ways that users have it: mapped, as the VMM has its guest's, and read from a core file, as the
-//! command line's `--core` does.
+//! The memory is read in the two ways that users read it: mapped, as the VMM maps its guest's, and
+//! from a core file, as the command line's `--core` does.
 
 use anyhow::{Context, Result, ensure};
 use introspect::{CoreFile, Kernel, PhysMemory, Stack, Task, Unwinder, VcpuRegs, task_list};
 use tests::core_machine;
+use tests::sleeper_cores::Core;
 use vm_memory::GuestMemoryMmap;
 
-use crate::cores::Core;
-
-/// A guest, from its core.
+/// A guest from a core file.
 pub struct Subject {
-    /// How many sleepers it has.
+    /// The number of sleepers in the guest.
     pub sleepers: u32,
-    /// Its core file.
+    /// The core file.
     pub core: CoreFile,
-    /// Its memory, as the VMM maps it.
+    /// The guest's memory, as the VMM maps it.
     pub mapped: GuestMemoryMmap,
 }
 
 impl Subject {
-    /// Opens a core and copies the guest's memory out of it.
+    /// Opens a core file and copies the guest's memory from it.
     ///
     /// # Errors
-    /// When the core is not one.
+    /// When the file cannot be read, or is not a core file.
     pub fn load(core: &Core) -> Result<Subject> {
         let sleepers = core.sleepers;
         let path = &core.path;
@@ -37,29 +36,29 @@ impl Subject {
         })
     }
 
-    /// Both sorts of memory, with what to call each.
+    /// Both kinds of memory, with their names.
     pub fn memories(&self) -> [(&'static str, &dyn PhysMemory); 2] {
         [("mapped", &self.mapped), ("core file", &self.core)]
     }
 
-    /// The registers of its vCPUs.
+    /// The registers of the guest's vCPUs.
     pub fn vcpus(&self) -> &[VcpuRegs] {
         self.core.vcpus()
     }
 }
 
-/// First contact: base, symbols, types, offsets.
+/// Finds the kernel: its base, symbols, types and offsets.
 ///
 /// # Errors
-/// When there is no kernel.
+/// When no kernel is found.
 pub fn first_contact(memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Kernel> {
     Ok(Kernel::find(memory, vcpus)?)
 }
 
-/// The unwind data of the kernel and of its modules.
+/// Reads the unwind data of the kernel and of its modules.
 ///
 /// # Errors
-/// When they cannot be had.
+/// When they cannot be read.
 pub fn unwind_data(kernel: &Kernel, memory: &dyn PhysMemory) -> Result<Unwinder> {
     let memory = kernel.memory(memory);
     let mut unwinder = Unwinder::new(kernel, &memory)?;
@@ -67,18 +66,18 @@ pub fn unwind_data(kernel: &Kernel, memory: &dyn PhysMemory) -> Result<Unwinder>
     Ok(unwinder)
 }
 
-/// All tasks, as in one pause.
+/// Lists all tasks, as in one pause.
 ///
 /// # Errors
-/// When the lists are broken.
+/// When the task list is corrupt.
 pub fn list(kernel: &Kernel, memory: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Result<Vec<Task>> {
     Ok(task_list::read(kernel, &kernel.memory(memory), vcpus)?)
 }
 
-/// All tasks with their stacks, as in one pause.
+/// Reads all tasks with their stacks, as in one pause.
 ///
 /// # Errors
-/// When the lists are broken.
+/// When the task list is corrupt.
 pub fn stacks(
     kernel: &Kernel,
     unwinder: &Unwinder,
@@ -92,12 +91,14 @@ pub fn stacks(
     Ok(tasks.into_iter().zip(stacks).collect())
 }
 
-/// That every sleeper is there, and that all of its stack is known: what is fast and wrong is worth nothing.
+/// Checks that every sleeper is listed, and that its stack is complete and reliable: speed is worth
+/// nothing if the result is wrong.
 ///
 /// # Errors
 /// When one is missing, or its stack is not reliable.
 pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
-    // Of ten, one waits for a process and one for a thread (guests/programs/sleeper.c), all named for how they sleep.
+    // Of ten sleepers, one waits for a process and one for a thread (guests/programs/sleeper.c).
+    // All are named after what they sleep in.
     let expected = usize::try_from(sleepers / 10 * 12)?;
     let asleep = all
         .iter()
@@ -107,7 +108,7 @@ pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
         let Task { pid, comm, .. } = task;
         ensure!(task.state_letter() == 'S', "{comm} ({pid}) does not sleep");
         ensure!(stack.is_reliable(), "{comm} ({pid}): {}", stack.verdict);
-        // A system call, what it waits in, and the scheduler.
+        // The system call, the function that it waits in, and the scheduler.
         let frames = stack.frames.len();
         ensure!(frames >= 4, "{comm} ({pid}) has {frames} frames");
         found += 1;
@@ -116,10 +117,10 @@ pub fn check(all: &[(Task, Stack)], sleepers: u32) -> Result<()> {
     Ok(())
 }
 
-/// That walking them over several threads gave what walking each by itself gives.
+/// Checks that walking the stacks with several threads gave the same as walking each by itself.
 ///
 /// # Errors
-/// When one is another.
+/// When a stack differs.
 pub fn check_each(
     kernel: &Kernel,
     unwinder: &Unwinder,

@@ -1,13 +1,15 @@
-//! How long a guest is stopped for a patch, over the number of its tasks: with stacks walked ahead of the pause and without, in a guest
-//! where nobody has run in between and in one where a tenth of the sleepers has.
+//! How long a guest is paused for a patch, by the number of its tasks: with stacks walked before
+//! the pause and without, in an idle guest and in one in which a tenth of the sleepers has run
+//! since.
 //!
-//! The guests are cores of a stock kernel (those of the bench `introspect`), in memory; what is not in it is what stopping and starting
-//! vCPUs takes. `cargo bench -p tests --bench pause` prints a table.
+//! The guests are core files of a stock kernel (those of the bench `introspect`), in memory, so the
+//! time for stopping and starting vCPUs is not included. `cargo bench -p tests --bench pause`
+//! prints a table.
 
-#[path = "../introspect/cores.rs"]
-mod cores;
-
-use std::{env, fs, path::Path, process::ExitCode, time::Instant};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+use std::{env, fs};
 
 use anyhow::{Context, Result, ensure};
 use guests::kernel::Flavour;
@@ -15,19 +17,21 @@ use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use introspect::{CoreFile, Kernel, TaskKind, task_list};
 use patcher::{Machine, Mode, Patcher, PauseLength};
 use tests::core_machine::CoreMachine;
+use tests::sleeper_cores;
 use vm_memory::{Bytes, GuestAddress};
 
-/// Runs of which the median is told.
+/// The number of runs of which the median is reported.
 const RUNS: usize = 11;
-/// In a busy guest one of so many sleepers has run since its stack was walked.
+/// In a busy guest, one of this many sleepers has run since its stack was walked.
 const RAN: usize = 10;
-/// Nobody is in what the first replaces; a quarter of the sleepers, threads and children among them, is in what the second does.
+/// Files and names of the patches. No task is in the function of the first; a quarter of the
+/// sleepers, with their threads and children, is in the function of the second.
 const PATCHES: [(&str, &str); 2] = [("livepatch-sample", "livepatch_sample"), ("pause", "pause")];
 
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().collect();
     let done = match words.as_slice() {
-        [_, flag, plan] if flag == cores::INSIDE => cores::inside(Path::new(plan)),
+        [_, flag, plan] if flag == sleeper_cores::INSIDE => sleeper_cores::inside(Path::new(plan)),
         _ if words.iter().any(|word| word == "--bench") => bench(),
         // Without it this is `cargo test --benches`, which has nothing to check here.
         _ => Ok(()),
@@ -42,9 +46,9 @@ fn main() -> ExitCode {
 }
 
 fn bench() -> Result<()> {
-    let (release, all) = cores::all()?;
+    let (release, all) = sleeper_cores::all()?;
     let stock = PreparedKernel::prepare(KernelSpec {
-        generation: cores::GENERATION,
+        generation: sleeper_cores::GENERATION,
         flavour: Flavour::Cloud,
         patches: &PATCHES.map(|(file, _)| file),
         modules: &[],
@@ -53,11 +57,12 @@ fn bench() -> Result<()> {
     for (file, name) in PATCHES {
         let module = fs::read(stock.patch(file)?)?;
         println!(
-            "\n{name} on Linux {release}: the first pause, µs (and stacks walked in it), medians of {RUNS}"
+            "\n{name} on Linux {release}: the first pause, µs (and stacks walked in it), \
+             medians of {RUNS}"
         );
         println!(
             "{:>8} {:>18} {:>18} {:>18} {:>18}",
-            "tasks", "plain", "ahead, quiet", "ahead, busy", "turning back, quiet"
+            "tasks", "no prewalk", "prewalk, idle", "prewalk, busy", "revert, idle"
         );
         let mut rows = Vec::new();
         for core in &all {
@@ -67,7 +72,7 @@ fn bench() -> Result<()> {
         }
         rows.iter().for_each(Row::print);
         slope(&rows);
-        // Nobody is in the first's function, so that each application ends in its first pause.
+        // No task is in the first patch's function, so it is applied completely in the first pause.
         if let Some((_, free)) = PATCHES.first().filter(|(_, free)| *free == name) {
             for core in &all {
                 let mut machine = CoreMachine::load(&CoreFile::open(&core.path)?)?;
@@ -82,20 +87,20 @@ fn bench() -> Result<()> {
     Ok(())
 }
 
-/// A whole application in a guest whose kernel is known and in which nobody is in the way, from the module's file to the end of the
-/// transition, the walk ahead included: the median, in µs.
+/// How long applying a patch that no task blocks takes in all, once the kernel is known, from the
+/// module's file to the end of the transition, with the prewalk: the median, in µs.
 fn whole(machine: &mut CoreMachine, module: &[u8], name: &str) -> Result<u128> {
     machine.restore()?;
     let mut patcher = Patcher::new();
     let mut took = Vec::new();
-    // The first finds the kernel.
+    // The first run finds the kernel.
     for _ in 0..=RUNS {
-        let asked = Instant::now();
+        let started = Instant::now();
         patcher.apply(machine, module, Mode::PerTask)?;
-        took.push(asked.elapsed().as_micros());
+        took.push(started.elapsed().as_micros());
         ensure!(
             patcher.status().iter().any(|patch| !patch.transition),
-            "somebody is in the way"
+            "a task blocks the transition"
         );
         patcher.revert(machine, name, Mode::PerTask)?;
     }
@@ -104,38 +109,41 @@ fn whole(machine: &mut CoreMachine, module: &[u8], name: &str) -> Result<u128> {
     Ok(took[RUNS / 2])
 }
 
-/// The pauses of one core.
+/// The pauses on one core file.
 struct Row {
     tasks: u64,
-    plain: PauseLength,
-    quiet: PauseLength,
+    without_prewalk: PauseLength,
+    idle: PauseLength,
     busy: PauseLength,
-    back: PauseLength,
+    reverted: PauseLength,
 }
 
 impl Row {
     fn measure(core: &CoreFile, module: &[u8], name: &str) -> Result<Row> {
         let mut machine = CoreMachine::load(core)?;
-        let (plain, _) = median(&mut machine, module, name, Patcher::without_prewalk)?;
-        let (quiet, back) = median(&mut machine, module, name, Patcher::new)?;
+        let (without_prewalk, _) = median(&mut machine, module, name, Patcher::without_prewalk)?;
+        let (idle, reverted) = median(&mut machine, module, name, Patcher::new)?;
         let counters = switch_counters(&machine, core)?;
         machine.on_pause(move |memory| {
             for at in &counters {
-                // A counter that cannot be read was found a moment ago: there is no such guest.
+                // Each counter was readable when it was found.
                 let count: u64 = memory.read_obj(*at).unwrap_or_default();
                 let _ = memory.write_obj(count + 1, *at);
             }
         });
         let (busy, _) = median(&mut machine, module, name, Patcher::new)?;
-        ensure!(plain.walked >= plain.tasks / 2, "{plain:?}");
-        ensure!(quiet.walked <= 8, "{quiet:?}");
-        ensure!(busy.walked >= quiet.walked, "{busy:?}");
+        ensure!(
+            without_prewalk.walked >= without_prewalk.tasks / 2,
+            "{without_prewalk:?}"
+        );
+        ensure!(idle.walked <= 8, "{idle:?}");
+        ensure!(busy.walked >= idle.walked, "{busy:?}");
         Ok(Row {
-            tasks: quiet.tasks,
-            plain,
-            quiet,
+            tasks: idle.tasks,
+            without_prewalk,
+            idle,
             busy,
-            back,
+            reverted,
         })
     }
 
@@ -144,15 +152,15 @@ impl Row {
         println!(
             "{:>8} {:>18} {:>18} {:>18} {:>18}",
             self.tasks,
-            cell(&self.plain),
-            cell(&self.quiet),
+            cell(&self.without_prewalk),
+            cell(&self.idle),
             cell(&self.busy),
-            cell(&self.back)
+            cell(&self.reverted)
         );
     }
 }
 
-/// What a task more costs, from the smallest guest to the largest.
+/// Prints what each additional task costs, from the smallest guest to the largest.
 fn slope(rows: &[Row]) {
     let (Some(small), Some(large)) = (rows.first(), rows.last()) else {
         return;
@@ -161,14 +169,15 @@ fn slope(rows: &[Row]) {
     let each =
         |of: fn(&Row) -> &PauseLength| of(large).us.saturating_sub(of(small).us) * 1000 / more;
     println!(
-        "a task more costs: plain {} ns, ahead {} ns, in a busy guest {} ns",
-        each(|row| &row.plain),
-        each(|row| &row.quiet),
+        "each additional task: {} ns without prewalk, {} ns with it, {} ns in a busy guest",
+        each(|row| &row.without_prewalk),
+        each(|row| &row.idle),
         each(|row| &row.busy)
     );
 }
 
-/// The first pause of an application, and the one in which it is turned back: of the runs, those of median length.
+/// The first pause of applying the patch, and the first one of reverting it: those of median
+/// length.
 fn median(
     machine: &mut CoreMachine,
     module: &[u8],
@@ -176,20 +185,20 @@ fn median(
     new: fn() -> Patcher,
 ) -> Result<(PauseLength, PauseLength)> {
     let mut applied = Vec::new();
-    let mut back = Vec::new();
+    let mut reverted = Vec::new();
     for _ in 0..RUNS {
         machine.restore()?;
         let mut patcher = new();
         patcher.apply(machine, module, Mode::PerTask)?;
         applied.push(last(&patcher)?);
         patcher.revert(machine, name, Mode::PerTask)?;
-        back.push(last(&patcher)?);
+        reverted.push(last(&patcher)?);
     }
     let middle = |mut pauses: Vec<PauseLength>| {
         pauses.sort_unstable_by_key(|pause| pause.us);
         pauses[RUNS / 2]
     };
-    Ok((middle(applied), middle(back)))
+    Ok((middle(applied), middle(reverted)))
 }
 
 fn last(patcher: &Patcher) -> Result<PauseLength> {
@@ -197,7 +206,7 @@ fn last(patcher: &Patcher) -> Result<PauseLength> {
     recent.last().copied().context("no pause")
 }
 
-/// Where the voluntary context switches of every tenth sleeper are counted.
+/// The addresses at which the voluntary context switches of every tenth sleeper are counted.
 fn switch_counters(machine: &CoreMachine, core: &CoreFile) -> Result<Vec<GuestAddress>> {
     let kernel = Kernel::find(machine.memory(), core.vcpus())?;
     let memory = kernel.memory(machine.memory());

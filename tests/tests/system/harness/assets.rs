@@ -1,0 +1,87 @@
+//! What is made on the host before a bed starts: the `outpatch` binary, and kernels with the
+//! initramfs and the patches that go with them.
+//!
+//! Knows what most scenarios need; what a single one needs besides, it adds itself
+//! (`Scenario::prepare`).
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use anyhow::{Result, anyhow};
+use guests::drive::build_outpatch;
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
+use guests::kernel::{Flavour, Generation};
+use serde::{Deserialize, Serialize};
+
+/// The patches that are built for every kernel with headers.
+const PATCHES: [&str; 17] = [
+    "livepatch-sample",
+    "cmdline",
+    "getpid",
+    "replacing",
+    "two-functions",
+    "not-livepatch",
+    "unknown-function",
+    "unknown-symbol",
+    "wrong-sympos",
+    "callbacks",
+    "pause",
+    "kinds",
+    "kthread",
+    "worker",
+    "percpu",
+    "module-object",
+    "features",
+];
+
+/// The kernel's own modules that every guest gets, with the modules that they depend on: small,
+/// large, with exported symbols of both kinds. None of them requests another one only when it is
+/// loaded, which a guest without modprobe cannot answer.
+pub const MODULES: [&str; 4] = ["dummy", "nf_defrag_ipv6", "nfsd", "vhost_net"];
+
+/// All that is made before a bed starts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Assets {
+    /// The `outpatch` binary.
+    pub binary: PathBuf,
+    /// Kernels by name: each generation's cloud flavour under the generation ("6.1"), and those
+    /// that the scenario added.
+    pub kernels: BTreeMap<String, PreparedKernel>,
+    /// The `vmlinux` with debugging information of the kernels that a scenario added with it, by
+    /// the same name.
+    pub vmlinux: BTreeMap<String, PathBuf>,
+}
+
+impl Assets {
+    /// Fetches and builds what is not there yet, once in a process.
+    pub fn prepare() -> Result<&'static Assets> {
+        static ASSETS: OnceLock<Result<Assets, String>> = OnceLock::new();
+        let made = ASSETS.get_or_init(|| Assets::make().map_err(|error| format!("{error:#}")));
+        made.as_ref().map_err(|error| anyhow!(error.clone()))
+    }
+
+    fn make() -> Result<Assets> {
+        let mut kernels = BTreeMap::new();
+        for generation in Generation::ALL {
+            // Debian has headers, and a compiler that works with them, for these.
+            let patches: &[&str] = match generation {
+                Generation::V6_1 | Generation::V6_12 | Generation::V7_3 => &PATCHES,
+                _ => &[],
+            };
+            let order = KernelSpec {
+                generation,
+                flavour: Flavour::Cloud,
+                patches,
+                modules: &MODULES,
+                boot: None,
+            };
+            kernels.insert(generation.to_string(), PreparedKernel::prepare(order)?);
+        }
+        Ok(Assets {
+            binary: build_outpatch()?,
+            kernels,
+            vmlinux: BTreeMap::new(),
+        })
+    }
+}

@@ -1,0 +1,8 @@
+//! Scenarios of reading a guest: its tasks, stacks and symbols, running, paused and from core files.
+
+pub mod core_dumps;
+pub mod differential;
+pub mod flavours;
+pub mod locks;
+pub mod stacks;
+pub mod symbols;

@@ -1,0 +1,3 @@
+//! Scenarios of the VMM itself: nothing is read from the guest, and nothing is patched.
+
+pub mod machine;
