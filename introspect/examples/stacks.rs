@@ -21,8 +21,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (task, stack) in tasks.iter().zip(stacks) {
         println!("\n{} {} {}", task.pid, task.state_letter(), task.comm);
         for frame in &stack.frames {
-            match kernel.symbolize(frame.ip) {
-                Some((symbol, offset)) => println!("  {}+{offset:#x}", symbol.name),
+            // A return address belongs to the call before it, which may be its function's last.
+            let back = u64::from(!frame.exact);
+            match kernel.symbolize(frame.ip.sub(back)) {
+                Some((symbol, offset)) => println!("  {}+{:#x}", symbol.name, offset + back),
                 None => println!("  {}", frame.ip),
             }
         }

@@ -1,6 +1,7 @@
 //! The guest-physical memory map. It is a PC's: low memory, the hole below 1 MiB, RAM, and the
 //! device hole below 4 GiB.
 
+use introspect::x86::LARGE_PAGE_SIZE;
 use vm_memory::GuestAddress;
 
 /// The boot GDT.
@@ -41,7 +42,7 @@ pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs' registers, also the address of message-signalled interrupts.
 pub const LAPIC: u32 = 0xfee0_0000;
 /// Hidden memory is added in multiples of this size, which one entry of a page directory maps.
-pub const HIDDEN_UNIT: u64 = 2 << 20;
+pub const HIDDEN_UNIT: u64 = LARGE_PAGE_SIZE;
 /// Hidden memory starts at the first multiple of this past the RAM and past 4 GiB.
 pub const HIDDEN_BASE_ALIGN: u64 = 1 << 30;
 

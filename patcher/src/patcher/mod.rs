@@ -89,14 +89,6 @@ impl Patcher {
         self.guest(machine).map(|guest| &guest.kernel)
     }
 
-    /// The banner of the guest's kernel (`linux_banner`). Stops nothing once the kernel is known.
-    ///
-    /// # Errors
-    /// [`PatchError::NotReady`] early in boot.
-    pub fn banner<M: Machine>(&mut self, machine: &mut M) -> Result<String, PatchError> {
-        self.kernel(machine).map(|kernel| kernel.banner.clone())
-    }
-
     fn guest<M: Machine>(&mut self, machine: &mut M) -> Result<&mut Guest, PatchError> {
         let guest = match self.guest.take() {
             Some(guest) => guest,

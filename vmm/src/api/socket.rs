@@ -44,7 +44,7 @@ pub enum SocketError {
     #[error("another VMM is starting in {} and does not finish; try again", .0.display())]
     Contended(PathBuf),
     /// A system call failed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}", path.display())]
     Os {
         /// What failed, as a verb.
         action: &'static str,

@@ -15,6 +15,7 @@ use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
+use introspect::x86::PAGE_SIZE;
 
 /// Where the setup header is in the file, and the end of the part that is used here.
 const HEADER: usize = 0x1f1;
@@ -30,7 +31,6 @@ const ENTRY_64: u64 = 0x200;
 const LOADER_UNDEFINED: u8 = 0xff;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
-const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 
 /// Why a kernel cannot be loaded.
@@ -214,7 +214,9 @@ impl Kernel {
             .map_or(0, GuestMemoryRegion::len);
         let has: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         let initrd_len = initrd.map_or(0, |initrd| initrd.len);
-        let needs = self.end().saturating_add(initrd_len.saturating_add(PAGE));
+        let needs = self
+            .end()
+            .saturating_add(initrd_len.saturating_add(PAGE_SIZE));
         let too_little = BootError::TooLittleMemory {
             has,
             needs,
@@ -227,7 +229,7 @@ impl Kernel {
             return Ok(None);
         }
         let top = low_end.min(u64::from(self.header.initrd_addr_max).saturating_add(1));
-        match top.checked_sub(initrd_len).map(|at| at & !(PAGE - 1)) {
+        match top.checked_sub(initrd_len).map(|at| at & !(PAGE_SIZE - 1)) {
             Some(at) if at >= self.end() => Ok(Some(at)),
             _ => Err(too_little),
         }

@@ -30,6 +30,7 @@ use crate::vm::error::{HiddenError, VmError};
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::memory::VmMemory;
 use crate::vm::memslots::{Memslots, prefer_large_pages};
+use introspect::x86::PAGE_SIZE;
 
 /// How many bytes of hidden memory one guest can have in all.
 const MAX_HIDDEN: u64 = 1 << 30;
@@ -284,7 +285,7 @@ fn map_ram(size: u64, physical_bits: u8) -> Result<VmMemory, VmError> {
             "the processor addresses {physical_bits} bits"
         )));
     }
-    if !size.is_multiple_of(4096) {
+    if !size.is_multiple_of(PAGE_SIZE) {
         return Err(invalid(
             "it is not a whole number of 4 KiB pages".to_owned(),
         ));

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use introspect::VcpuRegs;
+use introspect::x86::{CR4_FRED, CR4_VMXE, EFER_SVME};
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_STATE_NESTED_GUEST_MODE, Msrs, kvm_msr_entry,
@@ -15,9 +16,6 @@ use kvm_ioctls::VcpuFd;
 const MSR_IA32_FRED_CONFIG: u32 = 0x1d4;
 const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
-const CR4_VMXE: u64 = 1 << 13;
-const CR4_FRED: u64 = 1 << 32;
-const EFER_SVME: u64 = 1 << 12;
 
 /// Why the registers of a vCPU cannot be read. They reach the patcher as text, so each message
 /// names its cause.
