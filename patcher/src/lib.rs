@@ -27,7 +27,7 @@ pub use error::{ErrorKind, PatchError};
 pub use machine::read_only::ReadOnlyMachine;
 pub use machine::{Machine, MachineError};
 pub use patcher::Patcher;
-pub use report::check::{CheckReport, FoundFunction, FoundSymbol, PieceReport};
+pub use report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 pub use report::patch::{FunctionReport, Mode, PatchPhase, PatchStatus};
 pub use report::pause::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
 pub use report::stack::{NamedFrame, TaskStack};

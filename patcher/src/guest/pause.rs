@@ -105,37 +105,3 @@ impl<M: Machine> Drop for PauseGuard<'_, M> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pause(us: u64) -> PauseLength {
-        PauseLength {
-            us,
-            tasks: 3,
-            walked: 1,
-        }
-    }
-
-    #[test]
-    fn each_pause_is_in_the_bucket_of_the_first_bound_that_holds_it() {
-        let mut report = PauseReport::default();
-        for us in [0, 50, 51, 1000, 250_000, 250_001, u64::MAX / 2] {
-            report.add(pause(us));
-        }
-        assert_eq!(report.histogram, [2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 2]);
-        assert_eq!((report.count, report.longest_us), (7, u64::MAX / 2));
-    }
-
-    #[test]
-    fn only_the_last_pauses_are_told_each_by_itself() {
-        let (mut early, mut late) = (PauseReport::default(), PauseReport::default());
-        (0..20).for_each(|us| early.add(pause(us)));
-        (20..40).for_each(|us| late.add(pause(us)));
-        early.merge(&late);
-        let told: Vec<u64> = early.recent.iter().map(|pause| pause.us).collect();
-        assert_eq!(told, (8..40).collect::<Vec<_>>());
-        assert_eq!((early.count, early.total_us), (40, (0..40).sum()));
-    }
-}

@@ -19,7 +19,7 @@ use crate::machine::Machine;
 use crate::machine::read_only::DryRunMachine;
 use crate::memory::{Allocation, PatchMemory};
 use crate::module::LivepatchModule;
-use crate::report::check::{CheckReport, FoundFunction, FoundSymbol, PieceReport};
+use crate::report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 use crate::report::pause::PauseReport;
 use crate::transition::progress::Progress;
 use crate::transition::step::{Step, StepContext};
@@ -140,8 +140,8 @@ impl DryRun {
     }
 }
 
-fn piece(piece: Allocation) -> PieceReport {
-    PieceReport {
+fn piece(piece: Allocation) -> AllocationReport {
+    AllocationReport {
         address: piece.range.start.to_string(),
         bytes: piece.range.len(),
         hidden: !piece.is_in_cave(),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use patcher::{CheckReport, PieceReport};
+use patcher::{AllocationReport, CheckReport};
 
 use crate::cli::commands::VerbError;
 use crate::cli::output::{Output, Tone};
@@ -47,7 +47,7 @@ pub fn check(
     Ok(screen.line(Tone::Good, &summary(&report))?)
 }
 
-fn place(what: &str, piece: &PieceReport) -> String {
+fn place(what: &str, piece: &AllocationReport) -> String {
     let place = if piece.hidden {
         "hidden memory"
     } else {

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use introspect::TaskKind;
 use patcher::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseReport, PieceReport, SwitchedBy, TaskReport,
+    AllocationReport, CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase,
+    PatchStatus, PauseReport, SwitchedBy, TaskReport,
 };
 use vmm::api::types::{Dump, StackFrame, Symbol, Task, TaskStack, Vm, VmState};
 use vmm::api::{Control, Kind, Problem};
@@ -159,12 +159,12 @@ impl Control for MadeUp {
                 name: "seq_printf".into(),
                 address: "0xffffffff81000200".into(),
             }],
-            code: PieceReport {
+            code: AllocationReport {
                 address: "0xffffffff81800000".into(),
                 bytes: 96,
                 hidden: false,
             },
-            data: Some(PieceReport {
+            data: Some(AllocationReport {
                 address: "0xfffffffff2000000".into(),
                 bytes: 8,
                 hidden: true,
