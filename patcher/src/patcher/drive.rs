@@ -104,7 +104,7 @@ impl Patcher {
     pub(super) fn reverse<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
         let running = self.running.as_ref().ok_or_else(no_patch)?;
         let from = running.transition.direction;
-        let to = from.back();
+        let to = from.opposite();
         let (step, pause) =
             retry_while_busy(|| self.run_step(machine, |context| context.reverse(from, to)))?;
         if let Some(running) = &mut self.running {
@@ -121,7 +121,7 @@ impl Patcher {
         let Some(running) = &mut self.running else {
             return;
         };
-        running.transition.observed(pause);
+        running.transition.step_taken(pause);
         if let Some(patch) = self.patches.get_mut(running.at) {
             patch.phase = direction.phase();
         }
@@ -147,7 +147,7 @@ impl Patcher {
             return;
         };
         let direction = transition.direction;
-        patch.past = transition.end();
+        patch.last_transition = transition.into_summary();
         match direction {
             Direction::Apply => {
                 patch.phase = PatchPhase::Applied;
@@ -254,7 +254,7 @@ impl Patcher {
         } else {
             guest.prewalk(machine.memory(), &patch.code_to_leave(transition.direction));
         }
-        let signals = transition.signals();
+        let signalling = transition.is_signalling();
         let mut paused = PauseGuard::begin(machine, meter)?;
         let mut mapping = WriteBatch::new();
         let (step, tasks, walked) = {
@@ -266,8 +266,8 @@ impl Patcher {
                 patch_memory: &self.patch_memory,
                 dummy: self.dummy,
                 patch,
-                alone: self.patches.len() == 1,
-                signal: self.waker.as_ref().filter(|_| signals),
+                is_only_patch: self.patches.len() == 1,
+                waker: self.waker.as_ref().filter(|_| signalling),
                 pending: transition.pending.as_ref(),
             };
             let step = plan(&context);
@@ -279,7 +279,7 @@ impl Patcher {
         let reached = self
             .patch_memory
             .check_mapping(&guest.kernel.memory(paused.memory()));
-        let written = match reached.and_then(|()| paused.commit(&step.plan)) {
+        let written = match reached.and_then(|()| paused.commit(&step.writes)) {
             Ok(written) => written,
             Err(error) => return Err(paused.undo(&mapped, error).into()),
         };

@@ -119,7 +119,7 @@ impl Patcher {
         let name = module.name().to_string();
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let memory = &mut self.patch_memory;
-        let patch = prepare::prepare(machine, guest, memory, &module, &self.patches)?;
+        let patch = prepare::prepare_patch(machine, guest, memory, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let started = self
@@ -269,8 +269,8 @@ impl Patcher {
             };
         if let Some(running) = &mut self.running {
             match pause {
-                Some(pause) => running.transition.observed(pause),
-                None => running.transition.failed(),
+                Some(pause) => running.transition.step_taken(pause),
+                None => running.transition.step_failed(),
             }
         }
         result
@@ -343,7 +343,7 @@ impl Patcher {
             return Err(self.forget_replaced_kernel(error));
         }
         // The prewalk of the first step needs to know the modules.
-        guest.refresh(paused.memory());
+        guest.refresh_modules(paused.memory());
         let loaded = guest.loaded_modules(paused.memory())?;
         if loaded.contains(name) {
             return Err(PatchError::LoadedInGuest(name.into()));
@@ -375,7 +375,7 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let patch = self.patches.get(at).ok_or_else(no_patch)?;
-        prepare::fill(machine, &guest.kernel, &self.patch_memory, patch)?;
+        prepare::fill_data(machine, &guest.kernel, &self.patch_memory, patch)?;
         if self.dummy.is_none() {
             let (kernel, info) = (&guest.kernel, guest.info()?);
             self.dummy = dummy_patch::place(machine, kernel, info, &mut self.patch_memory)?;
