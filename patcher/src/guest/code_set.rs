@@ -29,8 +29,8 @@ impl CodeSet {
         self.ranges.push((code, name.into()));
     }
 
-    /// Tags, before a pause, the tasks whose cached stacks are free of this code: their check in the
-    /// pause need not search the stack.
+    /// Tags, before a pause, the tasks whose cached stacks are free of this code: their check in
+    /// the pause need not search the stack.
     pub fn tag_clear_tasks(&self, task_cache: &mut TaskCache) {
         task_cache.tag(self.id(), |stack| self.first_frame_in(stack).is_none());
     }

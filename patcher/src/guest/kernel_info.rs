@@ -1,5 +1,5 @@
-//! What patching needs of a guest kernel: addresses, structure fields and flag bits, each resolved by
-//! its name, once.
+//! What patching needs of a guest kernel: addresses, structure fields and flag bits, each resolved
+//! by its name, once.
 //!
 //! Knows symbols and types; must not read what changes while the guest runs.
 
@@ -26,13 +26,14 @@ pub struct KlpInfo {
     pub pending: u64,
     /// `sizeof(struct klp_patch)`.
     pub patch_size: u64,
-    /// The list heads in `struct klp_patch`, which must be initialised even when the lists are empty.
+    /// The list heads in `struct klp_patch`, which must be initialised even when the lists are
+    /// empty.
     pub patch_lists: Vec<Field>,
-    /// The functions that change a task's patch state and TIF_PATCH_PENDING, with their names: while
-    /// a vCPU is in one of them, the two may not match.
+    /// The functions that change a task's patch state and TIF_PATCH_PENDING, with their names:
+    /// while a vCPU is in one of them, the two may not match.
     pub switching: Vec<(GvaRange, &'static str)>,
-    /// The static key of the hook in `__schedule` (`klp_sched_try_switch_key`), in a kernel that has
-    /// it.
+    /// The static key of the hook in `__schedule` (`klp_sched_try_switch_key`), in a kernel that
+    /// has it.
     pub sched_key: Option<Gva>,
 }
 

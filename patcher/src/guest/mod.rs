@@ -39,9 +39,9 @@ pub struct Guest {
 impl Guest {
     /// Finds the guest's kernel.
     ///
-    /// The long part, reading symbols, types and unwind data, needs no pause: they do not change once
-    /// the kernel is up. If it fails, as the page tables that the registers point to may have gone
-    /// away meanwhile, it is repeated with the guest paused.
+    /// The long part, reading symbols, types and unwind data, needs no pause: they do not change
+    /// once the kernel is up. If it fails, as the page tables that the registers point to may have
+    /// gone away meanwhile, it is repeated with the guest paused.
     ///
     /// # Errors
     /// [`PatchError::NotReady`] early in boot.

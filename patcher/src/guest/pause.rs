@@ -25,7 +25,8 @@ pub struct PauseGuard<'a, M: Machine> {
 }
 
 impl<'a, M: Machine> PauseGuard<'a, M> {
-    /// Stops the guest and reads the registers of its vCPUs. The length of the pause goes to `meter`.
+    /// Stops the guest and reads the registers of its vCPUs. The length of the pause goes to
+    /// `meter`.
     ///
     /// # Errors
     /// [`MachineError`] if they cannot be stopped or read; the guest runs.

@@ -1,7 +1,7 @@
 //! Symbols for the frames of a stack, as `/proc/PID/stack` shows them.
 //!
-//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it. Code
-//! of patches, for which the guest has no symbols, gets those of the patch's module.
+//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it.
+//! Code of patches, for which the guest has no symbols, gets those of the patch's module.
 
 use introspect::modules::symbols::ModuleSymbols;
 use introspect::modules::{self, Module};
@@ -28,8 +28,8 @@ pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> LoadedModules {
         .collect()
 }
 
-/// Symbolizes code addresses of one guest. Does not read the guest: what it needs was read in a pause,
-/// so the guest runs while frames are symbolized.
+/// Symbolizes code addresses of one guest. Does not read the guest: what it needs was read in a
+/// pause, so the guest runs while frames are symbolized.
 pub struct Symbolizer<'a> {
     kernel: &'a Kernel,
     unwinder: &'a Unwinder,
@@ -38,8 +38,8 @@ pub struct Symbolizer<'a> {
 }
 
 impl<'a> Symbolizer<'a> {
-    /// A symbolizer for stacks that were read in the same pause as `modules`. `images` are the patches
-    /// in the guest.
+    /// A symbolizer for stacks that were read in the same pause as `modules`. `images` are the
+    /// patches in the guest.
     pub fn new(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,

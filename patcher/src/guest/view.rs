@@ -1,8 +1,8 @@
-//! A view of a paused guest: its tasks, and the check of each task's stack for code that it must not
-//! be in.
+//! A view of a paused guest: its tasks, and the check of each task's stack for code that it must
+//! not be in.
 //!
-//! The counterpart of `kernel/livepatch/transition.c: klp_check_stack`. Here alone is decided whether
-//! a task may be switched. Only reads; must not know which code is searched for, or why.
+//! The counterpart of `kernel/livepatch/transition.c: klp_check_stack`. Here alone is decided
+//! whether a task may be switched. Only reads; must not know which code is searched for, or why.
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
@@ -48,7 +48,8 @@ pub struct GuestView<'a> {
 }
 
 impl<'a> GuestView<'a> {
-    /// Reads the tasks. What has not changed since `task_cache` was last refreshed is taken from it.
+    /// Reads the tasks. What has not changed since `task_cache` was last refreshed is taken from
+    /// it.
     ///
     /// # Errors
     /// [`StepError::Busy`] if the task lists are being changed.
@@ -135,9 +136,9 @@ impl<'a> GuestView<'a> {
         self.walked.get()
     }
 
-    /// Checks whether task `at` is in `code`: its stack must be reliable, and no frame of it in `code`
-    /// (`kernel/livepatch/transition.c: klp_check_stack`, `klp_check_stack_func`). Unlike the kernel,
-    /// this checks running tasks too: their vCPUs are stopped.
+    /// Checks whether task `at` is in `code`: its stack must be reliable, and no frame of it in
+    /// `code` (`kernel/livepatch/transition.c: klp_check_stack`, `klp_check_stack_func`). Unlike
+    /// the kernel, this checks running tasks too: their vCPUs are stopped.
     #[must_use]
     pub fn check_stack(&self, at: usize, code: &CodeSet) -> StackCheck {
         // The stack of a running task is never cached, and so the task is never tagged.
@@ -164,8 +165,8 @@ impl<'a> GuestView<'a> {
         }
     }
 
-    /// A vCPU that will take an interrupt soon, and the number of its CPU: rather one with interrupts
-    /// enabled than one without, and then rather one in user mode.
+    /// A vCPU that will take an interrupt soon, and the number of its CPU: rather one with
+    /// interrupts enabled than one without, and then rather one in user mode.
     #[must_use]
     pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
         const IF: u64 = 1 << 9;
@@ -176,8 +177,8 @@ impl<'a> GuestView<'a> {
         running.max_by_key(|(vcpu, _)| (vcpu.rflags & IF != 0, vcpu.cpl))
     }
 
-    /// Checks that the task of every vCPU is known. A task that has just left the task lists can still
-    /// run kernel code, and would be overlooked.
+    /// Checks that the task of every vCPU is known. A task that has just left the task lists can
+    /// still run kernel code, and would be overlooked.
     ///
     /// # Errors
     /// [`StepError::Busy`] with the first vCPU whose task is not known.

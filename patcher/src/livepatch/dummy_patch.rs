@@ -1,4 +1,5 @@
-//! The dummy patch to which `klp_transition_patch` points while a patch of outpatch is in the guest.
+//! The dummy patch to which `klp_transition_patch` points while a patch of outpatch is in the
+//! guest.
 //!
 //! It is a `struct klp_patch` of zeroes with empty lists: the guest's own livepatching answers
 //! -EBUSY, and code that walks the patch finds nothing.

@@ -84,8 +84,8 @@ impl PatchedFunction {
     }
 
     /// The code that a task must not be in to switch to this patch: that of the previous function,
-    /// as `kernel/livepatch/transition.c: klp_check_stack_func` has it. The original's code is in it
-    /// too unless the original is what serves next, as a forced task may still be there.
+    /// as `kernel/livepatch/transition.c: klp_check_stack_func` has it. The original's code is in
+    /// it too unless the original is what serves next, as a forced task may still be there.
     pub fn code_to_leave(&self) -> impl Iterator<Item = &GvaRange> {
         let original = match (self.new, self.previous) {
             (Target::Original, Target::Patched(_)) => &[],

@@ -1,9 +1,9 @@
 //! The stack of patches on each function: what serves its calls now, and what would without the
 //! newest patch.
 //!
-//! As in the kernel (`kernel/livepatch/patch.c: klp_ops.func_stack`), the newest patch of a function
-//! serves it. In that patch's transition, tasks that have not switched get the previous function:
-//! that of the next older patch, or the original. A patch that replaces all earlier ones
+//! As in the kernel (`kernel/livepatch/patch.c: klp_ops.func_stack`), the newest patch of a
+//! function serves it. In that patch's transition, tasks that have not switched get the previous
+//! function: that of the next older patch, or the original. A patch that replaces all earlier ones
 //! (`klp_patch.replace`) has, for each function that only they patch, an entry that makes the
 //! original serve again (`core.c: klp_add_object_nops`).
 //!

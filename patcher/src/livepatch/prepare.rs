@@ -124,8 +124,8 @@ fn allocate<M: Machine>(
     })
 }
 
-/// How the stubs of a patch learn the running task's patch state: from `task_struct.patch_state`, or
-/// from `table` in a guest that keeps no patch states.
+/// How the stubs of a patch learn the running task's patch state: from `task_struct.patch_state`,
+/// or from `table` in a guest that keeps no patch states.
 fn state_source(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
     if let Some(table) = table {
         return Ok(StateSource::PendingTasks(pending_tasks::table_in(table)));
@@ -219,8 +219,8 @@ fn build<M: Machine>(
 }
 
 /// The functions that `patch` replaces, each with its entry, followed by those that it makes the
-/// original serve again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new functions
-/// and of the stubs are not set yet.
+/// original serve again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
+/// functions and of the stubs are not set yet.
 fn find_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,

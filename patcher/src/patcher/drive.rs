@@ -20,8 +20,9 @@ use crate::report::pause::PauseReport;
 use crate::transition::Transition;
 use crate::transition::step::{Step, StepContext};
 
-/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h:
-/// RESCHEDULE_VECTOR`), the same since x86-64 has it. A guest that gets it without need does nothing.
+/// The vector of the reschedule interrupt
+/// (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), the same since x86-64 has it. A guest
+/// that gets it without need does nothing.
 const RESCHEDULE_VECTOR: u8 = 0xfd;
 /// How often all tasks are tried to be switched in one pause: where nothing else will do, and where
 /// it is only preferred.
@@ -205,8 +206,8 @@ impl Patcher {
     }
 
     /// Takes one step of the running transition: a pause in which `plan` makes a step of what the
-    /// guest's memory shows, its writes and interrupts, and the guest running again with its sleepers
-    /// woken. Returns the step and the length of the pause.
+    /// guest's memory shows, its writes and interrupts, and the guest running again with its
+    /// sleepers woken. Returns the step and the length of the pause.
     pub(super) fn run_step<M: Machine>(
         &mut self,
         machine: &mut M,

@@ -1,7 +1,7 @@
 //! The dry run of a patch: everything that `apply` does up to its first write, with the same code.
 //!
-//! The patch is prepared on a machine that refuses writes, and its memory allocated in a copy of the
-//! guest's [`PatchMemory`], so that nothing is left of it afterwards.
+//! The patch is prepared on a machine that refuses writes, and its memory allocated in a copy of
+//! the guest's [`PatchMemory`], so that nothing is left of it afterwards.
 
 use std::time::Duration;
 

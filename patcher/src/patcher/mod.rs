@@ -56,7 +56,8 @@ pub struct Patcher {
     walks_in_the_pause: bool,
 }
 
-/// The transition that is running. There is one at a time, as in the kernel (`klp_transition_patch`).
+/// The transition that is running. There is one at a time, as in the kernel
+/// (`klp_transition_patch`).
 #[derive(Debug)]
 struct Running {
     /// Its patch, by position in the list of patches.
@@ -173,8 +174,8 @@ impl Patcher {
     /// (`kernel/livepatch/transition.c: klp_force_transition`).
     ///
     /// The price is consistency: a task that is in an original function stays in it and calls new
-    /// ones from there, or the reverse. As it is no longer known which tasks are in the patch's code,
-    /// that code is never freed; the patch can be reverted, but not removed.
+    /// ones from there, or the reverse. As it is no longer known which tasks are in the patch's
+    /// code, that code is never freed; the patch can be reverted, but not removed.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on as before.
@@ -210,9 +211,9 @@ impl Patcher {
     }
 
     /// Sends the fake signal, from `after` the start of the running transition of patch `name`, to
-    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls in
-    /// which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads are
-    /// woken. Stopped and traced tasks get nothing.
+    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls
+    /// in which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads
+    /// are woken. Stopped and traced tasks get nothing.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on without the signal.
@@ -351,8 +352,8 @@ impl Patcher {
         Ok(())
     }
 
-    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other errors
-    /// change nothing.
+    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other
+    /// errors change nothing.
     fn forget_replaced_kernel(&mut self, error: PatchError) -> PatchError {
         if matches!(error, PatchError::AnotherKernel(_)) {
             tracing::warn!(%error, patches = self.patches.len(), "the guest's kernel is gone");
@@ -367,7 +368,8 @@ impl Patcher {
         error
     }
 
-    /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps them.
+    /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps
+    /// them.
     fn fill_hidden_memory<M: Machine>(
         &mut self,
         machine: &mut M,

@@ -161,8 +161,8 @@ impl Patcher {
         })
     }
 
-    /// The dry run of [`apply`](Self::apply): what it would do now with the module in `file`. Writes
-    /// nothing, so `machine` may be a [`ReadOnlyMachine`](crate::ReadOnlyMachine).
+    /// The dry run of [`apply`](Self::apply): what it would do now with the module in `file`.
+    /// Writes nothing, so `machine` may be a [`ReadOnlyMachine`](crate::ReadOnlyMachine).
     ///
     /// # Errors
     /// [`PatchError`], as from `apply`.

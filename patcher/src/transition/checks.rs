@@ -1,7 +1,9 @@
-//! The checks of a step: which tasks can switch, and whether the guest is as the transition left it.
+//! The checks of a step: which tasks can switch, and whether the guest is as the transition left
+//! it.
 //!
-//! A single task's stack is judged in [`GuestView::check_stack`](crate::guest::view::GuestView); the
-//! guest's locks and variables are checked in [`preconditions`](crate::transition::preconditions).
+//! A single task's stack is judged in [`GuestView::check_stack`](crate::guest::view::GuestView);
+//! the guest's locks and variables are checked in
+//! [`preconditions`](crate::transition::preconditions).
 
 use introspect::{PatchState, Task};
 
@@ -64,8 +66,9 @@ impl StepContext<'_> {
         outcomes
     }
 
-    /// Why not all tasks can be switched in this pause. A task that is in a patched function is named
-    /// rather than one whose stack is unreliable: the latter is often elsewhere by the next pause.
+    /// Why not all tasks can be switched in this pause. A task that is in a patched function is
+    /// named rather than one whose stack is unreliable: the latter is often elsewhere by the next
+    /// pause.
     pub(super) fn not_at_once(&self, checks: &StackChecks) -> StepError {
         let (mut inside, mut unknown) = (Vec::new(), Vec::new());
         for (at, check) in checks.not_clear() {
@@ -116,8 +119,8 @@ impl StepContext<'_> {
         self.check_text()
     }
 
-    /// Checks that the running transition is the one that outpatch started, and that the entries are
-    /// as it left them.
+    /// Checks that the running transition is the one that outpatch started, and that the entries
+    /// are as it left them.
     pub(super) fn check_our_transition(&self, direction: Direction) -> Result<(), StepError> {
         let memory = &self.view.memory;
         if let (Some(klp), Some(dummy)) = (&self.info.klp, self.dummy) {
@@ -152,8 +155,8 @@ impl StepContext<'_> {
         }
     }
 
-    /// Checks that the entry of every function holds the `expected` bytes, or those of a newer patch,
-    /// and that ftrace's record of it says the same.
+    /// Checks that the entry of every function holds the `expected` bytes, or those of a newer
+    /// patch, and that ftrace's record of it says the same.
     fn check_sites(
         &self,
         expected: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], PatchError>,

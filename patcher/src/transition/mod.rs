@@ -1,9 +1,9 @@
 //! The transition of a guest's tasks from one patch state to the other, as a sequence of steps.
 //!
 //! This is Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside.
-//! A [`step`] is planned in a pause of the guest; between two steps the guest runs, and its own code
-//! switches tasks. Here is the state of a transition between steps, and when the next step is due.
-//! Must not know how a step is carried out: that is [`patcher`](crate::patcher).
+//! A [`step`] is planned in a pause of the guest; between two steps the guest runs, and its own
+//! code switches tasks. Here is the state of a transition between steps, and when the next step is
+//! due. Must not know how a step is carried out: that is [`patcher`](crate::patcher).
 
 mod checks;
 pub mod pending_tasks;
@@ -29,8 +29,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(1);
 /// The longest time between two steps after short pauses.
 const MAX_WAIT: Duration = Duration::from_millis(250);
 /// The guest runs for at least this many times the length of the last pause before the next step:
-/// once after the first step, twice after the second, and so on up to this, as most tasks that block
-/// switch soon.
+/// once after the first step, twice after the second, and so on up to this, as most tasks that
+/// block switch soon.
 const MAX_PAUSE_SHARE: u32 = 5;
 
 /// A running transition.

@@ -5,8 +5,8 @@
 //! least every other slot is free, so that every search ends. A removed task leaves a mark in its
 //! slot, so that tasks past it are still found. The table is changed in pauses only. A single task
 //! may be removed at any time: a task that is being looked up is in a stub, and so is not switched.
-//! The table is rewritten as a whole only when no task is in a stub. A task that is forked meanwhile
-//! is not in the table: it has never been in the previous functions.
+//! The table is rewritten as a whole only when no task is in a stub. A task that is forked
+//! meanwhile is not in the table: it has never been in the previous functions.
 //!
 //! Knows addresses and the hash; must not know what a lookup is for. That is known to
 //! [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
@@ -117,8 +117,8 @@ impl PendingTasks {
         self.allocation
     }
 
-    /// Removes `task`. Returns what has to be written for that, and where; `None` if the task is not
-    /// in the table.
+    /// Removes `task`. Returns what has to be written for that, and where; `None` if the task is
+    /// not in the table.
     pub fn remove(&mut self, task: Gva) -> Option<(Gva, [u8; 8])> {
         let at = self.search(task, task.0)?;
         *self.slots.get_mut(at)? = REMOVED;

@@ -1,7 +1,7 @@
 //! Checks that the guest is not in the middle of a change that a step would corrupt.
 //!
-//! All of them are made in a pause, before anything is written. [`StepError::Busy`] is not a failure:
-//! the guest is resumed, and the step tried again.
+//! All of them are made in a pause, before anything is written. [`StepError::Busy`] is not a
+//! failure: the guest is resumed, and the step tried again.
 
 use introspect::memory::kernel::KernelMemory;
 use introspect::{Gva, Kernel};
@@ -66,8 +66,8 @@ fn check_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), Step
     }
 }
 
-/// Checks that the locks of what a step changes are free: those of livepatching, of kernel text, and
-/// of ftrace's records.
+/// Checks that the locks of what a step changes are free: those of livepatching, of kernel text,
+/// and of ftrace's records.
 ///
 /// # Errors
 /// [`StepError::Busy`] if one is held.

@@ -1,7 +1,7 @@
 //! The stack checks of all tasks in one pause.
 //!
-//! Made in the pause for every task of the guest. Nearly all tasks are clear by their stack, so only
-//! the results of the others are kept.
+//! Made in the pause for every task of the guest. Nearly all tasks are clear by their stack, so
+//! only the results of the others are kept.
 
 use crate::guest::view::StackCheck;
 use crate::report::task::SwitchedBy;

@@ -1,9 +1,10 @@
 //! Plans one step of a transition from a view of the paused guest.
 //!
-//! Each of the four steps ([`start`](StepContext::start), [`try_complete`](StepContext::try_complete),
+//! Each of the four steps ([`start`](StepContext::start),
+//! [`try_complete`](StepContext::try_complete),
 //! [`force`](StepContext::force), [`reverse`](StepContext::reverse)) has its counterpart in
-//! `kernel/livepatch/transition.c`. It yields a [`Step`]: the writes to make in that same pause, and
-//! the outcome for each task. None of them writes. Between two steps the guest itself switches
+//! `kernel/livepatch/transition.c`. It yields a [`Step`]: the writes to make in that same pause,
+//! and the outcome for each task. None of them writes. Between two steps the guest itself switches
 //! tasks: its entry code and idle loop switch tasks that carry TIF_PATCH_PENDING to
 //! `klp_target_state`, and forked tasks inherit the state of their parent.
 //!
@@ -134,8 +135,8 @@ impl StepContext<'_> {
         Ok(step)
     }
 
-    /// Tries to complete the transition (`klp_try_complete_transition`): switches the tasks that can
-    /// be switched now, and completes the transition if all have switched.
+    /// Tries to complete the transition (`klp_try_complete_transition`): switches the tasks that
+    /// can be switched now, and completes the transition if all have switched.
     ///
     /// # Errors
     /// [`StepError`], with nothing to be written.
@@ -228,10 +229,10 @@ impl StepContext<'_> {
         Ok(step)
     }
 
-    /// What `klp_transition_patch` is when a transition in this direction is completed. As long as a
-    /// patch of outpatch is in the guest, the guest's own livepatching gets -EBUSY: a livepatch of
-    /// the guest's for a function that outpatch patches would have no effect, as ftrace leaves that
-    /// entry alone, and nothing would report it.
+    /// What `klp_transition_patch` is when a transition in this direction is completed. As long as
+    /// a patch of outpatch is in the guest, the guest's own livepatching gets -EBUSY: a livepatch
+    /// of the guest's for a function that outpatch patches would have no effect, as ftrace leaves
+    /// that entry alone, and nothing would report it.
     fn transition_patch(&self, direction: Direction) -> Option<Gva> {
         match direction {
             Direction::Revert if self.is_only_patch => None,
@@ -287,8 +288,8 @@ impl StepContext<'_> {
         Ok(())
     }
 
-    /// Plans a reschedule interrupt for each vCPU that runs a task which has not switched: it sends a
-    /// vCPU in user mode through the kernel exit, and an idle one through the idle loop.
+    /// Plans a reschedule interrupt for each vCPU that runs a task which has not switched: it sends
+    /// a vCPU in user mode through the kernel exit, and an idle one through the idle loop.
     fn plan_reschedule(&self, step: &mut Step) {
         let each = self.view.tasks().zip(&step.outcomes);
         step.reschedule = each

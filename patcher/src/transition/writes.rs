@@ -54,10 +54,10 @@ impl StepContext<'_> {
         }
     }
 
-    /// Plans the `bytes` of each entry. While an entry does not hold its NOP, its record is disabled,
-    /// so that ftrace leaves it alone; when the NOP is back, the record counts the `ftrace_ops` that
-    /// have come to cover the function meanwhile. The entry of a function that a newer patch serves
-    /// belongs to that patch and is not written.
+    /// Plans the `bytes` of each entry. While an entry does not hold its NOP, its record is
+    /// disabled, so that ftrace leaves it alone; when the NOP is back, the record counts the
+    /// `ftrace_ops` that have come to cover the function meanwhile. The entry of a function that a
+    /// newer patch serves belongs to that patch and is not written.
     pub(super) fn plan_sites(
         &self,
         writes: &mut WriteBatch,
@@ -98,7 +98,8 @@ impl StepContext<'_> {
         Ok(())
     }
 
-    /// Plans the state outside transitions for every task: no patch state, and no TIF_PATCH_PENDING.
+    /// Plans the state outside transitions for every task: no patch state, and no
+    /// TIF_PATCH_PENDING.
     pub(super) fn plan_idle_states(&self, writes: &mut WriteBatch) -> Result<(), StepError> {
         if self.info.klp.is_none() {
             // Stubs looked tasks up in the table, and no entry leads to a stub from now on.
@@ -111,8 +112,8 @@ impl StepContext<'_> {
         Ok(())
     }
 
-    /// Plans the table of `pending` tasks, in a guest that keeps no patch states. No task may be in a
-    /// stub, which looks tasks up.
+    /// Plans the table of `pending` tasks, in a guest that keeps no patch states. No task may be in
+    /// a stub, which looks tasks up.
     pub(super) fn plan_pending_table(
         &self,
         direction: Direction,
