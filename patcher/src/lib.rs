@@ -11,18 +11,19 @@
 //! *starts a transition*: it points the entry of every patched function to a stub that chooses
 //! between the previous and the new function by the running task's patch state, and switches each
 //! task whose stack is reliable and shows none of the previous functions
-//! (`klp_check_stack_func`). If that is every task, as most often, the transition completes in this
-//! pause. Otherwise the guest's own code switches further tasks on their way to user mode, and
-//! [`Patcher::poll`] *tries to complete* the transition
-//! (`klp_try_complete_transition`), each time in a pause. When the last task has switched, the
-//! entries jump straight to the new functions and the patch is [`Applied`](PatchPhase::Applied).
+//! (`klp_check_stack_func`). If that is every task, as is usual, the transition completes in this
+//! pause. Otherwise further tasks switch over time: by the guest's own code on their way to user
+//! mode (with `CONFIG_LIVEPATCH`), or by their stacks in later pauses, in which [`Patcher::poll`]
+//! *tries to complete* the transition (`klp_try_complete_transition`). When the last task has
+//! switched, the entries jump straight to the new functions and the patch is
+//! [`Applied`](PatchPhase::Applied).
 //!
 //! [`Patcher::revert`] switches tasks back in the same way, after which the memory of the patch is
 //! freed. A running transition can be *reversed* ([`Patcher::cancel`]; `klp_reverse_transition`) or
-//! *forced* ([`Patcher::force`]; `klp_force_transition`), and tasks that block it can be sent the
-//! kernel's *fake signal* ([`Patcher::signal`]; `klp_send_signals`). There is one transition at a
-//! time. [`Patcher::status`] reports every patch and, for every task, how it switched or what
-//! blocks it; [`Patcher::check`] is a dry run.
+//! *forced* ([`Patcher::force`]; `klp_force_transition`), after which the code of the patch is never
+//! freed. Tasks that block it can be sent the kernel's *fake signal* ([`Patcher::signal`];
+//! `klp_send_signals`). There is one transition at a time. [`Patcher::status`] reports every patch
+//! and, for every task, how it switched or what blocks it; [`Patcher::check`] is a dry run.
 //!
 //! The writes of one pause are made whole or not at all: if one fails, those before it are undone
 //! before the guest runs.

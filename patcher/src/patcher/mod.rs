@@ -2,7 +2,8 @@
 //!
 //! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
 //! which order things are done; what a pause reads and writes is decided in
-//! [`transition`](crate::transition). Must not know how the guest is stopped: that is [`Machine`]'s.
+//! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
+//! [`Machine`].
 
 mod drive;
 mod dry_run;

@@ -16,7 +16,7 @@ pub enum SwitchedBy {
     UserMode,
     /// It is an idle task, which the guest's own idle loop switched.
     Idle,
-    /// It was forked during the transition, by a task that had switched.
+    /// It was forked during the transition, and has been in the target state since.
     Forked,
     /// It had not switched when the transition was reversed, and so need not switch back.
     NotSwitched,

@@ -1,9 +1,7 @@
-//! The checks of a step: which tasks can switch, and whether the guest is as the transition left
-//! it.
+//! The checks of a step: which tasks can switch, and whether the guest is as outpatch left it.
 //!
 //! A single task's stack is judged in [`GuestView::check_stack`](crate::guest::view::GuestView);
-//! the guest's locks and variables are checked in
-//! [`preconditions`](crate::transition::preconditions).
+//! the guest's locks and variables are checked in [`preconditions`].
 
 use introspect::{PatchState, Task};
 
