@@ -20,8 +20,8 @@
 //!
 //! [`Patcher::revert`] switches tasks back in the same way, after which the memory of the patch is
 //! freed. A running transition can be *reversed* ([`Patcher::cancel`]; `klp_reverse_transition`) or
-//! *forced* ([`Patcher::force`]; `klp_force_transition`), after which the code of the patch is never
-//! freed. Tasks that block it can be sent the kernel's *fake signal* ([`Patcher::signal`];
+//! *forced* ([`Patcher::force`]; `klp_force_transition`), after which the code of the patch is
+//! never freed. Tasks that block it can be sent the kernel's *fake signal* ([`Patcher::signal`];
 //! `klp_send_signals`). There is one transition at a time. [`Patcher::status`] reports every patch
 //! and, for every task, how it switched or what blocks it; [`Patcher::check`] is a dry run.
 //!
