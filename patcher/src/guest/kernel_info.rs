@@ -1,102 +1,105 @@
-//! What patching needs to know of a guest kernel, resolved once: addresses, fields and bits, each by name.
+//! What patching needs of a guest kernel: addresses, structure fields and flag bits, each resolved
+//! by its name, once.
 //!
-//! Names only; nothing here looks at what the guest does.
+//! Knows symbols and types; must not read what changes while the guest runs.
 
 use introspect::kernel::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 
-use crate::error::PatchError;
-use crate::error::unexpected;
+use crate::error::{PatchError, unexpected};
 use crate::ftrace::FtraceLayout;
 use crate::ftrace::ops::FtraceOps;
 use crate::memory::PatchAreas;
 use crate::memory::cave::TextMap;
 use crate::x86::entry_stub::CurrentVar;
 
-/// Where the guest's own livepatching keeps its state.
+/// Where the guest's own livepatching keeps its state (`kernel/livepatch/transition.c`).
 #[derive(Clone, Debug)]
 pub struct KlpInfo {
-    /// `klp_target_state`.
+    /// The address of `klp_target_state`.
     pub target_state: Gva,
-    /// `klp_transition_patch`.
+    /// The address of `klp_transition_patch`.
     pub transition_patch: Gva,
     /// `task_struct.patch_state`.
     pub patch_state: Field,
-    /// `TIF_PATCH_PENDING`, as a mask.
+    /// `TIF_PATCH_PENDING` as a mask.
     pub pending: u64,
     /// `sizeof(struct klp_patch)`.
     pub patch_size: u64,
-    /// The list heads of `struct klp_patch` that must not be left null.
+    /// The list heads in `struct klp_patch`, which must be initialised even when the lists are
+    /// empty.
     pub patch_lists: Vec<Field>,
-    /// Code during which a task's state and flag do not belong together.
+    /// The functions that change a task's patch state and TIF_PATCH_PENDING, with their names:
+    /// while a vCPU is in one of them, the two may not match.
     pub switching: Vec<(GvaRange, &'static str)>,
-    /// The static key of the hook in `__schedule`, in a kernel that has it.
+    /// The static key of the hook in `__schedule` (`klp_sched_try_switch_key`), in a kernel that
+    /// has it.
     pub sched_key: Option<Gva>,
 }
 
-/// How a task is told that something is to be done.
+/// The thread flags of a task.
 #[derive(Clone, Copy, Debug)]
 pub struct ThreadFlagInfo {
     /// `thread_info.flags`, within `task_struct`.
     pub flags: Field,
-    /// `TIF_NEED_RESCHED`, as a mask, where it is known.
+    /// `TIF_NEED_RESCHED` as a mask, if known.
     pub need_resched: Option<u64>,
-    /// `TIF_NOTIFY_SIGNAL`, as a mask, where it is known.
+    /// `TIF_NOTIFY_SIGNAL` as a mask, if known.
     pub notify_signal: Option<u64>,
 }
 
-/// How a kernel says that it is changing its own text.
+/// Where a kernel counts the changes of its own text that are in progress.
 #[derive(Clone, Debug)]
 pub enum TextPokeInfo {
-    /// One batch, counted by `bp_desc.refs`.
+    /// One batch with one count.
     Batch {
-        /// The count.
+        /// The address of `bp_desc.refs`.
         refs: Gva,
     },
-    /// `text_poke_array`, with a count on each CPU.
+    /// An array of changes, with a count on each CPU.
     Array {
-        /// `text_poke_array.nr_entries`.
+        /// The address of `text_poke_array.nr_entries`.
         entries: Gva,
-        /// The per-CPU symbol of the count.
+        /// The per-CPU symbol `text_poke_array_refs`.
         refs: Gva,
     },
 }
 
-/// All of it.
+/// What patching needs of a guest kernel.
 #[derive(Clone, Debug)]
 pub struct KernelInfo {
-    /// The guest's own livepatching; a kernel without `CONFIG_LIVEPATCH` has none.
+    /// The guest's own livepatching; `None` in a kernel without `CONFIG_LIVEPATCH`.
     pub klp: Option<KlpInfo>,
-    /// Flags of a task.
+    /// The thread flags of a task.
     pub tif: ThreadFlagInfo,
-    /// Text poking.
-    pub poke: TextPokeInfo,
-    /// Mutexes that must be free while we change what they protect, with their names.
+    /// Where the kernel counts changes of its text.
+    pub text_poke: TextPokeInfo,
+    /// The mutexes that must be free while outpatch changes what they protect, with their names.
     pub mutexes: Vec<(&'static str, Gva)>,
-    /// How a mutex says that it is held.
-    pub mutex: LockWord,
-    /// ftrace's types.
+    /// The word of a `struct mutex` that tells whether it is held.
+    pub mutex_word: LockWord,
+    /// The layout of ftrace's structures.
     pub ftrace: FtraceLayout,
-    /// Who traces.
-    pub tracers: FtraceOps,
-    /// `ftrace_pages_start`.
+    /// The registered `ftrace_ops`.
+    pub ftrace_ops: FtraceOps,
+    /// The address of `ftrace_pages_start`.
     pub ftrace_pages: Gva,
-    /// How code finds `current`.
+    /// How the kernel's code reads `current`.
     pub current: CurrentVar,
-    /// Where patches may lie.
+    /// Where patches can be placed.
     pub areas: PatchAreas,
 }
 
 impl KernelInfo {
-    /// From a kernel's symbols and types.
+    /// Resolves all of it from a kernel's symbols and types.
     ///
     /// # Errors
-    /// [`PatchError::Guest`] naming what the kernel lacks.
+    /// [`PatchError::Guest`] with the name of what the kernel lacks.
     pub fn new(kernel: &Kernel) -> Result<KernelInfo, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
         let klp = klp(kernel)?;
         let mutexes = ["klp_mutex", "text_mutex", "ftrace_lock"];
-        let there = |name: &&str| *name != "klp_mutex" || klp.is_some();
+        let present = |name: &&str| *name != "klp_mutex" || klp.is_some();
         let srso = ["srso_alias_untrain_ret", "srso_alias_safe_ret"];
         Ok(KernelInfo {
             tif: ThreadFlagInfo {
@@ -104,15 +107,15 @@ impl KernelInfo {
                 need_resched: kernel.tif.need_resched.and_then(mask),
                 notify_signal: kernel.tif.notify_signal.and_then(mask),
             },
-            poke: poke(kernel)?,
+            text_poke: text_poke(kernel)?,
             mutexes: mutexes
                 .into_iter()
-                .filter(there)
+                .filter(present)
                 .map(|name| Ok((name, symbol(name)?)))
                 .collect::<Result<_, SymbolError>>()?,
-            mutex: kernel.layout.lock.mutex,
+            mutex_word: kernel.layout.lock.mutex,
             ftrace: FtraceLayout::new(&kernel.btf)?,
-            tracers: FtraceOps::new(kernel)?,
+            ftrace_ops: FtraceOps::new(kernel)?,
             ftrace_pages: symbol("ftrace_pages_start")?,
             klp,
             current: current(kernel)?,
@@ -145,7 +148,7 @@ fn klp(kernel: &Kernel) -> Result<Option<KlpInfo>, PatchError> {
         transition_patch: kernel.symbols.address("klp_transition_patch")?,
         patch_state: derived.patch_state,
         pending: mask(derived.pending_bit)
-            .ok_or_else(|| unexpected("TIF_PATCH_PENDING is no bit of 64"))?,
+            .ok_or_else(|| unexpected("TIF_PATCH_PENDING is not a bit of a 64-bit word"))?,
         patch_size: kernel.btf.size_of("klp_patch")?,
         patch_lists: vec![
             kernel.btf.field("klp_patch.list")?,
@@ -159,7 +162,7 @@ fn klp(kernel: &Kernel) -> Result<Option<KlpInfo>, PatchError> {
     }))
 }
 
-fn poke(kernel: &Kernel) -> Result<TextPokeInfo, PatchError> {
+fn text_poke(kernel: &Kernel) -> Result<TextPokeInfo, PatchError> {
     if let Ok(array) = kernel.symbols.address("text_poke_array") {
         return Ok(TextPokeInfo::Array {
             entries: kernel
@@ -175,7 +178,7 @@ fn poke(kernel: &Kernel) -> Result<TextPokeInfo, PatchError> {
     })
 }
 
-/// `current`, the way that the kernel's own code reads it.
+/// How the kernel's own code reads `current`.
 fn current(kernel: &Kernel) -> Result<CurrentVar, PatchError> {
     let symbol = kernel.current_variable();
     match kernel.percpu.kind {
@@ -185,6 +188,6 @@ fn current(kernel: &Kernel) -> Result<CurrentVar, PatchError> {
             .ok()
             .filter(|offset| i32::try_from(*offset).is_ok())
             .map(CurrentVar::Absolute)
-            .ok_or_else(|| unexpected(format!("{symbol} is no per-CPU offset of current_task"))),
+            .ok_or_else(|| unexpected(format!("{symbol} is not a per-CPU offset of current_task"))),
     }
 }

@@ -1,4 +1,6 @@
-//! What is known of one guest's kernel, found once: symbols, types, unwind data, and what patching needs of them.
+//! One guest's kernel: its symbols, types and unwind data, found once, and its tasks as last read.
+//!
+//! Only reads. Must not know what is written to the guest.
 
 pub mod code_set;
 pub mod kernel_info;
@@ -13,8 +15,7 @@ use introspect::task_list::TaskCache;
 use introspect::unwind::Unwinder;
 use introspect::{Kernel, PhysMemory, VcpuRegs};
 
-use crate::error::PatchError;
-use crate::error::StepError;
+use crate::error::{PatchError, StepError};
 use crate::guest::code_set::CodeSet;
 use crate::guest::kernel_info::KernelInfo;
 use crate::guest::pause::PauseGuard;
@@ -25,21 +26,22 @@ use crate::report::pause::PauseReport;
 /// One guest's kernel.
 #[derive(Debug)]
 pub struct Guest {
-    /// Symbols, types, page tables.
+    /// The kernel: its symbols, types and page tables.
     pub kernel: Kernel,
-    /// Stacks.
+    /// Walks the stacks of its tasks.
     pub unwinder: Unwinder,
-    /// Tasks and their stacks, as last seen.
+    /// The tasks and their stacks, as last read.
     pub task_cache: TaskCache,
-    /// What patching needs, or why this kernel cannot be patched.
+    /// What patching needs of the kernel, or why this kernel cannot be patched.
     pub info: Result<KernelInfo, PatchError>,
 }
 
 impl Guest {
-    /// First contact.
+    /// Finds the guest's kernel.
     ///
-    /// The long part of it, reading symbols, types and unwind data, needs no pause: they do not change once the kernel is up. Only
-    /// when that fails, because the registers' page tables went away meanwhile, is it done again with the guest stopped.
+    /// The long part, reading symbols, types and unwind data, needs no pause: they do not change
+    /// once the kernel is up. If it fails, as the page tables that the registers point to may have
+    /// gone away meanwhile, it is repeated with the guest paused.
     ///
     /// # Errors
     /// [`PatchError::NotReady`] early in boot.
@@ -50,7 +52,7 @@ impl Guest {
         match Guest::read(machine.memory(), &vcpus) {
             Ok(guest) => Ok(guest),
             Err(error) => {
-                tracing::debug!(%error, "first contact needs a pause");
+                tracing::debug!(%error, "the kernel is searched again in a pause");
                 let paused = PauseGuard::begin(machine, meter)?;
                 Guest::read(paused.memory(), &paused.vcpus)
             }
@@ -69,38 +71,38 @@ impl Guest {
         })
     }
 
-    /// What patching needs.
+    /// What patching needs of the kernel.
     ///
     /// # Errors
-    /// Why this kernel cannot be patched.
+    /// [`PatchError`]: why this kernel cannot be patched.
     pub fn info(&self) -> Result<&KernelInfo, PatchError> {
         self.info.as_ref().map_err(Clone::clone)
     }
 
-    /// Looks at the paused guest.
+    /// Reads the tasks of the paused guest.
     ///
     /// # Errors
-    /// [`StepError`].
+    /// [`StepError::Busy`] if its task lists are being changed.
     pub fn view<'a>(
         &'a mut self,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<GuestView<'a>, StepError> {
         self.check_running(memory, vcpus)?;
-        self.refresh(memory);
+        self.refresh_modules(memory);
         let Guest {
             kernel,
             unwinder,
             task_cache,
             ..
         } = self;
-        GuestView::take(kernel, unwinder, task_cache, memory, vcpus)
+        GuestView::new(kernel, unwinder, task_cache, memory, vcpus)
     }
 
-    /// The guest still runs this kernel. Only while paused.
+    /// Checks that the guest still runs this kernel. Only while paused.
     ///
     /// # Errors
-    /// [`PatchError::AnotherKernel`].
+    /// [`PatchError::AnotherKernel`] if it runs another one.
     pub fn check_running(
         &self,
         memory: &dyn PhysMemory,
@@ -112,26 +114,28 @@ impl Guest {
         }
     }
 
-    /// Learns which modules there are. Only while paused.
-    pub fn refresh(&mut self, memory: &dyn PhysMemory) {
-        // A module that is being loaded or unloaded makes stacks through it unreliable, and no others.
+    /// Gives the unwinder the modules that are loaded now. Only while paused.
+    pub fn refresh_modules(&mut self, memory: &dyn PhysMemory) {
+        // A module that is being loaded or unloaded makes the stacks with its code on them
+        // unreliable, and no others.
         if let Err(error) = (self.unwinder).refresh(&self.kernel, &self.kernel.memory(memory)) {
             tracing::debug!(%error, "the guest's modules cannot be read now");
         }
     }
 
-    /// Walks stacks while the guest runs, and looks for the code of `codes` on them, so that the next look is short.
-    pub fn prewalk(&mut self, memory: &dyn PhysMemory, codes: &CodeSet) {
+    /// Walks stacks while the guest runs, and tags the tasks that are clear of `code`, so that the
+    /// next pause is short.
+    pub fn prewalk(&mut self, memory: &dyn PhysMemory, code: &CodeSet) {
         let memory = self.kernel.memory(memory);
         self.task_cache
             .prewalk(&self.kernel, &self.unwinder, &memory);
-        codes.tag_ahead(&mut self.task_cache);
+        code.tag_clear_tasks(&mut self.task_cache);
     }
 
-    /// Names of the modules that the guest has loaded. Only while paused.
+    /// The names of the modules that the guest has loaded. Only while paused.
     ///
     /// # Errors
-    /// [`PatchError::Guest`].
+    /// [`PatchError::Guest`] if their list cannot be read.
     pub fn loaded_modules(&self, memory: &dyn PhysMemory) -> Result<HashSet<String>, PatchError> {
         let memory = self.kernel.memory(memory);
         let loaded = modules::list(&self.kernel, &memory)?;

@@ -1,6 +1,6 @@
-//! One pause of the guest: begun, used, ended, and counted.
+//! One pause of the guest, as a guard: the vCPUs stop when it is made and run when it is dropped.
 //!
-//! The vCPUs stop when a [`PauseGuard`] is made and run again when it is dropped, whatever happens in between.
+//! The length of the pause goes to a [`PauseReport`]. Must not know what the pause is for.
 
 use std::time::{Duration, Instant};
 
@@ -17,17 +17,19 @@ pub struct PauseGuard<'a, M: Machine> {
     machine: &'a mut M,
     meter: &'a mut PauseReport,
     since: Instant,
-    /// Registers of every vCPU, as they stopped.
+    /// The registers of every vCPU, as they stopped.
     pub vcpus: Vec<VcpuRegs>,
-    saw: (u64, u64),
+    /// The tasks that were read and the stacks that were walked, for the report.
+    counts: (u64, u64),
     stopped: bool,
 }
 
 impl<'a, M: Machine> PauseGuard<'a, M> {
-    /// Stops the guest and reads its vCPUs; the length of the pause goes to `meter`.
+    /// Stops the guest and reads the registers of its vCPUs. The length of the pause goes to
+    /// `meter`.
     ///
     /// # Errors
-    /// [`MachineError`], with the guest running.
+    /// [`MachineError`] if they cannot be stopped or read; the guest runs.
     pub fn begin(machine: &'a mut M, meter: &'a mut PauseReport) -> Result<Self, MachineError> {
         let since = Instant::now();
         machine.pause()?;
@@ -36,7 +38,7 @@ impl<'a, M: Machine> PauseGuard<'a, M> {
             meter,
             since,
             vcpus: Vec::new(),
-            saw: (0, 0),
+            counts: (0, 0),
             stopped: true,
         };
         paused.vcpus = paused.machine.vcpus()?;
@@ -48,12 +50,12 @@ impl<'a, M: Machine> PauseGuard<'a, M> {
         self.machine.memory()
     }
 
-    /// Carries a plan out.
+    /// Makes all of `writes`, or none.
     ///
     /// # Errors
     /// As [`WriteBatch::commit`].
-    pub fn commit(&mut self, plan: &WriteBatch) -> Result<UndoLog, PatchError> {
-        plan.commit(self.machine)
+    pub fn commit(&mut self, writes: &WriteBatch) -> Result<UndoLog, PatchError> {
+        writes.commit(self.machine)
     }
 
     /// Sends an interrupt that the vCPU takes once the guest runs.
@@ -64,20 +66,21 @@ impl<'a, M: Machine> PauseGuard<'a, M> {
         self.machine.interrupt(vcpu, vector)
     }
 
-    /// Puts back what [`commit`](Self::commit) did in this pause.
-    pub fn undo(&mut self, journal: &UndoLog, cause: PatchError) -> PatchError {
-        journal.undo(self.machine, cause)
+    /// Undoes what [`commit`](Self::commit) wrote in this pause, because of `cause`. Returns the
+    /// error to report.
+    pub fn undo(&mut self, undo_log: &UndoLog, cause: PatchError) -> PatchError {
+        undo_log.undo(self.machine, cause)
     }
 
-    /// For the report: so many tasks were looked at in this pause, and so many stacks walked.
+    /// Notes for the report how many tasks were read and how many stacks were walked in this pause.
     pub fn note(&mut self, tasks: usize, walked: usize) {
-        self.saw = (tasks as u64, walked as u64);
+        self.counts = (tasks as u64, walked as u64);
     }
 
-    /// Lets the guest run.
+    /// Resumes the guest. Returns the length of the pause.
     ///
     /// # Errors
-    /// [`MachineError`]: the machine could not start its vCPUs.
+    /// [`MachineError`] if the vCPUs cannot be started.
     pub fn resume(mut self) -> Result<Duration, MachineError> {
         self.end()
     }
@@ -88,7 +91,7 @@ impl<'a, M: Machine> PauseGuard<'a, M> {
         }
         let done = self.machine.resume();
         let length = self.since.elapsed();
-        let (tasks, walked) = self.saw;
+        let (tasks, walked) = self.counts;
         self.meter.add(PauseLength {
             us: u64::try_from(length.as_micros()).unwrap_or(u64::MAX),
             tasks,
@@ -103,39 +106,5 @@ impl<M: Machine> Drop for PauseGuard<'_, M> {
         if let Err(error) = self.end() {
             tracing::error!(%error, "the guest could not be resumed");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pause(us: u64) -> PauseLength {
-        PauseLength {
-            us,
-            tasks: 3,
-            walked: 1,
-        }
-    }
-
-    #[test]
-    fn each_pause_is_in_the_bucket_of_the_first_bound_that_holds_it() {
-        let mut report = PauseReport::default();
-        for us in [0, 50, 51, 1000, 250_000, 250_001, u64::MAX / 2] {
-            report.add(pause(us));
-        }
-        assert_eq!(report.histogram, [2, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 2]);
-        assert_eq!((report.count, report.longest_us), (7, u64::MAX / 2));
-    }
-
-    #[test]
-    fn only_the_last_pauses_are_told_each_by_itself() {
-        let (mut early, mut late) = (PauseReport::default(), PauseReport::default());
-        (0..20).for_each(|us| early.add(pause(us)));
-        (20..40).for_each(|us| late.add(pause(us)));
-        early.merge(&late);
-        let told: Vec<u64> = early.recent.iter().map(|pause| pause.us).collect();
-        assert_eq!(told, (8..40).collect::<Vec<_>>());
-        assert_eq!((early.count, early.total_us), (40, (0..40).sum()));
     }
 }

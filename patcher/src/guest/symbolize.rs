@@ -1,7 +1,7 @@
-//! Names for the frames of a stack, as `/proc/PID/stack` gives them.
+//! Symbols for the frames of a stack, as `/proc/PID/stack` shows them.
 //!
-//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it. Code of patches, which the
-//! guest cannot name, gets the patch's own symbols.
+//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it.
+//! Code of patches, for which the guest has no symbols, gets those of the patch's module.
 
 use introspect::modules::{self, Module, ModuleSymbols};
 use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};
@@ -12,7 +12,8 @@ use crate::report::stack::{NamedFrame, TaskStack};
 /// The modules of a guest at one moment, with their symbols.
 pub type LoadedModules = Vec<(Module, ModuleSymbols)>;
 
-/// The modules that can be read now, for [`Symbolizer`]. Only while paused.
+/// Reads the modules and their symbols for a [`Symbolizer`], as far as they can be read. Only while
+/// paused.
 #[must_use]
 pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> LoadedModules {
     let modules = modules::list(kernel, memory)
@@ -26,7 +27,8 @@ pub fn loaded(kernel: &Kernel, memory: &KernelMemory<'_>) -> LoadedModules {
         .collect()
 }
 
-/// Names code of one guest. Reads nothing of it: what it needs was read in a pause, and the guest need not wait for the names.
+/// Symbolizes code addresses of one guest. Does not read the guest: what it needs was read in a
+/// pause, so the guest runs while frames are symbolized.
 pub struct Symbolizer<'a> {
     kernel: &'a Kernel,
     unwinder: &'a Unwinder,
@@ -35,7 +37,8 @@ pub struct Symbolizer<'a> {
 }
 
 impl<'a> Symbolizer<'a> {
-    /// For stacks of the pause in which `modules` were read.
+    /// A symbolizer for stacks that were read in the same pause as `modules`. `images` are the
+    /// patches in the guest.
     pub fn new(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
@@ -50,7 +53,7 @@ impl<'a> Symbolizer<'a> {
         }
     }
 
-    /// `stack` with names.
+    /// The report of `task`'s stack, with the symbol of each frame.
     #[must_use]
     pub fn stack(&self, task: &Task, stack: &Stack) -> TaskStack {
         TaskStack {
@@ -61,8 +64,8 @@ impl<'a> Symbolizer<'a> {
     }
 
     fn frame(&self, frame: &Frame) -> NamedFrame {
-        let back = u64::from(!frame.exact);
-        let code = frame.ip.sub(back);
+        let adjust = u64::from(!frame.exact);
+        let code = frame.ip.sub(adjust);
         let named = self
             .in_patch(code)
             .or_else(|| self.in_module(code))
@@ -70,9 +73,11 @@ impl<'a> Symbolizer<'a> {
         NamedFrame {
             ip: frame.ip,
             name: match named {
-                Some((name, offset, size, "")) => format!("{name}+{:#x}/{size:#x}", offset + back),
+                Some((name, offset, size, "")) => {
+                    format!("{name}+{:#x}/{size:#x}", offset + adjust)
+                }
                 Some((name, offset, size, owner)) => {
-                    format!("{name}+{:#x}/{size:#x} [{owner}]", offset + back)
+                    format!("{name}+{:#x}/{size:#x} [{owner}]", offset + adjust)
                 }
                 None => format!("{:#x}", frame.ip.0),
             },

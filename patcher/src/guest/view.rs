@@ -1,6 +1,8 @@
-//! One look at a paused guest: its tasks, and where each stands towards a patch.
+//! A view of a paused guest: its tasks, and the check of each task's stack for code that it must
+//! not be in.
 //!
-//! This is the one place that decides whether a task may be moved. It only reads.
+//! The counterpart of `kernel/livepatch/transition.c: klp_check_stack`. Here alone is decided
+//! whether a task may be switched. Only reads; must not know which code is searched for, or why.
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
@@ -18,37 +20,40 @@ use crate::guest::code_set::CodeSet;
 use crate::guest::symbolize::{self, LoadedModules};
 use crate::report::task::SwitchedBy;
 
-/// Where a task stands towards a [`CodeSet`].
+/// Whether a task is in code of a [`CodeSet`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StackCheck {
-    /// It is in none of the watched code, and this is how we know.
+    /// It is not, so it may be switched; this is how that is known.
     Clear(SwitchedBy),
-    /// It is in some of it, and this is where.
+    /// It is: in this frame.
     Blocked(String),
-    /// It may be: this is why nobody can tell.
+    /// That is not known: this is why its stack is unreliable.
     Unknown(String),
 }
 
-/// A paused guest, as seen once.
+/// The tasks of a paused guest.
 pub struct GuestView<'a> {
-    /// Its kernel.
+    /// The guest's kernel.
     pub kernel: &'a Kernel,
-    /// Its memory, for this pause.
+    /// The guest's memory, valid for this pause.
     pub memory: KernelMemory<'a>,
     task_cache: &'a TaskCache,
     unwinder: &'a Unwinder,
     vcpus: &'a [VcpuRegs],
+    /// How many stacks were walked.
     walked: Cell<usize>,
-    /// What was said of an address inside watched code, and of which piece: thousands sleep at the same place.
-    said: RefCell<HashMap<Gva, (String, String)>>,
+    /// The description of each address that blocks, with the name of its code range: thousands of
+    /// tasks can sleep at the same address.
+    descriptions: RefCell<HashMap<Gva, (String, String)>>,
 }
 
 impl<'a> GuestView<'a> {
-    /// Looks; `task_cache` is what earlier looks left.
+    /// Reads the tasks. What has not changed since `task_cache` was last refreshed is taken from
+    /// it.
     ///
     /// # Errors
-    /// [`StepError`]; busy when the task lists are being changed.
-    pub fn take(
+    /// [`StepError::Busy`] if the task lists are being changed.
+    pub fn new(
         kernel: &'a Kernel,
         unwinder: &'a Unwinder,
         task_cache: &'a mut TaskCache,
@@ -64,11 +69,11 @@ impl<'a> GuestView<'a> {
             unwinder,
             vcpus,
             walked: Cell::new(0),
-            said: RefCell::default(),
+            descriptions: RefCell::default(),
         })
     }
 
-    /// Every task, with what is known of it.
+    /// Every task, with its stack if that is cached. A task's number is its position here.
     #[must_use]
     pub fn cached(&self) -> &'a [CachedTask] {
         self.task_cache.tasks()
@@ -76,44 +81,46 @@ impl<'a> GuestView<'a> {
 
     /// Every task.
     pub fn tasks(&self) -> impl Iterator<Item = &'a Task> + use<'a> {
-        self.cached().iter().map(|seen| &seen.task)
+        self.cached().iter().map(|cached| &cached.task)
     }
 
-    /// The patch state of number `at` of them; without a look at the task where nothing about it has changed.
+    /// The patch state of task `at`, as read for this view.
     #[must_use]
     pub fn patch_state(&self, at: usize) -> Option<PatchState> {
         self.task_cache.patch_state(at)
     }
 
-    /// The modules that the guest has loaded, for names of the code on stacks.
+    /// The modules that the guest has loaded, with their symbols.
     #[must_use]
-    pub fn loaded(&self) -> LoadedModules {
+    pub fn loaded_modules(&self) -> LoadedModules {
         symbolize::loaded(self.kernel, &self.memory)
     }
 
-    /// The registers that are `task`'s, when a vCPU runs it.
+    /// The registers of the vCPU that runs `task`, if any does.
     #[must_use]
     pub fn vcpu_of(&self, task: &Task) -> Option<&VcpuRegs> {
         let index = task.vcpu?;
         self.vcpus.iter().find(|vcpu| vcpu.index == index)
     }
 
-    /// The stack of a task.
+    /// The stack of a task, walked if it is not cached.
     #[must_use]
-    pub fn stack(&self, seen: &'a CachedTask) -> Cow<'a, Stack> {
-        if !seen.is_walked() {
+    pub fn stack(&self, cached: &'a CachedTask) -> Cow<'a, Stack> {
+        if !cached.is_walked() {
             self.walked.set(self.walked.get() + 1);
         }
-        seen.stack(self.unwinder, &self.memory, self.vcpu_of(&seen.task))
+        cached.stack(self.unwinder, &self.memory, self.vcpu_of(&cached.task))
     }
 
     /// The stacks of all tasks, in their order.
     #[must_use]
     pub fn stacks(&self) -> Vec<Cow<'a, Stack>> {
-        let seen = self.cached().iter();
-        let known: Vec<_> = seen.map(|seen| (seen, seen.cached_stack())).collect();
+        let cached = self.cached().iter();
+        let known: Vec<_> = cached
+            .map(|cached| (cached, cached.cached_stack()))
+            .collect();
         let others = known.iter().filter(|(_, known)| known.is_none());
-        let others: Vec<&Task> = others.map(|(seen, _)| &seen.task).collect();
+        let others: Vec<&Task> = others.map(|(cached, _)| &cached.task).collect();
         let walked = self.unwinder.stacks(&self.memory, &others, self.vcpus);
         self.walked.set(self.walked.get() + walked.len());
         let mut walked = walked.into_iter().map(Cow::Owned);
@@ -123,56 +130,59 @@ impl<'a> GuestView<'a> {
             .collect()
     }
 
-    /// How many stacks were walked in this look: the others were known.
+    /// How many stacks were walked for this view; the others were cached.
     #[must_use]
     pub fn walked(&self) -> usize {
         self.walked.get()
     }
 
-    /// Where task number `at` stands.
+    /// Checks whether task `at` is in `code`: its stack must be reliable, and no frame of it in
+    /// `code` (`kernel/livepatch/transition.c: klp_check_stack`, `klp_check_stack_func`). Unlike
+    /// the kernel, this checks running tasks too: their vCPUs are stopped.
     #[must_use]
-    pub fn check(&self, at: usize, codes: &CodeSet) -> StackCheck {
-        // A running task's stack is never kept, and so never marked.
-        if self.task_cache.is_tagged(at, codes.mark()) {
+    pub fn check_stack(&self, at: usize, code: &CodeSet) -> StackCheck {
+        // The stack of a running task is never cached, and so the task is never tagged.
+        if self.task_cache.is_tagged(at, code.id()) {
             return StackCheck::Clear(SwitchedBy::Stack);
         }
         match self.cached().get(at) {
-            Some(seen) => self.standing_of(seen, codes),
-            None => StackCheck::Unknown("it is not there".into()),
+            Some(cached) => self.check_stack_of(cached, code),
+            None => StackCheck::Unknown("there is no such task".into()),
         }
     }
 
-    fn standing_of(&self, seen: &'a CachedTask, codes: &CodeSet) -> StackCheck {
-        let stack = self.stack(seen);
+    fn check_stack_of(&self, cached: &'a CachedTask, code: &CodeSet) -> StackCheck {
+        let stack = self.stack(cached);
         if let Verdict::Unreliable(reason) = &stack.verdict {
-            return StackCheck::Unknown(self.unreliable(&stack, &reason.to_string()));
+            return StackCheck::Unknown(self.describe_unreliable(&stack, &reason.to_string()));
         }
-        if let Some((frame, name)) = codes.first_frame_in(&stack) {
-            return StackCheck::Blocked(self.inside(frame, name));
+        if let Some((frame, name)) = code.first_frame_in(&stack) {
+            return StackCheck::Blocked(self.describe_frame(frame, name));
         }
-        match self.vcpu_of(&seen.task) {
+        match self.vcpu_of(&cached.task) {
             Some(vcpu) if vcpu.cpl == 3 => StackCheck::Clear(SwitchedBy::UserMode),
             _ => StackCheck::Clear(SwitchedBy::Stack),
         }
     }
 
-    /// A vCPU that will take an interrupt soon, and the number of its CPU: one in user mode or idle rather than one that has its
-    /// interrupts off.
+    /// A vCPU that will take an interrupt soon, and the number of its CPU: rather one with
+    /// interrupts enabled than one without, and then rather one in user mode.
     #[must_use]
     pub fn interruptible_vcpu(&self) -> Option<(&VcpuRegs, u32)> {
         const IF: u64 = 1 << 9;
-        let running = self.task_cache.running().filter_map(|seen| {
-            let vcpu = self.vcpu_of(&seen.task)?;
-            (vcpu.online && !vcpu.foreign).then_some((vcpu, seen.task.cpu?))
+        let running = self.task_cache.running().filter_map(|cached| {
+            let vcpu = self.vcpu_of(&cached.task)?;
+            (vcpu.online && !vcpu.foreign).then_some((vcpu, cached.task.cpu?))
         });
         running.max_by_key(|(vcpu, _)| (vcpu.rflags & IF != 0, vcpu.cpl))
     }
 
-    /// No vCPU runs kernel code of a task that is in no list (one that has just left them): such a task would be overlooked.
+    /// Checks that the task of every vCPU is known. A task that has just left the task lists can
+    /// still run kernel code, and would be overlooked.
     ///
     /// # Errors
-    /// [`StepError::Busy`].
-    pub fn every_vcpu_has_a_task(&self) -> Result<(), StepError> {
+    /// [`StepError::Busy`] with the first vCPU whose task is not known.
+    pub fn check_vcpus_have_tasks(&self) -> Result<(), StepError> {
         for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.online) {
             if vcpu.foreign {
                 return Err(StepError::Busy(format!(
@@ -180,7 +190,7 @@ impl<'a> GuestView<'a> {
                     vcpu.index
                 )));
             }
-            let runs_here = |seen: &CachedTask| seen.task.vcpu == Some(vcpu.index);
+            let runs_here = |cached: &CachedTask| cached.task.vcpu == Some(vcpu.index);
             if !self.task_cache.running().any(runs_here) {
                 return Err(StepError::Busy(format!(
                     "vCPU {} is between two tasks",
@@ -191,27 +201,29 @@ impl<'a> GuestView<'a> {
         Ok(())
     }
 
-    /// No vCPU is in any of `codes`, for certain.
+    /// Checks that no task that a vCPU runs is in `code`.
     ///
     /// # Errors
-    /// [`StepError::Busy`].
-    pub fn no_vcpu_in(&self, codes: &CodeSet) -> Result<(), StepError> {
+    /// [`StepError::Busy`] with the first task that is, or may be.
+    pub fn check_no_vcpu_in(&self, code: &CodeSet) -> Result<(), StepError> {
         let each = self.task_cache.running();
-        none_blocked(each.map(|seen| (&seen.task, self.standing_of(seen, codes))))
+        check_all_clear(each.map(|cached| (&cached.task, self.check_stack_of(cached, code))))
     }
 
-    /// No task is in any of `codes`, for certain.
+    /// Checks that no task is in `code`.
     ///
     /// # Errors
-    /// [`StepError::Busy`] with the first that is, or may be.
-    pub fn no_task_in(&self, codes: &CodeSet) -> Result<(), StepError> {
+    /// [`StepError::Busy`] with the first task that is, or may be.
+    pub fn check_no_task_in(&self, code: &CodeSet) -> Result<(), StepError> {
         let each = self.cached().iter().enumerate();
-        none_blocked(each.map(|(at, seen)| (&seen.task, self.check(at, codes))))
+        check_all_clear(each.map(|(at, cached)| (&cached.task, self.check_stack(at, code))))
     }
 
-    fn inside(&self, frame: &Frame, name: &str) -> String {
-        let mut said = self.said.borrow_mut();
-        if let Some((_, text)) = said.get(&frame.ip).filter(|(piece, _)| piece == name) {
+    /// The range and symbol that `frame` is in; `name` is that of the range.
+    fn describe_frame(&self, frame: &Frame, name: &str) -> String {
+        let mut descriptions = self.descriptions.borrow_mut();
+        let known = descriptions.get(&frame.ip);
+        if let Some((_, text)) = known.filter(|(range, _)| range == name) {
             return text.clone();
         }
         let mut text = format!("in {name}");
@@ -222,35 +234,35 @@ impl<'a> GuestView<'a> {
                 let _ = write!(text, "+{offset:#x}");
             }
         }
-        said.insert(frame.ip, (name.to_owned(), text.clone()));
+        descriptions.insert(frame.ip, (name.to_owned(), text.clone()));
         text
     }
 
-    fn unreliable(&self, stack: &Stack, reason: &str) -> String {
+    fn describe_unreliable(&self, stack: &Stack, reason: &str) -> String {
         let last = stack.frames.last().map_or(Gva::NULL, |frame| frame.ip);
         match self.kernel.symbolize(last) {
             Some((symbol, offset)) => {
                 format!(
-                    "stack not reliable: {reason}, behind {}+{offset:#x}",
+                    "unreliable stack: {reason}, after {}+{offset:#x}",
                     symbol.name
                 )
             }
-            None => format!("stack not reliable: {reason}"),
+            None => format!("unreliable stack: {reason}"),
         }
     }
 }
 
-fn none_blocked<'t>(
+fn check_all_clear<'t>(
     mut each: impl Iterator<Item = (&'t Task, StackCheck)>,
 ) -> Result<(), StepError> {
     let found = each.find_map(|(task, check)| match check {
         StackCheck::Clear(_) => None,
-        StackCheck::Blocked(why) | StackCheck::Unknown(why) => Some((task, why)),
+        StackCheck::Blocked(blocker) | StackCheck::Unknown(blocker) => Some((task, blocker)),
     });
     match found {
         None => Ok(()),
-        Some((task, why)) => Err(StepError::Busy(format!(
-            "{} ({}): {why}",
+        Some((task, blocker)) => Err(StepError::Busy(format!(
+            "{} ({}): {blocker}",
             task.comm, task.pid
         ))),
     }

@@ -1,6 +1,8 @@
-//! A stand-in for `klp_transition_patch` during outpatch's transitions: a `struct klp_patch` of zeroes
-//! with empty lists, so that the guest's own livepatching answers -EBUSY and code that walks it finds
-//! nothing.
+//! The dummy patch to which `klp_transition_patch` points while a patch of outpatch is in the
+//! guest.
+//!
+//! It is a `struct klp_patch` of zeroes with empty lists: the guest's own livepatching answers
+//! -EBUSY, and code that walks the patch finds nothing.
 
 use introspect::{Gva, Kernel};
 
@@ -32,7 +34,8 @@ pub fn allocate<M: Machine>(
         .map(Some)
 }
 
-/// Allocates the dummy patch and fills it, in memory that the guest does not map yet; its address.
+/// Allocates the dummy patch and fills it, in memory that the guest does not map yet; returns its
+/// address.
 ///
 /// # Errors
 /// [`PatchError`], with nothing allocated.

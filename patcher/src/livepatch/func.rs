@@ -1,4 +1,4 @@
-//! One function that a patch replaces: its entry, its code, and what serves it.
+//! One function that a patch replaces: its entry, its code, and what serves its calls.
 //!
 //! The counterpart of the kernel's `struct klp_func`. Knows addresses and what the entry holds; not
 //! the other patches of the function ([`func_stack`](crate::livepatch::func_stack)).
@@ -8,40 +8,41 @@ use introspect::{Gva, GvaRange};
 use crate::ftrace::site::Site;
 use crate::x86::{self, EncodeError, SITE_LEN};
 
-/// Where calls of a function go.
+/// What serves the calls of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// To the kernel's own.
+    /// The kernel's own function.
     Original,
-    /// To a patch's.
+    /// A patch's function, at this address.
     Patched(Gva),
 }
 
 /// One function that is replaced.
 #[derive(Clone, Debug)]
 pub struct PatchedFunction {
-    /// Its name in the guest.
+    /// The function's name in the guest.
     pub name: String,
-    /// Which of several of that name.
+    /// Which of several symbols of that name it is, from 1; 0 if it is the only one.
     pub sympos: u64,
     /// The original's body, and parts of it that lie elsewhere (`.cold`).
     pub original: Vec<GvaRange>,
-    /// Who serves it with this patch.
+    /// What serves the function with this patch.
     pub new: Target,
-    /// Who serves it without.
+    /// What serves it without this patch.
     pub previous: Target,
-    /// The code of that one, where it is a patch's.
+    /// The code of `previous`, if that is a patch's.
     pub previous_code: Vec<GvaRange>,
-    /// A newer patch serves it: to this one nothing comes, and its entry is the other's.
+    /// The newer patch's function that serves the calls, if any: then the entry belongs to the
+    /// newer patch, and no call reaches this one.
     pub superseded_by: Option<Gva>,
     /// The original's entry.
     pub site: Site,
-    /// The stub that its entry goes through in a transition.
+    /// The stub through which calls go during a transition.
     pub stub: Gva,
 }
 
 impl PatchedFunction {
-    /// What the entry holds in a transition of this patch.
+    /// The bytes of the entry during a transition of this patch.
     ///
     /// # Errors
     /// [`EncodeError`].
@@ -49,7 +50,7 @@ impl PatchedFunction {
         x86::jump(self.site.at, self.stub)
     }
 
-    /// What it holds when the patch is applied.
+    /// The bytes of the entry when the patch is applied.
     ///
     /// # Errors
     /// [`EncodeError`].
@@ -57,7 +58,7 @@ impl PatchedFunction {
         self.to(self.new)
     }
 
-    /// What it holds without the patch.
+    /// The bytes of the entry without the patch.
     ///
     /// # Errors
     /// [`EncodeError`].
@@ -65,25 +66,27 @@ impl PatchedFunction {
         self.to(self.previous)
     }
 
-    fn to(&self, callee: Target) -> Result<[u8; SITE_LEN], EncodeError> {
-        match callee {
+    fn to(&self, target: Target) -> Result<[u8; SITE_LEN], EncodeError> {
+        match target {
             Target::Original => Ok(self.site.nop),
             Target::Patched(code) => x86::jump(self.site.at, code),
         }
     }
 
-    /// Where the stub goes on for a callee.
+    /// The address at which the stub enters `target`: past the entry of the original, or the start
+    /// of a patch's function.
     #[must_use]
-    pub fn code_of(&self, callee: Target) -> Gva {
-        match callee {
+    pub fn address_of(&self, target: Target) -> Gva {
+        match target {
             Target::Original => self.site.behind(),
             Target::Patched(code) => code,
         }
     }
 
-    /// The code that a task must not be in to move to this patch: as `transition.c: klp_check_stack_func` has it, what served until
-    /// now; and the original too where it is not what is moved to, as a forced task may still be there.
-    pub fn old_code(&self) -> impl Iterator<Item = &GvaRange> {
+    /// The code that a task must not be in to switch to this patch: that of the previous function,
+    /// as `kernel/livepatch/transition.c: klp_check_stack_func` has it. The original's code is in
+    /// it too unless the original is what serves next, as a forced task may still be there.
+    pub fn code_to_leave(&self) -> impl Iterator<Item = &GvaRange> {
         let original = match (self.new, self.previous) {
             (Target::Original, Target::Patched(_)) => &[],
             _ => self.original.as_slice(),
@@ -91,9 +94,10 @@ impl PatchedFunction {
         original.iter().chain(&self.previous_code)
     }
 
-    /// The original's code, where that is what this patch makes serve: a task must not be in it to move back.
+    /// The original's code, if this patch makes the original serve again: a task must not be in it
+    /// to switch back.
     #[must_use]
-    pub fn original_again(&self) -> &[GvaRange] {
+    pub fn restored_original(&self) -> &[GvaRange] {
         match self.new {
             Target::Original => &self.original,
             Target::Patched(_) => &[],

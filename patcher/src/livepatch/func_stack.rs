@@ -1,17 +1,20 @@
-//! The stack of patches on a function: who serves its calls, and who would without the newest.
+//! The stack of patches on each function: what serves its calls now, and what would without the
+//! newest patch.
 //!
-//! As the kernel has it (`kernel/livepatch/patch.c: klp_ops.func_stack`): the newest patch of a function serves it; in that patch's
-//! transition, tasks that have not moved get the one below, down to the original. A patch that replaces all earlier ones
-//! (`klp_patch.replace`) has, for each function that only they patch, a function that is the original again
-//! (`core.c: klp_add_object_nops`). Knows patches and addresses; nothing of guest memory.
+//! As in the kernel (`kernel/livepatch/patch.c: klp_ops.func_stack`), the newest patch of a
+//! function serves it. In that patch's transition, tasks that have not switched get the previous
+//! function: that of the next older patch, or the original. A patch that replaces all earlier ones
+//! (`klp_patch.replace`) has, for each function that only they patch, an entry that makes the
+//! original serve again (`core.c: klp_add_object_nops`).
+//!
+//! Knows patches and addresses; must not know guest memory.
 
 use introspect::GvaRange;
 
-use crate::livepatch::func::PatchedFunction;
-use crate::livepatch::func::Target;
+use crate::livepatch::func::{PatchedFunction, Target};
 use crate::livepatch::patch::Patch;
 
-/// The newest of `patches` that has a function of this body, and its part of it.
+/// The newest of `patches` that patches the function with this body, and its entry for it.
 pub fn newest<'p>(
     patches: &'p [Patch],
     original: &GvaRange,
@@ -23,7 +26,7 @@ pub fn newest<'p>(
     })
 }
 
-/// What a new patch needs to know of a function that other patches have: who serves it now, and where that lies.
+/// What serves a function now, and the code of that: the previous function of a patch to come.
 pub fn previous(patches: &[Patch], original: &GvaRange) -> (Target, Vec<GvaRange>) {
     match newest(patches, original) {
         None => (Target::Original, Vec::new()),
@@ -34,7 +37,7 @@ pub fn previous(patches: &[Patch], original: &GvaRange) -> (Target, Vec<GvaRange
     }
 }
 
-/// Every function that `patches` have, by the newest of each.
+/// Every function that `patches` patch, each as its newest patch has it.
 pub fn all(patches: &[Patch]) -> Vec<&PatchedFunction> {
     let mut all: Vec<&PatchedFunction> = Vec::new();
     let newest_first = patches.iter().rev().flat_map(|patch| &patch.functions);
@@ -46,7 +49,7 @@ pub fn all(patches: &[Patch]) -> Vec<&PatchedFunction> {
     all
 }
 
-/// Notes at each function of the patch `at` whether a newer one serves it.
+/// Updates, for each function of patch `at`, whether a newer patch serves it.
 pub fn update_superseded(patches: &mut [Patch], at: usize) {
     let (older, newer) = patches.split_at_mut(at.saturating_add(1));
     let Some(patch) = older.last_mut() else {
@@ -57,19 +60,20 @@ pub fn update_superseded(patches: &mut [Patch], at: usize) {
             .original
             .first()
             .and_then(|original| newest(newer, original))
-            .map(|(_, other)| other.code_of(other.new));
+            .map(|(_, other)| other.address_of(other.new));
         function.superseded_by = newest;
     }
 }
 
-/// Takes a patch that is gone out of the stacks of the others.
+/// Removes a patch that is gone from the stacks: functions for which it was the previous one get
+/// what was previous to it.
 pub fn remove(patches: &mut [Patch], gone: &Patch) {
     for function in patches.iter_mut().flat_map(|patch| &mut patch.functions) {
-        let was_below = gone
+        let below = gone
             .functions
             .iter()
             .find(|old| old.site.at == function.site.at && old.new == function.previous);
-        if let Some(old) = was_below {
+        if let Some(old) = below {
             function.previous = old.previous;
             function.previous_code.clone_from(&old.previous_code);
         }

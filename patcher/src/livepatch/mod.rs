@@ -1,6 +1,8 @@
 //! A livepatch in a guest: its functions, what serves each of them, and how it is prepared.
 //!
-//! The counterpart of the kernel's `kernel/livepatch/core.c` and `patch.c`.
+//! The counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks, system states and shadow
+//! variables of livepatches belong here as well. Must not decide when a task may switch: that is
+//! [`transition`](crate::transition).
 
 pub mod direction;
 pub mod dummy_patch;

@@ -1,4 +1,6 @@
-//! One patch in one guest: what it replaces, where it lies, and where it is in its life.
+//! One patch in one guest: what it replaces, where it is in memory, and where it is in its life.
+//!
+//! The counterpart of the kernel's `struct klp_patch`.
 
 use introspect::unwind::RegionId;
 use introspect::unwind::Unwinder;
@@ -13,56 +15,59 @@ use crate::report::patch::{FunctionReport, PatchPhase, PatchStatus};
 use crate::report::transition::TransitionSummary;
 use crate::transition::Transition;
 
-/// A patch that another one takes the place of.
+/// A patch that a newer one replaces (`klp_patch.replace`).
 #[derive(Clone, Debug)]
-pub struct Replaced {
-    /// Its name.
+pub struct ReplacedPatch {
+    /// The name of the patch.
     pub name: String,
-    /// Its code and stubs.
+    /// The memory of its code and stubs.
     pub code: Allocation,
-    /// Its code stays: somebody may be in it for ever.
+    /// Its code is never freed, as tasks may stay in it permanently.
     pub stays: bool,
 }
 
-/// A patch.
+/// A patch in a guest.
 #[derive(Debug)]
 pub struct Patch {
-    /// The module, linked for its place.
+    /// The module, linked for its addresses.
     pub image: Image,
-    /// Its functions.
+    /// The functions that it patches, those included that it only makes the original serve again.
     pub functions: Vec<PatchedFunction>,
-    /// Its code and stubs.
+    /// The memory of its code and stubs.
     pub code: Allocation,
-    /// What stands in `code`.
+    /// The bytes that belong in `code`.
     pub code_bytes: Vec<u8>,
-    /// Its data, if it has any.
+    /// The memory of its data, if it has any.
     pub data: Option<Allocation>,
-    /// The table that its stubs look tasks up in, in a guest that keeps no states of its own.
+    /// The memory of the table in which its stubs look tasks up; `None` in a guest that keeps patch
+    /// states itself.
     pub table: Option<Allocation>,
     /// The part of `code` that is stubs.
     pub stubs: GvaRange,
-    /// In the guest they lead to where an older patch was that is gone.
+    /// The stubs in the guest differ from those in `code_bytes`: they still lead to an older patch
+    /// that is gone.
     pub stubs_changed: bool,
-    /// The patches that it takes the place of, by their code.
-    pub replaces: Vec<Replaced>,
+    /// The patches that it replaces.
+    pub replaces: Vec<ReplacedPatch>,
     /// Its unwind data in the unwinder, if it has any.
     pub region: Option<RegionId>,
     /// Where it is in its life.
     pub phase: PatchPhase,
-    /// A transition of it was forced: nobody knows any more who is in its code, so that stays.
+    /// A transition of it was forced: it is no longer known which tasks are in its code, so that is
+    /// never freed.
     pub forced: bool,
-    /// The last one that ended.
-    pub past: TransitionSummary,
+    /// Its last completed transition.
+    pub last_transition: TransitionSummary,
 }
 
 impl Patch {
-    /// Its name.
+    /// The name of the livepatch module.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.image.name
     }
 
-    /// The code of its function at `new`, parts of it that lie elsewhere included.
+    /// The code of its function at `new`, including parts that lie elsewhere (`.cold`).
     #[must_use]
     pub fn function_code(&self, new: Gva) -> Vec<GvaRange> {
         let functions = self.image.symbols.iter().filter(|symbol| symbol.function);
@@ -70,8 +75,8 @@ impl Patch {
             return vec![self.code.range];
         };
         let is_part = |name: &str| {
-            let behind = name.strip_prefix(named.name.as_str());
-            behind.is_some_and(|behind| behind.is_empty() || behind.starts_with('.'))
+            let suffix = name.strip_prefix(named.name.as_str());
+            suffix.is_some_and(|suffix| suffix.is_empty() || suffix.starts_with('.'))
         };
         functions
             .filter(|symbol| is_part(&symbol.name))
@@ -79,65 +84,66 @@ impl Patch {
             .collect()
     }
 
-    /// The code that a task must have left before it can be switched to the new functions.
-    #[must_use]
-    fn old_code(&self) -> CodeSet {
-        let mut codes = CodeSet::new();
-        for function in &self.functions {
-            for part in function.old_code() {
-                codes.add(*part, function.name.clone());
-            }
-        }
-        codes.add(self.stubs, format!("the entry stubs of {}", self.name()));
-        codes
-    }
-
-    /// The code that a task must have left before it can be switched back to the old functions.
-    #[must_use]
-    pub fn new_code(&self) -> CodeSet {
-        let mut codes = CodeSet::new();
-        for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
-            let range = GvaRange::new(function.address, function.address.add(function.size));
-            codes.add(range, format!("{} of {}", function.name, self.name()));
-        }
-        for function in &self.functions {
-            for part in function.original_again() {
-                codes.add(*part, function.name.clone());
-            }
-        }
-        // Whatever else there is: its read-only data is no place for a frame either.
-        codes.add(self.code.range, self.name());
-        codes
-    }
-
-    /// The code that a task must have left before it can be switched in this direction.
+    /// The code that a task must have left before it can switch in this direction: what
+    /// `kernel/livepatch/transition.c: klp_check_stack_func` looks for on a stack.
     #[must_use]
     pub fn code_to_leave(&self, direction: Direction) -> CodeSet {
         match direction {
-            Direction::Apply => self.old_code(),
+            Direction::Apply => self.previous_code(),
             Direction::Revert => self.new_code(),
         }
     }
 
-    /// Its stubs.
+    /// The code of the previous functions, and the stubs.
+    fn previous_code(&self) -> CodeSet {
+        let mut code = CodeSet::new();
+        for function in &self.functions {
+            for part in function.code_to_leave() {
+                code.add(*part, function.name.clone());
+            }
+        }
+        code.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        code
+    }
+
+    /// The code of the patch, and that of functions that it makes the original serve again.
+    #[must_use]
+    pub fn new_code(&self) -> CodeSet {
+        let mut code = CodeSet::new();
+        for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
+            let range = GvaRange::new(function.address, function.address.add(function.size));
+            code.add(range, format!("{} of {}", function.name, self.name()));
+        }
+        for function in &self.functions {
+            for part in function.restored_original() {
+                code.add(*part, function.name.clone());
+            }
+        }
+        // The rest of its memory: no frame may be in its read-only data either.
+        code.add(self.code.range, self.name());
+        code
+    }
+
+    /// The stubs.
     #[must_use]
     pub fn stub_code(&self) -> CodeSet {
-        let mut codes = CodeSet::new();
-        codes.add(self.stubs, format!("the entry stubs of {}", self.name()));
-        codes
+        let mut code = CodeSet::new();
+        code.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        code
     }
 
-    /// The code of the patches that it takes the place of: nobody must be in it when they go.
+    /// The code of the patches that it replaces, as far as that is freed when the transition
+    /// completes: no task may be in it then.
     #[must_use]
     pub fn replaced_code(&self) -> CodeSet {
-        let mut codes = CodeSet::new();
+        let mut code = CodeSet::new();
         for old in self.replaces.iter().filter(|old| !old.stays) {
-            codes.add(old.code.range, old.name.clone());
+            code.add(old.code.range, old.name.clone());
         }
-        codes
+        code
     }
 
-    /// Takes what the unwinder knows of it out again.
+    /// Removes its stubs and its unwind data from the unwinder.
     pub fn remove_from(&self, unwinder: &mut Unwinder) {
         unwinder.remove_transient(self.stubs);
         if let Some(region) = self.region {
@@ -145,12 +151,12 @@ impl Patch {
         }
     }
 
-    /// What is to be said of it.
+    /// The report of the patch, with its running transition, if there is one.
     #[must_use]
     pub fn status(&self, transition: Option<&Transition>) -> PatchStatus {
-        let past = match transition {
-            Some(running) => running.so_far(),
-            None => self.past.clone(),
+        let summary = match transition {
+            Some(running) => running.summary(),
+            None => self.last_transition.clone(),
         };
         PatchStatus {
             name: self.name().into(),
@@ -159,7 +165,7 @@ impl Patch {
             transition: transition.is_some(),
             force: self.forced,
             replace: self.image.replace,
-            signal: transition.is_some_and(Transition::signals),
+            signal: transition.is_some_and(Transition::is_signalling),
             functions: self
                 .functions
                 .iter()
@@ -171,9 +177,9 @@ impl Patch {
                     patched: self.phase != PatchPhase::Reverted,
                 })
                 .collect(),
-            tasks: past.tasks,
-            transition_ms: past.ms,
-            pauses: past.pauses,
+            tasks: summary.tasks,
+            transition_ms: summary.ms,
+            pauses: summary.pauses,
         }
     }
 }

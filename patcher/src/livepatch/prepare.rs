@@ -1,26 +1,26 @@
-//! From a module's file to a patch that is ready for its first pause: everything that can be done while the guest runs.
+//! Makes a patch of a parsed livepatch module: allocates its memory, links it for its addresses and
+//! builds its stubs, all while the guest runs.
 //!
-//! Nothing that the guest can see is written here, and nothing at all but by [`fill`].
+//! The counterpart of `kernel/livepatch/core.c: klp_init_patch`. Writes nothing that the guest can
+//! see; only [`fill_data`] writes at all, to memory that the guest does not map yet.
 
 use introspect::unwind::CodeRegion;
 use introspect::unwind::OrcTable;
 use introspect::unwind::Unwinder;
 use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 
-use crate::error::PatchError;
-use crate::error::unexpected;
+use crate::error::{PatchError, unexpected};
 use crate::ftrace::site::Site;
 use crate::guest::Guest;
 use crate::guest::kernel_info::KernelInfo;
 use crate::livepatch::func::{PatchedFunction, Target};
-use crate::livepatch::func_stack::{self};
-use crate::livepatch::patch::{Patch, Replaced};
+use crate::livepatch::func_stack;
+use crate::livepatch::patch::{Patch, ReplacedPatch};
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
-use crate::module::KlpPatch;
 use crate::module::{
-    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes,
+    self, Bases, GuestTarget, Image, KlpPatch, LinkError, LivepatchModule, ModuleError, Sizes,
 };
 use crate::report::patch::PatchPhase;
 use crate::report::transition::TransitionSummary;
@@ -28,14 +28,14 @@ use crate::transition::pending_tasks;
 use crate::x86::INT3;
 use crate::x86::entry_stub::{self, StateSource};
 
-/// Stubs begin at a multiple of this.
+/// The alignment of the stubs, in bytes.
 const STUB_ALIGN: u64 = 16;
 
-/// Places and links `module` for the guest; with `others` in it already.
+/// Allocates memory for `module` in the guest and links it, on top of the patches in `others`.
 ///
 /// # Errors
-/// [`PatchError`] with every piece given back.
-pub fn prepare<M: Machine>(
+/// [`PatchError`], with everything freed that was allocated.
+pub fn prepare_patch<M: Machine>(
     machine: &mut M,
     guest: &mut Guest,
     patch_memory: &mut PatchMemory,
@@ -44,41 +44,46 @@ pub fn prepare<M: Machine>(
 ) -> Result<Patch, PatchError> {
     let info = guest.info()?.clone();
     let kernel = &guest.kernel;
-    let (klp, olds) = {
+    let (klp, functions) = {
         let memory = kernel.memory(machine.memory());
         let klp = module.patch(&GuestTarget::new(kernel, &memory).klp_layout()?)?;
-        let olds = old_functions(kernel, &memory, &info, &klp, others)?;
-        (klp, olds)
+        let functions = find_functions(kernel, &memory, &info, &klp, others)?;
+        (klp, functions)
     };
-    let mut taken = Vec::new();
-    let functions = olds.len() as u64;
-    let pieces = take_pieces(
+    let mut allocated = Vec::new();
+    let count = functions.len() as u64;
+    let memory = allocate(
         machine,
         (kernel, &info),
         patch_memory,
-        (module.sizes(), functions),
-        &mut taken,
+        (module.sizes(), count),
+        &mut allocated,
     );
-    let built = pieces
-        .and_then(|pieces| build(machine, guest, &info, (module, &klp, others), olds, &pieces));
+    let built = memory.and_then(|memory| {
+        let inputs = (module, &klp, others);
+        build(machine, guest, &info, inputs, functions, &memory)
+    });
     if built.is_err() {
-        taken.into_iter().for_each(|piece| patch_memory.free(piece));
+        allocated
+            .into_iter()
+            .for_each(|allocation| patch_memory.free(allocation));
     }
     built
 }
 
-/// Takes room for a module of these sizes with so many functions; `taken` is all that was taken, also when that fails half way.
-fn take_pieces<M: Machine>(
+/// Allocates memory for a module of these sizes with this many functions. `allocated` gets every
+/// allocation, also when a later one fails.
+fn allocate<M: Machine>(
     machine: &mut M,
     (kernel, info): (&Kernel, &KernelInfo),
     patch_memory: &mut PatchMemory,
     (sizes, functions): (Sizes, u64),
-    taken: &mut Vec<Allocation>,
-) -> Result<Pieces, PatchError> {
-    let mut take_data = |machine: &mut M, patch_memory: &mut PatchMemory, need| {
-        let piece = patch_memory.take_data(machine, kernel, &info.areas, need)?;
-        taken.push(piece);
-        Ok::<_, PatchError>(piece)
+    allocated: &mut Vec<Allocation>,
+) -> Result<Allocations, PatchError> {
+    let mut take_data = |machine: &mut M, patch_memory: &mut PatchMemory, request| {
+        let allocation = patch_memory.take_data(machine, kernel, &info.areas, request)?;
+        allocated.push(allocation);
+        Ok::<_, PatchError>(allocation)
     };
     let table = match info.klp {
         Some(_) => None,
@@ -92,35 +97,36 @@ fn take_pieces<M: Machine>(
             )?)
         }
     };
-    let data_need = Request {
+    let data_request = Request {
         len: sizes.data,
         align: sizes.data_align,
     };
     let data = match sizes.data {
         0 => None,
-        _ => Some(take_data(machine, patch_memory, data_need)?),
+        _ => Some(take_data(machine, patch_memory, data_request)?),
     };
-    let ask = ask(info, table)?;
+    let source = state_source(info, table)?;
     let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
-    let stubs_len = ask.stub_room() * functions;
-    let need = Request {
+    let stubs_len = source.stub_room() * functions;
+    let code_request = Request {
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
-    let code = patch_memory.take_code(machine, kernel, &info.areas, need)?;
-    taken.push(code);
-    Ok(Pieces {
+    let code = patch_memory.take_code(machine, kernel, &info.areas, code_request)?;
+    allocated.push(code);
+    Ok(Allocations {
         code,
         data,
         table,
-        ask,
+        source,
         stubs_at,
         stubs_len,
     })
 }
 
-/// How the stubs of a patch with this table, if it has one, learn who has moved.
-fn ask(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
+/// How the stubs of a patch learn the running task's patch state: from `task_struct.patch_state`,
+/// or from `table` in a guest that keeps no patch states.
+fn state_source(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
     if let Some(table) = table {
         return Ok(StateSource::PendingTasks(pending_tasks::table_in(table)));
     }
@@ -128,14 +134,14 @@ fn ask(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, Patc
     let offset = offset.and_then(|offset| u32::try_from(offset).ok());
     offset
         .map(StateSource::PatchState)
-        .ok_or_else(|| unexpected("task_struct.patch_state is out of reach"))
+        .ok_or_else(|| unexpected("the offset of task_struct.patch_state does not fit 32 bits"))
 }
 
-/// Puts the data of `patch` into its hidden memory, which the guest does not see yet.
+/// Writes the data of `patch` to its hidden memory, which the guest does not map yet.
 ///
 /// # Errors
 /// [`PatchError`].
-pub fn fill<M: Machine>(
+pub fn fill_data<M: Machine>(
     machine: &mut M,
     kernel: &Kernel,
     patch_memory: &PatchMemory,
@@ -144,18 +150,20 @@ pub fn fill<M: Machine>(
     let Some(data) = patch.data else {
         return Ok(());
     };
-    let mut plan = WriteBatch::new();
+    let mut writes = WriteBatch::new();
     let memory = kernel.memory(machine.memory());
-    patch_memory.plan_fill(&memory, data, &patch.image.data, &mut plan)?;
-    plan.commit(machine).map(drop)
+    patch_memory.plan_fill(&memory, data, &patch.image.data, &mut writes)?;
+    writes.commit(machine).map(drop)
 }
 
-/// Where the patch goes.
-struct Pieces {
+/// The memory of a patch, and how it is used.
+struct Allocations {
+    /// For the module's code, and the stubs after it.
     code: Allocation,
     data: Option<Allocation>,
     table: Option<Allocation>,
-    ask: StateSource,
+    source: StateSource,
+    /// The offset of the stubs in `code`.
     stubs_at: u64,
     stubs_len: u64,
 }
@@ -165,13 +173,13 @@ fn build<M: Machine>(
     guest: &mut Guest,
     info: &KernelInfo,
     (module, klp, others): (&LivepatchModule, &KlpPatch, &[Patch]),
-    olds: Vec<PatchedFunction>,
-    pieces: &Pieces,
+    functions: Vec<PatchedFunction>,
+    allocations: &Allocations,
 ) -> Result<Patch, PatchError> {
-    let code_base = pieces.code.range.start;
+    let code_base = allocations.code.range.start;
     let bases = Bases {
         code: code_base,
-        data: pieces.data.map_or(code_base, |data| data.range.start),
+        data: allocations.data.map_or(code_base, |data| data.range.start),
     };
     let image = {
         let memory = guest.kernel.memory(machine.memory());
@@ -182,55 +190,57 @@ fn build<M: Machine>(
             bases,
         )?
     };
-    let stubs_start = code_base.add(pieces.stubs_at);
-    let stubs = GvaRange::new(stubs_start, stubs_start.add(pieces.stubs_len));
-    let functions = functions(&image, olds, stubs.start, pieces.ask);
+    let stubs_start = code_base.add(allocations.stubs_at);
+    let stubs = GvaRange::new(stubs_start, stubs_start.add(allocations.stubs_len));
+    let source = allocations.source;
+    let functions = set_targets(&image, functions, stubs.start, source);
     let replaces = match image.replace {
         true => others.iter().map(replaced).collect(),
         false => Vec::new(),
     };
-    let code_bytes = code_bytes(&image, &functions, info, (pieces.ask, pieces.stubs_at))?;
+    let code_bytes = code_bytes(&image, &functions, info, (source, allocations.stubs_at))?;
     let region = add_region(&mut guest.unwinder, &image)?;
     guest.unwinder.add_transient(stubs);
     Ok(Patch {
         image,
         functions,
-        code: pieces.code,
+        code: allocations.code,
         code_bytes,
-        data: pieces.data,
-        table: pieces.table,
+        data: allocations.data,
+        table: allocations.table,
         stubs,
         stubs_changed: false,
         replaces,
         region,
         phase: PatchPhase::Applying,
         forced: false,
-        past: TransitionSummary::default(),
+        last_transition: TransitionSummary::default(),
     })
 }
 
-/// The functions that `patch` replaces, each with its entry, and behind them those that its coming makes the kernel's own again;
-/// the addresses of new functions and stubs are yet to come.
-fn old_functions(
+/// The functions that `patch` replaces, each with its entry, followed by those that it makes the
+/// original serve again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
+/// functions and of the stubs are not set yet.
+fn find_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     info: &KernelInfo,
     patch: &KlpPatch,
     others: &[Patch],
 ) -> Result<Vec<PatchedFunction>, PatchError> {
-    let mut olds: Vec<PatchedFunction> = Vec::new();
+    let mut functions: Vec<PatchedFunction> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);
-        let old = old_function(kernel, memory, info, name, others)?;
-        if olds.iter().any(|other| other.site.at == old.site.at) {
-            return Err(ModuleError::Twice(old.name).into());
+        let found = find_function(kernel, memory, info, name, others)?;
+        if functions.iter().any(|other| other.site.at == found.site.at) {
+            return Err(ModuleError::Twice(found.name).into());
         }
-        olds.push(old);
+        functions.push(found);
     }
     if patch.replace {
-        let left = func_stack::all(others).into_iter();
-        let left = left.filter(|old| olds.iter().all(|other| other.site.at != old.site.at));
-        let original_again: Vec<PatchedFunction> = left
+        let rest = func_stack::all(others).into_iter();
+        let rest = rest.filter(|old| functions.iter().all(|other| other.site.at != old.site.at));
+        let restored: Vec<PatchedFunction> = rest
             .map(|old| PatchedFunction {
                 new: Target::Original,
                 previous: old.new,
@@ -243,13 +253,13 @@ fn old_functions(
                 ..old.clone()
             })
             .collect();
-        olds.extend(original_again);
+        functions.extend(restored);
     }
-    Ok(olds)
+    Ok(functions)
 }
 
-/// The function `name` of this `sympos`, as it is now.
-fn old_function(
+/// The function `name` with this `sympos`, and what serves it now.
+fn find_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     info: &KernelInfo,
@@ -258,7 +268,7 @@ fn old_function(
 ) -> Result<PatchedFunction, PatchError> {
     let found = module::resolve_function(&kernel.symbols, name, sympos)?;
     let site = match func_stack::newest(others, &found.range) {
-        // What stands there is ours, and the pause makes sure that it still does.
+        // A patch of ours has the entry already; the first pause checks that it still does.
         Some((_, newest)) => newest.site,
         None => free_site(kernel, memory, info, name, found.range.start)?,
     };
@@ -276,6 +286,7 @@ fn old_function(
     })
 }
 
+/// The entry of a function that no patch of ours has; an error if anything else uses it.
 fn free_site(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
@@ -296,65 +307,67 @@ fn free_site(
     })
 }
 
-/// Gives the old functions their stubs, and those that the module replaces their new ones.
-fn functions(
+/// Sets the stub of each function, and the new function of those that the module replaces.
+fn set_targets(
     image: &Image,
-    mut olds: Vec<PatchedFunction>,
+    mut functions: Vec<PatchedFunction>,
     stubs: Gva,
-    ask: StateSource,
+    source: StateSource,
 ) -> Vec<PatchedFunction> {
-    for (old, new) in olds.iter_mut().zip(&image.functions) {
-        old.new = Target::Patched(new.new);
+    for (function, linked) in functions.iter_mut().zip(&image.functions) {
+        function.new = Target::Patched(linked.new);
     }
-    for (old, at) in olds.iter_mut().zip(0u64..) {
-        old.stub = stubs.add(at * ask.stub_room());
+    for (function, at) in functions.iter_mut().zip(0u64..) {
+        function.stub = stubs.add(at * source.stub_room());
     }
-    olds
+    functions
 }
 
-fn replaced(other: &Patch) -> Replaced {
-    Replaced {
+fn replaced(other: &Patch) -> ReplacedPatch {
+    ReplacedPatch {
         name: other.name().into(),
         code: other.code,
         stays: other.forced,
     }
 }
 
-/// The image's code with the stubs behind it, filled up with INT3.
+/// The code of the image, followed by the stubs, padded with INT3.
 fn code_bytes(
     image: &Image,
     functions: &[PatchedFunction],
     info: &KernelInfo,
-    (ask, stubs_at): (StateSource, u64),
+    (source, stubs_at): (StateSource, u64),
 ) -> Result<Vec<u8>, PatchError> {
     let filler = INT3;
     let mut bytes = image.code.clone();
     bytes.resize(usize::try_from(stubs_at).unwrap_or_default(), filler);
     for function in functions {
-        let (old, new) = (
-            function.code_of(function.previous),
-            function.code_of(function.new),
+        let previous = function.address_of(function.previous);
+        let new = function.address_of(function.new);
+        let mut stub = entry_stub::stub(function.stub, info.current, source, previous, new)?;
+        stub.resize(
+            usize::try_from(source.stub_room()).unwrap_or_default(),
+            filler,
         );
-        let mut stub = entry_stub::stub(function.stub, info.current, ask, old, new)?;
-        stub.resize(usize::try_from(ask.stub_room()).unwrap_or_default(), filler);
         bytes.append(&mut stub);
     }
     Ok(bytes)
 }
 
-/// Makes the stubs of `patch` lead to what is below it now.
+/// Rebuilds the stubs of `patch` so that they lead to the previous functions of now.
 ///
 /// # Errors
 /// [`PatchError`].
 pub fn update_stubs(patch: &mut Patch, info: &KernelInfo) -> Result<(), PatchError> {
     let stubs_at = patch.stubs.start.since(patch.code.range.start);
-    let ask = ask(info, patch.table)?;
-    let bytes = code_bytes(&patch.image, &patch.functions, info, (ask, stubs_at))?;
+    let source = state_source(info, patch.table)?;
+    let bytes = code_bytes(&patch.image, &patch.functions, info, (source, stubs_at))?;
     patch.stubs_changed |= bytes != patch.code_bytes;
     patch.code_bytes = bytes;
     Ok(())
 }
 
+/// Gives the unwinder the ORC entries of the image, if it has any.
 fn add_region(
     unwinder: &mut Unwinder,
     image: &Image,

@@ -20,8 +20,9 @@ use crate::report::pause::PauseReport;
 use crate::transition::Transition;
 use crate::transition::step::{Step, StepContext};
 
-/// The vector of the reschedule interrupt (`arch/x86/include/asm/irq_vectors.h:
-/// RESCHEDULE_VECTOR`), the same since x86-64 has it. A guest that gets it without need does nothing.
+/// The vector of the reschedule interrupt
+/// (`arch/x86/include/asm/irq_vectors.h: RESCHEDULE_VECTOR`), the same since x86-64 has it. A guest
+/// that gets it without need does nothing.
 const RESCHEDULE_VECTOR: u8 = 0xfd;
 /// How often all tasks are tried to be switched in one pause: where nothing else will do, and where
 /// it is only preferred.
@@ -104,7 +105,7 @@ impl Patcher {
     pub(super) fn reverse<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
         let running = self.running.as_ref().ok_or_else(no_patch)?;
         let from = running.transition.direction;
-        let to = from.back();
+        let to = from.opposite();
         let (step, pause) =
             retry_while_busy(|| self.run_step(machine, |context| context.reverse(from, to)))?;
         if let Some(running) = &mut self.running {
@@ -121,7 +122,7 @@ impl Patcher {
         let Some(running) = &mut self.running else {
             return;
         };
-        running.transition.observed(pause);
+        running.transition.step_taken(pause);
         if let Some(patch) = self.patches.get_mut(running.at) {
             patch.phase = direction.phase();
         }
@@ -147,7 +148,7 @@ impl Patcher {
             return;
         };
         let direction = transition.direction;
-        patch.past = transition.end();
+        patch.last_transition = transition.into_summary();
         match direction {
             Direction::Apply => {
                 patch.phase = PatchPhase::Applied;
@@ -205,8 +206,8 @@ impl Patcher {
     }
 
     /// Takes one step of the running transition: a pause in which `plan` makes a step of what the
-    /// guest's memory shows, its writes and interrupts, and the guest running again with its sleepers
-    /// woken. Returns the step and the length of the pause.
+    /// guest's memory shows, its writes and interrupts, and the guest running again with its
+    /// sleepers woken. Returns the step and the length of the pause.
     pub(super) fn run_step<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -254,7 +255,7 @@ impl Patcher {
         } else {
             guest.prewalk(machine.memory(), &patch.code_to_leave(transition.direction));
         }
-        let signals = transition.signals();
+        let signalling = transition.is_signalling();
         let mut paused = PauseGuard::begin(machine, meter)?;
         let mut mapping = WriteBatch::new();
         let (step, tasks, walked) = {
@@ -266,8 +267,8 @@ impl Patcher {
                 patch_memory: &self.patch_memory,
                 dummy: self.dummy,
                 patch,
-                alone: self.patches.len() == 1,
-                signal: self.waker.as_ref().filter(|_| signals),
+                is_only_patch: self.patches.len() == 1,
+                waker: self.waker.as_ref().filter(|_| signalling),
                 pending: transition.pending.as_ref(),
             };
             let step = plan(&context);
@@ -279,7 +280,7 @@ impl Patcher {
         let reached = self
             .patch_memory
             .check_mapping(&guest.kernel.memory(paused.memory()));
-        let written = match reached.and_then(|()| paused.commit(&step.plan)) {
+        let written = match reached.and_then(|()| paused.commit(&step.writes)) {
             Ok(written) => written,
             Err(error) => return Err(paused.undo(&mapped, error).into()),
         };

@@ -1,14 +1,13 @@
-//! Applying a patch without applying it: everything that `apply` does up to its first write, with the same code.
+//! The dry run of a patch: everything that `apply` does up to its first write, with the same code.
 //!
-//! What is prepared is prepared on a machine that answers every read and takes no write, and in a copy of the book of places;
-//! afterwards nothing is left of it.
+//! The patch is prepared on a machine that refuses writes, and its memory allocated in a copy of
+//! the guest's [`PatchMemory`], so that nothing is left of it afterwards.
 
 use std::time::Duration;
 
 use introspect::{Gva, PhysMemory, Task, VcpuRegs};
 
-use crate::error::PatchError;
-use crate::error::StepError;
+use crate::error::{PatchError, StepError};
 use crate::guest::Guest;
 use crate::guest::code_set::CodeSet;
 use crate::livepatch::direction::Direction;
@@ -19,24 +18,24 @@ use crate::machine::Machine;
 use crate::machine::read_only::DryRunMachine;
 use crate::memory::{Allocation, PatchMemory};
 use crate::module::LivepatchModule;
-use crate::report::check::{CheckReport, FoundFunction, FoundSymbol, PieceReport};
+use crate::report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 use crate::report::pause::PauseReport;
 use crate::transition::progress::Progress;
 use crate::transition::step::{Step, StepContext};
 
-/// A patch as it would be, ready for the pause in which it would begin.
+/// A patch that is prepared up to the pause in which its transition would start.
 pub struct DryRun {
     patch: Patch,
     patch_memory: PatchMemory,
     dummy: Option<Gva>,
-    alone: bool,
+    is_only_patch: bool,
 }
 
 impl DryRun {
-    /// Places and links `module` as [`prepare::prepare`] does.
+    /// Allocates memory for `module` and links it, as [`prepare::prepare_patch`] does.
     ///
     /// # Errors
-    /// [`PatchError`].
+    /// [`PatchError`], as from `apply`.
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
@@ -55,19 +54,20 @@ impl DryRun {
                 allocation.map(|allocation| allocation.range.start)
             }
         };
-        let patch = prepare::prepare(&mut machine, guest, &mut patch_memory, module, others)?;
+        let patch = prepare::prepare_patch(&mut machine, guest, &mut patch_memory, module, others)?;
         Ok(DryRun {
             patch,
             patch_memory,
             dummy,
-            alone: others.is_empty(),
+            is_only_patch: others.is_empty(),
         })
     }
 
-    /// What the first pause would do, with the tasks that it would see, and the number of stacks that it would walk.
+    /// Plans the first step, in a pause. Returns the tasks, the step, and the number of stacks that
+    /// were walked.
     ///
     /// # Errors
-    /// [`StepError`], as the first pause would.
+    /// [`StepError`], as from the first step.
     pub fn step(
         &self,
         guest: &mut Guest,
@@ -82,33 +82,33 @@ impl DryRun {
             patch_memory: &self.patch_memory,
             dummy: self.dummy,
             patch: &self.patch,
-            alone: self.alone,
-            signal: None,
+            is_only_patch: self.is_only_patch,
+            waker: None,
             pending: None,
         };
         let step = context.start(Direction::Apply, false)?;
         Ok((view.tasks().cloned().collect(), step, view.walked()))
     }
 
-    /// The code that tasks must have left.
+    /// The code that a task must have left to switch.
     #[must_use]
-    pub fn codes(&self) -> CodeSet {
+    pub fn code_to_leave(&self) -> CodeSet {
         self.patch.code_to_leave(Direction::Apply)
     }
 
-    /// Takes what it has in the unwinder out again.
+    /// Removes the patch from the guest's unwinder.
     pub fn remove_from(&self, guest: &mut Guest) {
         self.patch.remove_from(&mut guest.unwinder);
     }
 
-    /// What is to be said of it.
+    /// The report of the dry run, from the tasks and the step of [`step`](Self::step).
     #[must_use]
     pub fn report(&self, tasks: &[Task], step: Step, pauses: PauseReport) -> CheckReport {
         let mut progress = Progress::default();
         progress.record(Duration::ZERO, tasks.iter().zip(step.outcomes));
         let mut tasks = progress.reports();
         for task in &mut tasks {
-            // No transition began.
+            // No transition was started, so there are no times in it.
             task.after_ms = None;
             task.since_ms = None;
         }
@@ -131,8 +131,8 @@ impl DryRun {
             name: patch.name().into(),
             functions: functions.collect(),
             symbols: symbols.collect(),
-            code: piece(patch.code),
-            data: patch.data.map(piece),
+            code: allocation_report(patch.code),
+            data: patch.data.map(allocation_report),
             tasks,
             at_once: step.finished,
             pauses,
@@ -140,10 +140,10 @@ impl DryRun {
     }
 }
 
-fn piece(piece: Allocation) -> PieceReport {
-    PieceReport {
-        address: piece.range.start.to_string(),
-        bytes: piece.range.len(),
-        hidden: !piece.is_in_cave(),
+fn allocation_report(allocation: Allocation) -> AllocationReport {
+    AllocationReport {
+        address: allocation.range.start.to_string(),
+        bytes: allocation.range.len(),
+        hidden: !allocation.is_in_cave(),
     }
 }

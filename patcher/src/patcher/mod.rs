@@ -2,7 +2,8 @@
 //!
 //! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
 //! which order things are done; what a pause reads and writes is decided in
-//! [`transition`](crate::transition). Must not know how the guest is stopped: that is [`Machine`]'s.
+//! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
+//! [`Machine`].
 
 mod drive;
 mod dry_run;
@@ -56,7 +57,8 @@ pub struct Patcher {
     walks_in_the_pause: bool,
 }
 
-/// The transition that is running. There is one at a time, as in the kernel (`klp_transition_patch`).
+/// The transition that is running. There is one at a time, as in the kernel
+/// (`klp_transition_patch`).
 #[derive(Debug)]
 struct Running {
     /// Its patch, by position in the list of patches.
@@ -111,7 +113,7 @@ impl Patcher {
         let name = module.name().to_string();
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let memory = &mut self.patch_memory;
-        let patch = prepare::prepare(machine, guest, memory, &module, &self.patches)?;
+        let patch = prepare::prepare_patch(machine, guest, memory, &module, &self.patches)?;
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let started = self
@@ -165,8 +167,8 @@ impl Patcher {
     /// (`kernel/livepatch/transition.c: klp_force_transition`).
     ///
     /// The price is consistency: a task that is in an original function stays in it and calls new
-    /// ones from there, or the reverse. As it is no longer known which tasks are in the patch's code,
-    /// that code is never freed; the patch can be reverted, but not removed.
+    /// ones from there, or the reverse. As it is no longer known which tasks are in the patch's
+    /// code, that code is never freed; the patch can be reverted, but not removed.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on as before.
@@ -202,9 +204,9 @@ impl Patcher {
     }
 
     /// Sends the fake signal, from `after` the start of the running transition of patch `name`, to
-    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls in
-    /// which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads are
-    /// woken. Stopped and traced tasks get nothing.
+    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls
+    /// in which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads
+    /// are woken. Stopped and traced tasks get nothing.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on without the signal.
@@ -261,8 +263,8 @@ impl Patcher {
             };
         if let Some(running) = &mut self.running {
             match pause {
-                Some(pause) => running.transition.observed(pause),
-                None => running.transition.failed(),
+                Some(pause) => running.transition.step_taken(pause),
+                None => running.transition.step_failed(),
             }
         }
         result
@@ -335,7 +337,7 @@ impl Patcher {
             return Err(self.forget_replaced_kernel(error));
         }
         // The prewalk of the first step needs to know the modules.
-        guest.refresh(paused.memory());
+        guest.refresh_modules(paused.memory());
         let loaded = guest.loaded_modules(paused.memory())?;
         if loaded.contains(name) {
             return Err(PatchError::LoadedInGuest(name.into()));
@@ -343,8 +345,8 @@ impl Patcher {
         Ok(())
     }
 
-    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other errors
-    /// change nothing.
+    /// Forgets a guest that runs another kernel, with all that was done to the old one. Other
+    /// errors change nothing.
     fn forget_replaced_kernel(&mut self, error: PatchError) -> PatchError {
         if matches!(error, PatchError::AnotherKernel(_)) {
             tracing::warn!(%error, patches = self.patches.len(), "the guest's kernel is gone");
@@ -359,7 +361,8 @@ impl Patcher {
         error
     }
 
-    /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps them.
+    /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps
+    /// them.
     fn fill_hidden_memory<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -367,7 +370,7 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let patch = self.patches.get(at).ok_or_else(no_patch)?;
-        prepare::fill(machine, &guest.kernel, &self.patch_memory, patch)?;
+        prepare::fill_data(machine, &guest.kernel, &self.patch_memory, patch)?;
         if self.dummy.is_none() {
             let (kernel, info) = (&guest.kernel, guest.info()?);
             self.dummy = dummy_patch::place(machine, kernel, info, &mut self.patch_memory)?;

@@ -1,4 +1,6 @@
-//! What can be asked of a guest: each question is a short pause, and changes nothing.
+//! Queries of a guest: its tasks, stacks and symbols, and the dry run of a patch.
+//!
+//! Each takes one short pause, repeated while the guest is busy, and changes nothing in the guest.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -19,48 +21,51 @@ use crate::report::pause::PauseReport;
 use crate::report::stack::TaskStack;
 
 impl Patcher {
-    /// Every task of the guest, of one moment.
+    /// Every task of the guest, all read in one pause.
     ///
     /// # Errors
     /// [`PatchError`].
     pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
-        self.view(machine, |view| Ok(view.tasks().cloned().collect()))
+        self.observe(machine, |view| Ok(view.tasks().cloned().collect()))
     }
 
-    /// The stack of the task with thread id `pid`; with pid 0, that of the first CPU's idle task.
+    /// The stack of the task with thread id `pid`; 0 is the first CPU's idle task.
     ///
     /// # Errors
-    /// [`PatchError::NoSuchTask`] and others.
+    /// [`PatchError::NoSuchTask`] if there is none, and others.
     pub fn stack<M: Machine>(
         &mut self,
         machine: &mut M,
         pid: i32,
     ) -> Result<TaskStack, PatchError> {
-        let (task, stack, loaded) = self.view(machine, |view| {
-            let seen = view.cached().iter().find(|seen| seen.task.pid == pid);
-            let seen = seen.ok_or(PatchError::NoSuchTask(pid))?;
-            let stack = view.stack(seen).into_owned();
-            Ok((seen.task.clone(), stack, view.loaded()))
+        let (task, stack, loaded) = self.observe(machine, |view| {
+            let mut each = view.cached().iter();
+            let cached = each.find(|cached| cached.task.pid == pid);
+            let cached = cached.ok_or(PatchError::NoSuchTask(pid))?;
+            let stack = view.stack(cached).into_owned();
+            Ok((cached.task.clone(), stack, view.loaded_modules()))
         })?;
-        Ok(self.names(loaded)?.stack(&task, &stack))
+        Ok(self.symbolizer(loaded)?.stack(&task, &stack))
     }
 
-    /// The stacks of all tasks, of one moment.
+    /// The stacks of all tasks, all read in one pause.
     ///
     /// # Errors
     /// [`PatchError`].
     pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
-        let (stacks, loaded) = self.view(machine, |view| {
+        let (stacks, loaded) = self.observe(machine, |view| {
             let stacks = view.stacks().into_iter().map(Cow::into_owned);
             let each: Vec<(Task, Stack)> = view.tasks().cloned().zip(stacks).collect();
-            Ok((each, view.loaded()))
+            Ok((each, view.loaded_modules()))
         })?;
-        let names = self.names(loaded)?;
+        let symbolizer = self.symbolizer(loaded)?;
         let each = stacks.iter();
-        Ok(each.map(|(task, stack)| names.stack(task, stack)).collect())
+        Ok(each
+            .map(|(task, stack)| symbolizer.stack(task, stack))
+            .collect())
     }
 
-    fn names(&self, loaded: LoadedModules) -> Result<Symbolizer<'_>, PatchError> {
+    fn symbolizer(&self, loaded: LoadedModules) -> Result<Symbolizer<'_>, PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         Ok(Symbolizer::new(
             &guest.kernel,
@@ -81,30 +86,31 @@ impl Patcher {
         self.guest(machine)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         let kernel = &self.guest.as_ref().ok_or_else(no_kernel)?.kernel;
-        let behind = modules::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
+        let others = modules::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
-        let behind = behind?;
+        let others = others?;
         let core = kernel.symbols.iter().map(|symbol| KallsymsEntry {
             gva: symbol.gva,
             letter: symbol.letter,
             name: symbol.name.to_owned(),
             module: None,
         });
-        Ok(core.chain(behind).collect())
+        Ok(core.chain(others).collect())
     }
 
-    /// Holds the guest still while `work` reads all that it wants of it, and says for how long that was. The kernel is `None`
-    /// where it has not been found, early in boot for one.
+    /// Holds the guest paused while `work` reads its memory and registers. Returns what `work`
+    /// returned, and the length of the pause. The kernel is `None` if it has not been found, as
+    /// happens early in boot.
     ///
     /// # Errors
-    /// [`PatchError`] when the guest cannot be stopped or resumed.
+    /// [`PatchError`] if the guest cannot be paused or resumed.
     pub fn hold<M: Machine, T>(
         &mut self,
         machine: &mut M,
         work: impl FnOnce(Option<&Kernel>, &M::Memory, &[VcpuRegs]) -> T,
     ) -> Result<(T, Duration), PatchError> {
         if let Err(error) = self.guest(machine) {
-            tracing::debug!(%error, "held without its kernel being known");
+            tracing::debug!(%error, "the guest is paused without its kernel being known");
         }
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         let kernel = self.guest.as_ref().map(|guest| &guest.kernel);
@@ -113,51 +119,53 @@ impl Patcher {
         Ok((done, length))
     }
 
-    /// One short pause for one question, asked again while the guest is busy.
-    fn view<M: Machine, T>(
+    /// Runs `query` in one short pause, and tries again while the guest is busy.
+    fn observe<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
+        query: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         let had_patches = !self.patches.is_empty();
-        match self.look_once(machine, &question) {
+        match self.observe_once(machine, &query) {
             Err(error @ PatchError::AnotherKernel(_)) => {
                 let error = self.forget_replaced_kernel(error);
                 if had_patches {
                     return Err(error);
                 }
-                // Nobody loses anything by it: the new kernel is asked.
-                self.look_once(machine, &question)
+                // There were no patches to lose: the new kernel answers the query.
+                self.observe_once(machine, &query)
             }
-            answer => answer,
+            result => result,
         }
     }
 
-    fn look_once<M: Machine, T>(
+    fn observe_once<M: Machine, T>(
         &mut self,
         machine: &mut M,
-        question: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
+        query: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
         self.guest(machine)?;
         let Patcher { guest, pauses, .. } = self;
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
         retry_while_busy(|| {
-            // A task's name can be changed by another, and that shows in no counter: who asks sees everything anew.
+            // A task's name can be changed by another task, which no counter shows: a query reads
+            // all tasks again.
             guest.task_cache = TaskCache::new();
             let mut paused = PauseGuard::begin(machine, pauses)?;
-            let (answer, tasks, walked) = {
+            let (result, tasks, walked) = {
                 let view = guest.view(paused.memory(), &paused.vcpus)?;
-                (question(&view), view.cached().len(), view.walked())
+                (query(&view), view.cached().len(), view.walked())
             };
             paused.note(tasks, walked);
-            Ok(answer?)
+            Ok(result?)
         })
     }
 
-    /// What [`apply`](Self::apply) would do now with the module in `file`. Writes nothing: `machine` may be one that cannot.
+    /// The dry run of [`apply`](Self::apply): what it would do now with the module in `file`.
+    /// Writes nothing, so `machine` may be a [`ReadOnlyMachine`](crate::ReadOnlyMachine).
     ///
     /// # Errors
-    /// [`PatchError`], that of `apply`.
+    /// [`PatchError`], as from `apply`.
     pub fn check<M: Machine>(
         &mut self,
         machine: &mut M,
@@ -176,7 +184,7 @@ impl Patcher {
         let dry_run = DryRun::prepare(machine, guest, (patch_memory, *dummy), &module, patches)?;
         let mut meter = PauseReport::default();
         let found = retry_while_busy(|| {
-            guest.prewalk(machine.memory(), &dry_run.codes());
+            guest.prewalk(machine.memory(), &dry_run.code_to_leave());
             let mut paused = PauseGuard::begin(machine, &mut meter)?;
             let (tasks, step, walked) = dry_run.step(guest, paused.memory(), &paused.vcpus)?;
             paused.note(tasks.len(), walked);

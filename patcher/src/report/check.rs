@@ -1,61 +1,66 @@
-//! What a dry run of a patch found, as plain data.
+//! The report of a dry run: what applying a patch would do to the guest.
+
+use serde::{Deserialize, Serialize};
 
 use crate::report::pause::PauseReport;
 use crate::report::task::TaskReport;
-use serde::{Deserialize, Serialize};
 
-/// A function that a patch would replace, as the guest has it.
+/// A function of the guest that a patch would replace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FoundFunction {
-    /// `vmlinux` or the module's name.
+    /// The object that has the function: `vmlinux`, or the name of a module.
     pub object: String,
-    /// Its name.
+    /// The function's name.
     pub name: String,
-    /// As in [`FunctionReport::sympos`].
+    /// Which symbol of that name it is, as in [`FunctionReport::sympos`].
+    ///
+    /// [`FunctionReport::sympos`]: crate::FunctionReport::sympos
     pub sympos: u64,
-    /// Its first byte, as 0x and 16 hexadecimal digits.
+    /// The address of its first byte, as `0x` and 16 hexadecimal digits.
     pub address: String,
-    /// Its bytes, as kallsyms counts them; its parts elsewhere (`.cold`) not among them.
+    /// Its size in bytes, as kallsyms counts it: without parts that lie elsewhere (`.cold`).
     pub size: u64,
 }
 
-/// A symbol of the guest that a patch uses.
+/// A symbol of the guest that a patch refers to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FoundSymbol {
-    /// Its name.
+    /// The symbol's name.
     pub name: String,
-    /// What it comes to; all zeroes for a weak symbol that the guest has not.
+    /// The address that it resolves to, as `0x` and 16 hexadecimal digits: all zeroes for a weak
+    /// symbol that the guest does not have.
     pub address: String,
 }
 
-/// Where a part of a patch would lie in the guest.
+/// Guest memory that a part of a patch would get.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PieceReport {
-    /// Its first byte.
+pub struct AllocationReport {
+    /// The address of its first byte, as `0x` and 16 hexadecimal digits.
     pub address: String,
-    /// Its bytes.
+    /// Its size in bytes.
     pub bytes: u64,
-    /// Memory that the guest's memory map does not name; else the padding of the kernel's own text.
+    /// True for memory that the guest's memory map does not name; false for padding of the
+    /// kernel's own text.
     pub hidden: bool,
 }
 
-/// What applying a patch would come to, had it been applied at that moment.
+/// What applying a patch would have done, had it been applied at the moment of the check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckReport {
-    /// The patch module's name.
+    /// The name of the livepatch module.
     pub name: String,
-    /// The functions that it would replace.
+    /// The functions that the patch would replace.
     pub functions: Vec<FoundFunction>,
-    /// What it uses of the guest, by name.
+    /// The symbols of the guest that the patch refers to.
     pub symbols: Vec<FoundSymbol>,
-    /// Its code.
-    pub code: PieceReport,
-    /// Its writable data, if it has any.
-    pub data: Option<PieceReport>,
-    /// Every task with the way in which it would switch, or what keeps it from that; those first.
+    /// Where its code would be.
+    pub code: AllocationReport,
+    /// Where its writable data would be, if it has any.
+    pub data: Option<AllocationReport>,
+    /// Every task, with how it would switch or what blocks it; tasks that are blocked come first.
     pub tasks: Vec<TaskReport>,
-    /// Nobody was in the way: all would have switched in one pause.
+    /// No task blocked: all would have switched in one pause.
     pub at_once: bool,
-    /// What the check cost in pauses.
+    /// The pauses that the check itself took.
     pub pauses: PauseReport,
 }

@@ -1,4 +1,8 @@
-//! What is told of a guest, its patches and their transitions, by subject.
+//! The reports that callers of this crate get: plain data on a guest, its patches and their
+//! transitions, one subject per file.
+//!
+//! Most of these types are serialised as JSON by the VMM's API. Their field names are promised in
+//! `docs/ABI`. Knows no guest memory and decides nothing.
 
 pub mod check;
 pub mod patch;

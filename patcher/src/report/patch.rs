@@ -1,74 +1,81 @@
-//! What an operator is told of a patch and its transition, as plain data.
+//! The report of one patch, and how it is applied.
 //!
 //! Names are those of the kernel's `/sys/kernel/livepatch/<patch>/` where the kernel has one.
 
-use crate::report::pause::PauseReport;
-use crate::report::task::TaskReport;
 use serde::{Deserialize, Serialize};
 
+use crate::report::pause::PauseReport;
+use crate::report::task::TaskReport;
+
 /// Where a patch is in its life.
+///
+/// `Applying` and `Reverting` are transitions: they complete when every task has switched, and
+/// each can be reversed into the other before that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PatchPhase {
-    /// Tasks are moving from the old code to the new.
+    /// Tasks are switching from the previous functions to the new ones.
     Applying,
-    /// Every task runs the new code.
+    /// Every task runs the new functions.
     Applied,
-    /// Tasks are moving from the new code back to the old.
+    /// Tasks are switching from the new functions back to the previous ones.
     Reverting,
-    /// Every task runs the old code; the patch is out of the guest.
+    /// Every task runs the previous functions, and the patch is no longer in use.
     Reverted,
 }
 
-/// How tasks are to move.
+/// How the tasks of a transition are to be switched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// Each when it can be, as the kernel's own livepatching does it; those who can be at once are.
+    /// Each task as soon as it is safe, as the kernel's own livepatching does: most tasks in the
+    /// first pause, the others over time.
     #[default]
     PerTask,
-    /// All in one pause, or not at all.
+    /// All tasks in one pause, or none.
     StopMachine,
-    /// All in one pause if one of a few can do it, else each when it can be.
+    /// All tasks in one pause if one of the first few attempts can do that, else as `PerTask`.
     Auto,
 }
 
 /// One function that a patch replaces.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FunctionReport {
-    /// `vmlinux` or the module's name.
+    /// The object that has the function: `vmlinux`, or the name of a module.
     pub object: String,
-    /// Name of the function in the guest.
+    /// The function's name in the guest.
     pub name: String,
-    /// Which of several symbols of the same name, in address order, from 1; 0: the only one.
+    /// Which of several symbols of that name it is, in address order, from 1; 0 if it is the only
+    /// one.
     pub sympos: u64,
-    /// Whether calls reach the new code (for at least the tasks that switched).
+    /// Whether calls reach the new function, at least in tasks that have switched.
     pub patched: bool,
 }
 
-/// All that is to be said of one patch.
+/// The state of one patch and of its running or last transition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PatchStatus {
-    /// The patch module's name.
+    /// The name of the livepatch module.
     pub name: String,
-    /// Where it is in its life.
+    /// Where the patch is in its life.
     pub phase: PatchPhase,
-    /// The kernel's attribute: the patch is (being) enabled.
+    /// The kernel's attribute `enabled`: the patch is applied or being applied.
     pub enabled: bool,
-    /// The kernel's attribute: a transition is under way.
+    /// The kernel's attribute `transition`: a transition of the patch is running.
     pub transition: bool,
-    /// The kernel's attribute: a transition of it was forced, and so its code stays in the guest for ever.
+    /// The kernel's attribute `force`: a transition of the patch was forced, so its code is never
+    /// freed.
     pub force: bool,
-    /// The kernel's attribute: it takes the place of all earlier patches.
+    /// The kernel's attribute `replace`: the patch replaces all earlier patches.
     pub replace: bool,
-    /// The kernel's attribute: tasks that keep the old state are sent the fake signal.
+    /// The kernel's attribute `signal`: tasks that have not switched are sent the fake signal.
     pub signal: bool,
-    /// The functions that it replaces.
+    /// The functions that the patch replaces.
     pub functions: Vec<FunctionReport>,
-    /// The tasks of the running or of the last transition, those not done first.
+    /// The tasks of the running or the last transition; those that have not switched come first.
     pub tasks: Vec<TaskReport>,
-    /// Milliseconds that the running or the last transition has taken.
+    /// How long the running or the last transition has taken, in milliseconds.
     pub transition_ms: u64,
-    /// What it cost in pauses (the running or the last transition).
+    /// The pauses of the running or the last transition.
     pub pauses: PauseReport,
 }

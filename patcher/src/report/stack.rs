@@ -1,4 +1,4 @@
-//! A task's stack with names, as plain data for an operator.
+//! The report of a task's kernel stack, with symbols.
 
 use introspect::{Gva, Task, Verdict};
 use serde::Serialize;
@@ -6,12 +6,12 @@ use serde::Serialize;
 /// One frame with its symbol, as `/proc/PID/stack` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NamedFrame {
-    /// The address.
+    /// The instruction pointer: where the task resumes in this frame.
     pub ip: Gva,
-    /// `symbol+0xoffset/0xsize`, with ` [module]` or ` [patch]` where the code is not the kernel's own; the bare address when
-    /// no symbol covers it.
+    /// `symbol+0xoffset/0xsize`, followed by ` [module]` or ` [patch]` if the code is not the
+    /// kernel's own; the bare address if no symbol covers it.
     pub name: String,
-    /// The frame is one of the scheduler's own, which `/proc/PID/stack` leaves out at the top.
+    /// The frame is in the scheduler's own code, which `/proc/PID/stack` leaves out at the top.
     pub sched: bool,
 }
 
@@ -20,9 +20,9 @@ pub struct NamedFrame {
 pub struct TaskStack {
     /// The task.
     pub task: Task,
-    /// Its frames; none: it is in user mode, or has no stack any more.
+    /// The frames. There are none if the task is in user mode, or no longer has a stack.
     pub frames: Vec<NamedFrame>,
-    /// Whether the frames can be relied on.
+    /// Whether the frames are reliable.
     #[serde(flatten)]
     pub verdict: Verdict,
 }

@@ -1,52 +1,53 @@
-//! One task's part in a transition, as plain data.
+//! The report of one task's part in a transition.
 
 use introspect::TaskKind;
 use serde::{Deserialize, Serialize};
 
-/// How a task came to its present patch state.
+/// How a task switched to the transition's target state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SwitchedBy {
-    /// It crossed the kernel/user boundary, and the guest's own entry code flipped it.
+    /// The guest's own code switched it at a kernel exit (`klp_update_patch_state`).
     KernelExit,
-    /// A reliable stack showed no affected function, and it was flipped from outside in a pause.
+    /// Its stack was reliable and showed none of the affected functions, and it was switched from
+    /// outside in a pause.
     Stack,
-    /// It was on a vCPU in user mode in a pause, and was flipped from outside.
+    /// A vCPU ran it in user mode in a pause, and it was switched from outside.
     UserMode,
-    /// An idle task that went round the guest's own idle loop.
+    /// It is an idle task, which the guest's own idle loop switched.
     Idle,
-    /// It was born during the transition in the new state.
+    /// It was forked during the transition, and has been in the target state since.
     Forked,
-    /// It had not moved yet when the transition turned round, and so has nothing to move back from.
+    /// It had not switched when the transition was reversed, and so need not switch back.
     NotSwitched,
     /// It exited during the transition.
     Exited,
-    /// The admin forced it, without a look at its stack.
+    /// The operator forced the transition, and the task was switched without a check of its stack.
     Forced,
 }
 
 /// One task's part in a transition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskReport {
-    /// Thread id; 0 for idle tasks.
+    /// The thread id; 0 for idle tasks.
     pub pid: i32,
-    /// Name.
+    /// The task's name (`task_struct.comm`).
     pub comm: String,
-    /// What sort of task.
+    /// Which kind of task it is.
     pub kind: TaskKind,
-    /// The letter that `ps` shows for what it does: `R S D T t X Z P I`.
+    /// Its scheduling state, as the letter that `ps` shows: `R S D T t X Z P I`.
     pub state: char,
-    /// How it got to the target state; `None`: it is not there yet.
+    /// How it switched; `None` if it has not switched yet.
     pub switched_by: Option<SwitchedBy>,
-    /// Why it is not there yet: the blocking frame, or why its stack cannot be relied on.
+    /// Why it has not switched yet: the frame that blocks it, or why its stack is unreliable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocker: Option<String>,
-    /// Milliseconds from the start of the transition to the pause that first saw this blocker.
+    /// Milliseconds from the start of the transition to the pause that first found this blocker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since_ms: Option<u64>,
     /// How often it was sent the fake signal, or woken.
     pub signals: u32,
-    /// Milliseconds from the start of the transition to the pause that saw it done.
+    /// Milliseconds from the start of the transition to the pause that found it switched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub after_ms: Option<u64>,
 }

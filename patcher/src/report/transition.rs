@@ -1,14 +1,15 @@
-//! How far a transition came, and what it cost, as plain data.
+//! The summary of a transition: its tasks, its time and its pauses.
+
 use crate::report::pause::PauseReport;
 use crate::report::task::TaskReport;
 
-/// A transition that has ended, or as far as it has come.
+/// A completed transition, or the progress of a running one.
 #[derive(Clone, Debug, Default)]
 pub struct TransitionSummary {
-    /// Its tasks.
+    /// The tasks; those that have not switched come first.
     pub tasks: Vec<TaskReport>,
-    /// How long it took.
+    /// How long it has taken, in milliseconds.
     pub ms: u64,
-    /// What it cost.
+    /// The pauses that it took.
     pub pauses: PauseReport,
 }

@@ -1,8 +1,11 @@
-//! The transition of a guest's tasks from one patch state to the other, look by look.
+//! The transition of a guest's tasks from one patch state to the other, as a sequence of steps.
 //!
-//! Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside. Here is what is kept of
-//! a transition from look to look; what one look comes to, [`context`](crate::transition::step) knows.
+//! This is Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside.
+//! A [`step`] is planned in a pause of the guest; between two steps the guest runs, and its own
+//! code switches tasks. Here is the state of a transition between steps, and when the next step is
+//! due. Must not know how a step is carried out: that is [`patcher`](crate::patcher).
 
+mod checks;
 pub mod pending_tasks;
 pub mod preconditions;
 pub mod progress;
@@ -21,37 +24,38 @@ use crate::report::transition::TransitionSummary;
 use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::progress::{Outcome, Progress};
 
-/// The time between the first two looks.
+/// The time between the first two steps. It doubles with each step, up to [`MAX_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(1);
-/// The longest time between two looks.
-const LONGEST_WAIT: Duration = Duration::from_millis(250);
-/// The guest runs for at least this many times as long as it was paused before, from so many looks on; one time before the second look,
-/// and so on, as most of those who are in the way go their way at once.
-const PAUSE_SHARE: u32 = 5;
+/// The longest time between two steps after short pauses.
+const MAX_WAIT: Duration = Duration::from_millis(250);
+/// The guest runs for at least this many times the length of the last pause before the next step:
+/// once after the first step, twice after the second, and so on up to this, as most tasks that
+/// block switch soon.
+const MAX_PAUSE_SHARE: u32 = 5;
 
-/// A transition that runs.
+/// A running transition.
 #[derive(Debug)]
 pub struct Transition {
-    /// Which way.
+    /// Which way it switches tasks.
     pub direction: Direction,
-    /// What it cost so far.
+    /// The pauses that it has taken so far.
     pub pauses: PauseReport,
-    /// Who has not moved, in a guest that does not know it itself.
+    /// The tasks that have not switched, in a guest that keeps no patch states itself.
     pub pending: Option<PendingTasks>,
-    began: Instant,
+    started: Instant,
     progress: Progress,
-    /// How many looks there were since it began or turned round, up to [`PAUSE_SHARE`].
-    views: u32,
-    /// The time from the last look to the next, if the pauses are short.
+    /// The steps since the transition was started or reversed, up to [`MAX_PAUSE_SHARE`].
+    steps: u32,
+    /// The time from the last step to the next, if pauses are short.
     wait: Duration,
-    /// When the next look is due.
+    /// When the next step is due.
     due: Instant,
-    /// From when on those who keep the old state are sent the fake signal.
-    signal: Option<Instant>,
+    /// From when on tasks that have not switched are sent the fake signal.
+    signal_from: Option<Instant>,
 }
 
 impl Transition {
-    /// One that begins now.
+    /// A transition that starts now.
     #[must_use]
     pub fn new(direction: Direction) -> Transition {
         let now = Instant::now();
@@ -59,81 +63,83 @@ impl Transition {
             direction,
             pauses: PauseReport::default(),
             pending: None,
-            began: now,
+            started: now,
             progress: Progress::default(),
-            views: 0,
+            steps: 0,
             wait: FIRST_WAIT,
             due: now,
-            signal: None,
+            signal_from: None,
         }
     }
 
-    /// From `after` the start on, those who keep the old state are sent the fake signal, look by look.
+    /// Sends the fake signal to tasks that have not switched, in each step from `after` the start
+    /// on. Of several calls the earliest time counts.
     pub fn signal_after(&mut self, after: Duration) {
-        let asked = self.began.checked_add(after);
-        self.signal = match (self.signal, asked) {
-            (Some(earlier), Some(asked)) => Some(earlier.min(asked)),
-            (known, asked) => known.or(asked),
+        let requested = self.started.checked_add(after);
+        self.signal_from = match (self.signal_from, requested) {
+            (Some(earlier), Some(requested)) => Some(earlier.min(requested)),
+            (known, requested) => known.or(requested),
         };
-        self.hurry();
-        // The admin's delay is met, and what it changes is seen soon.
-        if let Some(from) = self.signal {
+        self.restart_backoff();
+        // The signal is sent when the operator wants it, and its effect is seen soon.
+        if let Some(from) = self.signal_from {
             self.due = self.due.min(from);
         }
     }
 
-    /// Whether the fake signal is sent now.
+    /// Whether a step sends the fake signal now.
     #[must_use]
-    pub fn signals(&self) -> bool {
-        self.signal.is_some_and(|from| from <= Instant::now())
+    pub fn is_signalling(&self) -> bool {
+        self.signal_from.is_some_and(|from| from <= Instant::now())
     }
 
-    /// Enters what a step found, once it is carried out.
+    /// Records the outcome of a step for each task, once the step is carried out.
     pub fn record<'t>(&mut self, tasks: impl Iterator<Item = &'t Task>, outcomes: Vec<Outcome>) {
         self.progress
-            .record(self.began.elapsed(), tasks.zip(outcomes));
+            .record(self.started.elapsed(), tasks.zip(outcomes));
     }
 
-    /// Turns round: everybody may have to move again.
+    /// The transition was reversed and goes in `direction` now
+    /// (`kernel/livepatch/transition.c: klp_reverse_transition`): no task counts as switched.
     pub fn reverse(&mut self, direction: Direction) {
         self.direction = direction;
         self.progress.restart();
-        self.hurry();
+        self.restart_backoff();
     }
 
-    fn hurry(&mut self) {
-        self.views = 0;
+    fn restart_backoff(&mut self) {
+        self.steps = 0;
         self.wait = FIRST_WAIT;
     }
 
-    /// Notes a look that paused the guest for `pause`, and when the next is due.
-    pub fn observed(&mut self, pause: Duration) {
-        self.views = (self.views + 1).min(PAUSE_SHARE);
-        let wait = self.wait.max(pause * self.views);
-        self.wait = (self.wait * 2).min(LONGEST_WAIT);
-        self.wait_for(wait);
+    /// A step was taken in a pause of this length: determines when the next one is due.
+    pub fn step_taken(&mut self, pause: Duration) {
+        self.steps = (self.steps + 1).min(MAX_PAUSE_SHARE);
+        let wait = self.wait.max(pause * self.steps);
+        self.wait = (self.wait * 2).min(MAX_WAIT);
+        self.set_due(wait);
     }
 
-    /// Notes a look that failed: the next may be as soon as one ever has to be waited for.
-    pub fn failed(&mut self) {
-        self.wait_for(LONGEST_WAIT);
+    /// A step failed: the next one is due after [`MAX_WAIT`].
+    pub fn step_failed(&mut self) {
+        self.set_due(MAX_WAIT);
     }
 
-    fn wait_for(&mut self, wait: Duration) {
+    fn set_due(&mut self, wait: Duration) {
         let now = Instant::now();
-        let signal = self.signal.filter(|from| *from > now);
+        let signal = self.signal_from.filter(|from| *from > now);
         self.due = signal.map_or(now + wait, |from| from.min(now + wait));
     }
 
-    /// When to look again.
+    /// When the next step is due.
     #[must_use]
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// As far as it has come.
+    /// The progress so far.
     #[must_use]
-    pub fn so_far(&self) -> TransitionSummary {
+    pub fn summary(&self) -> TransitionSummary {
         TransitionSummary {
             tasks: self.progress.reports(),
             ms: self.ms(),
@@ -141,9 +147,9 @@ impl Transition {
         }
     }
 
-    /// Ends it.
+    /// The summary of a completed transition.
     #[must_use]
-    pub fn end(self) -> TransitionSummary {
+    pub fn into_summary(self) -> TransitionSummary {
         TransitionSummary {
             ms: self.ms(),
             tasks: self.progress.into_reports(),
@@ -152,6 +158,6 @@ impl Transition {
     }
 
     fn ms(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }

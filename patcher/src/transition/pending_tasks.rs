@@ -1,12 +1,15 @@
-//! Who has not moved yet, in a guest whose kernel keeps no patch states (no `CONFIG_LIVEPATCH`): a table in hidden memory, in which the
-//! stubs look the running task up.
+//! The tasks that have not switched, in a guest whose kernel keeps no patch states (no
+//! `CONFIG_LIVEPATCH`): a table in hidden memory, in which the stubs look the running task up.
 //!
-//! In it are the addresses of tasks, by open addressing with linear probing. At least every other slot is free, so that every
-//! search ends; who is taken out leaves a mark, so that those behind are still found. It is changed in pauses only: a single task is
-//! taken out at any time, as one that is just being looked up is in a stub and does not move; all of it is written anew only when
-//! nobody is in a stub. A task that is born meanwhile is not in it: it has never been in the old code.
+//! The table is a hash table of `task_struct` addresses with open addressing and linear probing. At
+//! least every other slot is free, so that every search ends. A removed task leaves a mark in its
+//! slot, so that tasks past it are still found. The table is changed in pauses only. A single task
+//! may be removed at any time: a task that is being looked up is in a stub, and so is not switched.
+//! The table is rewritten as a whole only when no task is in a stub. A task that is forked
+//! meanwhile is not in the table: it has never been in the previous functions.
 //!
-//! Knows addresses and the hash; what it is for, the [`stub`](crate::x86::entry_stub::stub) and the scene know.
+//! Knows addresses and the hash; must not know what a lookup is for. That is known to
+//! [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
 
 use introspect::Gva;
 
@@ -16,58 +19,58 @@ use crate::memory::{Allocation, Request};
 use crate::x86::entry_stub::PendingTable;
 
 /// Slots of the smallest table.
-const LEAST: u64 = 1 << 10;
-/// Of the largest: they fit into a window with what stands before them.
-const MOST: u64 = 1 << 17;
-/// Before the slots: which way those in the table are to go.
-const HEADER: u64 = 64;
-const SLOT: u64 = 8;
-/// In the place of a task that was taken out.
-const GONE: u64 = 1;
+const MIN_SLOTS: u64 = 1 << 10;
+/// Slots of the largest table: with the header they fit into one block of hidden memory.
+const MAX_SLOTS: u64 = 1 << 17;
+/// Bytes before the slots. The first 8 of them say which way the tasks in the table switch.
+const HEADER_LEN: u64 = 64;
+const SLOT_LEN: u64 = 8;
+/// The content of a slot whose task was removed.
+const REMOVED: u64 = 1;
 
-/// How much memory the table of a guest with so many tasks needs.
+/// The memory that the table of a guest with this many tasks needs.
 #[must_use]
 pub fn table_request(tasks: u64) -> Request {
-    let count = tasks.saturating_mul(4).clamp(LEAST, MOST);
+    let count = tasks.saturating_mul(4).clamp(MIN_SLOTS, MAX_SLOTS);
     Request {
-        len: HEADER + SLOT * count.next_power_of_two(),
-        align: HEADER,
+        len: HEADER_LEN + SLOT_LEN * count.next_power_of_two(),
+        align: HEADER_LEN,
     }
 }
 
-/// The table that fits into `allocation`, which was made for such a request.
+/// The table in `allocation`, which was made for a [`table_request`].
 #[must_use]
 pub fn table_in(allocation: Allocation) -> PendingTable {
-    let slots = allocation.range.len().saturating_sub(HEADER) / SLOT;
+    let slots = allocation.range.len().saturating_sub(HEADER_LEN) / SLOT_LEN;
     PendingTable {
-        slots: allocation.range.start.add(HEADER),
+        slots: allocation.range.start.add(HEADER_LEN),
         count: 1 << slots.max(1).ilog2(),
-        back: allocation.range.start,
+        reverting: allocation.range.start,
     }
 }
 
-/// The tasks that have not moved in a transition.
+/// The tasks that have not switched in a transition.
 #[derive(Clone, Debug)]
 pub struct PendingTasks {
-    piece: Allocation,
+    allocation: Allocation,
     table: PendingTable,
     direction: Direction,
     slots: Vec<u64>,
 }
 
 impl PendingTasks {
-    /// Those of a transition in `direction` that begins, or turns round, with `tasks` still to move.
+    /// The pending `tasks` of a transition that is started in, or reversed to, `direction`.
     ///
     /// # Errors
-    /// [`PatchError::TooManyTasks`]: they are more than the table has room for.
+    /// [`PatchError::TooManyTasks`] if they are more than the table takes.
     pub fn new(
-        piece: Allocation,
+        allocation: Allocation,
         direction: Direction,
         tasks: impl IntoIterator<Item = Gva>,
     ) -> Result<PendingTasks, PatchError> {
-        let table = table_in(piece);
+        let table = table_in(allocation);
         let mut pending = PendingTasks {
-            piece,
+            allocation,
             table,
             direction,
             slots: vec![0; usize::try_from(table.count).unwrap_or_default()],
@@ -86,42 +89,47 @@ impl PendingTasks {
         Ok(pending)
     }
 
-    /// Which way they go.
+    /// Which way the tasks switch.
     #[must_use]
     pub fn direction(&self) -> Direction {
         self.direction
     }
 
-    /// Whether `task` has yet to move.
+    /// Whether `task` has not switched yet.
     #[must_use]
     pub fn contains(&self, task: Gva) -> bool {
         self.search(task, task.0).is_some()
     }
 
-    /// The whole table, as it is to stand in its piece.
+    /// The content of the whole table.
     #[must_use]
     pub fn bytes(&self) -> Vec<u8> {
-        let back = u64::from(self.direction == Direction::Revert);
-        let mut bytes = back.to_le_bytes().to_vec();
-        bytes.resize(usize::try_from(HEADER).unwrap_or_default(), 0);
+        let reverting = u64::from(self.direction == Direction::Revert);
+        let mut bytes = reverting.to_le_bytes().to_vec();
+        bytes.resize(usize::try_from(HEADER_LEN).unwrap_or_default(), 0);
         bytes.extend(self.slots.iter().flat_map(|slot| slot.to_le_bytes()));
         bytes
     }
 
-    /// Where it is.
+    /// The memory of the table.
     #[must_use]
-    pub fn piece(&self) -> Allocation {
-        self.piece
+    pub fn allocation(&self) -> Allocation {
+        self.allocation
     }
 
-    /// Takes `task` out; what is to be written for that, and where.
+    /// Removes `task`. Returns what has to be written for that, and where; `None` if the task is
+    /// not in the table.
     pub fn remove(&mut self, task: Gva) -> Option<(Gva, [u8; 8])> {
         let at = self.search(task, task.0)?;
-        *self.slots.get_mut(at)? = GONE;
-        Some((self.table.slots.add(SLOT * at as u64), GONE.to_le_bytes()))
+        *self.slots.get_mut(at)? = REMOVED;
+        Some((
+            self.table.slots.add(SLOT_LEN * at as u64),
+            REMOVED.to_le_bytes(),
+        ))
     }
 
-    /// From where the search for `task` begins, the first slot that holds `wanted`; none behind a free one.
+    /// The first slot that holds `wanted`, from where the search for `task` starts up to the first
+    /// free slot.
     fn search(&self, task: Gva, wanted: u64) -> Option<usize> {
         let first = self.table.first(task);
         for step in 0..self.table.count {
@@ -140,7 +148,7 @@ impl PendingTasks {
 mod tests {
     use super::*;
 
-    fn piece(tasks: u64) -> Allocation {
+    fn allocation(tasks: u64) -> Allocation {
         Allocation::made_up(Gva(0xffff_ffff_ff00_0000), table_request(tasks).len)
     }
 
@@ -150,39 +158,39 @@ mod tests {
 
     #[test]
     fn tables_grow_with_the_guest_and_not_without_bound() {
-        let count = |tasks| table_in(piece(tasks)).count;
-        assert_eq!(count(0), LEAST);
+        let count = |tasks| table_in(allocation(tasks)).count;
+        assert_eq!(count(0), MIN_SLOTS);
         assert_eq!(count(1_000), 4_096);
-        assert_eq!(count(u64::MAX), MOST);
+        assert_eq!(count(u64::MAX), MAX_SLOTS);
         assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
     }
 
     #[test]
-    fn whoever_is_put_in_is_found_until_taken_out() {
+    fn every_task_is_found_until_it_is_removed() {
         let all: Vec<Gva> = (0..512).map(task).collect();
-        let mut pending = PendingTasks::new(piece(0), Direction::Apply, all.clone()).unwrap();
+        let mut pending = PendingTasks::new(allocation(0), Direction::Apply, all.clone()).unwrap();
         let found =
             |pending: &PendingTasks| all.iter().filter(|task| pending.contains(**task)).count();
         assert_eq!(found(&pending), 512);
-        assert!(!pending.contains(task(512)) && !pending.contains(Gva(GONE)));
-        // Every other goes; those that were put in behind it stay within reach.
-        for gone in all.iter().step_by(2) {
+        assert!(!pending.contains(task(512)) && !pending.contains(Gva(REMOVED)));
+        // Every other task is removed; those in the slots past it are still found.
+        for removed in all.iter().step_by(2) {
             let before = pending.bytes();
-            let (at, now) = pending.remove(*gone).unwrap();
-            let at = usize::try_from(at.since(pending.piece().range.start)).unwrap();
-            assert_eq!(before[at..at + 8], gone.0.to_le_bytes());
+            let (at, now) = pending.remove(*removed).unwrap();
+            let at = usize::try_from(at.since(pending.allocation().range.start)).unwrap();
+            assert_eq!(before[at..at + 8], removed.0.to_le_bytes());
             assert_eq!(pending.bytes()[at..at + 8], now);
-            assert_eq!(pending.remove(*gone), None);
+            assert_eq!(pending.remove(*removed), None);
         }
         assert_eq!(found(&pending), 256);
-        let stay = |task: &&Gva| pending.contains(**task);
-        assert_eq!(all.iter().skip(1).step_by(2).filter(stay).count(), 256);
+        let is_found = |task: &&Gva| pending.contains(**task);
+        assert_eq!(all.iter().skip(1).step_by(2).filter(is_found).count(), 256);
     }
 
     #[test]
-    fn half_of_it_stays_free() {
+    fn half_of_the_table_stays_free() {
         let too_many = (0..513).map(task);
-        let error = PendingTasks::new(piece(0), Direction::Revert, too_many).unwrap_err();
+        let error = PendingTasks::new(allocation(0), Direction::Revert, too_many).unwrap_err();
         assert!(
             matches!(error, PatchError::TooManyTasks { max: 512 }),
             "{error}"

@@ -1,188 +1,202 @@
-//! Who has moved, how and when, and who has not and why: the book of one transition.
+//! The progress of each task in one transition: how and when it switched, or what blocks it.
 //!
-//! Fed after each look that was carried out; changes nothing in the guest.
+//! Fed with the outcomes of each step that was carried out. Knows no guest memory.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-use introspect::{Gva, Task};
+use introspect::{Gva, Task, TaskKind};
 
 use crate::report::task::{SwitchedBy, TaskReport};
 
-/// Tasks that have exited are forgotten, oldest first, beyond this many: a guest that forks without end must not fill our memory.
-const MOST_EXITED: usize = 1024;
+/// How many exited tasks are remembered: beyond that the oldest are dropped, so that a guest that
+/// forks without end cannot fill the host's memory.
+const MAX_EXITED: usize = 1024;
 
-/// What one look found of one task.
+/// What one step found of one task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is where it is to go; the way, when it was we who moved it.
+    /// The task has switched: how, if this step switched it or knows it.
     Switched(Option<SwitchedBy>),
-    /// It is not. Boxed: of thousands of findings few are this one.
+    /// The task has not switched. Boxed: among thousands of outcomes few are this one.
     Blocked(Box<Blocked>),
 }
 
-/// Why a task is not there, and what was done about it.
+/// What blocks a task, and what the step did about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Blocked {
-    /// Why not.
-    pub why: String,
-    /// It was sent the fake signal, or woken, in this look.
+    /// The frame that blocks it, or why its stack is unreliable.
+    pub blocker: String,
+    /// The step sent it the fake signal, or wakes it.
     pub signalled: bool,
 }
 
-/// A task is known by its `task_struct` and its pid: the first is used again when a task is gone.
-type Key = (Gva, i32);
+/// Identifies a task: by its `task_struct`, and by its pid, as the memory of an exited task's
+/// `task_struct` is used again.
+type TaskKey = (Gva, i32);
 
 #[derive(Clone, Debug)]
-struct Row {
+struct TaskProgress {
     report: TaskReport,
-    seen: u64,
+    /// The number of the last step that found the task.
+    last_step: u64,
 }
 
-/// The book.
+impl TaskProgress {
+    fn new(task: &Task) -> TaskProgress {
+        TaskProgress {
+            report: TaskReport {
+                pid: task.pid,
+                comm: String::new(),
+                kind: task.kind,
+                state: task.state_letter(),
+                switched_by: None,
+                blocker: None,
+                since_ms: None,
+                signals: 0,
+                after_ms: None,
+            },
+            last_step: 0,
+        }
+    }
+
+    fn has_exited(&self, step: u64) -> bool {
+        self.last_step != step
+    }
+}
+
+/// The progress of all tasks.
 #[derive(Clone, Debug, Default)]
 pub struct Progress {
-    rows: Vec<Row>,
-    index: HashMap<Key, usize>,
-    views: u64,
+    tasks: Vec<TaskProgress>,
+    /// The position in `tasks` of each task.
+    index: HashMap<TaskKey, usize>,
+    /// The number of steps so far.
+    steps: u64,
 }
 
 impl Progress {
-    /// Enters the findings of one look, made `after` the start of the transition, for each of its tasks.
+    /// Records one step, taken `after` the start of the transition: its outcome for every task of
+    /// the guest.
     pub fn record<'t>(
         &mut self,
         after: Duration,
         outcomes: impl IntoIterator<Item = (&'t Task, Outcome)>,
     ) {
-        self.views += 1;
+        self.steps += 1;
         let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
         for (task, outcome) in outcomes {
-            self.record_one(after_ms, task, outcome);
+            self.record_task(after_ms, task, outcome);
         }
-        self.close(after_ms);
+        self.mark_exited(after_ms);
+        self.drop_exited();
     }
 
-    fn record_one(&mut self, after_ms: u64, task: &Task, outcome: Outcome) {
-        let views = self.views;
+    fn record_task(&mut self, after_ms: u64, task: &Task, outcome: Outcome) {
         let key = (task.addr, task.pid);
         let known = self.index.get(&key).copied();
-        let at = known.unwrap_or(self.rows.len());
+        let at = known.unwrap_or(self.tasks.len());
         if known.is_none() {
             self.index.insert(key, at);
-            self.rows.push(Row {
-                report: TaskReport {
-                    pid: task.pid,
-                    comm: String::new(),
-                    kind: task.kind,
-                    state: task.state_letter(),
-                    switched_by: None,
-                    blocker: None,
-                    since_ms: None,
-                    signals: 0,
-                    after_ms: None,
-                },
-                seen: 0,
-            });
+            self.tasks.push(TaskProgress::new(task));
         }
-        let Some(row) = self.rows.get_mut(at) else {
+        let Some(TaskProgress { report, last_step }) = self.tasks.get_mut(at) else {
             return;
         };
-        row.seen = views;
-        row.report.comm.clone_from(&task.comm);
-        row.report.kind = task.kind;
-        row.report.state = task.state_letter();
+        *last_step = self.steps;
+        report.comm.clone_from(&task.comm);
+        report.kind = task.kind;
+        report.state = task.state_letter();
         match outcome {
             Outcome::Blocked(blocked) => {
-                let Blocked { why, signalled } = *blocked;
-                if row.report.blocker.as_ref() != Some(&why) {
-                    row.report.since_ms = Some(after_ms);
-                    row.report.blocker = Some(why);
+                let Blocked { blocker, signalled } = *blocked;
+                if report.blocker.as_ref() != Some(&blocker) {
+                    report.since_ms = Some(after_ms);
+                    report.blocker = Some(blocker);
                 }
-                row.report.signals = row.report.signals.saturating_add(signalled.into());
-                row.report.switched_by = None;
-                row.report.after_ms = None;
+                report.signals = report.signals.saturating_add(signalled.into());
+                report.switched_by = None;
+                report.after_ms = None;
             }
-            Outcome::Switched(way) => {
-                row.report.blocker = None;
-                row.report.since_ms = None;
-                if row.report.switched_by.is_none() {
-                    let by_itself = match task.kind {
+            Outcome::Switched(by) => {
+                report.blocker = None;
+                report.since_ms = None;
+                if report.switched_by.is_none() {
+                    let by_the_guest = match task.kind {
                         _ if known.is_none() => SwitchedBy::Forked,
-                        introspect::TaskKind::Idle => SwitchedBy::Idle,
+                        TaskKind::Idle => SwitchedBy::Idle,
                         _ => SwitchedBy::KernelExit,
                     };
-                    row.report.switched_by = Some(way.unwrap_or(by_itself));
-                    row.report.after_ms = Some(after_ms);
+                    report.switched_by = Some(by.unwrap_or(by_the_guest));
+                    report.after_ms = Some(after_ms);
                 }
             }
         }
     }
 
-    /// Marks those that this look no longer saw.
-    fn close(&mut self, after_ms: u64) {
-        for row in &mut self.rows {
-            if row.seen != self.views && row.report.switched_by.is_none() {
-                row.report.switched_by = Some(SwitchedBy::Exited);
-                row.report.after_ms = Some(after_ms);
-                row.report.blocker = None;
-                row.report.since_ms = None;
+    /// Marks the tasks that the last step no longer found.
+    fn mark_exited(&mut self, after_ms: u64) {
+        for task in &mut self.tasks {
+            if task.has_exited(self.steps) && task.report.switched_by.is_none() {
+                task.report.switched_by = Some(SwitchedBy::Exited);
+                task.report.after_ms = Some(after_ms);
+                task.report.blocker = None;
+                task.report.since_ms = None;
             }
         }
-        let gone = |row: &Row| row.seen != self.views;
-        let mut surplus = self
-            .rows
-            .iter()
-            .filter(|row| gone(row))
-            .count()
-            .saturating_sub(MOST_EXITED);
+    }
+
+    /// Drops the oldest exited tasks beyond [`MAX_EXITED`].
+    fn drop_exited(&mut self) {
+        let steps = self.steps;
+        let exited = self.tasks.iter().filter(|task| task.has_exited(steps));
+        let mut surplus = exited.count().saturating_sub(MAX_EXITED);
         if surplus == 0 {
             return;
         }
-        // Rows move: build the index anew.
-        let keys: HashMap<usize, Key> = self.index.drain().map(|(key, at)| (at, key)).collect();
-        let views = self.views;
-        let rows = std::mem::take(&mut self.rows);
-        for (at, row) in rows.into_iter().enumerate() {
-            if row.seen != views && surplus > 0 {
+        // The positions change: the index is built from scratch.
+        let keys: HashMap<usize, TaskKey> = self.index.drain().map(|(key, at)| (at, key)).collect();
+        let tasks = std::mem::take(&mut self.tasks);
+        for (at, task) in tasks.into_iter().enumerate() {
+            if task.has_exited(steps) && surplus > 0 {
                 surplus -= 1;
                 continue;
             }
             if let Some(key) = keys.get(&at) {
-                self.index.insert(*key, self.rows.len());
+                self.index.insert(*key, self.tasks.len());
             }
-            self.rows.push(row);
+            self.tasks.push(task);
         }
     }
 
-    /// Everybody has yet to move: the transition turns round.
+    /// Forgets all progress, as the transition is reversed.
     pub fn restart(&mut self) {
         *self = Progress::default();
     }
 
-    /// What is to be said, those not there yet first.
+    /// The report of every task; those that have not switched come first.
     #[must_use]
     pub fn reports(&self) -> Vec<TaskReport> {
-        in_order(self.rows.iter().map(|row| row.report.clone()))
+        in_order(self.tasks.iter().map(|task| task.report.clone()))
     }
 
-    /// The same, for the last time.
+    /// Like [`reports`](Self::reports), without a copy.
     #[must_use]
     pub fn into_reports(self) -> Vec<TaskReport> {
-        in_order(self.rows.into_iter().map(|row| row.report))
+        in_order(self.tasks.into_iter().map(|task| task.report))
     }
 }
 
 fn in_order(reports: impl Iterator<Item = TaskReport>) -> Vec<TaskReport> {
-    let (mut waiting, mut done): (Vec<_>, Vec<_>) =
+    let (mut pending, mut switched): (Vec<_>, Vec<_>) =
         reports.partition(|report| report.switched_by.is_none());
-    waiting.append(&mut done);
-    waiting
+    pending.append(&mut switched);
+    pending
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use introspect::TaskKind;
 
     fn task(addr: u64, pid: i32, kind: TaskKind) -> Task {
         Task {
@@ -191,9 +205,9 @@ mod tests {
         }
     }
 
-    fn blocked(why: &str) -> Outcome {
+    fn blocked(blocker: &str) -> Outcome {
         Outcome::Blocked(Box::new(Blocked {
-            why: why.into(),
+            blocker: blocker.into(),
             signalled: false,
         }))
     }
@@ -203,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_each_way() {
+    fn every_way_to_switch_is_reported() {
         let [a, b, idle] = [
             task(1, 10, TaskKind::User),
             task(2, 11, TaskKind::User),
@@ -220,10 +234,13 @@ mod tests {
         );
         assert!(progress.reports().iter().all(|r| r.blocker.is_some()));
 
-        // The pid of b lives on in another task.
-        let born = task(2, 12, TaskKind::User);
-        let there = || Outcome::Switched(None);
-        progress.record(ms(5), [(&a, there()), (&idle, there()), (&born, there())]);
+        // The task_struct of b is used again for another task.
+        let forked = task(2, 12, TaskKind::User);
+        let switched = || Outcome::Switched(None);
+        progress.record(
+            ms(5),
+            [(&a, switched()), (&idle, switched()), (&forked, switched())],
+        );
         let by_pid = |pid| {
             let reports = progress.reports();
             let report = reports.into_iter().find(|r| r.pid == pid).unwrap();
@@ -236,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_come_first_and_first_way_stays() {
+    fn blocked_tasks_come_first_and_the_first_way_is_kept() {
         let (a, b) = (task(1, 1, TaskKind::User), task(2, 2, TaskKind::Kthread));
         let mut progress = Progress::default();
         let stack = Outcome::Switched(Some(SwitchedBy::Stack));
@@ -251,22 +268,22 @@ mod tests {
     }
 
     #[test]
-    fn says_since_when_and_how_often_it_was_signalled() {
+    fn the_time_of_a_blocker_and_the_number_of_signals_are_reported() {
         let a = task(1, 1, TaskKind::User);
-        let in_frame = |why: &str, signalled| {
+        let in_frame = |blocker: &str, signalled| {
             Outcome::Blocked(Box::new(Blocked {
-                why: why.into(),
+                blocker: blocker.into(),
                 signalled,
             }))
         };
         let mut progress = Progress::default();
-        for (at, why, signalled) in [
+        for (at, blocker, signalled) in [
             (0, "f", false),
             (3, "f", true),
             (7, "g", true),
             (9, "g", true),
         ] {
-            progress.record(ms(at), [(&a, in_frame(why, signalled))]);
+            progress.record(ms(at), [(&a, in_frame(blocker, signalled))]);
         }
         let report = &progress.reports()[0];
         assert_eq!(report.blocker.as_deref(), Some("g"));
@@ -277,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn forgets_exited_beyond_bound() {
+    fn old_exited_tasks_are_dropped() {
         let mut progress = Progress::default();
         let stays = task(1, 1, TaskKind::User);
         for pid in 2..5000 {
@@ -288,8 +305,8 @@ mod tests {
             );
         }
         let reports = progress.reports();
-        assert!(reports.len() <= MOST_EXITED + 2);
+        assert!(reports.len() <= MAX_EXITED + 2);
         assert_eq!(reports[0].pid, 1);
-        assert_eq!(progress.index.len(), progress.rows.len());
+        assert_eq!(progress.index.len(), progress.tasks.len());
     }
 }

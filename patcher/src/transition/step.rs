@@ -1,20 +1,23 @@
-//! One look at a paused guest in a transition, and what it comes to.
+//! Plans one step of a transition from a view of the paused guest.
 //!
-//! Each function here is given one look at a paused guest and yields a [`Step`]: the writes to carry out in that same pause, and
-//! what to enter in the book. None of them writes. What happens between two looks is the guest's own doing: its entry code and idle
-//! loop flip tasks that carry TIF_PATCH_PENDING to `klp_target_state`, and its forks inherit.
+//! Each of the four steps ([`start`](StepContext::start),
+//! [`try_complete`](StepContext::try_complete),
+//! [`force`](StepContext::force), [`reverse`](StepContext::reverse)) has its counterpart in
+//! `kernel/livepatch/transition.c`. It yields a [`Step`]: the writes to make in that same pause,
+//! and the outcome for each task. None of them writes. Between two steps the guest itself switches
+//! tasks: its entry code and idle loop switch tasks that carry TIF_PATCH_PENDING to
+//! `klp_target_state`, and forked tasks inherit the state of their parent.
+//!
+//! The parts of a step are in [`checks`](crate::transition::checks) and
+//! [`writes`](crate::transition::writes).
 
-use introspect::task_list::CachedTask;
-use introspect::{PatchState, Task};
+use introspect::{Gva, Task};
 
 use crate::call::irq_work::Kick;
 use crate::call::wake::{self, TaskWaker};
-use crate::error::PatchError;
 use crate::error::StepError;
-use crate::ftrace::site::SiteError;
-use crate::guest::code_set::CodeSet;
 use crate::guest::kernel_info::KernelInfo;
-use crate::guest::view::{GuestView, StackCheck};
+use crate::guest::view::GuestView;
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::PatchedFunction;
 use crate::livepatch::patch::Patch;
@@ -25,55 +28,68 @@ use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::preconditions::{self, NO_STATE};
 use crate::transition::progress::Outcome;
 use crate::transition::signal;
-use crate::transition::stack_checks::StackChecks;
-use crate::x86::{self, SITE_LEN};
 
-/// What to do in the pause of one look, and what it found.
+/// What to do in the pause of one step, and what the step found.
 #[derive(Debug)]
 pub struct Step {
-    /// The writes.
-    pub plan: WriteBatch,
-    /// For each task of the look.
+    /// The writes to make in this pause, in their order.
+    pub writes: WriteBatch,
+    /// The outcome for each task of the view.
     pub outcomes: Vec<Outcome>,
-    /// With these writes the transition is over.
+    /// These writes complete the transition.
     pub finished: bool,
-    /// vCPUs to send a reschedule interrupt, which they take once the guest runs.
+    /// The vCPUs to send a reschedule interrupt, which they take once the guest runs.
     pub reschedule: Vec<u32>,
-    /// The interrupt that wakes sleepers, to send once it does.
+    /// The interrupt that wakes sleeping tasks, to send once the guest runs.
     pub wake: Option<Kick>,
-    /// Who has not moved then, in a guest that does not know it itself.
+    /// The tasks that have not switched after these writes, in a guest that keeps no patch states.
     pub pending: Option<PendingTasks>,
 }
 
-/// The guest, what is known of it, and the patch: what every step needs.
+impl Step {
+    fn new(outcomes: Vec<Outcome>) -> Step {
+        Step {
+            writes: WriteBatch::new(),
+            outcomes,
+            finished: false,
+            reschedule: Vec::new(),
+            wake: None,
+            pending: None,
+        }
+    }
+}
+
+/// What every step needs: the paused guest, its kernel, and the patch in transition.
 #[derive(Clone, Copy)]
 pub struct StepContext<'a> {
-    /// The look.
+    /// The paused guest.
     pub view: &'a GuestView<'a>,
-    /// The kernel.
+    /// What patching needs of its kernel.
     pub info: &'a KernelInfo,
-    /// Where things lie.
+    /// The guest memory of the patches.
     pub patch_memory: &'a PatchMemory,
-    /// The stand-in for `klp_transition_patch`, where there is such a thing.
-    pub dummy: Option<introspect::Gva>,
-    /// The patch.
+    /// The dummy patch for `klp_transition_patch`; `None` in a guest without livepatching.
+    pub dummy: Option<Gva>,
+    /// The patch in transition.
     pub patch: &'a Patch,
-    /// No other patch of ours is in the guest.
-    pub alone: bool,
-    /// Those who keep the old state are sent the fake signal, and this wakes the sleepers among them.
-    pub signal: Option<&'a TaskWaker>,
-    /// Who has not moved, in a transition of a guest that does not know it itself.
+    /// No other patch of outpatch is in the guest.
+    pub is_only_patch: bool,
+    /// Wakes sleeping tasks, if tasks that have not switched are sent the fake signal in this step.
+    pub waker: Option<&'a TaskWaker>,
+    /// The tasks that have not switched, in a guest that keeps no patch states.
     pub pending: Option<&'a PendingTasks>,
 }
 
-impl<'a> StepContext<'a> {
-    /// Begins the transition: everybody who can be moved in this very pause is, and the rest is marked for the guest's own code
-    /// to move. When nobody is left, no task ever sees a transition at all; `in_one_pause` wants that or nothing.
+impl StepContext<'_> {
+    /// Starts the transition (`klp_init_transition`, `klp_start_transition`) and makes the first
+    /// attempt to complete it. Every task that can be switched in this pause is, and the others are
+    /// marked for the guest's own code to switch. If all can be switched, no task ever sees a
+    /// transition; `in_one_pause` requires that.
     ///
     /// # Errors
-    /// [`StepError`]; nothing is to be written.
+    /// [`StepError`], with nothing to be written.
     pub fn start(&self, direction: Direction, in_one_pause: bool) -> Result<Step, StepError> {
-        let before = self.transition_patch(direction.back());
+        let before = self.transition_patch(direction.opposite());
         if let Some(klp) = &self.info.klp {
             preconditions::check_no_transition(&self.view.memory, klp, before.unwrap_or_default())?;
         }
@@ -84,61 +100,65 @@ impl<'a> StepContext<'a> {
             self.patch_memory
                 .check(&self.view.memory, self.patch.code)?;
         }
-        let checks = self.checks(direction, |_| true);
-        let at_last = checks.are_clear()
-            && self.view.every_vcpu_has_a_task().is_ok()
+        let checks = self.check_stacks(direction, |_| true);
+        let can_complete = checks.are_clear()
+            && self.view.check_vcpus_have_tasks().is_ok()
             && self.check_replaced_code().is_ok();
-        if !at_last && in_one_pause {
+        if !can_complete && in_one_pause {
             return Err(self.not_at_once(&checks));
         }
-        if at_last {
+        if can_complete {
             let mut step = Step::new(checks.into_outcomes());
-            self.plan_code(direction, &mut step.plan)?;
-            self.plan_end(direction, &mut step.plan)?;
-            self.plan_globals(NO_STATE, self.transition_patch(direction), &mut step.plan)?;
+            self.plan_code(direction, &mut step.writes)?;
+            self.plan_completion(direction, &mut step.writes)?;
+            let patch = self.transition_patch(direction);
+            self.plan_klp_variables(NO_STATE, patch, &mut step.writes)?;
             step.finished = true;
             return Ok(step);
         }
         let mut step = Step::new(Vec::new());
-        self.plan_code(direction, &mut step.plan)?;
-        self.plan_globals(direction.target(), self.dummy, &mut step.plan)?;
+        self.plan_code(direction, &mut step.writes)?;
+        self.plan_klp_variables(direction.target(), self.dummy, &mut step.writes)?;
         for (at, task) in self.view.tasks().enumerate() {
             if checks.is_clear(at) {
-                self.plan_state(task, direction.target(), &mut step.plan)?;
+                self.plan_state(task, direction.target(), &mut step.writes)?;
             } else {
-                self.plan_state(task, direction.initial(), &mut step.plan)?;
-                self.plan_pending(task, true, &mut step.plan)?;
+                self.plan_state(task, direction.initial(), &mut step.writes)?;
+                self.plan_pending_flag(task, true, &mut step.writes)?;
             }
         }
         let pending = self.addresses_of(|at| !checks.is_clear(at));
-        self.plan_pending_tasks(direction, pending, &mut step)?;
-        self.plan_sites(&mut step.plan, PatchedFunction::to_stub)?;
+        self.plan_pending_table(direction, pending, &mut step)?;
+        self.plan_sites(&mut step.writes, PatchedFunction::to_stub)?;
         step.outcomes = checks.into_outcomes();
-        self.reschedule(&mut step);
+        self.plan_reschedule(&mut step);
         Ok(step)
     }
 
-    /// Goes on: moves those who can be moved now, and ends the transition when nobody is left.
+    /// Tries to complete the transition (`klp_try_complete_transition`): switches the tasks that
+    /// can be switched now, and completes the transition if all have switched.
     ///
     /// # Errors
-    /// [`StepError`]; nothing is to be written.
+    /// [`StepError`], with nothing to be written.
     pub fn try_complete(&self, direction: Direction) -> Result<Step, StepError> {
-        self.check_ours(direction)?;
+        self.check_our_transition(direction)?;
         let target = direction.target();
-        let checks = self.checks(direction, |state| state != target);
+        let checks = self.check_stacks(direction, |state| state != target);
         let mut step = Step::new(self.outcomes(&checks, target, None));
-        if step.outcomes.iter().all(is_there) {
+        if step.outcomes.iter().all(has_switched) {
             match self.can_complete(direction) {
                 Ok(()) => {
-                    self.plan_states_idle(&mut step.plan)?;
-                    self.plan_end(direction, &mut step.plan)?;
+                    self.plan_idle_states(&mut step.writes)?;
+                    self.plan_completion(direction, &mut step.writes)?;
                     let patch = self.transition_patch(direction);
-                    self.plan_globals(NO_STATE, patch, &mut step.plan)?;
+                    self.plan_klp_variables(NO_STATE, patch, &mut step.writes)?;
                     step.finished = true;
                     return Ok(step);
                 }
-                Err(StepError::Busy(why)) => tracing::debug!(why, "the transition cannot end yet"),
-                Err(fail) => return Err(fail),
+                Err(StepError::Busy(why)) => {
+                    tracing::debug!(why, "the transition cannot be completed yet");
+                }
+                Err(failed) => return Err(failed),
             }
         }
         for (at, task) in self.view.tasks().enumerate() {
@@ -146,33 +166,102 @@ impl<'a> StepContext<'a> {
                 continue;
             }
             if checks.is_clear(at) {
-                self.plan_state(task, target, &mut step.plan)?;
-                self.plan_pending(task, false, &mut step.plan)?;
+                self.plan_state(task, target, &mut step.writes)?;
+                self.plan_pending_flag(task, false, &mut step.writes)?;
             } else {
-                self.plan_flags(task, true, self.signal_flag(task), &mut step.plan)?;
+                self.plan_thread_flags(task, true, self.signal_flag(task), &mut step.writes)?;
             }
         }
-        let moved = self.addresses_of(|at| checks.is_clear(at));
-        self.plan_switched(moved, &mut step)?;
-        self.wake_sleepers(&mut step)?;
-        self.reschedule(&mut step);
+        let switched = self.addresses_of(|at| checks.is_clear(at));
+        self.plan_pending_removal(switched, &mut step)?;
+        self.plan_wakeups(&mut step)?;
+        self.plan_reschedule(&mut step);
         Ok(step)
     }
 
-    /// The flag of the fake signal, if `task` is sent one ([`signal`]).
+    /// Switches every task, wherever it is (`klp_force_transition`).
+    ///
+    /// # Errors
+    /// [`StepError`], with nothing to be written.
+    pub fn force(&self, direction: Direction) -> Result<Step, StepError> {
+        self.check_our_transition(direction)?;
+        // A vCPU that is updating `patch_state`, or copying it to a child, must finish first.
+        self.view.check_no_vcpu_in(&self.switching_code())?;
+        let target = direction.target();
+        let outcome = |at| match self.state(at) == target {
+            true => Outcome::Switched(None),
+            false => Outcome::Switched(Some(SwitchedBy::Forced)),
+        };
+        let mut step = Step::new((0..self.view.cached().len()).map(outcome).collect());
+        for (at, task) in self.view.tasks().enumerate() {
+            if self.state(at) != target {
+                self.plan_state(task, target, &mut step.writes)?;
+                self.plan_pending_flag(task, false, &mut step.writes)?;
+            }
+        }
+        self.plan_pending_removal(self.addresses_of(|_| true), &mut step)?;
+        Ok(step)
+    }
+
+    /// Reverses the running transition (`klp_reverse_transition`): tasks that have switched are to
+    /// switch back.
+    ///
+    /// # Errors
+    /// [`StepError`], with nothing to be written.
+    pub fn reverse(&self, from: Direction, to: Direction) -> Result<Step, StepError> {
+        self.check_our_transition(from)?;
+        // A vCPU that is storing the old target would store it after these writes.
+        self.view.check_no_vcpu_in(&self.switching_code())?;
+        let target = to.target();
+        let checks = self.check_stacks(to, |state| state != target);
+        let mut step = Step::new(self.outcomes(&checks, target, Some(SwitchedBy::NotSwitched)));
+        self.plan_klp_variables(target, self.dummy, &mut step.writes)?;
+        for (at, task) in self.view.tasks().enumerate() {
+            let clear = checks.is_clear(at);
+            if clear && self.state(at) != target {
+                self.plan_state(task, target, &mut step.writes)?;
+            }
+            self.plan_pending_flag(task, !clear, &mut step.writes)?;
+        }
+        let pending = self.addresses_of(|at| !checks.is_clear(at));
+        self.plan_pending_table(to, pending, &mut step)?;
+        self.plan_reschedule(&mut step);
+        Ok(step)
+    }
+
+    /// What `klp_transition_patch` is when a transition in this direction is completed. As long as
+    /// a patch of outpatch is in the guest, the guest's own livepatching gets -EBUSY: a livepatch
+    /// of the guest's for a function that outpatch patches would have no effect, as ftrace leaves
+    /// that entry alone, and nothing would report it.
+    fn transition_patch(&self, direction: Direction) -> Option<Gva> {
+        match direction {
+            Direction::Revert if self.is_only_patch => None,
+            _ => self.dummy,
+        }
+    }
+
+    /// The addresses of the tasks whose numbers in the view are `wanted`.
+    fn addresses_of(&self, wanted: impl Fn(usize) -> bool) -> impl Iterator<Item = Gva> {
+        let each = self.view.tasks().enumerate();
+        each.filter(move |(at, _)| wanted(*at))
+            .map(|(_, task)| task.addr)
+    }
+
+    /// The thread flag of the fake signal, if `task` is sent one (`klp_send_signals`).
     fn signal_flag(&self, task: &Task) -> u64 {
         let flag = self.info.tif.notify_signal.unwrap_or_default();
-        let sent = self.signal.is_some() && signal::call(task).flag;
+        let sent = self.waker.is_some() && signal::action_for(task).flag;
         if sent { flag } else { 0 }
     }
 
-    /// Has the sleepers among those who keep the old state woken, and notes who is signalled in this look.
-    fn wake_sleepers(&self, step: &mut Step) -> Result<(), StepError> {
-        let Some(waker) = self.signal else {
+    /// Plans the waking of sleeping tasks that have not switched, and marks the tasks that are
+    /// signalled in this step.
+    fn plan_wakeups(&self, step: &mut Step) -> Result<(), StepError> {
+        let Some(waker) = self.waker else {
             return Ok(());
         };
         let memory = &self.view.memory;
-        // One list of sleepers is out at a time.
+        // The guest works on one list of tasks to wake at a time.
         let idle = waker.is_idle(memory)?;
         let mut sleepers = Vec::new();
         for (at, task) in self.view.tasks().enumerate() {
@@ -180,7 +269,7 @@ impl<'a> StepContext<'a> {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
-            if signal::call(task).wake && idle && sleepers.len() < wake::MOST {
+            if signal::action_for(task).wake && idle && sleepers.len() < wake::MOST {
                 sleepers.push((at, task));
             }
         }
@@ -188,7 +277,7 @@ impl<'a> StepContext<'a> {
             return Ok(());
         }
         let tasks: Vec<&Task> = sleepers.iter().map(|(_, task)| *task).collect();
-        step.wake = waker.plan(self.view, self.patch_memory, &tasks, &mut step.plan)?;
+        step.wake = waker.plan(self.view, self.patch_memory, &tasks, &mut step.writes)?;
         if step.wake.is_some() {
             for (at, _) in sleepers {
                 if let Some(Outcome::Blocked(blocked)) = step.outcomes.get_mut(at) {
@@ -199,233 +288,11 @@ impl<'a> StepContext<'a> {
         Ok(())
     }
 
-    /// Moves everybody, wherever they are (`kernel/livepatch/transition.c: klp_force_transition`).
-    ///
-    /// # Errors
-    /// [`StepError`]; nothing is to be written.
-    pub fn force(&self, direction: Direction) -> Result<Step, StepError> {
-        self.check_ours(direction)?;
-        // Whoever is just storing a state, or handing it to a child, is let finish.
-        self.view.no_vcpu_in(&self.switching())?;
-        let target = direction.target();
-        let moved = |at| match self.state(at) == target {
-            true => Outcome::Switched(None),
-            false => Outcome::Switched(Some(SwitchedBy::Forced)),
-        };
-        let mut step = Step::new((0..self.view.cached().len()).map(moved).collect());
-        for (at, task) in self.view.tasks().enumerate() {
-            if self.state(at) != target {
-                self.plan_state(task, target, &mut step.plan)?;
-                self.plan_pending(task, false, &mut step.plan)?;
-            }
-        }
-        self.plan_switched(self.addresses_of(|_| true), &mut step)?;
-        Ok(step)
-    }
-
-    /// Somebody is in the way of moving all in this pause. Whoever is in the old code is named rather than one of whom that is not
-    /// known: the latter has often gone on by the next pause.
-    fn not_at_once(&self, checks: &StackChecks) -> StepError {
-        let (mut inside, mut unsure) = (Vec::new(), Vec::new());
-        for (at, check) in checks.not_clear() {
-            let Some(CachedTask { task, .. }) = self.view.cached().get(at) else {
-                continue;
-            };
-            match check {
-                StackCheck::Clear(_) => {}
-                StackCheck::Blocked(why) => inside.push((task, why)),
-                StackCheck::Unknown(why) => unsure.push((task, why)),
-            }
-        }
-        let mut blocked = inside.into_iter().chain(unsure);
-        match blocked.next() {
-            Some((task, why)) => StepError::Failed(PatchError::NotAtOnce {
-                blocker: format!("{} {} {why}", task.pid, task.comm),
-                others: blocked.count(),
-            }),
-            None => StepError::Busy("a vCPU is between two tasks".into()),
-        }
-    }
-
-    /// Turns a running transition round, as `klp_reverse_transition` does: those who have moved are to move back.
-    ///
-    /// # Errors
-    /// [`StepError`]; nothing is to be written.
-    pub fn reverse(&self, from: Direction, to: Direction) -> Result<Step, StepError> {
-        self.check_ours(from)?;
-        // Whoever is just storing the old target would store it after us.
-        self.view.no_vcpu_in(&self.switching())?;
-        let target = to.target();
-        let checks = self.checks(to, |state| state != target);
-        let mut step = Step::new(self.outcomes(&checks, target, Some(SwitchedBy::NotSwitched)));
-        self.plan_globals(target, self.dummy, &mut step.plan)?;
-        for (at, task) in self.view.tasks().enumerate() {
-            let clean = checks.is_clear(at);
-            if clean && self.state(at) != target {
-                self.plan_state(task, target, &mut step.plan)?;
-            }
-            self.plan_pending(task, !clean, &mut step.plan)?;
-        }
-        let pending = self.addresses_of(|at| !checks.is_clear(at));
-        self.plan_pending_tasks(to, pending, &mut step)?;
-        self.reschedule(&mut step);
-        Ok(step)
-    }
-
-    /// What `klp_transition_patch` is when a transition in this direction is over: as long as a patch of ours is in the guest, its
-    /// own livepatching gets -EBUSY. A livepatch of the guest's for a function that we serve would be without effect, as ftrace leaves
-    /// that entry alone, and nobody would be told.
-    fn transition_patch(&self, direction: Direction) -> Option<introspect::Gva> {
-        match direction {
-            Direction::Revert if self.alone => None,
-            _ => self.dummy,
-        }
-    }
-
-    /// The transition is the one we began, and the entries are as we left them.
-    fn check_ours(&self, direction: Direction) -> Result<(), StepError> {
-        let memory = &self.view.memory;
-        if let (Some(klp), Some(dummy)) = (&self.info.klp, self.dummy) {
-            preconditions::check_our_transition(memory, klp, direction.target(), dummy)?;
-        }
-        self.check_sites(|function| Ok(function.to_stub()?))
-    }
-
-    fn check_text(&self) -> Result<(), StepError> {
-        preconditions::check_locks(&self.view.memory, self.info)?;
-        preconditions::check_text_poke(self.view.kernel, &self.view.memory, self.info)
-    }
-
-    fn check_patch_states(&self) -> Result<(), StepError> {
-        let other = |(at, _): &(usize, &Task)| self.state(*at) != NO_STATE;
-        match self.view.tasks().enumerate().find(other) {
-            None => Ok(()),
-            Some((_, task)) => Err(StepError::Busy(format!(
-                "{} ({}) has a patch state already",
-                task.comm, task.pid
-            ))),
-        }
-    }
-
-    fn check_sites_before(&self, direction: Direction) -> Result<(), StepError> {
-        match direction {
-            Direction::Apply => self.check_sites(|function| Ok(function.to_previous()?)),
-            Direction::Revert => self.check_sites(|function| Ok(function.to_new()?)),
-        }
-    }
-
-    fn check_sites(
-        &self,
-        expected: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], PatchError>,
-    ) -> Result<(), StepError> {
-        let (memory, types) = (&self.view.memory, &self.info.ftrace);
-        for function in &self.patch.functions {
-            let site = &function.site;
-            let bytes = match function.superseded_by {
-                Some(newer) => x86::jump(site.at, newer).map_err(PatchError::from)?,
-                None => expected(function)?,
-            };
-            let disabled = bytes != site.nop;
-            let as_expected = site.holds(memory, bytes)?
-                && site.is_disabled(memory, types)? == disabled
-                && (disabled || !site.has_users(memory, types)?);
-            if !as_expected {
-                return Err(StepError::Failed(PatchError::Site {
-                    function: function.name.clone(),
-                    at: site.at,
-                    source: SiteError::Changed,
-                }));
-            }
-        }
-        Ok(())
-    }
-
-    /// The tasks of these numbers of the look.
-    fn addresses_of(&self, which: impl Fn(usize) -> bool) -> impl Iterator<Item = introspect::Gva> {
-        let each = self.view.tasks().enumerate();
-        each.filter(move |(at, _)| which(*at))
-            .map(|(_, task)| task.addr)
-    }
-
-    /// The patch state of task number `at` of the look.
-    fn state(&self, at: usize) -> i32 {
-        match (self.pending, self.view.cached().get(at)) {
-            (Some(pending), Some(seen)) if pending.contains(seen.task.addr) => {
-                pending.direction().initial()
-            }
-            (Some(pending), _) => pending.direction().target(),
-            (None, _) => number(self.view.patch_state(at)),
-        }
-    }
-
-    /// Where each task stands; those of whose state `ask` does not want to know are taken to be clean.
-    fn checks(&self, direction: Direction, ask: impl Fn(i32) -> bool) -> StackChecks {
-        let codes = self.patch.code_to_leave(direction);
-        let stand = |at| match self.view.patch_state(at) {
-            _ if !ask(self.state(at)) => StackCheck::Clear(SwitchedBy::Stack),
-            Some(PatchState::Invalid(state)) => StackCheck::Unknown(format!(
-                "its patch_state is {state}, which no kernel writes"
-            )),
-            _ => self.view.check(at, &codes),
-        };
-        StackChecks::ask(self.view.cached().len(), stand)
-    }
-
-    /// What to enter for each task, where those in state `target` got there by `way`.
-    fn outcomes(
-        &self,
-        checks: &StackChecks,
-        target: i32,
-        switched_by: Option<SwitchedBy>,
-    ) -> Vec<Outcome> {
-        let mut outcomes = checks.clone().into_outcomes();
-        for (at, outcome) in outcomes.iter_mut().enumerate() {
-            if self.state(at) == target {
-                *outcome = Outcome::Switched(switched_by);
-            }
-        }
-        outcomes
-    }
-
-    /// Code in which a task's state and flag are being changed.
-    fn switching(&self) -> CodeSet {
-        let mut codes = CodeSet::new();
-        for (code, name) in self.info.klp.iter().flat_map(|klp| &klp.switching) {
-            codes.add(*code, *name);
-        }
-        codes
-    }
-
-    /// Everybody is there. Is nobody in code that must not be pulled away?
-    fn can_complete(&self, direction: Direction) -> Result<(), StepError> {
-        self.view.every_vcpu_has_a_task()?;
-        self.view.no_vcpu_in(&self.switching())?;
-        if direction == Direction::Revert && self.patch.forced {
-            // Whoever is in the new code may stay: it is not taken away.
-            self.check_text()?;
-        } else if direction == Direction::Apply {
-            self.check_replaced_code()?;
-        } else {
-            // A task that has moved can still be in a stub, on its way to the old function.
-            self.view.no_task_in(&self.patch.new_code())?;
-            self.check_text()?;
-        }
-        Ok(())
-    }
-
-    /// Nobody is in the code of patches that go with this one's coming.
-    fn check_replaced_code(&self) -> Result<(), StepError> {
-        if self.patch.replaces.is_empty() {
-            return Ok(());
-        }
-        self.view.no_task_in(&self.patch.replaced_code())?;
-        self.check_text()
-    }
-
-    /// A reschedule interrupt sends a vCPU in user mode through the kernel's exit path, and an idle one round its loop.
-    fn reschedule(&self, step: &mut Step) {
-        let waiting = self.view.tasks().zip(&step.outcomes);
-        step.reschedule = waiting
+    /// Plans a reschedule interrupt for each vCPU that runs a task which has not switched: it sends
+    /// a vCPU in user mode through the kernel exit, and an idle one through the idle loop.
+    fn plan_reschedule(&self, step: &mut Step) {
+        let each = self.view.tasks().zip(&step.outcomes);
+        step.reschedule = each
             .filter(|(_, outcome)| matches!(outcome, Outcome::Blocked(_)))
             .filter_map(|(task, _)| self.view.vcpu_of(task))
             .filter(|vcpu| vcpu.online)
@@ -434,29 +301,6 @@ impl<'a> StepContext<'a> {
     }
 }
 
-impl Step {
-    fn new(outcomes: Vec<Outcome>) -> Step {
-        Step {
-            plan: WriteBatch::new(),
-            outcomes,
-            finished: false,
-            reschedule: Vec::new(),
-            wake: None,
-            pending: None,
-        }
-    }
-}
-
-/// The patch state as a number; `NO_STATE` in a kernel that has none.
-fn number(state: Option<PatchState>) -> i32 {
-    match state {
-        None | Some(PatchState::Idle) => NO_STATE,
-        Some(PatchState::Unpatched) => 0,
-        Some(PatchState::Patched) => 1,
-        Some(PatchState::Invalid(other)) => other,
-    }
-}
-
-fn is_there(outcome: &Outcome) -> bool {
+fn has_switched(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Switched(_))
 }

@@ -1,185 +1,192 @@
-//! What a look plans to write, piece by piece: states, flags, entries, the kernel's own account of a transition.
+//! The writes of a step: the patch's code, the entries, task states and flags, and the variables of
+//! the guest's own livepatching.
 
-use introspect::{Task, TaskKind};
+use introspect::{Gva, Task, TaskKind};
 
-use crate::error::PatchError;
-use crate::error::StepError;
+use crate::error::{PatchError, StepError};
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::PatchedFunction;
 use crate::memory::write_batch::WriteBatch;
 use crate::transition::pending_tasks::PendingTasks;
 use crate::transition::preconditions::NO_STATE;
+use crate::transition::step::{Step, StepContext};
 use crate::x86::{EncodeError, SITE_LEN};
 
-use crate::transition::step::{Step, StepContext};
-
 impl StepContext<'_> {
-    /// The code, where a transition in this direction begins with it.
+    /// Plans the code of the patch, if a transition in this direction has to write it first.
     pub(super) fn plan_code(
         &self,
         direction: Direction,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
         if direction == Direction::Apply || self.patch.stubs_changed {
             let (memory, patch) = (&self.view.memory, self.patch);
             self.patch_memory
-                .plan_fill(memory, patch.code, &patch.code_bytes, plan)?;
+                .plan_fill(memory, patch.code, &patch.code_bytes, writes)?;
         }
         Ok(())
     }
 
-    /// What the entries, their records and the code's place hold from now on.
-    pub(super) fn plan_end(
+    /// Plans the completion of a transition (`klp_complete_transition`): the entries, their ftrace
+    /// records, and the clearing of code that is freed.
+    pub(super) fn plan_completion(
         &self,
         direction: Direction,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
         let memory = &self.view.memory;
         match direction {
             Direction::Apply => {
-                self.plan_sites(plan, PatchedFunction::to_new)?;
+                self.plan_sites(writes, PatchedFunction::to_new)?;
                 for old in self.patch.replaces.iter().filter(|old| !old.stays) {
-                    self.patch_memory.plan_clear(memory, old.code, plan)?;
+                    self.patch_memory.plan_clear(memory, old.code, writes)?;
                 }
                 Ok(())
             }
             Direction::Revert => {
-                self.plan_sites(plan, PatchedFunction::to_previous)?;
+                self.plan_sites(writes, PatchedFunction::to_previous)?;
                 if !self.patch.forced {
                     self.patch_memory
-                        .plan_clear(memory, self.patch.code, plan)?;
+                        .plan_clear(memory, self.patch.code, writes)?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Plans what each entry is to hold, and with it that ftrace leaves the entry alone, unless it holds its own NOP again: then its
-    /// record counts who came to trace it meanwhile. The entry of a function that a newer patch serves is that one's.
+    /// Plans the `bytes` of each entry. While an entry does not hold its NOP, its record is
+    /// disabled, so that ftrace leaves it alone; when the NOP is back, the record counts the
+    /// `ftrace_ops` that have come to cover the function meanwhile. The entry of a function that a
+    /// newer patch serves belongs to that patch and is not written.
     pub(super) fn plan_sites(
         &self,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
         bytes: impl Fn(&PatchedFunction) -> Result<[u8; SITE_LEN], EncodeError>,
     ) -> Result<(), StepError> {
         let memory = &self.view.memory;
-        let served = |function: &&PatchedFunction| function.superseded_by.is_none();
-        for function in self.patch.functions.iter().filter(served) {
+        let owns_entry = |function: &&PatchedFunction| function.superseded_by.is_none();
+        for function in self.patch.functions.iter().filter(owns_entry) {
             let site = &function.site;
             let bytes = bytes(function).map_err(PatchError::from)?;
-            let types = &self.info.ftrace;
+            let layout = &self.info.ftrace;
             let (flags, value) = if bytes == site.nop {
-                let tracers = self.info.tracers.record_flags(memory, site.at);
-                site.enable(memory, types, tracers.map_err(PatchError::from)?)?
+                let users = self.info.ftrace_ops.record_flags(memory, site.at);
+                site.enable(memory, layout, users.map_err(PatchError::from)?)?
             } else {
-                site.disable(memory, types)?
+                site.disable(memory, layout)?
             };
-            plan.write_kernel(memory, flags, &value)?;
-            plan.write_kernel(memory, site.at, &bytes)?;
+            writes.write_kernel(memory, flags, &value)?;
+            writes.write_kernel(memory, site.at, &bytes)?;
         }
         Ok(())
     }
 
-    pub(super) fn plan_globals(
+    /// Plans `klp_target_state` and `klp_transition_patch`, in that order.
+    pub(super) fn plan_klp_variables(
         &self,
         target: i32,
-        patch: Option<introspect::Gva>,
-        plan: &mut WriteBatch,
+        patch: Option<Gva>,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
         let Some(klp) = &self.info.klp else {
             return Ok(());
         };
         let memory = &self.view.memory;
         let patch = patch.unwrap_or_default().0;
-        plan.write_kernel(memory, klp.target_state, &target.to_le_bytes())?;
-        plan.write_kernel(memory, klp.transition_patch, &patch.to_le_bytes())?;
+        writes.write_kernel(memory, klp.target_state, &target.to_le_bytes())?;
+        writes.write_kernel(memory, klp.transition_patch, &patch.to_le_bytes())?;
         Ok(())
     }
 
-    /// Nobody has a state, and nobody is to change it.
-    pub(super) fn plan_states_idle(&self, plan: &mut WriteBatch) -> Result<(), StepError> {
+    /// Plans the state outside transitions for every task: no patch state, and no
+    /// TIF_PATCH_PENDING.
+    pub(super) fn plan_idle_states(&self, writes: &mut WriteBatch) -> Result<(), StepError> {
         if self.info.klp.is_none() {
-            // Nor does any stub ask any more.
+            // Stubs looked tasks up in the table, and no entry leads to a stub from now on.
             return Ok(());
         }
         for task in self.view.tasks() {
-            self.plan_pending(task, false, plan)?;
-            self.plan_state(task, NO_STATE, plan)?;
+            self.plan_pending_flag(task, false, writes)?;
+            self.plan_state(task, NO_STATE, writes)?;
         }
         Ok(())
     }
 
-    /// Writes down who has yet to move, in a guest that has no states of its own. Nobody may be in a stub, looking somebody up.
-    pub(super) fn plan_pending_tasks(
+    /// Plans the table of `pending` tasks, in a guest that keeps no patch states. No task may be in
+    /// a stub, which looks tasks up.
+    pub(super) fn plan_pending_table(
         &self,
         direction: Direction,
-        pending: impl IntoIterator<Item = introspect::Gva>,
+        pending: impl IntoIterator<Item = Gva>,
         step: &mut Step,
     ) -> Result<(), StepError> {
-        let Some(piece) = self.patch.table else {
+        let Some(table) = self.patch.table else {
             return Ok(());
         };
-        self.view.no_task_in(&self.patch.stub_code())?;
-        let pending = PendingTasks::new(piece, direction, pending)?;
+        self.view.check_no_task_in(&self.patch.stub_code())?;
+        let pending = PendingTasks::new(table, direction, pending)?;
         let memory = &self.view.memory;
-        (self.patch_memory).plan_fill(memory, piece, &pending.bytes(), &mut step.plan)?;
+        (self.patch_memory).plan_fill(memory, table, &pending.bytes(), &mut step.writes)?;
         step.pending = Some(pending);
         Ok(())
     }
 
-    /// Writes down, likewise, that these have moved.
-    pub(super) fn plan_switched(
+    /// Plans the removal of the `switched` tasks from that table.
+    pub(super) fn plan_pending_removal(
         &self,
-        moved: impl IntoIterator<Item = introspect::Gva>,
+        switched: impl IntoIterator<Item = Gva>,
         step: &mut Step,
     ) -> Result<(), StepError> {
         let Some(mut pending) = self.pending.cloned() else {
             return Ok(());
         };
         let memory = &self.view.memory;
-        for task in moved {
+        for task in switched {
             if let Some((at, bytes)) = pending.remove(task) {
-                let plan = &mut step.plan;
-                (self.patch_memory).plan_part(memory, pending.piece(), at, &bytes, plan)?;
+                let (table, writes) = (pending.allocation(), &mut step.writes);
+                (self.patch_memory).plan_part(memory, table, at, &bytes, writes)?;
             }
         }
         step.pending = Some(pending);
         Ok(())
     }
 
+    /// Plans `task`'s patch state.
     pub(super) fn plan_state(
         &self,
         task: &Task,
         state: i32,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
         let Some(klp) = &self.info.klp else {
             return Ok(());
         };
         let at = klp.patch_state.of(task.addr);
-        plan.write_kernel(&self.view.memory, at, &state.to_le_bytes())?;
+        writes.write_kernel(&self.view.memory, at, &state.to_le_bytes())?;
         Ok(())
     }
 
-    /// Plans `task`'s TIF_PATCH_PENDING. Nobody else writes the flags in this pause, so the others keep their values.
-    pub(super) fn plan_pending(
+    /// Plans `task`'s TIF_PATCH_PENDING. Nothing else writes the thread flags in this pause, so the
+    /// other flags keep their values.
+    pub(super) fn plan_pending_flag(
         &self,
         task: &Task,
         pending: bool,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        self.plan_flags(task, pending, 0, plan)
+        self.plan_thread_flags(task, pending, 0, writes)
     }
 
-    /// The same, with other flags set.
-    pub(super) fn plan_flags(
+    /// Plans `task`'s TIF_PATCH_PENDING, and sets the flags in `others` too.
+    pub(super) fn plan_thread_flags(
         &self,
         task: &Task,
         pending: bool,
         others: u64,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
         let (Some(klp), tif) = (&self.info.klp, &self.info.tif) else {
-            // The flag has no meaning there: the guest's exit to user mode would go round for ever.
+            // Without livepatching nothing clears the flag: the kernel exit would loop without end.
             return Ok(());
         };
         let wanted = |flags: u64| {
@@ -188,7 +195,7 @@ impl StepContext<'_> {
             } else {
                 flags & !klp.pending
             };
-            // An idle task looks at its flag only when it goes round its loop.
+            // An idle task checks TIF_PATCH_PENDING only when it goes through its loop.
             let resched = match (pending, task.kind) {
                 (true, TaskKind::Idle) => tif.need_resched.unwrap_or_default(),
                 _ => 0,
@@ -197,9 +204,9 @@ impl StepContext<'_> {
         };
         if wanted(task.tif) != task.tif {
             let memory = &self.view.memory;
-            // The whole word is written: the other flags are not to be those of any earlier moment.
+            // The whole word is written, so the other flags are read now and not taken from `task`.
             let flags = wanted(memory.field(task.addr, tif.flags)?);
-            plan.write_kernel(memory, tif.flags.of(task.addr), &flags.to_le_bytes())?;
+            writes.write_kernel(memory, tif.flags.of(task.addr), &flags.to_le_bytes())?;
         }
         Ok(())
     }

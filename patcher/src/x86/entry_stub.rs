@@ -42,7 +42,7 @@ pub struct PendingTable {
     /// How many there are: a power of two.
     pub count: u64,
     /// A word that is 0 while those in the table get the old code, and 1 while they get the new.
-    pub back: Gva,
+    pub reverting: Gva,
 }
 
 impl PendingTable {
@@ -154,11 +154,11 @@ fn look_up(
     a.and(r10d, mask)?;
     a.jmp(next)?;
     a.set_label(&mut absent)?;
-    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
+    a.cmp(dword_ptr(table.reverting.0.cast_signed()), 0)?;
     a.jne(to_old)?;
     a.jmp(new.0)?;
     a.set_label(&mut found)?;
-    a.cmp(dword_ptr(table.back.0.cast_signed()), 0)?;
+    a.cmp(dword_ptr(table.reverting.0.cast_signed()), 0)?;
     a.je(to_old)?;
     a.jmp(new.0)?;
     a.set_label(&mut to_old)?;
@@ -209,7 +209,7 @@ mod tests {
         let table = PendingTable {
             slots: Gva(0xffff_ffff_ff20_0040),
             count: 1024,
-            back: Gva(0xffff_ffff_ff20_0000),
+            reverting: Gva(0xffff_ffff_ff20_0000),
         };
         let ask = StateSource::PendingTasks(table);
         let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use patcher::{CheckReport, PieceReport};
+use patcher::{AllocationReport, CheckReport};
 
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
@@ -43,7 +43,7 @@ pub fn check(
     Ok(output.line(Tone::Good, &summary(&report))?)
 }
 
-fn memory(what: &str, piece: &PieceReport) -> String {
+fn memory(what: &str, piece: &AllocationReport) -> String {
     let place = if piece.hidden {
         "hidden memory"
     } else {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use introspect::TaskKind;
 use patcher::{
-    CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase, PatchStatus,
-    PauseLength, PauseReport, PieceReport, SwitchedBy, TaskReport,
+    AllocationReport, CheckReport, FoundFunction, FoundSymbol, FunctionReport, Mode, PatchPhase,
+    PatchStatus, PauseLength, PauseReport, SwitchedBy, TaskReport,
 };
 
 use crate::api::control::Control;
@@ -289,12 +289,12 @@ impl Control for FakeGuest {
                 name: "seq_printf".into(),
                 address: "0xffffffff81000200".into(),
             }],
-            code: PieceReport {
+            code: AllocationReport {
                 address: "0xffffffff81800000".into(),
                 bytes: 96,
                 hidden: false,
             },
-            data: Some(PieceReport {
+            data: Some(AllocationReport {
                 address: "0xfffffffff2000000".into(),
                 bytes: 8,
                 hidden: true,
