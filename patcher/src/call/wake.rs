@@ -86,7 +86,7 @@ impl TaskWaker {
             len: CODE_ROOM,
             align: 64,
         };
-        let code = patch_memory.take_code(machine, &guest.kernel, &info.areas, code_need)?;
+        let code = patch_memory.allocate_code(machine, &guest.kernel, &info.areas, code_need)?;
         let data_need = Request {
             len: (LIST + ENTRY * (MOST + 1)) as u64,
             align: 64,
@@ -96,7 +96,7 @@ impl TaskWaker {
             .map_err(PatchError::from)
             .and_then(|code_bytes| {
                 let data =
-                    patch_memory.take_data(machine, &guest.kernel, &info.areas, data_need)?;
+                    patch_memory.allocate_data(machine, &guest.kernel, &info.areas, data_need)?;
                 Ok((code_bytes, data))
             });
         match prepared {

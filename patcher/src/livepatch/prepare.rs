@@ -76,7 +76,7 @@ fn take_pieces<M: Machine>(
     taken: &mut Vec<Allocation>,
 ) -> Result<Pieces, PatchError> {
     let mut take_data = |machine: &mut M, patch_memory: &mut PatchMemory, need| {
-        let piece = patch_memory.take_data(machine, kernel, &info.areas, need)?;
+        let piece = patch_memory.allocate_data(machine, kernel, &info.areas, need)?;
         taken.push(piece);
         Ok::<_, PatchError>(piece)
     };
@@ -107,7 +107,7 @@ fn take_pieces<M: Machine>(
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
-    let code = patch_memory.take_code(machine, kernel, &info.areas, need)?;
+    let code = patch_memory.allocate_code(machine, kernel, &info.areas, need)?;
     taken.push(code);
     Ok(Pieces {
         code,

@@ -154,7 +154,7 @@ mod tests {
         assert_eq!(count(0), LEAST);
         assert_eq!(count(1_000), 4_096);
         assert_eq!(count(u64::MAX), MOST);
-        assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
+        assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW_SIZE);
     }
 
     #[test]
