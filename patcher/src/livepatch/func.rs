@@ -76,7 +76,7 @@ impl PatchedFunction {
     #[must_use]
     pub fn code_of(&self, callee: Target) -> Gva {
         match callee {
-            Target::Original => self.site.behind(),
+            Target::Original => self.site.end(),
             Target::Patched(code) => code,
         }
     }

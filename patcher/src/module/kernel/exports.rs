@@ -5,6 +5,7 @@
 
 use introspect::{Btf, BtfError, Gva, KernelMemory, Symbols};
 
+use crate::guest_array;
 use crate::module::error::TargetError;
 use crate::module::kernel::Export;
 
@@ -130,18 +131,11 @@ impl<'a> Exports<'a> {
     }
 
     fn search(&self, table: &ExportTable, wanted: &str) -> Result<Option<u64>, TargetError> {
-        let (mut low, mut high) = (0, table.count);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let at = table.start.add(middle * self.entry.size);
+        guest_array::binary_search(table.count, |index| {
+            let at = table.start.add(index * self.entry.size);
             let name = self.string(self.relative(at.add(self.entry.name))?)?;
-            match name.as_str().cmp(wanted) {
-                std::cmp::Ordering::Equal => return Ok(Some(middle)),
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-            }
-        }
-        Ok(None)
+            Ok(name.as_str().cmp(wanted))
+        })
     }
 
     fn export(&self, table: &ExportTable, index: u64) -> Result<Export, TargetError> {
