@@ -102,7 +102,7 @@ fn take_pieces<M: Machine>(
     };
     let ask = ask(info, table)?;
     let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
-    let stubs_len = ask.stub_room() * functions;
+    let stubs_len = ask.max_stub_len() * functions;
     let need = Request {
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
@@ -307,7 +307,7 @@ fn functions(
         old.new = Target::Patched(new.new);
     }
     for (old, at) in olds.iter_mut().zip(0u64..) {
-        old.stub = stubs.add(at * ask.stub_room());
+        old.stub = stubs.add(at * ask.max_stub_len());
     }
     olds
 }
@@ -336,7 +336,10 @@ fn code_bytes(
             function.code_of(function.new),
         );
         let mut stub = entry_stub::stub(function.stub, info.current, ask, old, new)?;
-        stub.resize(usize::try_from(ask.stub_room()).unwrap_or_default(), filler);
+        stub.resize(
+            usize::try_from(ask.max_stub_len()).unwrap_or_default(),
+            filler,
+        );
         bytes.append(&mut stub);
     }
     Ok(bytes)

@@ -180,7 +180,7 @@ impl<'a> StepContext<'a> {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
-            if signal::call(task).wake && idle && sleepers.len() < wake::MOST {
+            if signal::call(task).wake && idle && sleepers.len() < wake::MAX_TASKS {
                 sleepers.push((at, task));
             }
         }

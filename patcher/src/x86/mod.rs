@@ -19,23 +19,23 @@ pub const NOP5_K8: [u8; SITE_LEN] = [0x66, 0x66, 0x66, 0x66, 0x90];
 /// INT3, with which the linker and the kernel fill gaps in text.
 pub const INT3: u8 = 0xcc;
 
-/// Code that cannot be written for these addresses.
+/// Why an instruction or a stub cannot be encoded for the addresses at hand.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
-    /// Further than a 32-bit displacement.
+    /// The distance does not fit in a 32-bit displacement.
     #[error("{to} is out of reach of a jump at {from}")]
     OutOfReach {
-        /// The jump.
+        /// Address of the jump.
         from: Gva,
-        /// Its target.
+        /// Address of its target.
         to: Gva,
     },
-    /// The assembler said no.
+    /// The assembler failed.
     #[error("assembling the stub at {at}: {why}")]
     Assembler {
-        /// Where the stub was to stand.
+        /// Address that the stub was meant for.
         at: Gva,
-        /// The assembler's words.
+        /// The assembler's message.
         why: String,
     },
 }
@@ -51,26 +51,30 @@ pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
     Ok([0xe9, a, b, c, d])
 }
 
-/// What `assemble` makes for `at`, if it fits in `room` and reaches its `targets` from there.
+/// The code that `assemble` makes for `at`, if it has at most `max_len` bytes and reaches its
+/// `targets` from there.
 ///
 /// # Errors
 /// [`EncodeError`].
-pub fn fitted(
+pub fn assemble_within(
     at: Gva,
-    room: u64,
+    max_len: u64,
     targets: [Gva; 2],
     assemble: impl FnOnce() -> Result<Vec<u8>, IcedError>,
 ) -> Result<Vec<u8>, EncodeError> {
     for target in targets {
-        // The assembler would quietly make an indirect jump or call of one that does not reach.
+        // The assembler would silently make an indirect jump or call of one that does not reach.
         jump(at, target)?;
-        jump(at.add(room), target)?;
+        jump(at.add(max_len), target)?;
     }
     let fail = |why: String| EncodeError::Assembler { at, why };
     let code = assemble().map_err(|e| fail(e.to_string()))?;
-    if u64::try_from(code.len()).is_ok_and(|len| len <= room) {
+    if u64::try_from(code.len()).is_ok_and(|len| len <= max_len) {
         Ok(code)
     } else {
-        Err(fail(format!("{} bytes do not fit in {room}", code.len())))
+        Err(fail(format!(
+            "{} bytes do not fit in {max_len}",
+            code.len()
+        )))
     }
 }
