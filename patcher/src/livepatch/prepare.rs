@@ -20,7 +20,7 @@ use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
 use crate::module::KlpPatch;
 use crate::module::{
-    self, Bases, GuestTarget, Image, LinkError, LivepatchModule, ModuleError, Sizes,
+    self, GuestTarget, Image, LinkError, LivepatchModule, LoadAddresses, ModuleError, Sizes,
 };
 use crate::report::patch::PatchPhase;
 use crate::report::transition::TransitionSummary;
@@ -169,7 +169,7 @@ fn build<M: Machine>(
     pieces: &Pieces,
 ) -> Result<Patch, PatchError> {
     let code_base = pieces.code.range.start;
-    let bases = Bases {
+    let bases = LoadAddresses {
         code: code_base,
         data: pieces.data.map_or(code_base, |data| data.range.start),
     };

@@ -123,7 +123,7 @@ pub enum TargetError {
     },
     /// A value in the guest that makes no sense.
     #[error("the guest's {0} makes no sense")]
-    Nonsense(&'static str),
+    Invalid(&'static str),
 }
 
 /// The module cannot be linked into this guest.
@@ -223,9 +223,9 @@ pub enum LinkError {
         /// What is wrong.
         why: String,
     },
-    /// The bases given do not fit the module.
+    /// The load_at given do not fit the module.
     #[error("invalid load address: {0}")]
-    Place(&'static str),
+    LoadAddress(&'static str),
     /// A static key whose later changes would not reach the patch.
     #[error(
         "{function} tests the static key {key}, which the guest may flip later without the patch seeing it: not supported yet"
@@ -263,6 +263,14 @@ pub enum LinkError {
         /// What is wrong.
         why: &'static str,
     },
+}
+
+impl LinkError {
+    /// The table `section` of the module holds something unexpected.
+    pub(in crate::module) fn table(section: &'static str, why: impl Into<String>) -> LinkError {
+        let why = why.into();
+        LinkError::Table { section, why }
+    }
 }
 
 fn nth(sympos: &u64) -> String {

@@ -14,7 +14,7 @@ mod tests;
 
 pub use error::{LinkError, ModuleError, TargetError};
 pub use file::klp::KlpPatch;
-pub use file::layout::{Bases, Sizes};
+pub use file::layout::{LoadAddresses, Sizes};
 pub use file::{LivepatchModule, parse};
 pub use kernel::guest::GuestTarget;
 pub use link::image::Image;

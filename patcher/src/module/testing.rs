@@ -10,7 +10,7 @@ use crate::module::file::klp::KlpLayout;
 use crate::module::kernel::{
     AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
 };
-use crate::module::{Bases, TargetError};
+use crate::module::{LoadAddresses, TargetError};
 
 pub const A: u64 = 2;
 pub const WA: u64 = 3;
@@ -23,7 +23,7 @@ pub const R32S: u32 = 11;
 pub const PC64: u32 = 24;
 
 /// Where the tests put modules and their kernel.
-pub const BASES: Bases = Bases {
+pub const LOAD_AT: LoadAddresses = LoadAddresses {
     code: Gva(0xffff_ffff_8100_0000),
     data: Gva(0xffff_ffff_c100_0000),
 };
@@ -201,7 +201,7 @@ pub struct Sec {
     /// Offset, type, symbol, addend.
     pub relocations: Vec<(u64, u32, String, i64)>,
     /// The same for `.klp.rela` sections of this name.
-    pub late: Vec<(String, u64, u32, String, i64)>,
+    pub klp_relocations: Vec<(String, u64, u32, String, i64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -238,7 +238,7 @@ impl Ko {
             data: data.to_vec(),
             zeroes: 0,
             relocations: Vec::new(),
-            late: Vec::new(),
+            klp_relocations: Vec::new(),
         });
         self.sections.last_mut().unwrap()
     }
@@ -370,7 +370,7 @@ impl Ko {
                 let name = format!(".rela{}", s.name);
                 rows.push((name, 4, 0x40, symtab_index, info, 8, 24, plain, 0));
             }
-            for (name, o, k, n, a) in &s.late {
+            for (name, o, k, n, a) in &s.klp_relocations {
                 let data = rela((*o, *k, n, *a));
                 rows.push((
                     name.clone(),

@@ -10,12 +10,16 @@ use crate::module::testing::*;
 mod refused;
 
 fn linked(ko: &Ko, target: &Table) -> Result<Image, LinkError> {
-    linked_at(&parse(&ko.bytes())?, target, BASES)
+    linked_at(&parse(&ko.bytes())?, target, LOAD_AT)
 }
 
-fn linked_at(module: &LivepatchModule, target: &Table, bases: Bases) -> Result<Image, LinkError> {
+fn linked_at(
+    module: &LivepatchModule,
+    target: &Table,
+    load_at: LoadAddresses,
+) -> Result<Image, LinkError> {
     let patch = module.patch(&target.layouts.klp)?;
-    link(module, &patch, target, bases)
+    link(module, &patch, target, load_at)
 }
 
 fn error(ko: &Ko, target: &Table) -> LinkError {
@@ -50,7 +54,7 @@ fn a_module_with_everything_is_linked() {
     let function = LinkedFunction {
         old_name: "victim".into(),
         sympos: 0,
-        new: BASES.code,
+        new: LOAD_AT.code,
         new_size: 29,
     };
     assert_eq!(image.functions, [function]);
@@ -70,11 +74,11 @@ fn a_module_with_everything_is_linked() {
     assert_eq!(leads(&image, 25), KERNEL + 0x480, "the return thunk in use");
     assert_eq!(
         image.text,
-        introspect::GvaRange::new(BASES.code, BASES.code.add(35))
+        introspect::GvaRange::new(LOAD_AT.code, LOAD_AT.code.add(35))
     );
     let orc =
         [(0, [2, 0, 0, 0, 6, 0]), (29, [1, 0, 0, 0, 5, 0])].map(|(offset, entry)| OrcRecord {
-            ip: BASES.code.add(offset),
+            ip: LOAD_AT.code.add(offset),
             entry,
         });
     assert_eq!(image.orc, orc);
@@ -84,38 +88,38 @@ fn a_module_with_everything_is_linked() {
         u64::from_le_bytes(image.data[offset..offset + 8].try_into().unwrap())
     };
     assert_eq!(at(PATCH), 0, "klp_patch.mod stays empty");
-    assert_eq!(at(PATCH + 8), BASES.data.0 + OBJECTS);
-    assert_eq!(at(FUNCTIONS + 8), BASES.code.0);
+    assert_eq!(at(PATCH + 8), LOAD_AT.data.0 + OBJECTS);
+    assert_eq!(at(FUNCTIONS + 8), LOAD_AT.code.0);
     assert!(image.data[image.data.len() - 100..].iter().all(|&b| b == 0));
     assert_eq!(
-        image.symbol_at(BASES.code.add(28)).unwrap().name,
+        image.symbol_at(LOAD_AT.code.add(28)).unwrap().name,
         "new_victim"
     );
-    assert_eq!(image.symbol_at(BASES.code.add(29)), None);
+    assert_eq!(image.symbol_at(LOAD_AT.code.add(29)), None);
 }
 
 #[test]
 fn the_image_fits_what_was_announced() {
     let module = parse(&sample().bytes()).unwrap();
-    let image = linked_at(&module, &Table::new(), BASES).unwrap();
+    let image = linked_at(&module, &Table::new(), LOAD_AT).unwrap();
     assert_eq!(module.sizes().code, image.code.len() as u64);
     assert_eq!(module.sizes().data, image.data.len() as u64);
     for wrong in [
-        Bases {
-            code: BASES.code.add(1),
-            ..BASES
+        LoadAddresses {
+            code: LOAD_AT.code.add(1),
+            ..LOAD_AT
         },
-        Bases {
-            data: BASES.code.add(16),
-            ..BASES
+        LoadAddresses {
+            data: LOAD_AT.code.add(16),
+            ..LOAD_AT
         },
-        Bases {
+        LoadAddresses {
             data: Gva(u64::MAX - 15),
-            ..BASES
+            ..LOAD_AT
         },
     ] {
         let error = linked_at(&module, &Table::new(), wrong).unwrap_err();
-        assert!(matches!(error, LinkError::Place(_)), "{error:?}");
+        assert!(matches!(error, LinkError::LoadAddress(_)), "{error:?}");
     }
 }
 
@@ -246,7 +250,7 @@ fn static_branches_follow_keys_that_cannot_change() {
 }
 
 #[test]
-fn late_relocations_are_resolved_in_the_kernels_symbols() {
+fn klp_relocations_are_resolved_in_the_kernels_symbols() {
     let mut ko = sample();
     ko.symbols.push(Sym {
         name: ".klp.sym.vmlinux.hidden,2".into(),
@@ -258,7 +262,7 @@ fn late_relocations_are_resolved_in_the_kernels_symbols() {
     });
     let text = ko.get(".text");
     text.relocations.remove(2);
-    text.late.push((
+    text.klp_relocations.push((
         ".klp.rela.vmlinux..text".into(),
         13,
         PLT32,
@@ -272,7 +276,7 @@ fn late_relocations_are_resolved_in_the_kernels_symbols() {
     assert_eq!(leads(&image, 13), KERNEL + 0x2000);
     target.symbols.insert("hidden".into(), vec![KERNEL]);
     assert!(matches!(error(&ko, &target), LinkError::NotFound { .. }));
-    ko.get(".text").late[0].0 = ".klp.rela.ext4..text".into();
+    ko.get(".text").klp_relocations[0].0 = ".klp.rela.ext4..text".into();
     assert_eq!(module_error(&ko), ModuleError::ModuleTarget("ext4".into()));
 }
 

@@ -75,7 +75,7 @@ pub(in crate::module) struct Section {
     /// Ordinary relocations, by offset.
     pub relocations: Vec<Relocation>,
     /// `.klp.rela.OBJECT.SECTION`, by object, by offset.
-    pub late: BTreeMap<String, Vec<Relocation>>,
+    pub klp_relocations: BTreeMap<String, Vec<Relocation>>,
 }
 
 impl Section {
@@ -89,7 +89,7 @@ impl Section {
             is_relocations: false,
             file: None,
             relocations: Vec::new(),
-            late: BTreeMap::new(),
+            klp_relocations: BTreeMap::new(),
         }
     }
 
@@ -108,7 +108,7 @@ impl Section {
     /// The relocation, ordinary or late, at exactly this offset.
     pub fn relocation_at(&self, offset: u64) -> Option<&Relocation> {
         std::iter::once(&self.relocations)
-            .chain(self.late.values())
+            .chain(self.klp_relocations.values())
             .flat_map(|list| {
                 let first = list.partition_point(|r| r.offset < offset);
                 list.get(first..)
@@ -169,7 +169,7 @@ impl ElfFile {
         }
         for section in &mut file.sections {
             section.relocations.sort_by_key(|r| r.offset);
-            for list in section.late.values_mut() {
+            for list in section.klp_relocations.values_mut() {
                 list.sort_by_key(|r| r.offset);
             }
         }
@@ -270,7 +270,7 @@ impl ElfFile {
                     ))
                 })?;
             section
-                .late
+                .klp_relocations
                 .entry(object.to_owned())
                 .or_default()
                 .extend(out);
@@ -339,7 +339,7 @@ fn section(
         name,
         file,
         relocations: Vec::new(),
-        late: BTreeMap::new(),
+        klp_relocations: BTreeMap::new(),
     })
 }
 

@@ -106,10 +106,10 @@ impl ModuleOffset {
 
 pub(in crate::module) fn read(
     file: &ElfFile,
-    fates: &[Placement],
+    placements: &[Placement],
     layout: &KlpLayout,
 ) -> Result<KlpPatch, ModuleError> {
-    let reader = Reader { file, fates };
+    let reader = Reader { file, placements };
     let at = reader.find_patch(layout)?;
     let states = match layout.patch_states {
         Some(offset) => reader.pointer(at.plus(offset))?,
@@ -154,7 +154,7 @@ pub(in crate::module) fn read(
 
 struct Reader<'a> {
     file: &'a ElfFile,
-    fates: &'a [Placement],
+    placements: &'a [Placement],
 }
 
 impl Reader<'_> {
@@ -173,7 +173,7 @@ impl Reader<'_> {
                 }),
                 _ => None,
             })
-            .filter(|&spot| self.looks_like_patch(spot, layout))
+            .filter(|&at| self.looks_like_patch(at, layout))
             .collect();
         match (enabled.as_slice(), shaped.as_slice()) {
             ([one], _) if self.looks_like_patch(*one, layout) => Ok(*one),
@@ -188,17 +188,17 @@ impl Reader<'_> {
         }
     }
 
-    fn looks_like_patch(&self, spot: ModuleOffset, layout: &KlpLayout) -> bool {
+    fn looks_like_patch(&self, at: ModuleOffset, layout: &KlpLayout) -> bool {
         let fits = self
             .file
-            .section(spot.section)
-            .is_some_and(|s| spot.offset.saturating_add(layout.patch_size) <= s.size);
-        let kept = self.fates.get(spot.section) == Some(&Placement::Data);
+            .section(at.section)
+            .is_some_and(|s| at.offset.saturating_add(layout.patch_size) <= s.size);
+        let kept = self.placements.get(at.section) == Some(&Placement::Data);
         let module = self
-            .relocation(spot.plus(layout.patch_mod))
+            .relocation(at.plus(layout.patch_mod))
             .and_then(|r| self.file.symbol(r.symbol))
             .is_some_and(|s| s.name == "__this_module");
-        fits && kept && module && matches!(self.pointer(spot.plus(layout.patch_objs)), Ok(Some(_)))
+        fits && kept && module && matches!(self.pointer(at.plus(layout.patch_objs)), Ok(Some(_)))
     }
 
     /// What code passes to `klp_enable_patch`, wherever that is plain to see.
@@ -259,11 +259,11 @@ impl Reader<'_> {
 
     /// The place that an instruction's relocated operand names; relative ones count from the end of the instruction.
     fn operand(&self, relocation: &Relocation, next: u64) -> Option<ModuleOffset> {
-        let spot = self.defined(relocation)?;
+        let at = self.defined(relocation)?;
         match relocation.kind {
-            k if k == elf::R_X86_64_PC32.0 => Some(spot.plus(next.wrapping_sub(relocation.offset))),
+            k if k == elf::R_X86_64_PC32.0 => Some(at.plus(next.wrapping_sub(relocation.offset))),
             k if k == elf::R_X86_64_64.0 || k == elf::R_X86_64_32.0 || k == elf::R_X86_64_32S.0 => {
-                Some(spot)
+                Some(at)
             }
             _ => None,
         }
@@ -291,7 +291,7 @@ impl Reader<'_> {
             if old_name.is_empty() {
                 return Err(bad("a klp_func has an empty old_name"));
             }
-            if self.fates.get(new.section) != Some(&Placement::Text) {
+            if self.placements.get(new.section) != Some(&Placement::Text) {
                 return Err(bad(format!(
                     "the new function for {old_name} is not code that stays"
                 )));
@@ -318,7 +318,7 @@ impl Reader<'_> {
             if let Some(callback) = self.relocation(object.plus(offset)) {
                 let function = self
                     .defined(callback)
-                    .and_then(|spot| self.file.function_at(spot.section, spot.offset))
+                    .and_then(|at| self.file.function_at(at.section, at.offset))
                     .map_or_else(String::new, |f| format!(" = {}", f.name));
                 names.push(format!("{name}{function}"));
             }
@@ -330,8 +330,8 @@ impl Reader<'_> {
         }
     }
 
-    fn relocation(&self, spot: ModuleOffset) -> Option<&Relocation> {
-        self.file.section(spot.section)?.relocation_at(spot.offset)
+    fn relocation(&self, at: ModuleOffset) -> Option<&Relocation> {
+        self.file.section(at.section)?.relocation_at(at.offset)
     }
 
     /// The place in the module that a relocation's symbol and addend name.
@@ -346,9 +346,9 @@ impl Reader<'_> {
         }
     }
 
-    /// The pointer field at `spot`: `None` when it is null.
-    fn pointer(&self, spot: ModuleOffset) -> Result<Option<ModuleOffset>, ModuleError> {
-        match self.relocation(spot) {
+    /// The pointer field at `at`: `None` when it is null.
+    fn pointer(&self, at: ModuleOffset) -> Result<Option<ModuleOffset>, ModuleError> {
+        match self.relocation(at) {
             Some(r) if r.kind == elf::R_X86_64_64.0 => self
                 .defined(r)
                 .map(Some)
@@ -357,7 +357,7 @@ impl Reader<'_> {
                 "a pointer in it has relocation type {}",
                 r.kind
             ))),
-            None => match self.bytes::<8>(spot)? {
+            None => match self.bytes::<8>(at)? {
                 [0, 0, 0, 0, 0, 0, 0, 0] => Ok(None),
                 _ => Err(bad("a pointer in it has a value and no relocation")),
             },
@@ -365,14 +365,14 @@ impl Reader<'_> {
     }
 
     /// Bytes of a section as they will be loaded; behind the file's bytes of a `.bss` they are zero.
-    fn bytes<const N: usize>(&self, spot: ModuleOffset) -> Result<[u8; N], ModuleError> {
+    fn bytes<const N: usize>(&self, at: ModuleOffset) -> Result<[u8; N], ModuleError> {
         let section = self
             .file
-            .section(spot.section)
-            .filter(|s| spot.offset.saturating_add(N as u64) <= s.size)
+            .section(at.section)
+            .filter(|s| at.offset.saturating_add(N as u64) <= s.size)
             .ok_or_else(|| bad("it reaches behind the end of its section"))?;
         let mut out = [0; N];
-        let from = usize::try_from(spot.offset).unwrap_or(usize::MAX);
+        let from = usize::try_from(at.offset).unwrap_or(usize::MAX);
         if let Some(bytes) = self
             .file
             .data(section)
@@ -384,11 +384,11 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    fn string(&self, spot: ModuleOffset) -> Result<String, ModuleError> {
-        let section = self.file.section(spot.section);
+    fn string(&self, at: ModuleOffset) -> Result<String, ModuleError> {
+        let section = self.file.section(at.section);
         section
             .and_then(|s| {
-                let from = usize::try_from(spot.offset).ok()?;
+                let from = usize::try_from(at.offset).ok()?;
                 text(self.file.data(s).get(from..)?, MAX_SYMBOL_NAME)
             })
             .ok_or_else(|| bad("a name in it is not a string"))

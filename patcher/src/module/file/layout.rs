@@ -27,7 +27,7 @@ pub struct Sizes {
 
 /// Where the two parts of a module go. Both must lie in the top 2 GiB, within reach of each other and of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bases {
+pub struct LoadAddresses {
     /// Executable and read-only.
     pub code: Gva,
     /// Writable and not executable. Any suitably aligned address when there is no data.
@@ -55,7 +55,10 @@ pub(in crate::module) struct SectionLayout {
 }
 
 impl SectionLayout {
-    pub fn new(sections: &[Section], fates: &[Placement]) -> Result<SectionLayout, ModuleError> {
+    pub fn new(
+        sections: &[Section],
+        placements: &[Placement],
+    ) -> Result<SectionLayout, ModuleError> {
         let mut slots = vec![None; sections.len()];
         let mut code = Cursor::new(MAX_CODE);
         let mut data = Cursor::new(MAX_DATA);
@@ -68,8 +71,8 @@ impl SectionLayout {
                 Region::Code => &mut code,
                 Region::Data => &mut data,
             };
-            for ((section, fate), slot) in sections.iter().zip(fates).zip(&mut slots) {
-                if *fate == pass {
+            for ((section, placement), slot) in sections.iter().zip(placements).zip(&mut slots) {
+                if *placement == pass {
                     let offset = cursor.take(section)?;
                     *slot = Some(SectionSlot { region, offset });
                 }
@@ -86,7 +89,7 @@ impl SectionLayout {
         })
     }
 
-    pub fn check(&self, bases: &Bases) -> Result<(), LinkError> {
+    pub fn check(&self, load_at: &LoadAddresses) -> Result<(), LinkError> {
         let fits = |base: Gva, size: u64, align: u64| {
             base.0.is_multiple_of(align) && base.0.checked_add(size).is_some()
         };
@@ -96,12 +99,13 @@ impl SectionLayout {
             data,
             data_align,
         } = self.sizes;
-        if !fits(bases.code, code, code_align) || !fits(bases.data, data, data_align) {
-            return Err(LinkError::Place("it is not aligned or wraps"));
+        if !fits(load_at.code, code, code_align) || !fits(load_at.data, data, data_align) {
+            return Err(LinkError::LoadAddress("it is not aligned or wraps"));
         }
-        let apart = bases.code.0 + code <= bases.data.0 || bases.data.0 + data <= bases.code.0;
+        let apart =
+            load_at.code.0 + code <= load_at.data.0 || load_at.data.0 + data <= load_at.code.0;
         if !apart && data > 0 {
-            return Err(LinkError::Place("code and data overlap"));
+            return Err(LinkError::LoadAddress("code and data overlap"));
         }
         Ok(())
     }

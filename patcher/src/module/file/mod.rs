@@ -16,8 +16,8 @@ use crate::module::file::layout::{SectionLayout, Sizes};
 pub struct LivepatchModule {
     pub(in crate::module) file: elf::ElfFile,
     pub(in crate::module) info: modinfo::Modinfo,
-    pub(in crate::module) fates: Vec<sections::Placement>,
-    pub(in crate::module) plan: SectionLayout,
+    pub(in crate::module) placements: Vec<sections::Placement>,
+    pub(in crate::module) layout: SectionLayout,
 }
 
 /// Reads a livepatch module.
@@ -30,10 +30,10 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
         return Err(ModuleError::WrongElf("it has no struct module"));
     }
     let info = modinfo::Modinfo::read(&file)?;
-    let fates = sections::fates(&file)?;
-    let plan = SectionLayout::new(&file.sections, &fates)?;
+    let placements = sections::placements(&file)?;
+    let layout = SectionLayout::new(&file.sections, &placements)?;
     let other = (file.sections.iter())
-        .flat_map(|section| section.late.keys())
+        .flat_map(|section| section.klp_relocations.keys())
         .find(|object| *object != "vmlinux");
     if let Some(object) = other {
         return Err(ModuleError::ModuleTarget(object.clone()));
@@ -41,8 +41,8 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     Ok(LivepatchModule {
         file,
         info,
-        fates,
-        plan,
+        placements,
+        layout,
     })
 }
 
@@ -56,7 +56,7 @@ impl LivepatchModule {
     /// How much room it needs in a guest.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        self.plan.sizes
+        self.layout.sizes
     }
 
     /// What it patches, read with the layout of the target kernel.
@@ -64,6 +64,6 @@ impl LivepatchModule {
     /// # Errors
     /// [`ModuleError`] when there is no `klp_patch` of that layout, or it asks for what is not supported.
     pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
-        klp::read(&self.file, &self.fates, layout)
+        klp::read(&self.file, &self.placements, layout)
     }
 }

@@ -106,7 +106,7 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 
 /// Decides for one section.
-pub(in crate::module) fn fate(section: &Section) -> Result<Placement, &'static str> {
+pub(in crate::module) fn placement(section: &Section) -> Result<Placement, &'static str> {
     let name = section.name.as_str();
     if !section.is_alloc() || section.size == 0 || section.is_relocations {
         return Ok(Placement::Dropped);
@@ -136,13 +136,13 @@ fn within(name: &str, prefix: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The fates of all sections, by index.
-pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
+/// The placements of all sections, by index.
+pub(in crate::module) fn placements(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
     formats(file)?;
     file.sections
         .iter()
         .map(|section| {
-            fate(section).map_err(|why| ModuleError::Section {
+            placement(section).map_err(|why| ModuleError::Section {
                 section: section.name.clone(),
                 function: first_user(file, section),
                 why,
@@ -204,16 +204,16 @@ mod tests {
             (".note.gnu.property", A, Placement::Dropped),
             (".debug_info", 0, Placement::Dropped),
         ] {
-            assert_eq!(fate(&section(name, flags, 8)), Ok(want), "{name}");
+            assert_eq!(placement(&section(name, flags, 8)), Ok(want), "{name}");
         }
     }
 
     #[test]
     fn what_the_guest_would_have_to_know_is_refused() {
         for name in ["__ex_table", "__bug_table", ".data..percpu", "__dyndbg"] {
-            assert!(fate(&section(name, WA, 8)).is_err(), "{name}");
+            assert!(placement(&section(name, WA, 8)).is_err(), "{name}");
             assert_eq!(
-                fate(&section(name, WA, 0)),
+                placement(&section(name, WA, 0)),
                 Ok(Placement::Dropped),
                 "empty {name}"
             );
@@ -231,7 +231,10 @@ mod tests {
             (".text", AX | 1),
             (".data", AX),
         ] {
-            assert!(fate(&section(name, flags, 8)).is_err(), "{name} {flags}");
+            assert!(
+                placement(&section(name, flags, 8)).is_err(),
+                "{name} {flags}"
+            );
         }
     }
 }

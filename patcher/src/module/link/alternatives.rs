@@ -7,9 +7,10 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::{Section, limit};
+use crate::module::file::elf::limit;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
+use crate::module::link::table::Table;
 
 const TABLE: &str = ".altinstructions";
 const MAX_ENTRIES: usize = 200_000;
@@ -76,19 +77,18 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
 }
 
 fn read(linker: &Linker<'_>) -> Result<Vec<Entry>, LinkError> {
-    let file = &linker.module.file;
-    let Some((_, section)) = file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(Vec::new());
     };
-    let data = file.data(section);
+    let data = linker.module.file.data(table.section);
     let stride = usize::try_from(linker.layouts.alt_instr.size).unwrap_or(0);
     if stride == 0 || !data.len().is_multiple_of(stride) {
-        return Err(bad("its size is not that of this kernel's entries"));
+        return Err(bad("its size is not a multiple of this kernel's entries"));
     }
     limit("alternatives", data.len() / stride, MAX_ENTRIES)?;
     let mut out = Vec::new();
     for (entry, offset) in data.chunks_exact(stride).zip((0u64..).step_by(stride)) {
-        out.extend(read_one(linker, section, entry, offset)?);
+        out.extend(read_one(linker, table, entry, offset)?);
     }
     Ok(out)
 }
@@ -96,7 +96,7 @@ fn read(linker: &Linker<'_>) -> Result<Vec<Entry>, LinkError> {
 /// `None`: it is for code that is not kept.
 fn read_one(
     linker: &Linker<'_>,
-    section: &Section,
+    table: Table<'_>,
     entry: &[u8],
     offset: u64,
 ) -> Result<Option<Entry>, LinkError> {
@@ -108,7 +108,7 @@ fn read_one(
             .ok_or_else(|| bad("an entry is shorter than this kernel's"))
     };
     let half = |at: u64| Ok::<u16, LinkError>(u16::from_le_bytes([byte(at)?, byte(at + 1)?]));
-    let Some(instr) = linker.pointed(TABLE, section, offset + layout.instr_offset)? else {
+    let Some(instr) = linker.table_address(table, offset + layout.instr_offset)? else {
         return Ok(None);
     };
     let len = usize::from(byte(layout.instrlen)?);
@@ -124,7 +124,7 @@ fn read_one(
     let replacement = match replacement_len {
         // Nothing to copy; the field may point to the end of anything.
         0 => Some(Gva::NULL),
-        _ => linker.pointed(TABLE, section, offset + layout.repl_offset)?,
+        _ => linker.table_address(table, offset + layout.repl_offset)?,
     };
     let replacement = replacement.ok_or_else(|| bad("a replacement is not kept"))?;
     if replacement_len > len {
@@ -175,8 +175,8 @@ fn apply_one<T: TargetKernel + ?Sized>(
     };
     bytes.resize(entry.len, 0x90);
     join_nops(&mut bytes, entry.instr);
-    if let Some(room) = linker.code.get_mut(entry.instr, entry.len) {
-        room.copy_from_slice(&bytes);
+    if let Some(site) = linker.code.get_mut(entry.instr, entry.len) {
+        site.copy_from_slice(&bytes);
     }
     Ok(())
 }
@@ -200,7 +200,7 @@ fn direct_call<T: TargetKernel + ?Sized>(
     target.read("the target of a direct call", variable, &mut pointer)?;
     let callee = Gva(u64::from_le_bytes(pointer));
     if callee.is_null() {
-        return Err(TargetError::Nonsense("pointer for a direct call").into());
+        return Err(TargetError::Invalid("pointer for a direct call").into());
     }
     if target.symbol("nop_func") == Some(callee) {
         return Ok(Vec::new());
@@ -286,10 +286,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
 }
 
 fn bad(why: &str) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why: why.to_owned(),
-    }
+    LinkError::table(TABLE, why)
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@
 use introspect::{Gva, GvaRange};
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::{Section, limit};
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
+use crate::module::link::symbols::Value;
+use crate::module::link::table::Table;
 use crate::x86::{NOP5, NOP5_K8};
 
 const TABLE: &str = "__jump_table";
@@ -23,31 +24,22 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
-    let module = linker.module;
-    let Some((_, section)) = module.file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(());
     };
-    let layout = linker.layouts.jump_entry;
-    let Some(count) = section
-        .size
-        .checked_div(layout.size)
-        .filter(|_| section.size % layout.size == 0)
-    else {
-        return Err(bad("its size is not that of this kernel's entries"));
-    };
-    if count == 0 {
+    let (len, entry_size) = (table.section.size, linker.layouts.jump_entry.size);
+    if entry_size == 0 || !len.is_multiple_of(entry_size) {
+        return Err(bad("its size is not a multiple of this kernel's entries"));
+    }
+    if len == 0 {
         return Ok(());
     }
-    limit(
-        "static branches",
-        usize::try_from(count).unwrap_or(usize::MAX),
-        MAX_ENTRIES,
-    )?;
+    let offsets = table.offsets(entry_size, "static branches", MAX_ENTRIES)?;
     if !target.is_up()? {
         return Err(LinkError::Booting);
     }
-    for index in 0..count {
-        apply_one(linker, target, section, index * layout.size)?;
+    for offset in offsets {
+        apply_one(linker, target, table, offset)?;
     }
     Ok(())
 }
@@ -55,16 +47,16 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
 fn apply_one<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
-    section: &Section,
+    table: Table<'_>,
     offset: u64,
 ) -> Result<(), LinkError> {
     let layout = linker.layouts.jump_entry;
-    let Some(code) = linker.pointed(TABLE, section, offset + layout.code)? else {
+    let Some(code) = linker.table_address(table, offset + layout.code)? else {
         return Ok(());
     };
     let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry leads to what is not kept"));
-    let to = kept(linker.pointed(TABLE, section, offset + layout.target)?)?;
-    let raw = kept(linker.pointed(TABLE, section, offset + layout.key)?)?;
+    let to = kept(linker.table_address(table, offset + layout.target)?)?;
+    let raw = kept(linker.table_address(table, offset + layout.key)?)?;
     let key = Gva(raw.0 & !KEY_FLAGS);
     let enabled = enabled(linker, target, key, code)?;
     let jump = enabled != (raw.0 & KEY_BRANCH != 0);
@@ -118,9 +110,10 @@ fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkErro
 fn key_name<T: TargetKernel + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
     if linker.data.contains(key) {
         let symbols = &linker.module.file.symbols;
-        let own = symbols.iter().enumerate().find(|(index, s)| {
-            s.object && linker.symbols.value(*index) == super::symbols::Value::At(key)
-        });
+        let own = symbols
+            .iter()
+            .enumerate()
+            .find(|(index, s)| s.object && linker.symbols.value(*index) == Value::At(key));
         return own.map_or_else(|| key.to_string(), |(_, s)| s.name.clone());
     }
     target.name_of(key).unwrap_or_else(|| key.to_string())
@@ -138,20 +131,20 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
             } else {
                 NOP2
             };
-            let room = linker.code.get_mut(code, 2).ok_or_else(outside)?;
-            room.copy_from_slice(&bytes);
+            let site = linker.code.get_mut(code, 2).ok_or_else(outside)?;
+            site.copy_from_slice(&bytes);
         }
         _ => {
-            let room = linker.code.get_mut(code, 5).ok_or_else(outside)?;
-            let nop = room == NOP5 || room == NOP5_K8;
-            if !nop && room.first() != Some(&0xe9) {
+            let site = linker.code.get_mut(code, 5).ok_or_else(outside)?;
+            let nop = site == NOP5 || site == NOP5_K8;
+            if !nop && site.first() != Some(&0xe9) {
                 return Err(bad("a site is neither a jump nor a NOP"));
             }
             let far = i32::try_from(distance(5)).map_err(|_| bad("a branch is out of reach"))?;
-            room.copy_from_slice(&NOP5);
+            site.copy_from_slice(&NOP5);
             if jump {
                 let [a, b, c, d] = far.to_le_bytes();
-                room.copy_from_slice(&[0xe9, a, b, c, d]);
+                site.copy_from_slice(&[0xe9, a, b, c, d]);
             }
         }
     }
@@ -159,8 +152,5 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
 }
 
 fn bad(why: &str) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why: why.to_owned(),
-    }
+    LinkError::table(TABLE, why)
 }

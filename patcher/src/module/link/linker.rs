@@ -14,6 +14,7 @@ use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use crate::module::link::symbols::{Symbols, Value};
+use crate::module::link::table::Table;
 use crate::x86::NOP5;
 
 /// A module on its way into a guest.
@@ -26,21 +27,21 @@ pub(in crate::module) struct Linker<'a> {
     pub data: Buffer,
 }
 
-impl Linker<'_> {
+impl<'a> Linker<'a> {
     /// Copies every kept section to its place.
     pub fn load(&mut self) {
         let module = self.module;
-        for (section, slot) in module.file.sections.iter().zip(&module.plan.slots) {
+        for (section, slot) in module.file.sections.iter().zip(&module.layout.slots) {
             let Some(slot) = slot else { continue };
             let buffer = match slot.region {
                 Region::Code => &mut self.code,
                 Region::Data => &mut self.data,
             };
             let start = buffer.base.add(slot.offset);
-            if let Some(room) = buffer.get_mut(start, size(section.size)) {
-                room.fill(0);
+            if let Some(place) = buffer.get_mut(start, size(section.size)) {
+                place.fill(0);
                 let bytes = module.file.data(section);
-                for (to, from) in room.iter_mut().zip(bytes) {
+                for (to, from) in place.iter_mut().zip(bytes) {
                     *to = *from;
                 }
             }
@@ -56,7 +57,7 @@ impl Linker<'_> {
             for relocation in &section.relocations {
                 self.relocate_one(index, section, base, relocation)?;
             }
-            for relocation in section.late.values().flatten() {
+            for relocation in section.klp_relocations.values().flatten() {
                 self.relocate_one(index, section, base, relocation)?;
             }
         }
@@ -70,12 +71,12 @@ impl Linker<'_> {
         base: Gva,
         relocation: &Relocation,
     ) -> Result<(), LinkError> {
-        let spot = ModuleOffset {
+        let field = ModuleOffset {
             section: index,
             offset: relocation.offset,
         };
         // klp_patch.mod: nobody reads our copy of the structure, and there is no struct module.
-        if relocation.kind == elf::R_X86_64_NONE.0 || spot == self.patch.module_pointer {
+        if relocation.kind == elf::R_X86_64_NONE.0 || field == self.patch.module_pointer {
             return Ok(());
         }
         let at = base.add(relocation.offset);
@@ -103,13 +104,13 @@ impl Linker<'_> {
         } else {
             &mut self.data
         };
-        let room = buffer
+        let place = buffer
             .get_mut(at, bytes.len())
             .ok_or_else(|| wrong("it reaches behind its section".into()))?;
-        if room.iter().any(|&b| b != 0) {
+        if place.iter().any(|&b| b != 0) {
             return Err(wrong("the place is not empty (relocated twice?)".into()));
         }
-        room.copy_from_slice(&bytes);
+        place.copy_from_slice(&bytes);
         Ok(())
     }
 
@@ -125,10 +126,10 @@ impl Linker<'_> {
         relocation: &Relocation,
         at: Gva,
     ) -> Result<(), LinkError> {
-        let room = self.code.get_mut(at.sub(1), NOP5.len());
-        match room {
-            Some(room) if room == [0xe8, 0, 0, 0, 0] => {
-                room.copy_from_slice(&NOP5);
+        let place = self.code.get_mut(at.sub(1), NOP5.len());
+        match place {
+            Some(place) if place == [0xe8, 0, 0, 0, 0] => {
+                place.copy_from_slice(&NOP5);
                 Ok(())
             }
             _ => Err(LinkError::Relocation {
@@ -151,19 +152,18 @@ impl Linker<'_> {
         }
     }
 
-    /// The address that a field of a table names: the field holds it, or the distance from itself to it.
-    /// `None`: it names a part of the module that is not kept.
-    pub fn pointed(
-        &self,
-        table: &'static str,
-        section: &Section,
-        offset: u64,
-    ) -> Result<Option<Gva>, LinkError> {
-        let bad = || LinkError::Table {
-            section: table,
-            why: format!("no address at offset {offset:#x}"),
-        };
-        let relocation = section.relocation_at(offset).ok_or_else(bad)?;
+    /// The table in the section `name`; `None` when the module has none.
+    pub fn table(&self, name: &'static str) -> Option<Table<'a>> {
+        let module = self.module;
+        let (_, section) = module.file.find(name)?;
+        Some(Table { name, section })
+    }
+
+    /// The address that the field at `offset` of a table refers to: the field holds it, or the
+    /// distance from itself to it. `None`: it is in a part of the module that is not kept.
+    pub fn table_address(&self, table: Table<'_>, offset: u64) -> Result<Option<Gva>, LinkError> {
+        let bad = || LinkError::table(table.name, format!("no address at offset {offset:#x}"));
+        let relocation = table.section.relocation_at(offset).ok_or_else(bad)?;
         let relative = [elf::R_X86_64_PC32, elf::R_X86_64_PC64, elf::R_X86_64_64];
         if !relative.iter().any(|kind| kind.0 == relocation.kind) {
             return Err(bad());
@@ -217,7 +217,7 @@ impl Linker<'_> {
     }
 
     /// From the symbol, or where there is none, to the end of the section.
-    fn function_size(&self, spot: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
+    fn function_size(&self, at: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
         let first = symbols.partition_point(|s| s.address < new);
         let named = symbols
             .get(first..)
@@ -230,8 +230,8 @@ impl Linker<'_> {
         let rest = self
             .module
             .file
-            .section(spot.section)
-            .map_or(1, |s| s.size.saturating_sub(spot.offset));
+            .section(at.section)
+            .map_or(1, |s| s.size.saturating_sub(at.offset));
         named
             .filter(|&size| size > 0 && size <= rest)
             .unwrap_or(rest)
@@ -239,10 +239,10 @@ impl Linker<'_> {
 
     fn text_range(&self) -> GvaRange {
         let module = self.module;
-        let len = (module.plan.slots.iter())
-            .zip(&module.fates)
+        let len = (module.layout.slots.iter())
+            .zip(&module.placements)
             .zip(&module.file.sections)
-            .filter(|((_, fate), _)| **fate == Placement::Text)
+            .filter(|((_, placement), _)| **placement == Placement::Text)
             .filter_map(|((slot, _), section)| Some(slot.as_ref()?.offset + section.size))
             .max();
         GvaRange::new(self.code.base, self.code.base.add(len.unwrap_or(0)))
@@ -297,14 +297,18 @@ impl Linker<'_> {
         };
         let (entries, rest) = file.data(entries).as_chunks::<6>();
         if !rest.is_empty() || (entries.len() as u64).checked_mul(4) != Some(ips.size) {
-            return Err(LinkError::Table {
-                section: TABLE,
-                why: "its two halves do not match".into(),
-            });
+            return Err(LinkError::table(
+                TABLE,
+                "it has not as many entries as .orc_unwind_ip",
+            ));
         }
+        let table = Table {
+            name: TABLE,
+            section: ips,
+        };
         let mut out = Vec::with_capacity(entries.len());
         for (entry, offset) in entries.iter().zip((0..).step_by(4)) {
-            let ip = self.pointed(TABLE, ips, offset)?;
+            let ip = self.table_address(table, offset)?;
             if let Some(ip) = ip.filter(|&ip| {
                 ip >= self.code.base && ip.since(self.code.base) <= self.code.bytes.len() as u64
             }) {

@@ -10,22 +10,22 @@ use crate::module::file::elf::text;
 use crate::module::kernel::{Export, Layouts, ModversionLayout, TargetKernel};
 
 /// The versions that a module brings, and the kernel's idea of them.
-pub(in crate::module) struct Versions<'a> {
+pub(in crate::module) struct Modversions<'a> {
     module: &'a LivepatchModule,
     kernel_vermagic: String,
     /// By symbol: `__versions`.
     table: HashMap<String, u64>,
 }
 
-impl<'a> Versions<'a> {
+impl<'a> Modversions<'a> {
     /// Checks what does not depend on single symbols.
     pub fn check<T: TargetKernel + ?Sized>(
         module: &'a LivepatchModule,
         target: &T,
         layouts: &Layouts,
-    ) -> Result<Versions<'a>, LinkError> {
+    ) -> Result<Modversions<'a>, LinkError> {
         let file = &module.file;
-        let versions = Versions {
+        let modversions = Modversions {
             module,
             kernel_vermagic: target.vermagic()?,
             table: layouts
@@ -37,17 +37,17 @@ impl<'a> Versions<'a> {
                 .unwrap_or_default(),
         };
         let module_layout = target.export("module_layout")?;
-        let with_versions =
-            module_layout.as_ref().is_some_and(|e| e.crc.is_some()) && !versions.table.is_empty();
+        let has_modversions = module_layout.as_ref().is_some_and(|e| e.crc.is_some())
+            && !modversions.table.is_empty();
         if !same_magic(
             &module.info.vermagic,
-            &versions.kernel_vermagic,
-            with_versions,
+            &modversions.kernel_vermagic,
+            has_modversions,
         ) {
-            return Err(versions.mismatch(None));
+            return Err(modversions.mismatch(None));
         }
         if let Some(export) = module_layout {
-            versions.check_symbol("module_layout", &export)?;
+            modversions.check_symbol("module_layout", &export)?;
         }
         let own = file
             .find(".gnu.linkonce.this_module")
@@ -58,7 +58,7 @@ impl<'a> Versions<'a> {
                 kernel: layouts.module_size,
             });
         }
-        Ok(versions)
+        Ok(modversions)
     }
 
     /// As `check_version`; a missing version is an error, as Debian's kernels have it.
@@ -98,7 +98,7 @@ fn table(bytes: &[u8], layout: ModversionLayout) -> Option<HashMap<String, u64>>
 }
 
 /// As `same_magic`: with versions, the release (the first word) does not count.
-fn same_magic(module: &str, kernel: &str, with_versions: bool) -> bool {
+fn same_magic(module: &str, kernel: &str, has_modversions: bool) -> bool {
     let tail = |magic: &str| {
         magic
             .find(' ')
@@ -106,7 +106,7 @@ fn same_magic(module: &str, kernel: &str, with_versions: bool) -> bool {
             .unwrap_or_default()
             .to_owned()
     };
-    if with_versions {
+    if has_modversions {
         tail(module) == tail(kernel)
     } else {
         module == kernel

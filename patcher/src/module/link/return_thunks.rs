@@ -6,12 +6,13 @@
 use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::limit;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 
 const TABLE: &str = ".return_sites";
 const MAX_SITES: usize = 1_000_000;
+/// An entry is the 32-bit distance from itself to the jump.
+const ENTRY_SIZE: u64 = 4;
 /// `ret`, and `int3` against straight-line speculation.
 const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
 
@@ -19,8 +20,7 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
-    let module = linker.module;
-    let Some((_, section)) = module.file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(());
     };
     // A kernel without return thunks exports none, and its modules have no such table.
@@ -33,14 +33,8 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     let mut thunk = [0; 8];
     target.read("the return thunk in use", variable, &mut thunk)?;
     let thunk = Gva(u64::from_le_bytes(thunk));
-    let count = section.size / 4;
-    limit(
-        "return sites",
-        usize::try_from(count).unwrap_or(usize::MAX),
-        MAX_SITES,
-    )?;
-    for offset in (0..count).map(|index| index * 4) {
-        if let Some(site) = linker.pointed(TABLE, section, offset)? {
+    for offset in table.offsets(ENTRY_SIZE, "return sites", MAX_SITES)? {
+        if let Some(site) = linker.table_address(table, offset)? {
             apply_one(linker, site, default, thunk)?;
         }
     }
@@ -53,11 +47,11 @@ fn apply_one(
     default: Gva,
     thunk: Gva,
 ) -> Result<(), LinkError> {
-    let room = linker
+    let jump = linker
         .code
         .get_mut(site, 5)
         .ok_or_else(|| bad(format!("{site} is no code of the patch")))?;
-    let goes_to = match room {
+    let goes_to = match jump {
         &mut [0xe9, a, b, c, d] => site
             .add(5)
             .offset(i64::from(i32::from_le_bytes([a, b, c, d]))),
@@ -69,21 +63,18 @@ fn apply_one(
         )));
     }
     if thunk == default {
-        room.copy_from_slice(&RET);
+        jump.copy_from_slice(&RET);
         return Ok(());
     }
     let distance = thunk.since(site.add(5)).cast_signed();
     let distance =
         i32::try_from(distance).map_err(|_| bad("the return thunk is out of reach".into()))?;
-    if let Some(field) = room.get_mut(1..) {
+    if let Some(field) = jump.get_mut(1..) {
         field.copy_from_slice(&distance.to_le_bytes());
     }
     Ok(())
 }
 
 fn bad(why: String) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why,
-    }
+    LinkError::table(TABLE, why)
 }

@@ -8,9 +8,9 @@ use introspect::Gva;
 use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Symbol, limit};
-use crate::module::file::layout::{Bases, Region};
+use crate::module::file::layout::{LoadAddresses, Region};
 use crate::module::kernel::TargetKernel;
-use crate::module::link::modversions::Versions;
+use crate::module::link::modversions::Modversions;
 
 /// Each costs a search in guest memory.
 const MAX_UNDEFINED: usize = 8192;
@@ -32,17 +32,17 @@ impl Symbols {
     pub fn resolve<T: TargetKernel + ?Sized>(
         module: &LivepatchModule,
         target: &T,
-        versions: &Versions<'_>,
-        bases: &Bases,
+        modversions: &Modversions<'_>,
+        load_at: &LoadAddresses,
     ) -> Result<Symbols, LinkError> {
         let sections: Vec<Option<Gva>> = module
-            .plan
+            .layout
             .slots
             .iter()
             .map(|slot| {
                 slot.map(|slot| match slot.region {
-                    Region::Code => bases.code.add(slot.offset),
-                    Region::Data => bases.data.add(slot.offset),
+                    Region::Code => load_at.code.add(slot.offset),
+                    Region::Data => load_at.data.add(slot.offset),
                 })
             })
             .collect();
@@ -54,7 +54,9 @@ impl Symbols {
             values.push(match symbol.place {
                 // The null symbol.
                 Place::Undefined if index == 0 => Value::At(Gva(0)),
-                Place::Undefined => Value::At(undefined_value(module, target, versions, symbol)?),
+                Place::Undefined => {
+                    Value::At(undefined_value(module, target, modversions, symbol)?)
+                }
                 Place::Absolute => Value::At(Gva(symbol.value)),
                 Place::Livepatch => match symbol.name.strip_prefix(".klp.sym.") {
                     Some(name) => Value::At(livepatch_value(target, name)?),
@@ -90,7 +92,7 @@ impl Symbols {
 fn undefined_value<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
     target: &T,
-    versions: &Versions<'_>,
+    modversions: &Modversions<'_>,
     symbol: &Symbol,
 ) -> Result<Gva, LinkError> {
     let name = &symbol.name;
@@ -115,7 +117,7 @@ fn undefined_value<T: TargetKernel + ?Sized>(
             namespace: namespace.clone(),
         });
     }
-    versions.check_symbol(name, &export)?;
+    modversions.check_symbol(name, &export)?;
     Ok(export.address)
 }
 

@@ -154,7 +154,7 @@ fn finished_code_is_looked_at_again() {
     let LinkError::Code { at, .. } = error(&ko, &Table::new()) else {
         panic!("a call to nowhere");
     };
-    assert_eq!(at, BASES.code.add(12));
+    assert_eq!(at, LOAD_AT.code.add(12));
     // Behind its section.
     let mut ko = sample();
     ko.symbol("long", ".text", 0, 1 << 40, FUNC);
@@ -204,7 +204,7 @@ proptest! {
         }
         if let Ok(module) = parse(&bytes) {
             // Either way; what matters is that it ends, and in an answer.
-            if let Ok(image) = linked_at(&module, &Table::new(), BASES) {
+            if let Ok(image) = linked_at(&module, &Table::new(), LOAD_AT) {
                 prop_assert_eq!(image.code.len() as u64, module.sizes().code);
             }
         }
