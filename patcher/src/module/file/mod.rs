@@ -1,4 +1,7 @@
-//! The `.ko` file: its ELF sections and symbols, and what it says of itself. Knows nothing of a guest.
+//! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
+//!
+//! Knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
+//! here, in files of their own beside [`klp`].
 
 pub mod elf;
 pub mod klp;
@@ -11,7 +14,7 @@ use crate::module::error::ModuleError;
 use crate::module::file::klp::KlpLayout;
 use crate::module::file::layout::{SectionLayout, Sizes};
 
-/// A livepatch module as read from its file, not yet bound to a guest.
+/// A livepatch module as parsed from its file, not yet linked for a guest.
 #[derive(Clone, Debug)]
 pub struct LivepatchModule {
     pub(in crate::module) file: elf::ElfFile,
@@ -20,10 +23,10 @@ pub struct LivepatchModule {
     pub(in crate::module) layout: SectionLayout,
 }
 
-/// Reads a livepatch module.
+/// Parses a livepatch module.
 ///
 /// # Errors
-/// [`ModuleError`] for a file that is none, or that needs what is not supported.
+/// [`ModuleError`] for a file that is not a livepatch module, or needs what is not supported.
 pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     let file = elf::ElfFile::parse(bytes)?;
     if file.find(".gnu.linkonce.this_module").is_none() {
@@ -53,16 +56,17 @@ impl LivepatchModule {
         &self.info.name
     }
 
-    /// How much room it needs in a guest.
+    /// How much memory it needs in a guest.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
         self.layout.sizes
     }
 
-    /// What it patches, read with the layout of the target kernel.
+    /// Its `klp_patch`, read with the layout of the target kernel.
     ///
     /// # Errors
-    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it asks for what is not supported.
+    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it needs what is not
+    /// supported.
     pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
         klp::read(&self.file, &self.placements, layout)
     }

@@ -1,7 +1,8 @@
-//! The kernel's own export tables, searched in guest memory.
+//! The kernel's own tables of exported symbols, searched in guest memory.
 //!
-//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name. Up to 6.x there is one array for
-//! everybody and one for GPL-compatible modules; 7.x has one array, and a byte of flags for each entry.
+//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name.
+//! Up to 6.x there is one array for all modules and one for GPL-compatible modules; 7.x has one
+//! array, and a byte of flags for each entry.
 
 use introspect::{Btf, BtfError, Gva, KernelMemory, Symbols};
 
@@ -9,12 +10,12 @@ use crate::guest_array;
 use crate::module::error::TargetError;
 use crate::module::kernel::Export;
 
-/// Kernels export some 15,000 symbols.
+/// The most symbols in one table. Kernels export some 15,000.
 const MAX_EXPORTS: u64 = 1 << 18;
-/// `KSYM_NAME_LEN`, and the NUL.
+/// The most bytes of a name, with its NUL (`KSYM_NAME_LEN`).
 const MAX_NAME: usize = 513;
 
-/// Offsets in `struct kernel_symbol`, whose fields are distances from themselves.
+/// Size of `struct kernel_symbol` and offsets in it. Its fields are distances from themselves.
 #[derive(Debug)]
 struct ExportLayout {
     size: u64,
@@ -35,16 +36,17 @@ impl ExportLayout {
     }
 }
 
-/// What tells who may use an entry.
+/// Which modules may use the entries of a table.
 #[derive(Clone, Copy, Debug)]
 enum Access {
     All,
     GplOnly,
-    /// A byte for each entry; any flag restricts it.
+    /// By an array of flags, one byte for each entry: one with any flag is for GPL-compatible
+    /// modules.
     Flags(Gva),
 }
 
-/// One array, by the symbols that the linker script puts around it.
+/// One array, found by the symbols that the linker script puts around it.
 #[derive(Debug)]
 struct ExportTable {
     start: Gva,
@@ -53,7 +55,7 @@ struct ExportTable {
     crcs: Option<Gva>,
 }
 
-/// All that the kernel exports to modules.
+/// All symbols that the kernel exports to modules.
 #[derive(Debug)]
 pub(in crate::module) struct Exports<'a> {
     memory: &'a KernelMemory<'a>,
@@ -168,7 +170,7 @@ impl<'a> Exports<'a> {
         })
     }
 
-    /// No offset, or (newer kernels) an empty string: none.
+    /// A symbol without a namespace has offset zero or, in newer kernels, an empty string.
     fn namespace(&self, field: Gva) -> Result<Option<String>, TargetError> {
         let at = self.relative(field)?;
         if at == field {
@@ -177,7 +179,7 @@ impl<'a> Exports<'a> {
         Ok(Some(self.string(at)?).filter(|namespace| !namespace.is_empty()))
     }
 
-    /// `offset_to_ptr`.
+    /// The address that a field refers to (`offset_to_ptr`).
     fn relative(&self, field: Gva) -> Result<Gva, TargetError> {
         let distance = self.memory.i32(field);
         let distance = distance.map_err(|_| unreadable("exported symbol", field))?;

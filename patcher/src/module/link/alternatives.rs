@@ -1,7 +1,8 @@
-//! `.altinstructions`: instructions that the kernel exchanges at load for what the CPU is best served with.
+//! `.altinstructions`: replaces the instructions for which this CPU has alternatives.
 //!
-//! Not cosmetic: STAC and CLAC are NOPs in the file, and a kernel that runs with SMAP faults without them.
-//! Follows `arch/x86/kernel/alternative.c: apply_alternatives`, for both of its table layouts.
+//! This is necessary, not an optimization only: STAC and CLAC are NOPs in the file, and a kernel
+//! that runs with SMAP faults without them. Follows `arch/x86/kernel/alternative.c:
+//! apply_alternatives`, for both of its table layouts.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use introspect::Gva;
@@ -14,7 +15,7 @@ use crate::module::link::table::Table;
 
 const TABLE: &str = ".altinstructions";
 const MAX_ENTRIES: usize = 200_000;
-/// `ALTINSTR_FLAG_INV`: where the entry has no flags of its own.
+/// `ALTINSTR_FLAG_INV`: the flag in `cpuid`, in kernels whose entries have no field for flags.
 const NOT_IN_CPUID: u16 = 1 << 15;
 /// `ALT_FLAG_NOT`.
 const FLAG_NOT: u16 = 1;
@@ -35,10 +36,10 @@ const NOPS: [&[u8]; 8] = [
 
 /// One `struct alt_instr`.
 struct Entry {
-    /// What is exchanged.
+    /// The instructions that may be replaced.
     instr: Gva,
     len: usize,
-    /// What for.
+    /// What replaces them.
     replacement: Gva,
     replacement_len: usize,
     feature: u16,
@@ -54,7 +55,7 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     if entries.is_empty() {
         return Ok(());
     }
-    // Nested alternatives: several entries for one place pad to the longest of them.
+    // Nested alternatives: several entries for the same instructions pad to the longest of them.
     for i in 1..entries.len() {
         if let Some([a, b]) = entries.get_mut(i - 1..=i)
             && a.instr == b.instr
@@ -93,7 +94,7 @@ fn read(linker: &Linker<'_>) -> Result<Vec<Entry>, LinkError> {
     Ok(out)
 }
 
-/// `None`: it is for code that is not kept.
+/// One entry of the table; `None`: it is for code that is not placed in the guest.
 fn read_one(
     linker: &Linker<'_>,
     table: Table<'_>,
@@ -122,11 +123,11 @@ fn read_one(
         return Err(bad("an entry has a flag that is not known"));
     }
     let replacement = match replacement_len {
-        // Nothing to copy; the field may point to the end of anything.
+        // Nothing to copy; the field may refer to the end of any section.
         0 => Some(Gva::NULL),
         _ => linker.table_address(table, offset + layout.repl_offset)?,
     };
-    let replacement = replacement.ok_or_else(|| bad("a replacement is not kept"))?;
+    let replacement = replacement.ok_or_else(|| bad("a replacement is in a dropped section"))?;
     if replacement_len > len {
         return Err(bad("a replacement is longer than what it replaces"));
     }
@@ -149,12 +150,12 @@ fn apply_one<T: TargetKernel + ?Sized>(
 ) -> Result<(), LinkError> {
     let word = capabilities
         .get(usize::from(entry.feature / 32))
-        .ok_or_else(|| bad("an entry asks for a CPU feature that this kernel does not know"))?;
+        .ok_or_else(|| bad("an entry tests a CPU feature that this kernel does not know"))?;
     let has = word >> (entry.feature % 32) & 1 != 0;
     let original = linker
         .code
         .get(entry.instr, entry.len)
-        .ok_or_else(|| bad("an entry is for no code of the patch"))?;
+        .ok_or_else(|| bad("an entry is not for code of the patch"))?;
     let mut bytes = if has == entry.not {
         original.to_vec()
     } else {
@@ -163,7 +164,7 @@ fn apply_one<T: TargetKernel + ?Sized>(
             len => linker
                 .code
                 .get(entry.replacement, len)
-                .ok_or_else(|| bad("a replacement is no code of the patch"))?,
+                .ok_or_else(|| bad("a replacement is not in the code of the patch"))?,
         };
         if entry.direct_call {
             direct_call(target, entry, original, replacement)?
@@ -181,7 +182,8 @@ fn apply_one<T: TargetKernel + ?Sized>(
     Ok(())
 }
 
-/// `alt_replace_call`: an indirect call through a variable becomes a direct one, or none when the variable holds `nop_func`.
+/// Replaces an indirect call through a variable with a direct call, or with nothing when the
+/// variable holds `nop_func` (`alt_replace_call`).
 fn direct_call<T: TargetKernel + ?Sized>(
     target: &T,
     entry: &Entry,
@@ -212,7 +214,8 @@ fn direct_call<T: TargetKernel + ?Sized>(
     Ok(call)
 }
 
-/// Makes code that was linked for `from` right for `to`: what is relative and leads out of it is adjusted.
+/// Relocates code that was linked for `from` to `to`: adjusts its relative references to addresses
+/// outside of it.
 pub(in crate::module) fn move_code(bytes: &mut [u8], from: Gva, to: Gva) -> Result<(), LinkError> {
     let end = from.add(bytes.len() as u64);
     let inside = |target: u64| from.0 <= target && target < end.0;
@@ -253,7 +256,7 @@ pub(in crate::module) fn move_code(bytes: &mut [u8], from: Gva, to: Gva) -> Resu
     Ok(())
 }
 
-/// `optimize_nops`: runs of one-byte NOPs become as few instructions as they can.
+/// Replaces runs of one-byte NOPs with as few instructions as possible (`optimize_nops`).
 fn join_nops(bytes: &mut [u8], at: Gva) {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut decoder = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE);
@@ -294,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn code_that_moves_keeps_its_targets() {
+    fn relocated_code_keeps_its_targets() {
         // call +0x1000; lea 0x2000(%rip),%rax; jmp over the next NOP (inside: must not change).
         let mut code = vec![
             0xe8, 0x00, 0x10, 0x00, 0x00, 0x48, 0x8d, 0x05, 0x00, 0x20, 0x00, 0x00, 0xeb, 0x01,
@@ -307,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_move_that_cannot_be_is_an_error() {
+    fn code_that_cannot_be_relocated_is_an_error() {
         let far = Gva(0x5000).sub(1 << 40);
         assert!(move_code(&mut [0xe8, 0, 0x10, 0, 0], Gva(0x5000), far).is_err());
         assert!(move_code(&mut [0xeb, 0x40], Gva(0x5000), Gva(0x4000)).is_err());

@@ -1,8 +1,9 @@
-//! `__jump_table`: branches on static keys, set to the key's present state.
+//! `__jump_table`: sets each branch on a static key to the key's present state.
 //!
-//! The guest does not know our sites, so a key that it flips later would not reach them. Only keys that can no longer change are
-//! taken: those in the kernel's (or the patch's own) read-only-after-init data, in a guest that is up. All others are refused by
-//! name. Follows `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
+//! The guest does not know the patch's sites, so a later change of a key would not reach them. Only
+//! keys that can no longer change are accepted: those in the kernel's (or the patch's own)
+//! read-only-after-init data, in a guest that is up. All others are refused by name. Follows
+//! `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
 
 use introspect::{Gva, GvaRange};
 
@@ -16,7 +17,7 @@ use crate::x86::{NOP5, NOP5_K8};
 const TABLE: &str = "__jump_table";
 const MAX_ENTRIES: usize = 200_000;
 const NOP2: [u8; 2] = [0x66, 0x90];
-/// The low bits of `jump_entry.key`: the branch's polarity, and a mark of the kernel's own.
+/// The low bits of `jump_entry.key`: the branch's polarity, and a flag of the kernel's own.
 const KEY_BRANCH: u64 = 1;
 const KEY_FLAGS: u64 = 3;
 
@@ -54,7 +55,7 @@ fn apply_one<T: TargetKernel + ?Sized>(
     let Some(code) = linker.table_address(table, offset + layout.code)? else {
         return Ok(());
     };
-    let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry leads to what is not kept"));
+    let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry refers to a dropped section"));
     let to = kept(linker.table_address(table, offset + layout.target)?)?;
     let raw = kept(linker.table_address(table, offset + layout.key)?)?;
     let key = Gva(raw.0 & !KEY_FLAGS);
@@ -86,7 +87,7 @@ fn enabled<T: TargetKernel + ?Sized>(
     Ok(i32::from_le_bytes(count) > 0)
 }
 
-/// Whether the key is the patch's own, where its own code cannot flip it after init, which never runs.
+/// Whether the key is the patch's own and its code cannot change it after init, which never runs.
 fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
     let sections = &linker.module.file.sections;
     sections.iter().enumerate().any(|(index, section)| {
@@ -98,7 +99,7 @@ fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
     })
 }
 
-/// Where the guest's own keys can no longer change: `__ro_after_init`.
+/// The addresses of the guest's own keys that can no longer change: `__ro_after_init`.
 fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
     let find = |name| target.symbol(name).ok_or(TargetError::NoSymbol(name));
     Ok(GvaRange::new(
@@ -119,10 +120,11 @@ fn key_name<T: TargetKernel + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva)
     target.name_of(key).unwrap_or_else(|| key.to_string())
 }
 
-/// The site is two or five bytes, as the assembler chose: a jump or a NOP.
+/// Writes a jump to `to`, or a NOP, to the site at `code`, which has two or five bytes, as the
+/// assembler chose.
 fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), LinkError> {
     let distance = |len: u64| to.since(code.add(len)).cast_signed();
-    let outside = || bad("an entry is for no code of the patch");
+    let outside = || bad("an entry is not for code of the patch");
     match linker.code.get(code, 2).ok_or_else(outside)? {
         [0x66, 0x90] | [0xeb, _] => {
             let near = i8::try_from(distance(2)).map_err(|_| bad("a short branch is too far"))?;

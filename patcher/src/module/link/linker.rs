@@ -1,4 +1,4 @@
-//! A module on its way into a guest: its sections at their places, and the relocations in them
+//! The [`Linker`]: copies a module's sections to their places and applies the relocations in them
 //! (`arch/x86/kernel/module.c: __apply_relocate_add`).
 
 use introspect::{Gva, GvaRange};
@@ -17,7 +17,7 @@ use crate::module::link::symbols::{Symbols, Value};
 use crate::module::link::table::Table;
 use crate::x86::NOP5;
 
-/// A module on its way into a guest.
+/// A module while it is linked.
 pub(in crate::module) struct Linker<'a> {
     pub module: &'a LivepatchModule,
     pub layouts: &'a Layouts,
@@ -28,7 +28,7 @@ pub(in crate::module) struct Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    /// Copies every kept section to its place.
+    /// Copies every section that is placed in the guest to its place.
     pub fn load(&mut self) {
         let module = self.module;
         for (section, slot) in module.file.sections.iter().zip(&module.layout.slots) {
@@ -48,6 +48,7 @@ impl<'a> Linker<'a> {
         }
     }
 
+    /// Applies all relocations of these sections.
     pub fn relocate(&mut self) -> Result<(), LinkError> {
         let module = self.module;
         for (index, section) in module.file.sections.iter().enumerate() {
@@ -75,13 +76,13 @@ impl<'a> Linker<'a> {
             section: index,
             offset: relocation.offset,
         };
-        // klp_patch.mod: nobody reads our copy of the structure, and there is no struct module.
+        // klp_patch.mod: nothing reads this copy of the structure, and there is no struct module.
         if relocation.kind == elf::R_X86_64_NONE.0 || field == self.patch.module_pointer {
             return Ok(());
         }
         let at = base.add(relocation.offset);
         if self.is_fentry(relocation) {
-            return self.silence_fentry(section, relocation, at);
+            return self.replace_fentry(section, relocation, at);
         }
         let value = self.value(section, relocation)?;
         let wrong = |why: String| LinkError::Relocation {
@@ -106,7 +107,7 @@ impl<'a> Linker<'a> {
         };
         let place = buffer
             .get_mut(at, bytes.len())
-            .ok_or_else(|| wrong("it reaches behind its section".into()))?;
+            .ok_or_else(|| wrong("it extends past its section".into()))?;
         if place.iter().any(|&b| b != 0) {
             return Err(wrong("the place is not empty (relocated twice?)".into()));
         }
@@ -119,8 +120,9 @@ impl<'a> Linker<'a> {
         symbol.is_some_and(|s| s.name == "__fentry__" && s.place == Place::Undefined)
     }
 
-    /// `call __fentry__` becomes the NOP that ftrace would make of it; nothing of the guest knows of this site.
-    fn silence_fentry(
+    /// Replaces `call __fentry__` with the NOP that ftrace would put there. The guest's ftrace does
+    /// not know of this site.
+    fn replace_fentry(
         &mut self,
         section: &Section,
         relocation: &Relocation,
@@ -140,7 +142,7 @@ impl<'a> Linker<'a> {
         }
     }
 
-    /// What a relocation's symbol and addend come to.
+    /// The sum of a relocation's symbol and addend.
     fn value(&self, section: &Section, relocation: &Relocation) -> Result<Gva, LinkError> {
         match self.symbols.value(relocation.symbol) {
             Value::At(address) => Ok(address.offset(relocation.addend)),
@@ -174,7 +176,7 @@ impl<'a> Linker<'a> {
         })
     }
 
-    /// The patch's function that covers a place in its code, for messages.
+    /// The patch's function that covers an address in its code, for messages.
     pub fn function_name(&self, at: Gva) -> String {
         let file = &self.module.file;
         let found = (0..file.sections.len()).find_map(|index| {
@@ -184,6 +186,7 @@ impl<'a> Linker<'a> {
         found.map_or_else(|| at.to_string(), |s| s.name.clone())
     }
 
+    /// The linked module.
     pub fn finish(self) -> Result<Image, LinkError> {
         let symbols = self.image_symbols();
         let functions = self
@@ -216,7 +219,7 @@ impl<'a> Linker<'a> {
         })
     }
 
-    /// From the symbol, or where there is none, to the end of the section.
+    /// The size of its symbol or, if it has none, the rest of the section.
     fn function_size(&self, at: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
         let first = symbols.partition_point(|s| s.address < new);
         let named = symbols
@@ -237,6 +240,7 @@ impl<'a> Linker<'a> {
             .unwrap_or(rest)
     }
 
+    /// The part of the code region that is instructions.
     fn text_range(&self) -> GvaRange {
         let module = self.module;
         let len = (module.layout.slots.iter())
@@ -320,12 +324,13 @@ impl<'a> Linker<'a> {
     }
 }
 
+/// Why a relocation cannot be encoded.
 enum Encode {
     Unknown,
     Overflow,
 }
 
-/// The bytes of one relocation, as `arch/x86/kernel/module.c: __write_relocate_add` has it.
+/// The bytes of one relocation, as `arch/x86/kernel/module.c: __write_relocate_add` writes them.
 fn encode(kind: u32, value: Gva, at: Gva) -> Result<Vec<u8>, Encode> {
     let absolute = value.0;
     let relative = absolute.wrapping_sub(at.0);
@@ -352,7 +357,7 @@ pub(in crate::module) fn size(bytes: u64) -> usize {
 }
 
 impl LivepatchModule {
-    /// What a symbol is, for messages.
+    /// The name of a symbol, or of the section that it stands for; for messages.
     fn describe(&self, symbol: usize) -> String {
         let Some(symbol) = self.file.symbol(symbol) else {
             return String::new();

@@ -1,6 +1,8 @@
-//! Links a module for one guest: what `kernel/module/main.c: load_module` does up to running the init function, from outside.
+//! Links a module for one guest: does from outside what `kernel/module/main.c: load_module` does up
+//! to running the init function.
 //!
-//! Knows the order of the steps; the [`Linker`] applies relocations, and the tables that change code afterwards have a file each.
+//! Knows the order of the steps. The [`Linker`] applies relocations; each table that changes code
+//! afterwards has a file of its own.
 
 pub mod alternatives;
 pub mod image;
@@ -24,9 +26,10 @@ use crate::module::link::modversions::Modversions;
 use crate::module::link::symbols::Symbols;
 use crate::x86::INT3;
 
-/// Links `module`, whose `struct klp_patch` is `patch`, for the guest kernel `target` to lie at `load_at`.
+/// Links `module`, whose `struct klp_patch` is `patch`, for the addresses `load_at` in the guest
+/// kernel `target`.
 ///
-/// The guest may run meanwhile: only what is constant in a kernel that is up gets read.
+/// The guest may run meanwhile: only what is constant in a kernel that is up is read.
 ///
 /// # Errors
 /// [`LinkError`]; nothing was changed anywhere.

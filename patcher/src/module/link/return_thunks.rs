@@ -1,7 +1,9 @@
-//! `.return_sites`: each `jmp __x86_return_thunk` becomes what this CPU's mitigations want of a return.
+//! `.return_sites`: turns each `jmp __x86_return_thunk` into the return that this CPU's mitigations
+//! need.
 //!
-//! Since 6.9 a return that is left alone runs into `warn_thunk_thunk`, a WARN. Follows `arch/x86/kernel/alternative.c: apply_returns`:
-//! the kernel's variable `x86_return_thunk` says where returns go; when it still has its first value, a plain `ret` is meant.
+//! Since 6.9 a return that is left as it is runs into `warn_thunk_thunk`, a WARN. Follows
+//! `arch/x86/kernel/alternative.c: apply_returns`: the kernel's variable `x86_return_thunk` says
+//! where returns go; while it has its initial value, they are plain `ret`s.
 
 use introspect::Gva;
 
@@ -23,7 +25,7 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     let Some(table) = linker.table(TABLE) else {
         return Ok(());
     };
-    // A kernel without return thunks exports none, and its modules have no such table.
+    // A kernel without return thunks exports none, and modules for it have no such table.
     let variable = target
         .symbol("x86_return_thunk")
         .ok_or(TargetError::NoSymbol("x86_return_thunk"))?;
@@ -50,7 +52,7 @@ fn apply_one(
     let jump = linker
         .code
         .get_mut(site, 5)
-        .ok_or_else(|| bad(format!("{site} is no code of the patch")))?;
+        .ok_or_else(|| bad(format!("{site} is not in the code of the patch")))?;
     let goes_to = match jump {
         &mut [0xe9, a, b, c, d] => site
             .add(5)
