@@ -40,7 +40,8 @@ pub struct Site {
 pub enum SiteError {
     /// ftrace has no record of a site in this function.
     #[error(
-        "it has no ftrace site (notrace or inlined code), and only functions with one can be replaced"
+        "it has no ftrace site (notrace or inlined code), and only functions with one can be \
+         replaced"
     )]
     None,
     /// Something in the guest uses the site.

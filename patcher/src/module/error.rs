@@ -41,7 +41,8 @@ pub enum ModuleError {
     },
     /// The module is not a livepatch.
     #[error(
-        "not a livepatch: its .modinfo has no livepatch=Y (MODULE_INFO(livepatch, \"Y\") in the source)"
+        "not a livepatch: its .modinfo has no livepatch=Y \
+         (MODULE_INFO(livepatch, \"Y\") in the source)"
     )]
     NotLivepatch,
     /// `.modinfo` lacks this key, which the kernel's loader requires as well, or its value is
@@ -139,7 +140,8 @@ pub enum LinkError {
     Target(#[from] TargetError),
     /// The module was built for another kernel.
     #[error(
-        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: build it against the guest's kernel",
+        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: \
+         build it against the guest's kernel",
         .symbol.as_ref().map(|s| format!(" and disagrees about {s}")).unwrap_or_default()
     )]
     Vermagic {
@@ -152,12 +154,14 @@ pub enum LinkError {
     },
     /// The kernel has versions for its symbols, and the module has none for this one.
     #[error(
-        "the module has no version (CRC) for symbol {0}, and the guest kernel requires one: build it with the kernel's Module.symvers"
+        "the module has no version (CRC) for symbol {0}, and the guest kernel requires \
+         one: build it with the kernel's Module.symvers"
     )]
     NoVersion(String),
     /// `struct module` has another size than in the guest's kernel.
     #[error(
-        "the module's struct module has {module} bytes, the guest kernel's {kernel}: build it against the guest's kernel"
+        "the module's struct module has {module} bytes, the guest kernel's {kernel}: \
+         build it against the guest's kernel"
     )]
     ModuleStruct {
         /// Size in the module, in bytes.
@@ -229,7 +233,8 @@ pub enum LinkError {
     LoadAddress(&'static str),
     /// The patch tests a static key whose later changes would not reach it.
     #[error(
-        "{function} tests the static key {key}, which the guest may change later without effect on the patch: not supported yet"
+        "{function} tests the static key {key}, which the guest may change later \
+         without effect on the patch: not supported yet"
     )]
     StaticKey {
         /// The function in the patch.

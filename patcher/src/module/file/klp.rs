@@ -186,7 +186,8 @@ impl Reader<'_> {
         match (enabled.as_slice(), shaped.as_slice()) {
             ([one], _) if self.looks_like_patch(*one, layout) => Ok(*one),
             ([_], _) => Err(bad(
-                "what its init function passes to klp_enable_patch is not this kernel's struct klp_patch",
+                "what its init function passes to klp_enable_patch is not \
+                 this kernel's struct klp_patch",
             )),
             ([], [one]) => Ok(*one),
             ([], []) => Err(bad(

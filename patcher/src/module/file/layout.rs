@@ -137,7 +137,8 @@ impl Cursor {
         let align = section.align;
         if !align.is_power_of_two() || align > MAX_ALIGN {
             return Err(ModuleError::Damaged(format!(
-                "section {} has an alignment of {align}; it must be a power of two, at most {MAX_ALIGN}",
+                "section {} has an alignment of {align}; \
+                 it must be a power of two, at most {MAX_ALIGN}",
                 section.name
             )));
         }
