@@ -57,6 +57,6 @@ mod tests {
 
     #[test]
     fn a_failing_read_ends_the_search() {
-        assert_eq!(binary_search(10, |at| Err(at)), Err(5));
+        assert_eq!(binary_search(10, Err), Err(5));
     }
 }

@@ -191,13 +191,14 @@ fn routine(at: Gva, info: &WakeInfo) -> Result<Vec<u8>, EncodeError> {
 fn assemble(at: Gva, info: &WakeInfo) -> Result<Vec<u8>, IcedError> {
     let usage = u32::try_from(info.usage.offset).unwrap_or(u32::MAX);
     let mut a = CodeAssembler::new(64)?;
-    let [mut again, mut kept, mut end] = [a.create_label(), a.create_label(), a.create_label()];
+    let [mut next, mut referenced, mut end] =
+        [a.create_label(), a.create_label(), a.create_label()];
     a.endbr64()?;
     a.push(rbx)?;
     a.push(rbp)?;
     a.sub(rsp, 8)?;
     a.lea(rbx, qword_ptr(rdi + LIST))?;
-    a.set_label(&mut again)?;
+    a.set_label(&mut next)?;
     a.mov(rbp, qword_ptr(rbx))?;
     a.test(rbp, rbp)?;
     a.je(end)?;
@@ -207,11 +208,11 @@ fn assemble(at: Gva, info: &WakeInfo) -> Result<Vec<u8>, IcedError> {
     a.mov(dword_ptr(rbx + 8), eax)?;
     a.mov(rdi, rbp)?;
     a.lock().dec(dword_ptr(rbp + usage))?;
-    a.jne(kept)?;
+    a.jne(referenced)?;
     a.call(info.put_task_struct.0)?;
-    a.set_label(&mut kept)?;
+    a.set_label(&mut referenced)?;
     a.add(rbx, i32::try_from(ENTRY_SIZE).unwrap_or(16))?;
-    a.jmp(again)?;
+    a.jmp(next)?;
     a.set_label(&mut end)?;
     a.add(rsp, 8)?;
     a.pop(rbp)?;

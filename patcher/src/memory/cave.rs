@@ -28,7 +28,7 @@ const ALIAS_BITS: [u64; 4] = [1 << 2, 1 << 8, 1 << 14, 1 << 20];
 /// The addresses in a kernel's text that decide where code may go.
 #[derive(Clone, Debug, Default)]
 pub struct TextMap {
-    /// `[_stext, _etext)`.
+    /// The kernel's whole text, `[_stext, _etext)`.
     pub text: GvaRange,
     /// The entry text, whose 2 MiB pages are in the user's page tables under page table isolation.
     pub entry: GvaRange,

@@ -177,7 +177,7 @@ pub enum LinkError {
         "symbol {symbol} is for GPL-compatible modules only, and this one's license is `{license}`"
     )]
     GplOnly {
-        /// The symbol.
+        /// Name of the symbol.
         symbol: String,
         /// The module's license.
         license: String,
@@ -185,7 +185,7 @@ pub enum LinkError {
     /// The module uses a symbol of a namespace that it does not import.
     #[error("symbol {symbol} is in namespace {namespace}, which the module does not import")]
     Namespace {
-        /// The symbol.
+        /// Name of the symbol.
         symbol: String,
         /// The symbol's namespace.
         namespace: String,
@@ -201,7 +201,7 @@ pub enum LinkError {
     /// The kernel has several symbols of this name, and the module gives no position.
     #[error("the guest kernel has {count} symbols named {name}: set `old_sympos` to choose one")]
     Ambiguous {
-        /// The name.
+        /// The name that is not unique.
         name: String,
         /// How many symbols have it.
         count: usize,
@@ -262,7 +262,7 @@ pub enum LinkError {
     /// The linked code failed its last check.
     #[error("the linked code of {function} is wrong at {at}: {why}")]
     Code {
-        /// The function.
+        /// Name of the patch's function.
         function: String,
         /// Address of the wrong instruction.
         at: Gva,

@@ -167,7 +167,7 @@ impl ElfFile {
             symbols,
         };
         for raw in table.iter() {
-            file.take_relocations(raw, names, symtab)?;
+            file.read_relocations(raw, names, symtab)?;
         }
         for section in &mut file.sections {
             section.relocations.sort_by_key(|r| r.offset);
@@ -210,19 +210,19 @@ impl ElfFile {
             .find(|s| s.value <= offset && offset - s.value < s.size)
     }
 
-    fn take_relocations(
+    fn read_relocations(
         &mut self,
         raw: &elf::SectionHeader64<LE>,
         names: &[u8],
         symtab: SectionIndex,
     ) -> Result<(), ModuleError> {
         let bytes = std::mem::take(&mut self.bytes);
-        let result = self.take_relocations_from(raw, names, symtab, &bytes);
+        let result = self.read_relocations_from(raw, names, symtab, &bytes);
         self.bytes = bytes;
         result
     }
 
-    fn take_relocations_from(
+    fn read_relocations_from(
         &mut self,
         raw: &elf::SectionHeader64<LE>,
         names: &[u8],

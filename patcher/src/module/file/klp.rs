@@ -204,12 +204,12 @@ impl Reader<'_> {
             .file
             .section(at.section)
             .is_some_and(|s| at.offset.saturating_add(layout.patch_size) <= s.size);
-        let kept = self.placements.get(at.section) == Some(&Placement::Data);
+        let placed = self.placements.get(at.section) == Some(&Placement::Data);
         let module = self
             .relocation(at.plus(layout.patch_mod))
             .and_then(|r| self.file.symbol(r.symbol))
             .is_some_and(|s| s.name == "__this_module");
-        fits && kept && module && matches!(self.pointer(at.plus(layout.patch_objs)), Ok(Some(_)))
+        fits && placed && module && matches!(self.pointer(at.plus(layout.patch_objs)), Ok(Some(_)))
     }
 
     /// What the module's code passes to `klp_enable_patch`, where the code shows it.

@@ -55,9 +55,9 @@ fn apply_one<T: TargetKernel + ?Sized>(
     let Some(code) = linker.table_address(table, offset + layout.code)? else {
         return Ok(());
     };
-    let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry refers to a dropped section"));
-    let to = kept(linker.table_address(table, offset + layout.target)?)?;
-    let raw = kept(linker.table_address(table, offset + layout.key)?)?;
+    let placed = |at: Option<Gva>| at.ok_or_else(|| bad("an entry refers to a dropped section"));
+    let to = placed(linker.table_address(table, offset + layout.target)?)?;
+    let raw = placed(linker.table_address(table, offset + layout.key)?)?;
     let key = Gva(raw.0 & !KEY_FLAGS);
     let enabled = enabled(linker, target, key, code)?;
     let jump = enabled != (raw.0 & KEY_BRANCH != 0);
@@ -75,7 +75,7 @@ fn enabled<T: TargetKernel + ?Sized>(
     let at = key.add(linker.layouts.static_key_enabled);
     if is_own_constant(linker, key) {
         let own = linker.data.get(at, 4);
-        count.copy_from_slice(own.ok_or_else(|| bad("a key lies outside its section"))?);
+        count.copy_from_slice(own.ok_or_else(|| bad("a key extends past its section"))?);
     } else if final_keys(target)?.contains(key) {
         target.read("a static key", at, &mut count)?;
     } else {

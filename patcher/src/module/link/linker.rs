@@ -162,7 +162,8 @@ impl<'a> Linker<'a> {
     }
 
     /// The address that the field at `offset` of a table refers to: the field holds it, or the
-    /// distance from itself to it. `None`: it is in a part of the module that is not kept.
+    /// distance from itself to it. `None`: it is in a part of the module that is not placed in the
+    /// guest.
     pub fn table_address(&self, table: Table<'_>, offset: u64) -> Result<Option<Gva>, LinkError> {
         let bad = || LinkError::table(table.name, format!("no address at offset {offset:#x}"));
         let relocation = table.section.relocation_at(offset).ok_or_else(bad)?;
@@ -186,7 +187,7 @@ impl<'a> Linker<'a> {
         found.map_or_else(|| at.to_string(), |s| s.name.clone())
     }
 
-    /// The linked module.
+    /// The linked module, whose code and data are final.
     pub fn finish(self) -> Result<Image, LinkError> {
         let symbols = self.image_symbols();
         let functions = self
@@ -303,7 +304,7 @@ impl<'a> Linker<'a> {
         if !rest.is_empty() || (entries.len() as u64).checked_mul(4) != Some(ips.size) {
             return Err(LinkError::table(
                 TABLE,
-                "it has not as many entries as .orc_unwind_ip",
+                "its size does not match that of .orc_unwind_ip",
             ));
         }
         let table = Table {

@@ -3,7 +3,7 @@
 use crate::module::error::LinkError;
 use crate::module::file::elf::{Section, limit};
 
-/// A table.
+/// A table of the module, and how messages name it.
 #[derive(Clone, Copy)]
 pub(in crate::module) struct Table<'a> {
     /// Its name, for messages.
