@@ -10,11 +10,11 @@ use introspect::memory::kernel::{Field, KernelMemory, ReadError};
 
 use crate::ftrace::FtraceLayout;
 use crate::guest_array;
-use crate::x86::{INT3, NOP5, NOP5_K8, SITE_LEN};
+use crate::x86::{CALL, INT3, JMP32, NOP5, NOP5_K8, SITE_LEN};
 
 /// The five-byte NOPs that kernels put at unused sites: the current one, and that of older
 /// processors (`arch/x86/include/asm/nops.h`: P6 and K8).
-const NOPS: [[u8; SITE_LEN]; 2] = [NOP5, NOP5_K8];
+const SITE_NOPS: [[u8; SITE_LEN]; 2] = [NOP5, NOP5_K8];
 /// Where a site can be: at the function's first byte, or after a four-byte ENDBR64 (or what sealing
 /// left of it).
 const OFFSETS: [u64; 2] = [0, 4];
@@ -187,23 +187,23 @@ fn classify(
         name_of(at.add(SITE_LEN as u64).offset(i64::from(rel)))
     };
     match opcode {
-        0xe8 if flags & layout.ipmodify != 0 => {
+        CALL if flags & layout.ipmodify != 0 => {
             return Err(SiteError::Used(format!(
                 "a livepatch or kprobe of the guest's own (call to {})",
                 target()
             )));
         }
-        0xe8 => {
+        CALL => {
             return Err(SiteError::Used(format!(
                 "ftrace, kprobes or BPF (call to {})",
                 target()
             )));
         }
         INT3 => return Err(SiteError::Used("a kprobe (int3)".into())),
-        0xe9 => return Err(SiteError::Used(format!("a jump to {}", target()))),
+        JMP32 => return Err(SiteError::Used(format!("a jump to {}", target()))),
         _ => {}
     }
-    if !NOPS.contains(&bytes) {
+    if !SITE_NOPS.contains(&bytes) {
         let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         return Err(SiteError::Foreign(hex.join(" ")));
     }
@@ -268,7 +268,7 @@ mod tests {
     const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
     const DATA: Gva = Gva(0xffff_8880_0000_0000);
     const PAGES: Gva = DATA;
-    const NOP: [u8; 5] = NOPS[0];
+    const NOP: [u8; 5] = SITE_NOPS[0];
     const DISABLED: u32 = 1 << 25;
     const TOUCHED: u32 = 1 << 20;
     const IPMODIFY: u32 = 1 << 26;
@@ -336,8 +336,8 @@ mod tests {
     #[test]
     fn accepts_the_older_nop() {
         let mut machine = machine();
-        machine.put(Mock::FREE + 0x100, &NOPS[1]);
-        assert_eq!(find(&machine, 0x100).unwrap().nop, NOPS[1]);
+        machine.put(Mock::FREE + 0x100, &SITE_NOPS[1]);
+        assert_eq!(find(&machine, 0x100).unwrap().nop, SITE_NOPS[1]);
     }
 
     #[test]

@@ -10,14 +10,44 @@ use introspect::Gva;
 /// Length of a function's entry site, in bytes: a five-byte NOP, or the jump in its place.
 pub const SITE_LEN: usize = 5;
 
-/// The five-byte NOP of every 64-bit CPU (`arch/x86/include/asm/nops.h: BYTES_NOP5`).
+/// The one-byte NOP.
+pub const NOP1: u8 = 0x90;
+
+/// The two-byte NOP (`arch/x86/include/asm/nops.h: BYTES_NOP2`).
+pub const NOP2: [u8; 2] = [0x66, NOP1];
+
+/// The five-byte NOP of every 64-bit CPU (`nops.h: BYTES_NOP5`).
 pub const NOP5: [u8; SITE_LEN] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
 /// The five-byte NOP of older CPUs that kernels before 5.13 may choose (`nops.h: K8_NOP5_ATOMIC`).
 pub const NOP5_K8: [u8; SITE_LEN] = [0x66, 0x66, 0x66, 0x66, 0x90];
 
+/// The NOPs of one to eight bytes (`nops.h: BYTES_NOP1` to `BYTES_NOP8`).
+pub const NOPS: [&[u8]; 8] = [
+    &[NOP1],
+    &NOP2,
+    &[0x0f, 0x1f, 0x00],
+    &[0x0f, 0x1f, 0x40, 0x00],
+    &NOP5,
+    &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
+    &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+];
+
 /// INT3, with which the linker and the kernel fill gaps in text.
 pub const INT3: u8 = 0xcc;
+
+/// Opcode of a near return.
+pub const RET: u8 = 0xc3;
+
+/// Opcode of a call with a 32-bit displacement.
+pub const CALL: u8 = 0xe8;
+
+/// Opcode of a jump with a 32-bit displacement.
+pub const JMP32: u8 = 0xe9;
+
+/// Opcode of a jump with an 8-bit displacement.
+pub const JMP8: u8 = 0xeb;
 
 /// Why an instruction or a stub cannot be encoded for the addresses at hand.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,7 +78,7 @@ pub fn jump(from: Gva, to: Gva) -> Result<[u8; SITE_LEN], EncodeError> {
     let distance = to.since(from.add(5)).cast_signed();
     let rel = i32::try_from(distance).map_err(|_| EncodeError::OutOfReach { from, to })?;
     let [a, b, c, d] = rel.to_le_bytes();
-    Ok([0xe9, a, b, c, d])
+    Ok([JMP32, a, b, c, d])
 }
 
 /// The code that `assemble` makes for `at`, if it has at most `max_len` bytes and reaches its

@@ -12,6 +12,7 @@ use crate::module::file::elf::limit;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 use crate::module::link::table::Table;
+use crate::x86::{CALL, NOP1, NOPS};
 
 const TABLE: &str = ".altinstructions";
 const MAX_ENTRIES: usize = 200_000;
@@ -21,18 +22,6 @@ const NOT_IN_CPUID: u16 = 1 << 15;
 const FLAG_NOT: u16 = 1;
 /// `ALT_FLAG_DIRECT_CALL`.
 const FLAG_DIRECT_CALL: u16 = 2;
-
-/// `arch/x86/include/asm/nops.h: BYTES_NOP1` to `BYTES_NOP8`.
-const NOPS: [&[u8]; 8] = [
-    &[0x90],
-    &[0x66, 0x90],
-    &[0x0f, 0x1f, 0x00],
-    &[0x0f, 0x1f, 0x40, 0x00],
-    &[0x0f, 0x1f, 0x44, 0x00, 0x00],
-    &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
-    &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
-    &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
-];
 
 /// One `struct alt_instr`.
 struct Entry {
@@ -170,11 +159,11 @@ fn apply_one<T: TargetKernel + ?Sized>(
             direct_call(target, entry, original, replacement)?
         } else {
             let mut bytes = replacement.to_vec();
-            move_code(&mut bytes, entry.replacement, entry.instr)?;
+            relocate_code(&mut bytes, entry.replacement, entry.instr)?;
             bytes
         }
     };
-    bytes.resize(entry.len, 0x90);
+    bytes.resize(entry.len, NOP1);
     join_nops(&mut bytes, entry.instr);
     if let Some(site) = linker.code.get_mut(entry.instr, entry.len) {
         site.copy_from_slice(&bytes);
@@ -193,7 +182,7 @@ fn direct_call<T: TargetKernel + ?Sized>(
     let &[0xff, 0x15, a, b, c, d] = original else {
         return Err(bad("a direct call does not replace call *x(%rip)"));
     };
-    if replacement.len() != 5 || replacement.first() != Some(&0xe8) {
+    if replacement.len() != 5 || replacement.first() != Some(&CALL) {
         return Err(bad("a direct call is not a call"));
     }
     let displacement = i64::from(i32::from_le_bytes([a, b, c, d]));
@@ -209,14 +198,14 @@ fn direct_call<T: TargetKernel + ?Sized>(
     }
     let distance = callee.since(entry.instr.add(5)).cast_signed();
     let distance = i32::try_from(distance).map_err(|_| bad("a direct call is out of reach"))?;
-    let mut call = vec![0xe8];
+    let mut call = vec![CALL];
     call.extend_from_slice(&distance.to_le_bytes());
     Ok(call)
 }
 
 /// Relocates code that was linked for `from` to `to`: adjusts its relative references to addresses
 /// outside of it.
-pub(in crate::module) fn move_code(bytes: &mut [u8], from: Gva, to: Gva) -> Result<(), LinkError> {
+fn relocate_code(bytes: &mut [u8], from: Gva, to: Gva) -> Result<(), LinkError> {
     let end = from.add(bytes.len() as u64);
     let inside = |target: u64| from.0 <= target && target < end.0;
     let mut fixes = Vec::new();
@@ -267,7 +256,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
         if insn.is_invalid() {
             return;
         }
-        if bytes.get(start) == Some(&0x90) {
+        if bytes.get(start) == Some(&NOP1) {
             match runs.last_mut() {
                 Some((from, len)) if *from + *len == start => *len += 1,
                 _ => runs.push((start, 1)),
@@ -280,7 +269,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
             let nop = NOPS
                 .get(rest.len().min(NOPS.len()) - 1)
                 .copied()
-                .unwrap_or(&[0x90]);
+                .unwrap_or(&[NOP1]);
             let (head, tail) = rest.split_at_mut(nop.len());
             head.copy_from_slice(nop);
             rest = tail;
@@ -303,7 +292,7 @@ mod tests {
             0xe8, 0x00, 0x10, 0x00, 0x00, 0x48, 0x8d, 0x05, 0x00, 0x20, 0x00, 0x00, 0xeb, 0x01,
             0x90, 0x90,
         ];
-        move_code(&mut code, Gva(0x5000), Gva(0x4000)).unwrap();
+        relocate_code(&mut code, Gva(0x5000), Gva(0x4000)).unwrap();
         assert_eq!(code[1..5], 0x2000i32.to_le_bytes());
         assert_eq!(code[8..12], 0x3000i32.to_le_bytes());
         assert_eq!(code[12..14], [0xeb, 0x01]);
@@ -312,9 +301,9 @@ mod tests {
     #[test]
     fn code_that_cannot_be_relocated_is_an_error() {
         let far = Gva(0x5000).sub(1 << 40);
-        assert!(move_code(&mut [0xe8, 0, 0x10, 0, 0], Gva(0x5000), far).is_err());
-        assert!(move_code(&mut [0xeb, 0x40], Gva(0x5000), Gva(0x4000)).is_err());
-        assert!(move_code(&mut [0x0f, 0x0a], Gva(0x5000), Gva(0x4000)).is_err());
+        assert!(relocate_code(&mut [0xe8, 0, 0x10, 0, 0], Gva(0x5000), far).is_err());
+        assert!(relocate_code(&mut [0xeb, 0x40], Gva(0x5000), Gva(0x4000)).is_err());
+        assert!(relocate_code(&mut [0x0f, 0x0a], Gva(0x5000), Gva(0x4000)).is_err());
     }
 
     #[test]

@@ -12,11 +12,10 @@ use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 use crate::module::link::symbols::Value;
 use crate::module::link::table::Table;
-use crate::x86::{NOP5, NOP5_K8};
+use crate::x86::{JMP8, JMP32, NOP1, NOP2, NOP5, NOP5_K8};
 
 const TABLE: &str = "__jump_table";
 const MAX_ENTRIES: usize = 200_000;
-const NOP2: [u8; 2] = [0x66, 0x90];
 /// The low bits of `jump_entry.key`: the branch's polarity, and a flag of the kernel's own.
 const KEY_BRANCH: u64 = 1;
 const KEY_FLAGS: u64 = 3;
@@ -126,10 +125,10 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
     let distance = |len: u64| to.since(code.add(len)).cast_signed();
     let outside = || bad("an entry is not for code of the patch");
     match linker.code.get(code, 2).ok_or_else(outside)? {
-        [0x66, 0x90] | [0xeb, _] => {
+        [0x66, NOP1] | [JMP8, _] => {
             let near = i8::try_from(distance(2)).map_err(|_| bad("a short branch is too far"))?;
             let bytes = if jump {
-                [0xeb, near.cast_unsigned()]
+                [JMP8, near.cast_unsigned()]
             } else {
                 NOP2
             };
@@ -139,14 +138,14 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
         _ => {
             let site = linker.code.get_mut(code, 5).ok_or_else(outside)?;
             let nop = site == NOP5 || site == NOP5_K8;
-            if !nop && site.first() != Some(&0xe9) {
+            if !nop && site.first() != Some(&JMP32) {
                 return Err(bad("a site is neither a jump nor a NOP"));
             }
             let far = i32::try_from(distance(5)).map_err(|_| bad("a branch is out of reach"))?;
             site.copy_from_slice(&NOP5);
             if jump {
                 let [a, b, c, d] = far.to_le_bytes();
-                site.copy_from_slice(&[0xe9, a, b, c, d]);
+                site.copy_from_slice(&[JMP32, a, b, c, d]);
             }
         }
     }

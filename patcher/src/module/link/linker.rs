@@ -15,7 +15,7 @@ use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use crate::module::link::symbols::{Symbols, Value};
 use crate::module::link::table::Table;
-use crate::x86::NOP5;
+use crate::x86::{CALL, NOP5};
 
 /// A module while it is linked.
 pub(in crate::module) struct Linker<'a> {
@@ -130,7 +130,7 @@ impl<'a> Linker<'a> {
     ) -> Result<(), LinkError> {
         let place = self.code.get_mut(at.sub(1), NOP5.len());
         match place {
-            Some(place) if place == [0xe8, 0, 0, 0, 0] => {
+            Some(place) if place == [CALL, 0, 0, 0, 0] => {
                 place.copy_from_slice(&NOP5);
                 Ok(())
             }

@@ -10,13 +10,14 @@ use introspect::Gva;
 use crate::module::error::{LinkError, TargetError};
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
+use crate::x86::{INT3, JMP32, RET};
 
 const TABLE: &str = ".return_sites";
 const MAX_SITES: usize = 1_000_000;
 /// An entry is the 32-bit distance from itself to the jump.
 const ENTRY_SIZE: u64 = 4;
 /// `ret`, and `int3` against straight-line speculation.
-const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+const PLAIN_RETURN: [u8; 5] = [RET, INT3, INT3, INT3, INT3];
 
 pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
@@ -54,7 +55,7 @@ fn apply_one(
         .get_mut(site, 5)
         .ok_or_else(|| bad(format!("{site} is not in the code of the patch")))?;
     let goes_to = match jump {
-        &mut [0xe9, a, b, c, d] => site
+        &mut [JMP32, a, b, c, d] => site
             .add(5)
             .offset(i64::from(i32::from_le_bytes([a, b, c, d]))),
         _ => return Err(bad(format!("no jump at {site}"))),
@@ -65,7 +66,7 @@ fn apply_one(
         )));
     }
     if thunk == default {
-        jump.copy_from_slice(&RET);
+        jump.copy_from_slice(&PLAIN_RETURN);
         return Ok(());
     }
     let distance = thunk.since(site.add(5)).cast_signed();
