@@ -266,7 +266,7 @@ fn site_kind(error: &SiteError) -> ErrorKind {
 fn memory_kind(error: &PatchMemoryError) -> ErrorKind {
     match error {
         PatchMemoryError::TooLarge { .. } | PatchMemoryError::NoEntry => ErrorKind::Unsupported,
-        PatchMemoryError::NoWindow { .. } => ErrorKind::Conflict,
+        PatchMemoryError::NoHiddenWindow { .. } => ErrorKind::Conflict,
         PatchMemoryError::EntryTaken(_)
         | PatchMemoryError::PaddingTaken(_)
         | PatchMemoryError::NotMapped(_) => ErrorKind::Guest,

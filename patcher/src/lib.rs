@@ -81,6 +81,7 @@ mod call;
 mod error;
 mod ftrace;
 mod guest;
+mod guest_array;
 mod livepatch;
 mod machine;
 mod memory;

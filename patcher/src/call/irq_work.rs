@@ -1,8 +1,8 @@
-//! The guest's `irq_work`: how a function of ours is queued on a CPU, and which interrupt runs it.
+//! The guest's `irq_work`: how a function is queued on a CPU, and which interrupt runs it.
 //!
-//! While the guest is paused, a `struct irq_work` is put at the head of a CPU's `raised_list`, where
-//! the kernel's own producers put theirs with a compare-and-exchange; the CPU is then sent the
-//! interrupt that makes it run the list (`kernel/irq_work.c: irq_work_run_list`).
+//! While the guest is paused, a `struct irq_work` is put at the head of a CPU's `raised_list`,
+//! where the kernel's own producers put theirs with a compare-and-exchange; the CPU is then sent
+//! the interrupt that makes it run the list (`kernel/irq_work.c: irq_work_run_list`).
 //!
 //! Knows the structure and the list; must not know what the function does.
 
@@ -14,7 +14,7 @@ use crate::error::PatchError;
 /// `IRQ_WORK_VECTOR` (`arch/x86/include/asm/irq_vectors.h`); checked against the guest's interrupt
 /// table before each use.
 const IRQ_WORK_VECTOR: u8 = 0xf6;
-/// Bytes that are kept for a `struct irq_work`.
+/// Bytes that are reserved for a `struct irq_work`.
 pub const WORK_SIZE: usize = 64;
 
 /// The fields, bits and symbols of a kernel's `irq_work`.
@@ -25,9 +25,9 @@ pub struct IrqWorkInfo {
     next: Field,
     flags: Field,
     func: Field,
-    /// `CSD_TYPE_IRQ_WORK`: what the flags are when the work was run.
+    /// `CSD_TYPE_IRQ_WORK`: the flags after the work has run.
     done: u32,
-    /// The same with `IRQ_WORK_PENDING | IRQ_WORK_BUSY`: what a producer sets.
+    /// The same with `IRQ_WORK_PENDING | IRQ_WORK_BUSY`: the flags that a producer sets.
     claimed: u32,
     /// The entry code of the interrupt.
     entry: Gva,
@@ -46,7 +46,7 @@ impl IrqWorkInfo {
     /// Resolves them from a kernel's symbols and types.
     ///
     /// # Errors
-    /// [`PatchError::Guest`] naming what the kernel lacks.
+    /// [`PatchError::Guest`] that names what the kernel lacks.
     pub fn new(kernel: &Kernel) -> Result<IrqWorkInfo, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
         let value = |name| kernel.btf.enum_value(name);
@@ -63,13 +63,13 @@ impl IrqWorkInfo {
         })
     }
 
-    /// The head of the list of `cpu`.
+    /// The address of the head of `cpu`'s list; `None` when the kernel has no such CPU.
     #[must_use]
     pub fn list_head(&self, kernel: &Kernel, cpu: u32) -> Option<Gva> {
         kernel.percpu.address(self.raised_list, cpu)
     }
 
-    /// Whether the `irq_work` at `work`, which was queued before, has been run.
+    /// Whether the `irq_work` at `work`, which was queued before, has run.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -77,7 +77,8 @@ impl IrqWorkInfo {
         Ok(memory.u32(self.flags.of(work))? == self.done)
     }
 
-    /// An `irq_work` that calls `func`, as a producer leaves it on a list whose first entry was `next`.
+    /// The bytes of an `irq_work` that calls `func`, as a producer puts it on a list whose first
+    /// entry was `next`.
     #[must_use]
     pub fn queued(&self, func: Gva, next: u64) -> Vec<u8> {
         let mut work = vec![0; WORK_SIZE];

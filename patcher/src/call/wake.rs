@@ -1,21 +1,20 @@
-//! Waking sleepers: only the guest's own scheduler can, so a routine of ours is run by the guest's own irq_work machinery.
+//! [`TaskWaker`]: wakes sleeping tasks of the guest.
 //!
-//! While the guest is paused an `irq_work` is put at the head of a CPU's `raised_list`, where the kernel's own producers put theirs
-//! with a compare-and-exchange, and the CPU is sent the interrupt that makes it look (`kernel/irq_work.c: irq_work_run_list`). The
-//! routine calls `wake_up_state(task, TASK_INTERRUPTIBLE)` for each task of a short list, which is what a fake signal does in the
-//! kernel. Each task on the list is pinned by its reference count, taken while paused, and let go by the routine: it cannot be freed
-//! in between. One list is out at a time.
+//! Only the guest's own scheduler can wake a task, so the guest runs a routine for it, as an
+//! [`irq_work`](crate::call::irq_work). The routine calls `wake_up_state(task, TASK_INTERRUPTIBLE)`
+//! for each task of a short list, as a fake signal does in the kernel. Each task on the list is
+//! pinned: its reference count is incremented while the guest is paused, and the routine drops that
+//! reference, so the task cannot be freed in between. One list is queued at a time.
 //!
-//! Knows the machinery; who is to be woken is the caller's affair.
+//! Knows the routine and its list; must not know which tasks are to be woken, or why.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, eax, esi, qword_ptr, rbp, rbx, rdi, rsp};
+use introspect::task::TASK_INTERRUPTIBLE;
 use introspect::{Field, Gva, Kernel, Task};
 use introspect::{KernelMemory, ReadError};
 
-use crate::call::irq_work::IrqWorkInfo;
-use crate::call::irq_work::Kick;
-use crate::call::irq_work::WORK_SIZE;
+use crate::call::irq_work::{IrqWorkInfo, Kick, WORK_SIZE};
 use crate::error::PatchError;
 use crate::guest::Guest;
 use crate::guest::kernel_info::KernelInfo;
@@ -23,26 +22,27 @@ use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
-use crate::transition::signal::INTERRUPTIBLE;
 use crate::x86::{self, EncodeError};
 
-/// Tasks in one list: the routine runs with interrupts off, some microseconds a task.
-pub const MOST: usize = 128;
-/// Room for the routine.
-const CODE_ROOM: u64 = 128;
-/// Where the list begins in the data; the `irq_work` is before it.
+/// The most tasks in one list: the routine runs with interrupts off and takes some microseconds for
+/// each task.
+pub const MAX_TASKS: usize = 128;
+/// Bytes that are reserved for the routine.
+const MAX_CODE: u64 = 128;
+/// Offset of the list in the data; the `irq_work` is before it.
 const LIST: usize = WORK_SIZE;
-/// One entry of the list: the task, and what `wake_up_state` answered.
-const ENTRY: usize = 16;
-/// A count that the kernel no longer trusts (`include/linux/refcount.h: REFCOUNT_SATURATED` and half way there).
+/// Bytes of one entry of the list: the task, and what `wake_up_state` returned.
+const ENTRY_SIZE: usize = 16;
+/// A reference count from which the kernel no longer trusts it: half way to
+/// `include/linux/refcount.h: REFCOUNT_SATURATED`.
 const USAGE_LIMIT: u32 = 0x4000_0000;
 
 /// The functions and fields of a kernel that the routine uses.
 #[derive(Clone, Debug)]
 struct WakeInfo {
     wake_up_state: Gva,
-    /// Frees a task whose last reference is gone.
-    put: Gva,
+    /// `__put_task_struct`, which frees a task whose last reference is gone.
+    put_task_struct: Gva,
     /// `task_struct.usage`.
     usage: Field,
 }
@@ -51,7 +51,7 @@ impl WakeInfo {
     fn new(kernel: &Kernel) -> Result<WakeInfo, PatchError> {
         Ok(WakeInfo {
             wake_up_state: kernel.symbols.address("wake_up_state")?,
-            put: kernel.symbols.address("__put_task_struct")?,
+            put_task_struct: kernel.symbols.address("__put_task_struct")?,
             usage: kernel.btf.field("task_struct.usage")?,
         })
     }
@@ -65,15 +65,15 @@ pub struct TaskWaker {
     code: Allocation,
     code_bytes: Vec<u8>,
     data: Allocation,
-    /// The guest has seen them: the list may be out.
+    /// Whether the guest has seen them: a list may be queued.
     pub used: bool,
 }
 
 impl TaskWaker {
-    /// Places the routine; the guest sees nothing of it yet.
+    /// Allocates memory for the routine and assembles it; writes nothing.
     ///
     /// # Errors
-    /// [`PatchError`], with nothing taken.
+    /// [`PatchError`], with nothing allocated.
     pub fn prepare<M: Machine>(
         machine: &mut M,
         guest: &mut Guest,
@@ -82,21 +82,25 @@ impl TaskWaker {
     ) -> Result<TaskWaker, PatchError> {
         let irq_work = IrqWorkInfo::new(&guest.kernel)?;
         let wake = WakeInfo::new(&guest.kernel)?;
-        let code_need = Request {
-            len: CODE_ROOM,
+        let code_request = Request {
+            len: MAX_CODE,
             align: 64,
         };
-        let code = patch_memory.take_code(machine, &guest.kernel, &info.areas, code_need)?;
-        let data_need = Request {
-            len: (LIST + ENTRY * (MOST + 1)) as u64,
+        let code = patch_memory.allocate_code(machine, &guest.kernel, &info.areas, code_request)?;
+        let data_request = Request {
+            len: (LIST + ENTRY_SIZE * (MAX_TASKS + 1)) as u64,
             align: 64,
         };
-        // The data last: nothing after it can fail.
+        // The data is allocated last: nothing after it can fail.
         let prepared = routine(code.range.start, &wake)
             .map_err(PatchError::from)
             .and_then(|code_bytes| {
-                let data =
-                    patch_memory.take_data(machine, &guest.kernel, &info.areas, data_need)?;
+                let data = patch_memory.allocate_data(
+                    machine,
+                    &guest.kernel,
+                    &info.areas,
+                    data_request,
+                )?;
                 Ok((code_bytes, data))
             });
         match prepared {
@@ -118,7 +122,7 @@ impl TaskWaker {
         }
     }
 
-    /// Whether the last list has been worked off.
+    /// Whether the routine is done with the last list.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -126,7 +130,8 @@ impl TaskWaker {
         Ok(!self.used || self.irq_work.is_done(memory, self.data.range.start)?)
     }
 
-    /// Plans waking of `tasks`, the first [`MOST`] of them; `None` when no vCPU could do it now.
+    /// Plans the writes that wake the first [`MAX_TASKS`] of `tasks`, and returns the interrupt to
+    /// send; `None` when no vCPU can take it now.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -135,7 +140,7 @@ impl TaskWaker {
         view: &GuestView<'_>,
         patch_memory: &PatchMemory,
         tasks: &[&Task],
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<Option<Kick>, ReadError> {
         let memory = &view.memory;
         let Some((vcpu, cpu)) = view.interruptible_vcpu() else {
@@ -146,12 +151,13 @@ impl TaskWaker {
             return Ok(None);
         };
         let mut list = Vec::new();
-        for task in tasks.iter().take(MOST) {
+        for task in tasks.iter().take(MAX_TASKS) {
             let usage = self.info.usage.of(task.addr);
             let count = memory.u32(usage)?;
-            // On the lists it has a reference; what says otherwise is not touched.
+            // A task on the kernel's lists has a reference; one whose count says otherwise is
+            // skipped.
             if (1..USAGE_LIMIT).contains(&count) {
-                plan.write_kernel(memory, usage, &(count + 1).to_le_bytes())?;
+                writes.write_kernel(memory, usage, &(count + 1).to_le_bytes())?;
                 list.extend(task.addr.0.to_le_bytes());
                 list.extend([0; 8]);
             }
@@ -159,51 +165,54 @@ impl TaskWaker {
         if list.is_empty() {
             return Ok(None);
         }
-        list.extend([0; ENTRY]);
+        list.extend([0; ENTRY_SIZE]);
         let work = self.data.range.start;
         let first = memory.u64(head)?;
         let queued = self.irq_work.queued(self.code.range.start, first);
         let bytes = [queued, list].concat();
         if !self.used {
-            patch_memory.plan_fill(memory, self.code, &self.code_bytes, plan)?;
+            patch_memory.plan_fill(memory, self.code, &self.code_bytes, writes)?;
         }
-        patch_memory.plan_fill(memory, self.data, &bytes, plan)?;
-        plan.write_kernel(memory, head, &work.0.to_le_bytes())?;
+        patch_memory.plan_fill(memory, self.data, &bytes, writes)?;
+        writes.write_kernel(memory, head, &work.0.to_le_bytes())?;
         Ok(Some(kick))
     }
 }
 
-/// The routine, `void (*func)(struct irq_work *)`, at `at`: called on the interrupt stack with interrupts off.
+/// The routine, `void (*func)(struct irq_work *)`, for address `at`. It is called on the interrupt
+/// stack with interrupts off.
 fn routine(at: Gva, info: &WakeInfo) -> Result<Vec<u8>, EncodeError> {
-    let targets = [info.wake_up_state, info.put];
-    x86::fitted(at, CODE_ROOM, targets, || assemble(at, info))
+    let targets = [info.wake_up_state, info.put_task_struct];
+    x86::assemble_within(at, MAX_CODE, targets, || assemble(at, info))
 }
 
-/// `ret` is a plain one: what runs once for a rare event gains nothing from the kernel's return thunk.
+/// Returns with a plain `ret`: code that runs once for a rare event gains nothing from the kernel's
+/// return thunk.
 fn assemble(at: Gva, info: &WakeInfo) -> Result<Vec<u8>, IcedError> {
     let usage = u32::try_from(info.usage.offset).unwrap_or(u32::MAX);
     let mut a = CodeAssembler::new(64)?;
-    let [mut again, mut kept, mut end] = [a.create_label(), a.create_label(), a.create_label()];
+    let [mut next, mut referenced, mut end] =
+        [a.create_label(), a.create_label(), a.create_label()];
     a.endbr64()?;
     a.push(rbx)?;
     a.push(rbp)?;
     a.sub(rsp, 8)?;
     a.lea(rbx, qword_ptr(rdi + LIST))?;
-    a.set_label(&mut again)?;
+    a.set_label(&mut next)?;
     a.mov(rbp, qword_ptr(rbx))?;
     a.test(rbp, rbp)?;
     a.je(end)?;
     a.mov(rdi, rbp)?;
-    a.mov(esi, i32::try_from(INTERRUPTIBLE).unwrap_or(1))?;
+    a.mov(esi, i32::try_from(TASK_INTERRUPTIBLE).unwrap_or(1))?;
     a.call(info.wake_up_state.0)?;
     a.mov(dword_ptr(rbx + 8), eax)?;
     a.mov(rdi, rbp)?;
     a.lock().dec(dword_ptr(rbp + usage))?;
-    a.jne(kept)?;
-    a.call(info.put.0)?;
-    a.set_label(&mut kept)?;
-    a.add(rbx, i32::try_from(ENTRY).unwrap_or(16))?;
-    a.jmp(again)?;
+    a.jne(referenced)?;
+    a.call(info.put_task_struct.0)?;
+    a.set_label(&mut referenced)?;
+    a.add(rbx, i32::try_from(ENTRY_SIZE).unwrap_or(16))?;
+    a.jmp(next)?;
     a.set_label(&mut end)?;
     a.add(rsp, 8)?;
     a.pop(rbp)?;
@@ -221,7 +230,7 @@ mod tests {
     fn info() -> WakeInfo {
         WakeInfo {
             wake_up_state: Gva(0xffff_ffff_8110_0000),
-            put: Gva(0xffff_ffff_8120_0000),
+            put_task_struct: Gva(0xffff_ffff_8120_0000),
             usage: Field {
                 offset: 40,
                 size: 4,
@@ -230,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_routine_wakes_and_lets_go_of_each_task() {
+    fn the_routine_wakes_and_releases_each_task() {
         let at = Gva(0xffff_ffff_81a0_0000);
         let code = routine(at, &info()).unwrap();
         let mut formatter = IntelFormatter::new();

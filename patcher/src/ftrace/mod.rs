@@ -1,4 +1,4 @@
-//! The guest's function tracer, whose sites at the entries of functions the patches use.
+//! The guest's ftrace, whose sites at the entries of functions the patches use.
 
 pub mod ops;
 pub mod site;
@@ -6,7 +6,8 @@ pub mod site;
 use introspect::Field;
 use introspect::btf::{Btf, BtfError};
 
-/// Layout of ftrace's records, and the bits in them.
+/// Layout of ftrace's records (`struct dyn_ftrace`) and of their pages, and the bits in their
+/// flags.
 #[derive(Clone, Copy, Debug)]
 pub struct FtraceLayout {
     page_next: Field,
@@ -15,22 +16,22 @@ pub struct FtraceLayout {
     record_size: u64,
     record_ip: Field,
     record_flags: Field,
-    /// `FTRACE_FL_DISABLED`: ftrace leaves the record's site alone.
+    /// `FTRACE_FL_DISABLED`: ftrace does not change the record's site.
     disabled: u64,
-    /// Bits that stay when the last user has gone, or that say nothing of users.
+    /// Bits that stay set after the last user is gone, or that say nothing about users.
     harmless: u64,
     ipmodify: u64,
 }
 
 impl FtraceLayout {
-    /// From the kernel's own types.
+    /// Resolves it from the kernel's type information.
     ///
     /// # Errors
-    /// [`BtfError`] naming what the kernel lacks.
+    /// [`BtfError`] that names what the kernel lacks.
     pub fn new(btf: &Btf) -> Result<FtraceLayout, BtfError> {
         let bit = |name| btf.enum_value(name).map(i64::cast_unsigned);
-        // Only newer kernels remember who was there.
-        let memory = ["FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED"];
+        // Only newer kernels remember past users.
+        let past_users = ["FTRACE_FL_TOUCHED", "FTRACE_FL_MODIFIED"];
         Ok(FtraceLayout {
             page_next: btf.field("ftrace_page.next")?,
             page_records: btf.field("ftrace_page.records")?,
@@ -39,7 +40,10 @@ impl FtraceLayout {
             record_ip: btf.field("dyn_ftrace.ip")?,
             record_flags: btf.field("dyn_ftrace.flags")?,
             disabled: bit("FTRACE_FL_DISABLED")?,
-            harmless: memory.into_iter().filter_map(|name| bit(name).ok()).sum(),
+            harmless: past_users
+                .into_iter()
+                .filter_map(|name| bit(name).ok())
+                .sum(),
             ipmodify: bit("FTRACE_FL_IPMODIFY")?,
         })
     }

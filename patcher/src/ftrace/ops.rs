@@ -1,23 +1,27 @@
-//! Who traces an entry by ftrace's own account: each `ftrace_ops` on its list whose filter has the entry.
+//! Which `ftrace_ops` cover a function, from ftrace's own list of them and their filter hashes.
 //!
-//! Those that come while ftrace leaves an entry alone (see [`crate::ftrace::site`]) are not counted in the entry's record. When it is taken
-//! up again the record must say what it would have said: ftrace that finds a count too low, when one of them leaves, warns and
-//! switches itself off. Follows `kernel/trace/ftrace.c: referenced_filters, ops_references_ip, ftrace_hash_rec_update`, and knows
-//! nothing of what stands at an entry.
+//! An `ftrace_ops` that is registered while ftrace leaves an entry alone (see
+//! [`site`](crate::ftrace::site)) is not counted in the entry's record. When the entry is enabled
+//! again, the record must have the count that it would have had: ftrace that finds a count too low,
+//! when one of them is unregistered, warns and disables itself. Follows `kernel/trace/ftrace.c:
+//! referenced_filters, ops_references_ip, ftrace_hash_rec_update`.
+//!
+//! Must not know what bytes are at an entry.
 
 use introspect::SymbolError;
 use introspect::btf::{Btf, BtfError};
 use introspect::memory::{Field, KernelMemory, ReadError};
 use introspect::{Gva, Kernel};
 
-/// More steps, from one `ftrace_ops` to the next or along a chain of a hash, than it takes in any kernel: there is a cycle.
-const MOST_STEPS: u32 = 1 << 18;
-/// More bits than any hash of ftrace has (`FTRACE_HASH_MAX_BITS`).
-const MOST_BITS: u64 = 20;
+/// The most steps, from one `ftrace_ops` to the next or along a chain of a hash. No kernel needs as
+/// many: a walk that does is in a cycle.
+const MAX_STEPS: u32 = 1 << 18;
+/// The most `size_bits` of a hash: more than any of ftrace's has (`FTRACE_HASH_MAX_BITS`).
+const MAX_HASH_BITS: u64 = 20;
 /// `include/linux/hash.h: GOLDEN_RATIO_64`.
 const GOLDEN_RATIO: u64 = 0x61c8_8646_80b5_83eb;
 
-/// ftrace's list of those who trace, and how to read it.
+/// ftrace's list of `ftrace_ops`, and how to read it.
 #[derive(Clone, Copy, Debug)]
 pub struct FtraceOps {
     /// `ftrace_ops_list`.
@@ -30,36 +34,38 @@ pub struct FtraceOps {
     trampoline: Field,
     filter: Field,
     notrace: Field,
-    hash: HashTypes,
+    hash: HashLayout,
     bits: Bits,
 }
 
 /// Layout of `struct ftrace_hash`.
 #[derive(Clone, Copy, Debug)]
-struct HashTypes {
+struct HashLayout {
     size_bits: Field,
     buckets: Field,
     count: Field,
     flags: Field,
-    /// `FTRACE_HASH_FL_MOD`: not empty, though it counts nothing.
+    /// `FTRACE_HASH_FL_MOD`: the hash is not empty, even if its count is zero.
     module: u64,
     link: Field,
     ip: Field,
 }
 
+/// Bits in the flags of `ftrace_ops` and of records.
 #[derive(Clone, Copy, Debug)]
 struct Bits {
+    /// `FTRACE_OPS_FL_ENABLED`.
     enabled: u64,
-    /// What an `ftrace_ops` asks for, and what a record then says.
-    asks: [(u64, u64); 3],
-    /// `FTRACE_FL_TRAMP`: the one who traces has a trampoline.
+    /// What an `ftrace_ops` requests, and the bit that its records then have.
+    requests: [(u64, u64); 3],
+    /// `FTRACE_FL_TRAMP`: the only `ftrace_ops` of the record has a trampoline.
     tramp: u64,
 }
 
-/// The list could not be followed.
+/// Why the list could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FtraceOpsError {
-    /// It could not be read.
+    /// Memory could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The kernel lacks a symbol.
@@ -68,16 +74,16 @@ pub enum FtraceOpsError {
     /// The kernel's types lack something.
     #[error(transparent)]
     Types(#[from] BtfError),
-    /// It goes round, or is larger than any kernel's.
-    #[error("the kernel's list of ftrace_ops and their filters makes no sense at {0}")]
+    /// A list or a hash has a cycle, or is larger than any kernel's.
+    #[error("the kernel's list of ftrace_ops or a filter of theirs is corrupt at {0}")]
     Endless(Gva),
 }
 
 impl FtraceOps {
-    /// From a kernel's symbols and types.
+    /// Resolves it from a kernel's symbols and types.
     ///
     /// # Errors
-    /// [`FtraceOpsError`] naming what the kernel lacks.
+    /// [`FtraceOpsError`] that names what the kernel lacks.
     pub fn new(kernel: &Kernel) -> Result<FtraceOps, FtraceOpsError> {
         let btf = &kernel.btf;
         Ok(FtraceOps {
@@ -89,44 +95,51 @@ impl FtraceOps {
             trampoline: btf.field("ftrace_ops.trampoline")?,
             filter: btf.field("ftrace_ops_hash.filter_hash")?,
             notrace: btf.field("ftrace_ops_hash.notrace_hash")?,
-            hash: HashTypes::new(btf)?,
+            hash: HashLayout::new(btf)?,
             bits: Bits::new(btf)?,
         })
     }
 
-    /// What the record of the entry at `ip` is to say of those who trace it: their number, and what they ask for.
+    /// The users' part of the flags that the record of the entry at `ip` must have: how many
+    /// `ftrace_ops` cover it, and what they request.
     ///
     /// # Errors
     /// [`FtraceOpsError`].
     pub fn record_flags(&self, memory: &KernelMemory<'_>, ip: Gva) -> Result<u64, FtraceOpsError> {
         let mut walk = Walk {
             memory,
-            left: MOST_STEPS,
+            left: MAX_STEPS,
         };
         let (mut count, mut record) = (0, 0);
         let mut ops = memory.pointer(self.head)?;
         while ops != self.end && !ops.is_null() {
             walk.step(ops)?;
             let flags = memory.field(ops, self.flags)?;
-            if flags & self.bits.enabled != 0 && self.has(&mut walk, ops, ip)? {
+            if flags & self.bits.enabled != 0 && self.covers(&mut walk, ops, ip)? {
                 count += 1;
-                let asked = self.bits.asks.iter().filter(|(ops, _)| flags & ops != 0);
-                record |= asked.map(|(_, record)| record).sum::<u64>();
-                let alone = count == 1 && memory.field(ops, self.trampoline)? != 0;
-                record = record & !self.bits.tramp | if alone { self.bits.tramp } else { 0 };
+                let requested = self
+                    .bits
+                    .requests
+                    .iter()
+                    .filter(|(ops, _)| flags & ops != 0);
+                record |= requested.map(|(_, record)| record).sum::<u64>();
+                let with_trampoline = count == 1 && memory.field(ops, self.trampoline)? != 0;
+                record =
+                    record & !self.bits.tramp | if with_trampoline { self.bits.tramp } else { 0 };
             }
             ops = Gva(memory.field(ops, self.next)?);
         }
         Ok(record | count)
     }
 
-    /// Whether an enabled `ftrace_ops` traces `ip`.
-    fn has(&self, walk: &mut Walk<'_, '_>, ops: Gva, ip: Gva) -> Result<bool, FtraceOpsError> {
-        let both = Gva(walk.memory.field(ops, self.func_hash)?);
-        let hash = |field| Ok::<_, ReadError>(Gva(walk.memory.field(both, field)?));
+    /// Whether the filter of an `ftrace_ops` covers `ip`.
+    fn covers(&self, walk: &mut Walk<'_, '_>, ops: Gva, ip: Gva) -> Result<bool, FtraceOpsError> {
+        let hashes = Gva(walk.memory.field(ops, self.func_hash)?);
+        let hash = |field| Ok::<_, ReadError>(Gva(walk.memory.field(hashes, field)?));
         let (filter, notrace) = (hash(self.filter)?, hash(self.notrace)?);
         let all = self.hash.is_empty(walk.memory, filter)?;
-        Ok((all || self.hash.has(walk, filter, ip)?) && !self.hash.has(walk, notrace, ip)?)
+        Ok((all || self.hash.contains(walk, filter, ip)?)
+            && !self.hash.contains(walk, notrace, ip)?)
     }
 }
 
@@ -135,7 +148,7 @@ impl Bits {
         let bit = |name| btf.enum_value(name).map(i64::cast_unsigned);
         Ok(Bits {
             enabled: bit("FTRACE_OPS_FL_ENABLED")?,
-            asks: [
+            requests: [
                 (bit("FTRACE_OPS_FL_SAVE_REGS")?, bit("FTRACE_FL_REGS")?),
                 (bit("FTRACE_OPS_FL_IPMODIFY")?, bit("FTRACE_FL_IPMODIFY")?),
                 (bit("FTRACE_OPS_FL_DIRECT")?, bit("FTRACE_FL_DIRECT")?),
@@ -145,9 +158,9 @@ impl Bits {
     }
 }
 
-impl HashTypes {
-    fn new(btf: &Btf) -> Result<HashTypes, BtfError> {
-        Ok(HashTypes {
+impl HashLayout {
+    fn new(btf: &Btf) -> Result<HashLayout, BtfError> {
+        Ok(HashLayout {
             size_bits: btf.field("ftrace_hash.size_bits")?,
             buckets: btf.field("ftrace_hash.buckets")?,
             count: btf.field("ftrace_hash.count")?,
@@ -166,18 +179,23 @@ impl HashTypes {
     }
 
     /// `ftrace_lookup_ip`.
-    fn has(&self, walk: &mut Walk<'_, '_>, hash: Gva, ip: Gva) -> Result<bool, FtraceOpsError> {
+    fn contains(
+        &self,
+        walk: &mut Walk<'_, '_>,
+        hash: Gva,
+        ip: Gva,
+    ) -> Result<bool, FtraceOpsError> {
         let memory = walk.memory;
         if hash.is_null() || memory.field(hash, self.count)? == 0 {
             return Ok(false);
         }
         let bucket = match memory.field(hash, self.size_bits)? {
             0 => 0,
-            bits @ 1..=MOST_BITS => ip.0.wrapping_mul(GOLDEN_RATIO) >> (64 - bits),
+            bits @ 1..=MAX_HASH_BITS => ip.0.wrapping_mul(GOLDEN_RATIO) >> (64 - bits),
             _ => return Err(FtraceOpsError::Endless(hash)),
         };
         let buckets = Gva(memory.field(hash, self.buckets)?);
-        // The first member of a head and of a node is the pointer to what comes next.
+        // The first member of a head and of a node is the pointer to the next node.
         let mut node = memory.pointer(buckets.add(bucket * 8))?;
         while !node.is_null() {
             walk.step(node)?;
@@ -190,7 +208,7 @@ impl HashTypes {
     }
 }
 
-/// Steps of one account, which are not endless.
+/// The steps that are left in one reading of the list.
 struct Walk<'k, 'm> {
     memory: &'k KernelMemory<'m>,
     left: u32,
@@ -217,7 +235,7 @@ mod tests {
     const DIRECT: u64 = 1 << 27;
     const TRAMP: u64 = 1 << 28;
 
-    fn tracers() -> FtraceOps {
+    fn ftrace_ops() -> FtraceOps {
         let field = |offset| Field { offset, size: 8 };
         FtraceOps {
             head: DATA,
@@ -228,7 +246,7 @@ mod tests {
             trampoline: field(24),
             filter: field(8),
             notrace: field(0),
-            hash: HashTypes {
+            hash: HashLayout {
                 size_bits: field(0),
                 buckets: field(8),
                 count: field(16),
@@ -239,13 +257,13 @@ mod tests {
             },
             bits: Bits {
                 enabled: 1,
-                asks: [(SAVE_REGS, REGS), (1 << 3, 1 << 30), (1 << 17, DIRECT)],
+                requests: [(SAVE_REGS, REGS), (1 << 3, 1 << 30), (1 << 17, DIRECT)],
                 tramp: TRAMP,
             },
         }
     }
 
-    /// Memory that is laid out from its beginning on, word by word; the first word is the list's head.
+    /// Memory that is filled from its beginning, word by word; the first word is the list's head.
     struct Memory {
         machine: Mock,
         used: u64,
@@ -269,7 +287,7 @@ mod tests {
             DATA.add(at)
         }
 
-        /// A hash of `1 << bits` buckets with these addresses.
+        /// Adds a hash of `1 << bits` buckets with these addresses.
         fn hash(&mut self, bits: u32, ips: &[Gva]) -> Gva {
             let mut heads = vec![0; 1 << bits];
             for ip in ips {
@@ -281,21 +299,21 @@ mod tests {
             self.put(&[bits.into(), buckets, ips.len() as u64, 0])
         }
 
-        /// One more on the list.
+        /// Adds an `ftrace_ops` to the list.
         fn ops(&mut self, flags: u64, trampoline: u64, filter: Gva, notrace: Gva) {
-            let both = self.put(&[notrace.0, filter.0]);
+            let hashes = self.put(&[notrace.0, filter.0]);
             let first = self.machine.word(Mock::FREE);
-            let ops = self.put(&[first, flags, both.0, trampoline]);
+            let ops = self.put(&[first, flags, hashes.0, trampoline]);
             self.machine.put(Mock::FREE, &ops.0.to_le_bytes());
         }
 
         fn record_flags(&self) -> Result<u64, FtraceOpsError> {
-            tracers().record_flags(&self.machine.kernel_memory(), IP)
+            ftrace_ops().record_flags(&self.machine.kernel_memory(), IP)
         }
     }
 
     #[test]
-    fn counts_those_whose_filter_has_it() {
+    fn counts_the_ops_whose_filter_covers_the_entry() {
         for bits in [0, 1, 4] {
             let mut memory = Memory::new();
             assert_eq!(memory.record_flags(), Ok(0));
@@ -314,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_for_modules_to_come_is_not_empty() {
+    fn a_filter_for_modules_not_loaded_yet_is_not_empty() {
         let mut memory = Memory::new();
         let waiting = memory.put(&[0, 0, 0, 1]);
         memory.ops(1, 0, waiting, Gva(0));
@@ -322,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn says_what_they_ask_for() {
+    fn the_record_has_the_bits_that_the_ops_request() {
         let mut memory = Memory::new();
         let its = memory.hash(2, &[IP]);
         memory.ops(1 | SAVE_REGS, 5, its, Gva(0));
@@ -332,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_without_end_are_no_hang() {
+    fn endless_lists_are_errors() {
         let mut memory = Memory::new();
         memory.ops(0, 0, Gva(0), Gva(0));
         let ops = DATA.add(memory.used - 32);

@@ -1,49 +1,53 @@
-//! A function's entry site: the five bytes that the kernel keeps for a tracer, and who uses them.
+//! A function's entry site: the five bytes that the kernel keeps for ftrace, and what uses them.
 //!
-//! Found by the ftrace record, at the function's first byte or behind its ENDBR, and proved by the bytes that stand there. A
-//! site is ours only when nobody else has it. Follows `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; knows
-//! nothing of what the site will be made to say.
+//! A site is found by its ftrace record, at the function's first byte or after its ENDBR, and
+//! verified by the bytes that are there. It can be taken only when nothing else uses it. Follows
+//! `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; must not know what will be written
+//! to the site.
 
 use introspect::Gva;
 use introspect::{Field, KernelMemory, ReadError};
 
 use crate::ftrace::FtraceLayout;
-use crate::x86::{INT3, NOP5, NOP5_K8, SITE_LEN};
+use crate::guest_array;
+use crate::x86::{CALL, INT3, JMP32, NOP5, NOP5_K8, SITE_LEN};
 
-/// The five-byte NOPs that kernels put at unused sites: the current one, and that of older processors
-/// (`arch/x86/include/asm/nops.h`: P6 and K8).
-const NOPS: [[u8; SITE_LEN]; 2] = [NOP5, NOP5_K8];
-/// Where a site can be: at the function's first byte, or behind a four-byte ENDBR64 (or what sealing left of it).
+/// The five-byte NOPs that kernels put at unused sites: the current one, and that of older
+/// processors (`arch/x86/include/asm/nops.h`: P6 and K8).
+const SITE_NOPS: [[u8; SITE_LEN]; 2] = [NOP5, NOP5_K8];
+/// Where a site can be: at the function's first byte, or after a four-byte ENDBR64 (or what sealing
+/// left of it).
 const OFFSETS: [u64; 2] = [0, 4];
-/// More groups of records than any kernel has: a list that is longer has a cycle.
-const MOST_PAGES: u32 = 1 << 16;
-/// More records in one group than any kernel has.
-const MOST_RECORDS: u64 = 1 << 20;
+/// The most pages of records: more than any kernel has. A list that is longer has a cycle.
+const MAX_PAGES: u32 = 1 << 16;
+/// The most records in one page group: more than any kernel has.
+const MAX_RECORDS: u64 = 1 << 20;
 
 /// A function's entry site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
     /// Address of the five bytes.
     pub at: Gva,
-    /// What stands there when nobody uses the site.
+    /// The bytes of the unused site.
     pub nop: [u8; SITE_LEN],
-    /// The flags of its ftrace record.
+    /// Address of the flags of its ftrace record.
     flags: Gva,
     flags_size: u64,
 }
 
-/// Why a site cannot be had.
+/// Why a function's entry site cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SiteError {
-    /// ftrace knows no site in this function.
+    /// ftrace has no record of a site in this function.
     #[error(
-        "it has no ftrace site (notrace or inlined code), and only functions with one can be replaced"
+        "it has no ftrace site (notrace or inlined code), and only functions with one can be \
+         replaced"
     )]
     None,
-    /// Somebody uses the site.
+    /// Something in the guest uses the site.
     #[error("its entry is in use by {0}; remove that first")]
     Used(String),
-    /// The site holds what no kernel writes.
+    /// The site holds bytes that no kernel writes there.
     #[error("its entry holds {0} instead of the ftrace NOP")]
     Foreign(String),
     /// The entry or its record changed after outpatch took it.
@@ -52,39 +56,39 @@ pub enum SiteError {
     /// The kernel's records could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The kernel's records make no sense.
+    /// The kernel's list of records has a cycle.
     #[error("the kernel's list of ftrace records does not end")]
     Endless,
 }
 
 impl Site {
-    /// The free site of the function at `entry`. `name_of` names code for messages.
+    /// The unused site of the function at `entry`. `name_of` names code for messages.
     ///
     /// # Errors
-    /// [`SiteError`] with the name of the user when it is not free.
+    /// [`SiteError`], with the name of the user when the site is in use.
     pub fn find(
         memory: &KernelMemory<'_>,
-        types: &FtraceLayout,
+        layout: &FtraceLayout,
         pages: Gva,
         entry: Gva,
         name_of: impl Fn(Gva) -> String,
     ) -> Result<Site, SiteError> {
-        let (at, record) = record(memory, types, pages, entry)?.ok_or(SiteError::None)?;
+        let (at, record) = find_record(memory, layout, pages, entry)?.ok_or(SiteError::None)?;
         let mut bytes = [0; SITE_LEN];
         memory.read(at, &mut bytes)?;
-        let flags = memory.field(record, types.record_flags)?;
-        let nop = classify(types, at, bytes, flags, name_of)?;
+        let flags = memory.field(record, layout.record_flags)?;
+        let nop = classify(layout, at, bytes, flags, name_of)?;
         Ok(Site {
             at,
             nop,
-            flags: types.record_flags.of(record),
-            flags_size: types.record_flags.size,
+            flags: layout.record_flags.of(record),
+            flags_size: layout.record_flags.size,
         })
     }
 
-    /// The address behind the site: where the old function goes on.
+    /// The address after the site, where the original function continues.
     #[must_use]
-    pub fn behind(&self) -> Gva {
+    pub fn end(&self) -> Gva {
         self.at.add(SITE_LEN as u64)
     }
 
@@ -102,57 +106,59 @@ impl Site {
         Ok(now == bytes)
     }
 
-    /// Whether somebody else uses the site by its record now, our own mark aside.
+    /// Whether the site has users now according to its record, the disabled bit aside.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn has_users(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceLayout,
+        layout: &FtraceLayout,
     ) -> Result<bool, ReadError> {
-        Ok(self.flags(memory)? & !(types.harmless | types.disabled) != 0)
+        Ok(self.flags(memory)? & !(layout.harmless | layout.disabled) != 0)
     }
 
-    /// Whether ftrace leaves the site alone.
+    /// Whether ftrace does not change the site now (`FTRACE_FL_DISABLED`).
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn is_disabled(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceLayout,
+        layout: &FtraceLayout,
     ) -> Result<bool, ReadError> {
-        Ok(self.flags(memory)? & types.disabled != 0)
+        Ok(self.flags(memory)? & layout.disabled != 0)
     }
 
-    /// Where to write, and what, so that ftrace leaves the site alone.
+    /// The write, by address and bytes, after which ftrace does not change the site.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn disable(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceLayout,
+        layout: &FtraceLayout,
     ) -> Result<(Gva, Vec<u8>), ReadError> {
-        Ok(self.record(self.flags(memory)? | types.disabled))
+        Ok(self.flags_write(self.flags(memory)? | layout.disabled))
     }
 
-    /// Where to write, and what, so that ftrace takes the site up again, with what its record is to say of those who trace it
-    /// ([`crate::ftrace::ops::FtraceOps::record_flags`]).
+    /// The write, by address and bytes, after which ftrace manages the site again, with `users` as
+    /// the users' part of the record's flags ([`FtraceOps::record_flags`]).
+    ///
+    /// [`FtraceOps::record_flags`]: crate::ftrace::ops::FtraceOps::record_flags
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn enable(
         &self,
         memory: &KernelMemory<'_>,
-        types: &FtraceLayout,
-        tracers: u64,
+        layout: &FtraceLayout,
+        users: u64,
     ) -> Result<(Gva, Vec<u8>), ReadError> {
-        Ok(self.record(self.flags(memory)? & types.harmless | tracers))
+        Ok(self.flags_write(self.flags(memory)? & layout.harmless | users))
     }
 
-    fn record(&self, flags: u64) -> (Gva, Vec<u8>) {
+    fn flags_write(&self, flags: u64) -> (Gva, Vec<u8>) {
         let mut bytes = flags.to_le_bytes().to_vec();
         bytes.truncate(usize::try_from(self.flags_size).unwrap_or(bytes.len()));
         (self.flags, bytes)
@@ -167,9 +173,9 @@ impl Site {
     }
 }
 
-/// The NOP of a free site, or who uses it.
+/// The NOP at an unused site, or what uses it.
 fn classify(
-    types: &FtraceLayout,
+    layout: &FtraceLayout,
     at: Gva,
     bytes: [u8; SITE_LEN],
     flags: u64,
@@ -181,82 +187,77 @@ fn classify(
         name_of(at.add(SITE_LEN as u64).offset(i64::from(rel)))
     };
     match opcode {
-        0xe8 if flags & types.ipmodify != 0 => {
+        CALL if flags & layout.ipmodify != 0 => {
             return Err(SiteError::Used(format!(
                 "a livepatch or kprobe of the guest's own (call to {})",
                 target()
             )));
         }
-        0xe8 => {
+        CALL => {
             return Err(SiteError::Used(format!(
                 "ftrace, kprobes or BPF (call to {})",
                 target()
             )));
         }
         INT3 => return Err(SiteError::Used("a kprobe (int3)".into())),
-        0xe9 => return Err(SiteError::Used(format!("a jump to {}", target()))),
+        JMP32 => return Err(SiteError::Used(format!("a jump to {}", target()))),
         _ => {}
     }
-    if !NOPS.contains(&bytes) {
+    if !SITE_NOPS.contains(&bytes) {
         let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         return Err(SiteError::Foreign(hex.join(" ")));
     }
-    if flags & types.disabled != 0 {
+    if flags & layout.disabled != 0 {
         return Err(SiteError::Used(
-            "something for which ftrace has switched it off (FTRACE_FL_DISABLED)".into(),
+            "something for which ftrace has disabled it (FTRACE_FL_DISABLED)".into(),
         ));
     }
-    if flags & !types.harmless != 0 {
+    if flags & !layout.harmless != 0 {
         return Err(SiteError::Used(format!("ftrace (record flags {flags:#x})")));
     }
     Ok(bytes)
 }
 
-/// The site and record of the function at `entry`: the groups of records in the list, each sorted by address.
-fn record(
+/// The site and the record of the function at `entry`, from the list of page groups of records,
+/// each sorted by address.
+fn find_record(
     memory: &KernelMemory<'_>,
-    types: &FtraceLayout,
+    layout: &FtraceLayout,
     pages: Gva,
     entry: Gva,
 ) -> Result<Option<(Gva, Gva)>, SiteError> {
     let mut page = memory.pointer(pages)?;
-    for _ in 0..MOST_PAGES {
+    for _ in 0..MAX_PAGES {
         if page.is_null() {
             return Ok(None);
         }
-        let records = Gva(memory.field(page, types.page_records)?);
-        let count = memory.field(page, types.page_index)?.min(MOST_RECORDS);
+        let records = Gva(memory.field(page, layout.page_records)?);
+        let count = memory.field(page, layout.page_index)?.min(MAX_RECORDS);
         for offset in OFFSETS {
             let at = entry.add(offset);
-            if let Some(record) = bisect(memory, types, records, count, at)? {
+            if let Some(record) = search_page(memory, layout, records, count, at)? {
                 return Ok(Some((at, record)));
             }
         }
-        page = Gva(memory.field(page, types.page_next)?);
+        page = Gva(memory.field(page, layout.page_next)?);
     }
     Err(SiteError::Endless)
 }
 
-/// The record of `at` among `count` sorted ones.
-fn bisect(
+/// The record of the site at `at` among `count` sorted ones.
+fn search_page(
     memory: &KernelMemory<'_>,
-    types: &FtraceLayout,
+    layout: &FtraceLayout,
     records: Gva,
     count: u64,
     at: Gva,
 ) -> Result<Option<Gva>, ReadError> {
-    let (mut low, mut high) = (0, count);
-    while low < high {
-        let middle = low + (high - low) / 2;
-        let record = records.add(middle.wrapping_mul(types.record_size));
-        let ip = Gva(memory.field(record, types.record_ip)?);
-        match ip.cmp(&at) {
-            std::cmp::Ordering::Equal => return Ok(Some(record)),
-            std::cmp::Ordering::Less => low = middle + 1,
-            std::cmp::Ordering::Greater => high = middle,
-        }
-    }
-    Ok(None)
+    let record = |index: u64| records.add(index.wrapping_mul(layout.record_size));
+    let found = guest_array::binary_search(count, |index| {
+        let ip = Gva(memory.field(record(index), layout.record_ip)?);
+        Ok::<_, ReadError>(ip.cmp(&at))
+    })?;
+    Ok(found.map(record))
 }
 
 #[cfg(test)]
@@ -267,12 +268,12 @@ mod tests {
     const TEXT: Gva = Gva(0xffff_ffff_8100_0000);
     const DATA: Gva = Gva(0xffff_8880_0000_0000);
     const PAGES: Gva = DATA;
-    const NOP: [u8; 5] = NOPS[0];
+    const NOP: [u8; 5] = SITE_NOPS[0];
     const DISABLED: u32 = 1 << 25;
     const TOUCHED: u32 = 1 << 20;
     const IPMODIFY: u32 = 1 << 26;
 
-    /// Sites at 0x100 (first byte), 0x204 (behind ENDBR) and 0x304, the last in a second group of records.
+    /// Sites at 0x100 (first byte), 0x204 (after ENDBR) and 0x304, the last in a second page group.
     fn machine() -> Mock {
         let mut machine = Mock::new(0x40000);
         machine.map(TEXT, Mock::FREE, 0x1);
@@ -296,7 +297,7 @@ mod tests {
         machine.put(Mock::FREE + 0x1000 + at, bytes);
     }
 
-    fn types() -> FtraceLayout {
+    fn layout() -> FtraceLayout {
         let field = |offset, size| Field { offset, size };
         FtraceLayout {
             page_next: field(0, 8),
@@ -314,7 +315,7 @@ mod tests {
     fn find(machine: &Mock, entry: u64) -> Result<Site, SiteError> {
         Site::find(
             &machine.kernel_memory(),
-            &types(),
+            &layout(),
             PAGES,
             TEXT.add(entry),
             |at| format!("code at {at}"),
@@ -322,12 +323,12 @@ mod tests {
     }
 
     #[test]
-    fn finds_sites_at_both_offsets_and_in_later_groups() {
+    fn finds_sites_at_both_offsets_and_in_later_page_groups() {
         let machine = machine();
         for (entry, site) in [(0x100, 0x100), (0x200, 0x204), (0x300, 0x304)] {
             let found = find(&machine, entry).unwrap();
             assert_eq!((found.at, found.nop), (TEXT.add(site), NOP));
-            assert_eq!(found.behind(), TEXT.add(site + 5));
+            assert_eq!(found.end(), TEXT.add(site + 5));
         }
         assert_eq!(find(&machine, 0x180), Err(SiteError::None));
     }
@@ -335,12 +336,12 @@ mod tests {
     #[test]
     fn accepts_the_older_nop() {
         let mut machine = machine();
-        machine.put(Mock::FREE + 0x100, &NOPS[1]);
-        assert_eq!(find(&machine, 0x100).unwrap().nop, NOPS[1]);
+        machine.put(Mock::FREE + 0x100, &SITE_NOPS[1]);
+        assert_eq!(find(&machine, 0x100).unwrap().nop, SITE_NOPS[1]);
     }
 
     #[test]
-    fn names_who_uses_a_site() {
+    fn names_the_user_of_a_site() {
         let cases: [(&[u8], u32, &str); 7] = [
             (
                 &[0xe8, 0, 1, 0, 0],
@@ -367,26 +368,26 @@ mod tests {
     }
 
     #[test]
-    fn behind_the_fence_the_record_says_who_came_meanwhile() {
+    fn a_disabled_record_counts_the_users_that_came_meanwhile() {
         let mut machine = machine();
         put(&mut machine, 0x108, &u64::from(TOUCHED).to_le_bytes());
         let site = find(&machine, 0x100).unwrap();
-        let (at, bytes) = site.disable(&machine.kernel_memory(), &types()).unwrap();
+        let (at, bytes) = site.disable(&machine.kernel_memory(), &layout()).unwrap();
         assert_eq!(at, DATA.add(0x108));
         assert_eq!(bytes, u64::from(TOUCHED | DISABLED).to_le_bytes());
         put(&mut machine, 0x108, &bytes);
         let memory = machine.kernel_memory();
-        assert!(site.is_disabled(&memory, &types()).unwrap());
-        assert!(!site.has_users(&memory, &types()).unwrap());
-        for tracers in [0, 2] {
-            let (at, bytes) = site.enable(&memory, &types(), tracers).unwrap();
+        assert!(site.is_disabled(&memory, &layout()).unwrap());
+        assert!(!site.has_users(&memory, &layout()).unwrap());
+        for users in [0, 2] {
+            let (at, bytes) = site.enable(&memory, &layout(), users).unwrap();
             assert_eq!(at, DATA.add(0x108));
-            assert_eq!(bytes, (u64::from(TOUCHED) | tracers).to_le_bytes());
+            assert_eq!(bytes, (u64::from(TOUCHED) | users).to_le_bytes());
         }
     }
 
     #[test]
-    fn a_list_without_end_is_no_hang() {
+    fn an_endless_list_is_an_error() {
         let mut machine = machine();
         put(&mut machine, 0x80, &DATA.add(0x40).0.to_le_bytes());
         assert_eq!(find(&machine, 0x180), Err(SiteError::Endless));

@@ -30,7 +30,7 @@ pub fn allocate<M: Machine>(
         align: 64,
     };
     memory
-        .take_data(machine, kernel, &info.areas, request)
+        .allocate_data(machine, kernel, &info.areas, request)
         .map(Some)
 }
 

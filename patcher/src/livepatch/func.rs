@@ -78,7 +78,7 @@ impl PatchedFunction {
     #[must_use]
     pub fn address_of(&self, target: Target) -> Gva {
         match target {
-            Target::Original => self.site.behind(),
+            Target::Original => self.site.end(),
             Target::Patched(code) => code,
         }
     }

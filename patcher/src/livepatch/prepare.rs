@@ -20,7 +20,8 @@ use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
 use crate::memory::{Allocation, PatchMemory, Request};
 use crate::module::{
-    self, Bases, GuestTarget, Image, KlpPatch, LinkError, LivepatchModule, ModuleError, Sizes,
+    self, GuestTarget, Image, KlpPatch, LinkError, LivepatchModule, LoadAddresses, ModuleError,
+    Sizes,
 };
 use crate::report::patch::PatchPhase;
 use crate::report::transition::TransitionSummary;
@@ -80,8 +81,8 @@ fn allocate<M: Machine>(
     (sizes, functions): (Sizes, u64),
     allocated: &mut Vec<Allocation>,
 ) -> Result<Allocations, PatchError> {
-    let mut take_data = |machine: &mut M, patch_memory: &mut PatchMemory, request| {
-        let allocation = patch_memory.take_data(machine, kernel, &info.areas, request)?;
+    let mut allocate_data = |machine: &mut M, patch_memory: &mut PatchMemory, request| {
+        let allocation = patch_memory.allocate_data(machine, kernel, &info.areas, request)?;
         allocated.push(allocation);
         Ok::<_, PatchError>(allocation)
     };
@@ -90,7 +91,7 @@ fn allocate<M: Machine>(
         None => {
             let tasks = kernel.symbols.address("nr_threads")?;
             let tasks = kernel.memory(machine.memory()).u32(tasks)?;
-            Some(take_data(
+            Some(allocate_data(
                 machine,
                 patch_memory,
                 pending_tasks::table_request(tasks.into()),
@@ -103,16 +104,16 @@ fn allocate<M: Machine>(
     };
     let data = match sizes.data {
         0 => None,
-        _ => Some(take_data(machine, patch_memory, data_request)?),
+        _ => Some(allocate_data(machine, patch_memory, data_request)?),
     };
     let source = state_source(info, table)?;
     let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
-    let stubs_len = source.stub_room() * functions;
+    let stubs_len = source.max_stub_len() * functions;
     let code_request = Request {
         len: stubs_at.saturating_add(stubs_len),
         align: sizes.code_align.max(STUB_ALIGN),
     };
-    let code = patch_memory.take_code(machine, kernel, &info.areas, code_request)?;
+    let code = patch_memory.allocate_code(machine, kernel, &info.areas, code_request)?;
     allocated.push(code);
     Ok(Allocations {
         code,
@@ -177,7 +178,7 @@ fn build<M: Machine>(
     allocations: &Allocations,
 ) -> Result<Patch, PatchError> {
     let code_base = allocations.code.range.start;
-    let bases = Bases {
+    let bases = LoadAddresses {
         code: code_base,
         data: allocations.data.map_or(code_base, |data| data.range.start),
     };
@@ -318,7 +319,7 @@ fn set_targets(
         function.new = Target::Patched(linked.new);
     }
     for (function, at) in functions.iter_mut().zip(0u64..) {
-        function.stub = stubs.add(at * source.stub_room());
+        function.stub = stubs.add(at * source.max_stub_len());
     }
     functions
 }
@@ -346,7 +347,7 @@ fn code_bytes(
         let new = function.address_of(function.new);
         let mut stub = entry_stub::stub(function.stub, info.current, source, previous, new)?;
         stub.resize(
-            usize::try_from(source.stub_room()).unwrap_or_default(),
+            usize::try_from(source.max_stub_len()).unwrap_or_default(),
             filler,
         );
         bytes.append(&mut stub);

@@ -1,5 +1,5 @@
-//! A machine without a guest, for this crate's unit tests: a byte array with page tables, which records what is done to it and
-//! can make any single operation fail.
+//! A mock machine for this crate's unit tests: a byte array with page tables. It records every
+//! operation and can make any single one fail.
 
 use introspect::memory::AddressSpace;
 use introspect::memory::KernelMemory;
@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 
 use crate::machine::{Machine, MachineError};
 
-/// A task that sleeps nowhere.
+/// A task that is not running and has no stack.
 pub(crate) fn task(pid: i32, kind: TaskKind) -> Task {
     Task {
         addr: Gva::NULL,
@@ -29,10 +29,10 @@ pub(crate) fn task(pid: i32, kind: TaskKind) -> Task {
     }
 }
 
-/// Where hidden memory begins.
+/// The guest-physical address at which hidden memory begins.
 const HIDDEN: u64 = 1 << 40;
 
-/// RAM from 0 on, and hidden memory.
+/// RAM from address 0 on, and hidden memory in slots of 2 MiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Ram {
     pub(crate) low: Vec<u8>,
@@ -71,7 +71,7 @@ impl PhysMemory for Ram {
     }
 }
 
-/// What was done to the machine.
+/// An operation on the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     Pause,
@@ -83,12 +83,12 @@ pub(crate) enum Op {
     Interrupt(u32, u8),
 }
 
-/// The machine.
+/// A machine that has no guest.
 #[derive(Debug)]
 pub(crate) struct Mock {
     pub(crate) ram: Ram,
     pub(crate) ops: Vec<Op>,
-    /// The operation with this number, from 0, fails once.
+    /// The number, from 0, of the operation that fails.
     pub(crate) fail_at: Option<usize>,
     pub(crate) paused: u32,
     pub(crate) vcpus: Vec<VcpuRegs>,
@@ -137,7 +137,7 @@ impl Mock {
         to.copy_from_slice(bytes);
     }
 
-    /// The table below `entry`, made when there is none; never the one that maps pages of 4 KiB.
+    /// The page table that `entry` points to; made when there is none.
     fn table_below(&mut self, entry: u64) -> u64 {
         if self.word(entry) == 0 {
             let table = self.next_table;
@@ -148,14 +148,14 @@ impl Mock {
         self.word(entry) & !0xfff
     }
 
-    /// The address of the table whose entries map 2 MiB each around `gva`.
+    /// The address of the page directory for `gva`, whose entries map 2 MiB each.
     pub(crate) fn directory(&mut self, gva: Gva) -> u64 {
         let index = |shift: u32| (gva.0 >> shift & 0x1ff) * 8;
         let upper = self.table_below(ROOT + index(39));
         self.table_below(upper + index(30))
     }
 
-    /// Maps one 4 KiB page.
+    /// Maps one page of 4 KiB.
     pub(crate) fn map(&mut self, gva: Gva, gpa: u64, bits: u64) {
         let directory = self.directory(gva);
         let table = self.table_below(directory + (gva.0 >> 21 & 0x1ff) * 8);
@@ -163,7 +163,8 @@ impl Mock {
         self.put(entry, &(gpa | bits).to_le_bytes());
     }
 
-    fn act(&mut self, op: Op) -> Result<(), MachineError> {
+    /// Records `op`, and fails if it is the one that is to fail.
+    fn record(&mut self, op: Op) -> Result<(), MachineError> {
         let number = self.ops.len();
         self.ops.push(op);
         if self.fail_at == Some(number) {
@@ -181,24 +182,24 @@ impl Machine for Mock {
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
-        self.act(Op::Pause)?;
+        self.record(Op::Pause)?;
         self.paused += 1;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
         self.paused = self.paused.checked_sub(1).expect("resumed without a pause");
-        self.act(Op::Resume)
+        self.record(Op::Resume)
     }
 
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError> {
-        self.act(Op::Vcpus)?;
+        self.record(Op::Vcpus)?;
         assert!(self.paused > 0, "registers read from a running guest");
         Ok(self.vcpus.clone())
     }
 
     fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError> {
-        self.act(Op::Write(gpa, bytes.len()))?;
+        self.record(Op::Write(gpa, bytes.len()))?;
         assert!(
             self.paused > 0 || gpa.0 >= HIDDEN,
             "RAM of a running guest written"
@@ -211,7 +212,7 @@ impl Machine for Mock {
     }
 
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError> {
-        self.act(Op::AddHidden)?;
+        self.record(Op::AddHidden)?;
         assert_eq!(len, 2 << 20);
         self.ram.hidden.push(vec![0; 2 << 20]);
         Ok(GuestAddress(
@@ -220,12 +221,12 @@ impl Machine for Mock {
     }
 
     fn remove_hidden_memory(&mut self, _: GuestAddress) -> Result<(), MachineError> {
-        self.act(Op::RemoveHidden)?;
+        self.record(Op::RemoveHidden)?;
         self.ram.hidden.pop();
         Ok(())
     }
 
     fn interrupt(&mut self, index: u32, vector: u8) -> Result<(), MachineError> {
-        self.act(Op::Interrupt(index, vector))
+        self.record(Op::Interrupt(index, vector))
     }
 }

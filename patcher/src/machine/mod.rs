@@ -1,7 +1,9 @@
-//! The machine as the patcher sees it: vCPUs that stop and go, registers, guest-physical writes, one interrupt line per vCPU.
+//! [`Machine`]: the running guest as the patcher sees it.
 //!
-//! This is the narrow trait through which every effect on the guest passes. It knows nothing of patches; the VMM implements it
-//! over KVM, and a recording mock implements it for the fault-injection tests.
+//! This narrow trait is the only way to affect a guest: vCPUs that pause and resume, their
+//! registers, writes to guest-physical memory, hidden memory, interrupts. It knows nothing of
+//! patches. The VMM implements it with KVM; a mock that records every operation implements it for
+//! the fault-injection tests.
 
 #[cfg(test)]
 pub mod mock;
@@ -10,21 +12,21 @@ pub mod read_only;
 use introspect::{PhysMemory, VcpuRegs};
 use vm_memory::GuestAddress;
 
-/// What went wrong in the machine; the text is the machine's own.
+/// Why an operation of the machine failed; the text is the machine's own.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
-    /// The vCPUs could not be stopped, read or started.
+    /// The vCPUs could not be paused, read or resumed.
     #[error("vCPU: {0}")]
     Vcpu(String),
     /// A write missed guest memory.
     #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]
     Memory {
-        /// Where the write began.
+        /// The guest-physical address at which the write began.
         gpa: GuestAddress,
-        /// How many bytes.
+        /// The length of the write, in bytes.
         len: usize,
     },
-    /// The hypervisor refused to give the guest more memory.
+    /// Hidden memory could not be added or removed.
     #[error("hidden memory: {0}")]
     HiddenMemory(String),
     /// The interrupt could not be sent.
@@ -34,50 +36,55 @@ pub enum MachineError {
 
 /// A running guest, seen from outside.
 pub trait Machine {
-    /// Guest-physical memory, readable; includes hidden memory once added.
+    /// Guest-physical memory for reading; includes hidden memory that was added.
     type Memory: PhysMemory;
 
     /// The guest's memory.
     fn memory(&self) -> &Self::Memory;
 
-    /// Stops every vCPU outside guest mode, with no I/O exit pending. Nests: each `pause` needs its [`resume`](Self::resume).
+    /// Stops every vCPU outside guest mode, with no I/O exit pending. Nests: each `pause` needs its
+    /// own [`resume`](Self::resume).
     ///
     /// # Errors
-    /// [`MachineError::Vcpu`]; no vCPU stays stopped.
+    /// [`MachineError::Vcpu`]; no vCPU stays stopped by this call.
     fn pause(&mut self) -> Result<(), MachineError>;
 
-    /// Undoes one [`pause`](Self::pause); the last one lets the vCPUs run, each after a serialising event.
+    /// Undoes one [`pause`](Self::pause). The last one lets the vCPUs run, each after a serializing
+    /// event.
     ///
     /// # Errors
     /// [`MachineError::Vcpu`].
     fn resume(&mut self) -> Result<(), MachineError>;
 
-    /// Registers of every vCPU, in order of index. Only while paused.
+    /// The registers of every vCPU, in order of index. Only while paused.
     ///
     /// # Errors
-    /// [`MachineError::Vcpu`], also when the vCPUs run.
+    /// [`MachineError::Vcpu`], also when the vCPUs are running.
     fn vcpus(&mut self) -> Result<Vec<VcpuRegs>, MachineError>;
 
-    /// Writes guest-physical memory, past any guest page protection. Only while paused, except into hidden memory.
+    /// Writes guest-physical memory, whatever the guest's page protection. Only while paused,
+    /// except into hidden memory.
     ///
     /// # Errors
     /// [`MachineError::Memory`] with nothing written when the range is not all guest memory.
     fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), MachineError>;
 
-    /// Adds `len` bytes (a multiple of 2 MiB) of zeroed memory that the guest's memory map does not name, at a 2 MiB aligned
-    /// address above its RAM and below its physical address width.
+    /// Adds `len` bytes (a multiple of 2 MiB) of zeroed memory that the guest's memory map does not
+    /// name, at a 2 MiB aligned address above its RAM and within its physical address width.
     ///
     /// # Errors
     /// [`MachineError::HiddenMemory`].
     fn add_hidden_memory(&mut self, len: u64) -> Result<GuestAddress, MachineError>;
 
-    /// Gives back memory got from [`add_hidden_memory`](Self::add_hidden_memory). The caller vouches that the guest no longer maps it.
+    /// Removes memory that [`add_hidden_memory`](Self::add_hidden_memory) added. The caller
+    /// guarantees that the guest does not map it.
     ///
     /// # Errors
     /// [`MachineError::HiddenMemory`].
     fn remove_hidden_memory(&mut self, gpa: GuestAddress) -> Result<(), MachineError>;
 
-    /// Sends interrupt `vector` to vCPU `index`, fixed delivery, edge. Of one that is stopped it is pending, and taken when it runs.
+    /// Sends interrupt `vector` to vCPU `index`: fixed delivery, edge-triggered. A vCPU that is
+    /// paused takes it when it runs.
     ///
     /// # Errors
     /// [`MachineError::Interrupt`].

@@ -1,14 +1,15 @@
-//! A guest that stands still for ever, as a machine: a core file, say. It can be looked at, and not be changed.
+//! Machines that can be read and not changed: a guest that does not run (a core file), and a
+//! running guest in a dry run.
 
 use introspect::{PhysMemory, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use crate::machine::{Machine, MachineError};
 
-/// Nothing that only looks gets here.
-const FIXED: &str = "this guest stands still and cannot be changed";
+/// The error of every change. Nothing that only reads gets it.
+const READ_ONLY: &str = "this guest does not run and cannot be changed";
 
-/// A guest that stands still.
+/// A guest that does not run and can only be read: a core file, for example.
 #[derive(Debug)]
 pub struct ReadOnlyMachine<M> {
     memory: M,
@@ -16,7 +17,7 @@ pub struct ReadOnlyMachine<M> {
 }
 
 impl<M> ReadOnlyMachine<M> {
-    /// One with this memory, whose vCPUs stopped with these registers.
+    /// A guest with this memory, whose vCPUs stopped with these registers.
     pub fn new(memory: M, vcpus: Vec<VcpuRegs>) -> ReadOnlyMachine<M> {
         ReadOnlyMachine { memory, vcpus }
     }
@@ -47,33 +48,35 @@ impl<M: PhysMemory> Machine for ReadOnlyMachine<M> {
     }
 
     fn add_hidden_memory(&mut self, _len: u64) -> Result<GuestAddress, MachineError> {
-        Err(MachineError::HiddenMemory(FIXED.to_owned()))
+        Err(MachineError::HiddenMemory(READ_ONLY.to_owned()))
     }
 
     fn remove_hidden_memory(&mut self, _gpa: GuestAddress) -> Result<(), MachineError> {
-        Err(MachineError::HiddenMemory(FIXED.to_owned()))
+        Err(MachineError::HiddenMemory(READ_ONLY.to_owned()))
     }
 
     fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        Err(MachineError::Interrupt(FIXED.to_owned()))
+        Err(MachineError::Interrupt(READ_ONLY.to_owned()))
     }
 }
 
-/// Above every guest's memory, and of no consequence: nobody reads or writes there.
-const MADE_UP_MEMORY: u64 = 1 << 50;
+/// Address of the hidden memory of a dry run: above every guest's memory. It is never read or
+/// written.
+const DRY_RUN_HIDDEN: u64 = 1 << 50;
 
-/// A machine that can only be read. Hidden memory that is asked for is made up: an address with nothing behind it.
+/// A machine for dry runs: it pauses and reads another machine and changes nothing. Requests for
+/// hidden memory get an address without memory.
 pub struct DryRunMachine<'a, M> {
     machine: &'a mut M,
     hidden: GuestAddress,
 }
 
 impl<'a, M> DryRunMachine<'a, M> {
-    /// One that reads from `machine`.
+    /// A dry run on `machine`.
     pub fn new(machine: &'a mut M) -> DryRunMachine<'a, M> {
         DryRunMachine {
             machine,
-            hidden: GuestAddress(MADE_UP_MEMORY),
+            hidden: GuestAddress(DRY_RUN_HIDDEN),
         }
     }
 }
@@ -113,6 +116,6 @@ impl<M: Machine> Machine for DryRunMachine<'_, M> {
     }
 
     fn interrupt(&mut self, _index: u32, _vector: u8) -> Result<(), MachineError> {
-        Err(MachineError::Interrupt("a check sends none".into()))
+        Err(MachineError::Interrupt("a dry run sends none".into()))
     }
 }

@@ -1,39 +1,43 @@
-//! Where patch code goes first: padding of the kernel's own text.
+//! The code cave: a long run of padding in the kernel's own text, where patch code goes first.
 //!
-//! `vmlinux.lds.S` aligns the entry text and the SRSO alias functions to 2 MiB and fills the gaps with INT3. That memory is
-//! mapped RX, lies inside `[_stext, _etext)`, belongs to nobody, and has `core_kernel_text()` true. This module finds the best
-//! run of such bytes in a given kernel; it must not know what goes there.
+//! `vmlinux.lds.S` aligns the entry text and the SRSO alias functions to 2 MiB and fills the gaps
+//! with INT3. That memory is mapped RX, lies inside `[_stext, _etext)`, belongs to no function, and
+//! `core_kernel_text()` is true for it. This module finds the best run of such bytes in a given
+//! kernel; it must not know what goes there.
 
 use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};
 
 use crate::x86::INT3;
 
-/// Shorter runs are padding between functions, not caves.
-const LEAST: u64 = 64 << 10;
-/// More text than any kernel has.
-const MOST_TEXT: u64 = 256 << 20;
+/// Shortest run that is used, in bytes. Shorter ones are padding between functions.
+const MIN_CAVE: u64 = 64 << 10;
+/// Upper bound of a kernel's text, in bytes: more than any kernel has.
+const MAX_TEXT: u64 = 256 << 20;
 const CHUNK: u64 = 64 << 10;
-/// Kept free at both ends of a run, and around what must not have a branch nearby.
+/// Bytes that are kept free at both ends of a run, and around addresses that must not have a branch
+/// nearby.
 const GUARD: u64 = 4 << 10;
 const PAGE: u64 = 4 << 10;
 const LARGE_PAGE: u64 = 2 << 20;
-/// The address bits in which the two functions of an SRSO alias pair differ (`vmlinux.lds.S: SRSO_ALIAS`): a branch at any
-/// combination of them shares a branch target buffer entry with the pair.
+/// The address bits in which the two functions of an SRSO alias pair differ
+/// (`vmlinux.lds.S: SRSO_ALIAS`). A branch at an address that differs from the pair in any
+/// combination of them shares a branch target buffer entry with it.
 const ALIAS_BITS: [u64; 4] = [1 << 2, 1 << 8, 1 << 14, 1 << 20];
 
-/// What of a kernel's text decides where code may go.
+/// The addresses in a kernel's text that decide where code may go.
 #[derive(Clone, Debug, Default)]
 pub struct TextMap {
-    /// `[_stext, _etext)`.
+    /// The kernel's whole text, `[_stext, _etext)`.
     pub text: GvaRange,
-    /// The entry text: its 2 MiB pages are in the user's page tables under page table isolation.
+    /// The entry text, whose 2 MiB pages are in the user's page tables under page table isolation.
     pub entry: GvaRange,
     /// The SRSO alias functions, in a kernel that has them.
     pub srso: Vec<Gva>,
 }
 
-/// The longest usable run of filler: outside the entry text's pages if there is any, else beside the entry text.
+/// The longest usable run of filler outside the entry text's pages, or if there is none, the
+/// longest in them.
 ///
 /// # Errors
 /// [`ReadError`] when the text cannot be read.
@@ -41,7 +45,7 @@ pub fn find(memory: &KernelMemory<'_>, map: &TextMap) -> Result<Option<GvaRange>
     let usable: Vec<GvaRange> = runs(memory, map.text)?
         .into_iter()
         .flat_map(|run| without_aliases(run, &map.srso))
-        .filter(|run| run.len() >= LEAST)
+        .filter(|run| run.len() >= MIN_CAVE)
         .collect();
     let beside_entry = |run: &GvaRange| {
         let entry_start = map.entry.start.0 / LARGE_PAGE * LARGE_PAGE;
@@ -56,15 +60,15 @@ pub fn find(memory: &KernelMemory<'_>, map: &TextMap) -> Result<Option<GvaRange>
     Ok(None)
 }
 
-/// Longest first, those beside the entry text behind all others.
+/// Sorts longest first, with those beside the entry text after all others.
 fn ranked(mut runs: Vec<GvaRange>, beside_entry: impl Fn(&GvaRange) -> bool) -> Vec<GvaRange> {
     runs.sort_by_key(|run| (beside_entry(run), std::cmp::Reverse(run.len())));
     runs
 }
 
-/// Runs of filler of at least [`LEAST`] bytes in `text`, less a guard at both ends.
+/// Runs of filler of at least [`MIN_CAVE`] bytes in `text`, less a guard at both ends.
 fn runs(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>, ReadError> {
-    let end = text.end.0.min(text.start.0.saturating_add(MOST_TEXT));
+    let end = text.end.0.min(text.start.0.saturating_add(MAX_TEXT));
     let text = GvaRange::new(text.start, Gva(end));
     let mut found = Vec::new();
     for stretch in stretches(memory, text)? {
@@ -73,8 +77,8 @@ fn runs(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>, Read
     Ok(found)
 }
 
-/// Stretches of pages that all begin with filler. What lies between is not read: nearly all of text is code, and a run that is
-/// long enough covers many page starts.
+/// Stretches of pages that all begin with filler. The rest of each page is not read: nearly all of
+/// text is code, and a run that is long enough covers many page starts.
 fn stretches(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>, ReadError> {
     let mut found: Vec<GvaRange> = Vec::new();
     let mut page = text.start.0.next_multiple_of(PAGE);
@@ -88,7 +92,7 @@ fn stretches(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>,
         }
         page += PAGE;
     }
-    found.retain(|stretch| stretch.len() >= LEAST);
+    found.retain(|stretch| stretch.len() >= MIN_CAVE);
     Ok(found)
 }
 
@@ -100,7 +104,7 @@ fn scan(
 ) -> Result<(), ReadError> {
     let mut run_start = stretch.start.0;
     let mut close = |start: u64, end: u64| {
-        if end.saturating_sub(start) >= LEAST {
+        if end.saturating_sub(start) >= MIN_CAVE {
             found.push(GvaRange::new(Gva(start + GUARD), Gva(end - GUARD)));
         }
     };
@@ -120,27 +124,27 @@ fn scan(
     Ok(())
 }
 
-/// `run` without the neighbourhood of every alias of `functions`.
+/// The parts of `run` that are not near an alias of one of `functions`.
 fn without_aliases(run: GvaRange, functions: &[Gva]) -> Vec<GvaRange> {
-    let mut pieces = vec![run];
+    let mut parts = vec![run];
     for function in functions {
         for choice in 0u64..1 << ALIAS_BITS.len() {
-            let flips = (0..).zip(ALIAS_BITS).filter(|(i, _)| choice >> i & 1 == 1);
-            let alias = flips.fold(function.0, |at, (_, bit)| at ^ bit);
+            let chosen = (0..).zip(ALIAS_BITS).filter(|(i, _)| choice >> i & 1 == 1);
+            let alias = chosen.fold(function.0, |at, (_, bit)| at ^ bit);
             let hole = (alias.saturating_sub(GUARD), alias.saturating_add(GUARD));
-            pieces = pieces
+            parts = parts
                 .into_iter()
-                .flat_map(|piece| {
+                .flat_map(|part| {
                     [
-                        GvaRange::new(piece.start, Gva(piece.end.0.min(hole.0))),
-                        GvaRange::new(Gva(piece.start.0.max(hole.1)), piece.end),
+                        GvaRange::new(part.start, Gva(part.end.0.min(hole.0))),
+                        GvaRange::new(Gva(part.start.0.max(hole.1)), part.end),
                     ]
                 })
-                .filter(|piece| !piece.is_empty())
+                .filter(|part| !part.is_empty())
                 .collect();
         }
     }
-    pieces
+    parts
 }
 
 /// Whether all of `run` is mapped executable and not writable.
@@ -156,12 +160,12 @@ fn is_code(memory: &KernelMemory<'_>, run: GvaRange) -> Result<bool, ReadError> 
     Ok(true)
 }
 
-/// Whether `range` is still all filler.
+/// Whether `range` holds nothing but filler.
 ///
 /// # Errors
-/// [`ReadError`].
+/// [`ReadError`] when it cannot be read.
 pub fn is_filler(memory: &KernelMemory<'_>, range: GvaRange) -> Result<bool, ReadError> {
-    let cap = usize::try_from(MOST_TEXT).unwrap_or(usize::MAX);
+    let cap = usize::try_from(MAX_TEXT).unwrap_or(usize::MAX);
     let bytes = memory.bytes(range.start, range.len(), cap)?;
     Ok(bytes.iter().all(|byte| *byte == INT3))
 }
@@ -204,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_the_longest_away_from_entry_text() {
+    fn chooses_the_longest_run_away_from_entry_text() {
         let machine = machine(&[
             (0x1_2345, 0x4_0000),
             (0x10_0004, 0x18_0000),
@@ -215,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn beside_entry_text_only_when_there_is_no_other() {
+    fn chooses_a_run_beside_entry_text_only_when_there_is_no_other() {
         let machine = machine(&[(0x1000, 0x8000), (0x40_2000, 0x5f_0000)]);
         assert_eq!(found(&machine, &map()), Some((0x40_3000, 0x5e_f000)));
         let none = self::machine(&[(0x1000, 0x8000)]);

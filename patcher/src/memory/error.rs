@@ -1,4 +1,4 @@
-//! Why there is no memory for a patch in the guest.
+//! Why the guest has no memory for a patch.
 
 use introspect::Gva;
 
@@ -6,30 +6,30 @@ use introspect::Gva;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatchMemoryError {
-    /// More bytes in one piece, or a larger alignment, than a hidden window has.
-    #[error("the patch needs {bytes} bytes in one piece; at most {max} are possible")]
+    /// The request exceeds a hidden window, in length or in alignment.
+    #[error("the patch needs {bytes} contiguous bytes; at most {max} are possible")]
     TooLarge {
-        /// The bytes, or the alignment.
+        /// The requested length or alignment, in bytes.
         bytes: u64,
-        /// The most that are possible.
+        /// The limit, in bytes.
         max: u64,
     },
-    /// Every hidden window that a guest is given is in use.
+    /// The guest has as many hidden windows as it may have, and all are in use.
     #[error("all {max} hidden windows of the guest are in use; revert a patch first")]
-    NoWindow {
-        /// How many there are.
+    NoHiddenWindow {
+        /// The limit.
         max: usize,
     },
     /// The guest uses every page table entry that could map a hidden window.
     #[error("the guest uses every entry of level2_fixmap_pgt that could map the patch")]
     NoEntry,
     /// The guest changed a page table entry that maps a hidden window.
-    #[error("the guest took the page table entry at {0} for something else")]
+    #[error("the guest changed the page table entry at {0}, which maps patch memory")]
     EntryTaken(Gva),
-    /// The guest wrote to the padding of its text that the patch was to use.
+    /// The guest wrote to the padding of its text that was allocated for the patch.
     #[error("the padding of the kernel's text at {0} is no longer padding")]
     PaddingTaken(Gva),
-    /// A mapping that was written leads nowhere.
+    /// The mapping of a hidden window was written, but the page tables do not lead there.
     #[error(
         "the guest's page tables do not lead to {0}: level2_fixmap_pgt is not where it should be"
     )]

@@ -1,8 +1,9 @@
-//! Where a patch lies in the guest, and what place is left for others.
+//! [`PatchMemory`]: allocates the guest memory that patches use.
 //!
-//! Puts [`cave`](crate::memory::cave) and [`window`](crate::memory::hidden_window) together: code goes into the cave, or into a hidden window where the
-//! kernel has none; data, and the stand-in for the kernel's own `klp_transition_patch`, into a hidden window. Nothing here
-//! touches what the guest sees: that is planned here and carried out by the transition.
+//! Code goes into the [`cave`], or into a [hidden window](hidden_window) where the kernel's text
+//! has no cave. Data goes into a hidden window, and so does the dummy patch that stands in for the
+//! kernel's own `klp_transition_patch`. Nothing here changes what the guest sees: writes are
+//! planned here and committed by the transition.
 
 pub mod cave;
 pub mod error;
@@ -18,39 +19,39 @@ use crate::error::StepError;
 use crate::machine::Machine;
 use crate::memory::cave::TextMap;
 use crate::memory::error::PatchMemoryError;
-use crate::memory::hidden_window::{HiddenWindow, Usage, WINDOW};
+use crate::memory::hidden_window::{HiddenWindow, Usage, WINDOW_SIZE};
 use crate::memory::range_alloc::RangeAllocator;
 use crate::memory::write_batch::WriteBatch;
 use crate::x86::INT3;
 
-/// More hidden memory than this many windows is not given to one guest.
+/// The most hidden windows that one guest is given.
 const MAX_WINDOWS: usize = 16;
 
-/// Where a guest's kernel leaves room for patches.
+/// The parts of a guest's kernel that decide where patches can go.
 #[derive(Clone, Debug)]
 pub struct PatchAreas {
-    /// The kernel's text, whose padding takes code.
+    /// The kernel's text, whose padding can hold code.
     pub text: TextMap,
     /// `level2_fixmap_pgt`, the page table that maps hidden windows.
     pub fixmap_table: Gva,
 }
 
-/// How much room a patch needs.
+/// A request for memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// A power of two.
+    /// Alignment in bytes; a power of two.
     pub align: u64,
 }
 
-/// A piece of the guest that is ours.
+/// A range of the guest's address space that was allocated for a patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Allocation {
-    /// Where.
+    /// Its addresses.
     pub range: GvaRange,
-    /// In which window; `None`: in the cave.
-    window: Option<usize>,
+    /// The hidden window that it is in, by index; `None`: it is in the cave.
+    hidden_window: Option<usize>,
 }
 
 impl Allocation {
@@ -58,36 +59,36 @@ impl Allocation {
     pub(crate) fn made_up(start: Gva, len: u64) -> Allocation {
         Allocation {
             range: GvaRange::new(start, start.add(len)),
-            window: None,
+            hidden_window: None,
         }
     }
 
     /// Whether it is in the padding of the kernel's own text, and not in hidden memory.
     #[must_use]
     pub fn is_in_cave(&self) -> bool {
-        self.window.is_none()
+        self.hidden_window.is_none()
     }
 }
 
-/// All places in one guest.
+/// The memory of one guest that patches use, and what of it is allocated.
 #[derive(Clone, Debug, Default)]
 pub struct PatchMemory {
-    /// The cave, once looked for.
+    /// The cave: `None` until it was searched for, `Some(None)` when the kernel has none.
     cave: Option<Option<RangeAllocator>>,
-    windows: Vec<HiddenWindow>,
+    hidden_windows: Vec<HiddenWindow>,
 }
 
 impl PatchMemory {
-    /// Takes room for code.
+    /// Allocates memory for code.
     ///
     /// # Errors
     /// [`PatchMemoryError`].
-    pub fn take_code<M: Machine>(
+    pub fn allocate_code<M: Machine>(
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
         areas: &PatchAreas,
-        need: Request,
+        request: Request,
     ) -> Result<Allocation, PatchError> {
         if self.cave.is_none() {
             let memory = kernel.memory(machine.memory());
@@ -95,68 +96,69 @@ impl PatchMemory {
         }
         let in_cave = (self.cave.as_mut())
             .and_then(Option::as_mut)
-            .and_then(|room| room.take(need.len, need.align));
+            .and_then(|cave| cave.allocate(request.len, request.align));
         match in_cave {
             Some(range) => Ok(Allocation {
                 range,
-                window: None,
+                hidden_window: None,
             }),
-            None => self.take_hidden(machine, kernel, areas, Usage::Code, need),
+            None => self.allocate_hidden(machine, kernel, areas, Usage::Code, request),
         }
     }
 
-    /// Takes room for data. The piece is zeroed before the guest can see it only if its owner writes it whole.
+    /// Allocates memory for data. It may hold what an earlier owner left: the caller writes all of
+    /// it before the guest can see it.
     ///
     /// # Errors
     /// [`PatchMemoryError`].
-    pub fn take_data<M: Machine>(
+    pub fn allocate_data<M: Machine>(
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
         areas: &PatchAreas,
-        need: Request,
+        request: Request,
     ) -> Result<Allocation, PatchError> {
-        self.take_hidden(machine, kernel, areas, Usage::Data, need)
+        self.allocate_hidden(machine, kernel, areas, Usage::Data, request)
     }
 
-    fn take_hidden<M: Machine>(
+    fn allocate_hidden<M: Machine>(
         &mut self,
         machine: &mut M,
         kernel: &Kernel,
         areas: &PatchAreas,
         usage: Usage,
-        need: Request,
+        request: Request,
     ) -> Result<Allocation, PatchError> {
-        if need.len > WINDOW {
+        if request.len > WINDOW_SIZE {
             return Err(PatchMemoryError::TooLarge {
-                bytes: need.len,
-                max: WINDOW,
+                bytes: request.len,
+                max: WINDOW_SIZE,
             }
             .into());
         }
-        for (at, window) in self.windows.iter_mut().enumerate() {
+        for (at, window) in self.hidden_windows.iter_mut().enumerate() {
             if window.usage != usage {
                 continue;
             }
-            if let Some(range) = window.room.take(need.len, need.align) {
+            if let Some(range) = window.allocator.allocate(request.len, request.align) {
                 return Ok(Allocation {
                     range,
-                    window: Some(at),
+                    hidden_window: Some(at),
                 });
             }
         }
         let mut window = self.new_window(machine, kernel, areas, usage)?;
-        let range = window.room.take(need.len, need.align);
-        self.windows.push(window);
+        let range = window.allocator.allocate(request.len, request.align);
+        self.hidden_windows.push(window);
         range
             .map(|range| Allocation {
                 range,
-                window: Some(self.windows.len() - 1),
+                hidden_window: Some(self.hidden_windows.len() - 1),
             })
             .ok_or_else(|| {
                 PatchMemoryError::TooLarge {
-                    bytes: need.align,
-                    max: WINDOW,
+                    bytes: request.align,
+                    max: WINDOW_SIZE,
                 }
                 .into()
             })
@@ -169,13 +171,17 @@ impl PatchMemory {
         areas: &PatchAreas,
         usage: Usage,
     ) -> Result<HiddenWindow, PatchError> {
-        if self.windows.len() >= MAX_WINDOWS {
-            return Err(PatchMemoryError::NoWindow { max: MAX_WINDOWS }.into());
+        if self.hidden_windows.len() >= MAX_WINDOWS {
+            return Err(PatchMemoryError::NoHiddenWindow { max: MAX_WINDOWS }.into());
         }
-        let taken: Vec<Gva> = self.windows.iter().map(|window| window.entry).collect();
-        let gpa = machine.add_hidden_memory(WINDOW)?;
+        let used: Vec<Gva> = self
+            .hidden_windows
+            .iter()
+            .map(|window| window.entry)
+            .collect();
+        let gpa = machine.add_hidden_memory(WINDOW_SIZE)?;
         let memory = kernel.memory(machine.memory());
-        let chosen = HiddenWindow::choose(&memory, areas.fixmap_table, usage, gpa, &taken);
+        let chosen = HiddenWindow::choose(&memory, areas.fixmap_table, usage, gpa, &used);
         let failure = match chosen {
             Ok(Some(window)) => return Ok(window),
             Ok(None) => PatchMemoryError::NoEntry.into(),
@@ -185,120 +191,132 @@ impl PatchMemory {
         Err(failure)
     }
 
-    /// Gives a piece back. What the guest can see of it has been put back before.
-    pub fn free(&mut self, piece: Allocation) {
-        let room = match piece.window {
+    /// Frees an allocation. The caller has already restored what the guest can see of it.
+    pub fn free(&mut self, allocation: Allocation) {
+        let allocator = match allocation.hidden_window {
             None => self.cave.as_mut().and_then(Option::as_mut),
-            Some(at) => self.windows.get_mut(at).map(|window| &mut window.room),
+            Some(at) => self
+                .hidden_windows
+                .get_mut(at)
+                .map(|window| &mut window.allocator),
         };
-        if let Some(room) = room {
-            room.free(piece.range);
+        if let Some(allocator) = allocator {
+            allocator.free(allocation.range);
         }
     }
 
-    /// Plans writing `bytes` at `at` in a hidden piece, whether or not the guest maps it yet. Nothing for the cave.
+    /// Plans a write of `bytes` at `at` in an allocation in a hidden window, whether or not the
+    /// guest maps that yet. For an allocation in the cave it plans nothing and returns `false`.
     pub fn plan_hidden(
         &self,
-        piece: Allocation,
+        allocation: Allocation,
         at: Gva,
         bytes: &[u8],
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> bool {
-        let window = piece.window.and_then(|at| self.windows.get(at));
+        let window = allocation
+            .hidden_window
+            .and_then(|at| self.hidden_windows.get(at));
         if let Some(window) = window {
-            plan.write(window.gpa_of(at), bytes);
+            writes.write(window.gpa_of(at), bytes);
         }
         window.is_some()
     }
 
-    /// Plans filling `piece` with `bytes` from its start.
+    /// Plans a write of `bytes` at the start of `allocation`.
     ///
     /// # Errors
     /// [`ReadError`] when the cave is not mapped.
     pub fn plan_fill(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Allocation,
+        allocation: Allocation,
         bytes: &[u8],
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), ReadError> {
-        self.plan_part(memory, piece, piece.range.start, bytes, plan)
+        self.plan_part(memory, allocation, allocation.range.start, bytes, writes)
     }
 
-    /// Plans writing `bytes` at `at` in `piece`.
+    /// Plans a write of `bytes` at `at` in `allocation`.
     ///
     /// # Errors
     /// [`ReadError`] when the cave is not mapped.
     pub fn plan_part(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Allocation,
+        allocation: Allocation,
         at: Gva,
         bytes: &[u8],
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), ReadError> {
-        if self.plan_hidden(piece, at, bytes, plan) {
+        if self.plan_hidden(allocation, at, bytes, writes) {
             return Ok(());
         }
-        plan.write_kernel(memory, at, bytes)
+        writes.write_kernel(memory, at, bytes)
     }
 
-    /// Plans what leaves `piece` as it was before it was ours.
+    /// Plans the writes that fill `allocation` with INT3, as it was before it was allocated.
     ///
     /// # Errors
     /// [`ReadError`] when the cave is not mapped.
     pub fn plan_clear(
         &self,
         memory: &KernelMemory<'_>,
-        piece: Allocation,
-        plan: &mut WriteBatch,
+        allocation: Allocation,
+        writes: &mut WriteBatch,
     ) -> Result<(), ReadError> {
-        let filler = vec![INT3; usize::try_from(piece.range.len()).unwrap_or_default()];
-        self.plan_fill(memory, piece, &filler, plan)
+        let filler = vec![INT3; usize::try_from(allocation.range.len()).unwrap_or_default()];
+        self.plan_fill(memory, allocation, &filler, writes)
     }
 
-    /// In a pause, before anything is written: the windows are as we left them, and `code` is still nobody's.
+    /// Checks, in a pause and before anything is written, that the page table entries of all hidden
+    /// windows are as they were left, and that `code`, if it is in the cave, is still padding.
     ///
     /// # Errors
     /// [`StepError`].
     pub fn check(&self, memory: &KernelMemory<'_>, code: Allocation) -> Result<(), StepError> {
-        for window in &self.windows {
+        for window in &self.hidden_windows {
             if !window.is_unchanged(memory)? {
                 return Err(PatchMemoryError::EntryTaken(window.entry).into());
             }
         }
-        if code.window.is_none() && !cave::is_filler(memory, code.range)? {
+        if code.hidden_window.is_none() && !cave::is_filler(memory, code.range)? {
             return Err(PatchMemoryError::PaddingTaken(code.range.start).into());
         }
         Ok(())
     }
 
-    /// Plans the mapping of every window that the guest does not map yet.
+    /// Plans the mapping of every hidden window that the guest does not map yet.
     ///
     /// # Errors
     /// [`ReadError`].
     pub fn plan_mapping(
         &self,
         memory: &KernelMemory<'_>,
-        plan: &mut WriteBatch,
+        writes: &mut WriteBatch,
     ) -> Result<(), ReadError> {
-        (self.windows.iter()).try_for_each(|window| window.plan_mapping(memory, plan))
+        (self.hidden_windows.iter()).try_for_each(|window| window.plan_mapping(memory, writes))
     }
 
-    /// Whether the guest's tables lead to every window, now that the mapping is written.
+    /// Checks that the guest's page tables lead to every hidden window, once the mapping is
+    /// written.
     ///
     /// # Errors
     /// [`PatchMemoryError`].
     pub fn check_mapping(&self, memory: &KernelMemory<'_>) -> Result<(), PatchError> {
-        match self.windows.iter().find(|window| !window.is_mapped(memory)) {
+        match self
+            .hidden_windows
+            .iter()
+            .find(|window| !window.is_mapped(memory))
+        {
             None => Ok(()),
-            Some(window) => Err(PatchMemoryError::NotMapped(window.room.range().start).into()),
+            Some(window) => Err(PatchMemoryError::NotMapped(window.allocator.range().start).into()),
         }
     }
 
-    /// The mappings are in the guest for good.
+    /// Records that every hidden window is mapped, permanently.
     pub fn mapped(&mut self) {
-        for window in &mut self.windows {
+        for window in &mut self.hidden_windows {
             window.mapped = true;
         }
     }

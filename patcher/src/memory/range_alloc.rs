@@ -1,45 +1,49 @@
-//! Who has which part of a range: a first-fit allocator over addresses.
+//! A first-fit allocator over a range of addresses.
 //!
-//! Knows addresses only; what lies there is the caller's.
+//! Knows addresses only; what lies there is the caller's concern.
 
 use introspect::{Gva, GvaRange};
 
-/// A range of addresses, parts of which are taken.
+/// A range of addresses, parts of which are allocated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RangeAllocator {
     range: GvaRange,
     /// Sorted by address, disjoint.
-    taken: Vec<GvaRange>,
+    allocated: Vec<GvaRange>,
 }
 
 impl RangeAllocator {
-    /// A range with nothing taken.
+    /// A range with nothing allocated.
     #[must_use]
     pub fn new(range: GvaRange) -> RangeAllocator {
         RangeAllocator {
             range,
-            taken: Vec::new(),
+            allocated: Vec::new(),
         }
     }
 
-    /// The whole range.
+    /// The whole range, allocated or not.
     #[must_use]
     pub fn range(&self) -> GvaRange {
         self.range
     }
 
-    /// Whether nothing is taken.
+    /// Whether nothing is allocated.
     #[cfg(test)]
     pub fn is_free(&self) -> bool {
-        self.taken.is_empty()
+        self.allocated.is_empty()
     }
 
-    /// Takes the lowest `len` free bytes that begin at a multiple of `align`, or `None` when there is no such gap. A `len` of
-    /// zero takes one byte, so that every taking has an address of its own.
-    pub fn take(&mut self, len: u64, align: u64) -> Option<GvaRange> {
+    /// Allocates the lowest `len` free bytes that begin at a multiple of `align`; `None` when there
+    /// is no such gap. A `len` of zero allocates one byte, so that every allocation has an address
+    /// of its own.
+    pub fn allocate(&mut self, len: u64, align: u64) -> Option<GvaRange> {
         let len = len.max(1);
         let mut from = self.range.start.0;
-        let ends = self.taken.iter().map(|t| (t.start.0, t.end.0));
+        let ends = self
+            .allocated
+            .iter()
+            .map(|range| (range.start.0, range.end.0));
         let last = (self.range.end.0, u64::MAX);
         let mut found = None;
         for (index, (gap_end, next)) in ends.chain([last]).enumerate() {
@@ -52,13 +56,13 @@ impl RangeAllocator {
             from = next;
         }
         let (index, range) = found?;
-        self.taken.insert(index, range);
+        self.allocated.insert(index, range);
         Some(range)
     }
 
-    /// Gives back what [`take`](Self::take) gave.
+    /// Frees what [`allocate`](Self::allocate) returned.
     pub fn free(&mut self, range: GvaRange) {
-        self.taken.retain(|taken| *taken != range);
+        self.allocated.retain(|allocated| *allocated != range);
     }
 }
 
@@ -66,47 +70,47 @@ impl RangeAllocator {
 mod tests {
     use super::*;
 
-    fn room() -> RangeAllocator {
+    fn allocator() -> RangeAllocator {
         RangeAllocator::new(GvaRange::new(Gva(0x1004), Gva(0x1100)))
     }
 
     #[test]
-    fn takes_lowest_aligned_gap_and_reuses() {
-        let mut room = room();
-        let a = room.take(0x20, 16).unwrap();
-        let b = room.take(0x20, 16).unwrap();
-        let c = room.take(0x20, 16).unwrap();
+    fn allocates_the_lowest_aligned_gap_and_reuses_it() {
+        let mut allocator = allocator();
+        let a = allocator.allocate(0x20, 16).unwrap();
+        let b = allocator.allocate(0x20, 16).unwrap();
+        let c = allocator.allocate(0x20, 16).unwrap();
         assert_eq!(
             (a.start, b.start, c.start),
             (Gva(0x1010), Gva(0x1030), Gva(0x1050))
         );
-        room.free(b);
-        assert_eq!(room.take(0x21, 16).unwrap().start, Gva(0x1070));
-        assert_eq!(room.take(0x10, 16).unwrap().start, Gva(0x1030));
-        assert_eq!(room.take(0x10, 16).unwrap().start, Gva(0x1040));
+        allocator.free(b);
+        assert_eq!(allocator.allocate(0x21, 16).unwrap().start, Gva(0x1070));
+        assert_eq!(allocator.allocate(0x10, 16).unwrap().start, Gva(0x1030));
+        assert_eq!(allocator.allocate(0x10, 16).unwrap().start, Gva(0x1040));
     }
 
     #[test]
-    fn says_when_full_and_survives_absurd_sizes() {
-        let mut room = room();
-        assert_eq!(room.take(0x100, 1), None);
-        assert_eq!(room.take(u64::MAX, 1), None);
-        assert_eq!(room.take(1, 1 << 63), None);
-        let all = room.take(0xfc, 1).unwrap();
-        assert_eq!(room.take(0, 1), None);
-        room.free(all);
-        assert!(room.is_free());
+    fn returns_none_when_full_or_for_absurd_sizes() {
+        let mut allocator = allocator();
+        assert_eq!(allocator.allocate(0x100, 1), None);
+        assert_eq!(allocator.allocate(u64::MAX, 1), None);
+        assert_eq!(allocator.allocate(1, 1 << 63), None);
+        let all = allocator.allocate(0xfc, 1).unwrap();
+        assert_eq!(allocator.allocate(0, 1), None);
+        allocator.free(all);
+        assert!(allocator.is_free());
     }
 
     #[test]
-    fn rounds_do_not_leak() {
-        let mut room = room();
+    fn repeated_allocation_does_not_leak() {
+        let mut allocator = allocator();
         for _ in 0..1000 {
-            let a = room.take(100, 16).unwrap();
-            let b = room.take(40, 16).unwrap();
-            room.free(a);
-            room.free(b);
+            let a = allocator.allocate(100, 16).unwrap();
+            let b = allocator.allocate(40, 16).unwrap();
+            allocator.free(a);
+            allocator.free(b);
         }
-        assert!(room.is_free());
+        assert!(allocator.is_free());
     }
 }

@@ -1,8 +1,9 @@
-//! A set of guest writes that happens whole or not at all.
+//! [`WriteBatch`]: a set of guest writes that happens whole or not at all.
 //!
-//! Everything that one pause changes is first *planned*, while the guest's memory is only read, and then committed. The
-//! commit keeps what was there before; when a write fails it puts that back, last write first. Within one pause nobody else
-//! writes, so putting back is exact. What a later pause wants changed is a new plan: this module never undoes across a resume.
+//! Everything that one pause changes is first *planned*, while the guest's memory is only read, and
+//! then committed. The commit keeps the old bytes; when a write fails it restores them, last write
+//! first. Within one pause nothing else writes, so the undo is exact. A later pause has a batch of
+//! its own: this module never undoes across a resume.
 //!
 //! Knows addresses and bytes only.
 
@@ -15,11 +16,12 @@ use vm_memory::GuestAddress;
 use crate::error::PatchError;
 use crate::machine::{Machine, MachineError};
 
-/// Writes in their order. Their bytes lie one behind the other: a transition of many tasks has many small writes.
+/// Writes in their order. Their bytes are stored in one buffer, one after the other: a transition
+/// of many tasks has many small writes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Writes {
-    /// Where each goes, and where its bytes are.
-    patch_memory: Vec<(GuestAddress, Range<usize>)>,
+    /// Of each write, its address and where its bytes are in `bytes`.
+    entries: Vec<(GuestAddress, Range<usize>)>,
     bytes: Vec<u8>,
 }
 
@@ -27,22 +29,22 @@ impl Writes {
     fn push(&mut self, gpa: GuestAddress, bytes: &[u8]) {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
-        self.patch_memory.push((gpa, start..self.bytes.len()));
+        self.entries.push((gpa, start..self.bytes.len()));
     }
 
     fn iter(&self) -> impl DoubleEndedIterator<Item = (GuestAddress, &[u8])> {
-        let bytes = |place: &Range<usize>| self.bytes.get(place.clone()).unwrap_or_default();
-        self.patch_memory
+        let bytes = |range: &Range<usize>| self.bytes.get(range.clone()).unwrap_or_default();
+        self.entries
             .iter()
-            .map(move |(gpa, place)| (*gpa, bytes(place)))
+            .map(move |(gpa, range)| (*gpa, bytes(range)))
     }
 
-    /// Takes back all but the first `len`.
+    /// Removes all but the first `len`.
     fn truncate(&mut self, len: usize) {
-        if let Some((_, place)) = self.patch_memory.get(len) {
-            self.bytes.truncate(place.start);
+        if let Some((_, range)) = self.entries.get(len) {
+            self.bytes.truncate(range.start);
         }
-        self.patch_memory.truncate(len);
+        self.entries.truncate(len);
     }
 }
 
@@ -53,18 +55,19 @@ pub struct WriteBatch {
 }
 
 impl WriteBatch {
-    /// An empty plan.
+    /// An empty batch.
     #[must_use]
     pub fn new() -> WriteBatch {
         WriteBatch::default()
     }
 
-    /// Adds a write of `bytes` at `gpa` at the end.
+    /// Appends a write of `bytes` at `gpa`.
     pub fn write(&mut self, gpa: GuestAddress, bytes: &[u8]) {
         self.writes.push(gpa, bytes);
     }
 
-    /// Adds a write at a kernel virtual address, past the guest's own protection of the page.
+    /// Appends a write at a kernel virtual address, whatever the guest's own protection of the
+    /// page.
     ///
     /// # Errors
     /// [`ReadError`] when (part of) the range is not mapped; then nothing is added.
@@ -74,7 +77,7 @@ impl WriteBatch {
         gva: Gva,
         bytes: &[u8],
     ) -> Result<(), ReadError> {
-        let before = self.writes.patch_memory.len();
+        let before = self.writes.entries.len();
         let (mut at, mut rest) = (gva, bytes);
         while !rest.is_empty() {
             let (gpa, left) = match memory.locate(at) {
@@ -96,15 +99,16 @@ impl WriteBatch {
     /// How many writes there are.
     #[cfg(test)]
     pub fn len(&self) -> usize {
-        self.writes.patch_memory.len()
+        self.writes.entries.len()
     }
 
-    /// Carries the plan out. Only while `machine` is paused.
+    /// Carries out the writes. Only while `machine` is paused.
     ///
     /// # Errors
-    /// [`PatchError::Machine`] with everything as before, or [`PatchError::Undo`] when putting back failed as well.
+    /// [`PatchError::Machine`] with everything as before, or [`PatchError::Undo`] when the undo
+    /// failed as well.
     pub fn commit<M: Machine>(&self, machine: &mut M) -> Result<UndoLog, PatchError> {
-        let mut journal = UndoLog::default();
+        let mut undo_log = UndoLog::default();
         let mut old = Vec::new();
         for (gpa, bytes) in self.writes.iter() {
             old.resize(bytes.len(), 0);
@@ -117,23 +121,23 @@ impl WriteBatch {
                 })
                 .and_then(|()| machine.write(gpa, bytes));
             if let Err(cause) = done {
-                return Err(journal.undo(machine, cause.into()));
+                return Err(undo_log.undo(machine, cause.into()));
             }
-            journal.before.push(gpa, &old);
+            undo_log.before.push(gpa, &old);
         }
-        Ok(journal)
+        Ok(undo_log)
     }
 }
 
-/// What stood where a plan was carried out. Good for the pause it was made in.
+/// The old bytes of a committed batch. Valid in the pause in which it was committed.
 #[derive(Debug, Default)]
 pub struct UndoLog {
     before: Writes,
 }
 
 impl UndoLog {
-    /// Puts everything back, last first, because of `cause`, and returns what is to be said of it. Goes on past failures, so that
-    /// as little as can be stays changed.
+    /// Restores everything, last write first, because of `cause`, and returns the error to report.
+    /// Continues past failures, so that as little as possible stays changed.
     pub fn undo<M: Machine>(&self, machine: &mut M, cause: PatchError) -> PatchError {
         let mut failed = None;
         for (gpa, bytes) in self.before.iter().rev() {
@@ -158,13 +162,14 @@ mod tests {
 
     const AT: u64 = Mock::FREE;
 
-    /// Writes that overlap: putting back in any order but the reverse would leave the second's old bytes.
-    fn plan() -> WriteBatch {
-        let mut plan = WriteBatch::new();
-        plan.write(GuestAddress(AT), &[1; 8]);
-        plan.write(GuestAddress(AT + 4), &[2; 8]);
-        plan.write(GuestAddress(AT + 100), &[3]);
-        plan
+    /// Writes that overlap: an undo in any order but the reverse would leave the second's old
+    /// bytes.
+    fn batch() -> WriteBatch {
+        let mut batch = WriteBatch::new();
+        batch.write(GuestAddress(AT), &[1; 8]);
+        batch.write(GuestAddress(AT + 4), &[2; 8]);
+        batch.write(GuestAddress(AT + 100), &[3]);
+        batch
     }
 
     fn machine() -> Mock {
@@ -177,7 +182,7 @@ mod tests {
     #[test]
     fn commits_in_order() {
         let mut machine = machine();
-        plan().commit(&mut machine).unwrap();
+        batch().commit(&mut machine).unwrap();
         assert_eq!(
             machine.ram.low[AT as usize..][..13],
             [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 12]
@@ -188,10 +193,10 @@ mod tests {
     #[test]
     fn any_failure_leaves_everything_as_it_was() {
         let before = machine().ram;
-        for failing in 0..plan().len() {
+        for failing in 0..batch().len() {
             let mut machine = machine();
             machine.fail_at = Some(1 + failing);
-            let error = plan().commit(&mut machine).unwrap_err();
+            let error = batch().commit(&mut machine).unwrap_err();
             assert!(matches!(error, PatchError::Machine(_)), "{error}");
             assert_eq!(machine.ram, before, "write {failing}");
         }
@@ -201,9 +206,9 @@ mod tests {
     fn a_write_that_misses_memory_undoes_too() {
         let mut machine = machine();
         let before = machine.ram.clone();
-        let mut plan = plan();
-        plan.write(GuestAddress(0x3fff8), &[9; 16]);
-        let error = plan.commit(&mut machine).unwrap_err();
+        let mut batch = batch();
+        batch.write(GuestAddress(0x3fff8), &[9; 16]);
+        let error = batch.commit(&mut machine).unwrap_err();
         assert!(
             matches!(
                 &error,
@@ -215,12 +220,12 @@ mod tests {
     }
 
     #[test]
-    fn a_failing_undo_says_so_and_goes_on() {
+    fn a_failing_undo_is_reported_and_continues() {
         let mut machine = machine();
-        let journal = plan().commit(&mut machine).unwrap();
-        // The first write of the undo puts the last one back.
+        let undo_log = batch().commit(&mut machine).unwrap();
+        // The first write of the undo restores the last one.
         machine.fail_at = Some(machine.ops.len());
-        let error = journal.undo(&mut machine, PatchError::NoSuchTask(7));
+        let error = undo_log.undo(&mut machine, PatchError::NoSuchTask(7));
         assert!(matches!(error, PatchError::Undo { .. }), "{error}");
         assert_eq!(
             machine.ram.low[AT as usize..][..8],
@@ -237,14 +242,17 @@ mod tests {
         machine.map(gva, AT + 0x3000, 0x1);
         machine.map(gva.add(0x1000), AT, 0x1);
         machine.pause().unwrap();
-        let mut plan = WriteBatch::new();
+        let mut batch = WriteBatch::new();
         let memory = machine.kernel_memory();
-        plan.write_kernel(&memory, gva.add(0xffe), b"abcd").unwrap();
+        batch
+            .write_kernel(&memory, gva.add(0xffe), b"abcd")
+            .unwrap();
         assert!(
-            plan.write_kernel(&memory, gva.add(0x1ffe), b"abcd")
+            batch
+                .write_kernel(&memory, gva.add(0x1ffe), b"abcd")
                 .is_err()
         );
-        plan.commit(&mut machine).unwrap();
+        batch.commit(&mut machine).unwrap();
         assert_eq!(&machine.ram.low[AT as usize + 0x3ffe..][..2], b"ab");
         assert_eq!(&machine.ram.low[AT as usize..][..2], b"cd");
         assert_eq!(machine.ops.len(), 3, "{:?}", machine.ops);

@@ -1,87 +1,89 @@
-//! What can be wrong with a livepatch module: each error says what was found, where, and what to do.
+//! Why a livepatch module is refused. Each message says what was found, where, and what to do.
 
 use introspect::Gva;
 use introspect::btf::BtfError;
 use introspect::unwind::OrcTableError;
 use introspect::unwind::RegionOverlap;
 
-/// The file is not a livepatch module that can be taken.
+/// Why a file cannot be used as a livepatch module, whatever the guest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModuleError {
-    /// More bytes than any module has.
-    #[error("the module has {len} bytes; at most {max} are taken: is this a module?")]
+    /// The file is larger than any module.
+    #[error("the module has {len} bytes; at most {max} are accepted: is this a module?")]
     TooLarge {
-        /// Size of the file.
+        /// Size of the file, in bytes.
         len: usize,
-        /// The limit.
+        /// The limit, in bytes.
         max: usize,
     },
-    /// A compressed module.
+    /// The module is compressed, with this tool.
     #[error("the module is {0} compressed: unpack it first")]
     Compressed(&'static str),
-    /// Some other kind of file.
+    /// The file is not an ELF file.
     #[error("not an ELF file, so not a kernel module")]
     NotElf,
-    /// An ELF file, but no x86-64 module.
+    /// The file is an ELF file, but no x86-64 module.
     #[error("not an x86-64 kernel module: {0}")]
     WrongElf(&'static str),
-    /// A table or a section reaches behind the end of the file, or a value in it makes no sense.
+    /// A table or a section extends past the end of the file, or a value in it is invalid.
     #[error("the module file is truncated or damaged: {0}")]
     Damaged(String),
-    /// More of something than any module has.
-    #[error("the module has {count} {what}; at most {max} are taken")]
+    /// The module has more of something than any real one.
+    #[error("the module has {count} {what}; at most {max} are accepted")]
     TooMany {
-        /// What there is too much of.
+        /// What it has too many of, in the plural.
         what: &'static str,
-        /// How many.
+        /// How many it has.
         count: usize,
         /// The limit.
         max: usize,
     },
-    /// A module, but not a livepatch.
+    /// The module is not a livepatch.
     #[error(
-        "not a livepatch: its .modinfo has no livepatch=Y (MODULE_INFO(livepatch, \"Y\") in the source)"
+        "not a livepatch: its .modinfo has no livepatch=Y \
+         (MODULE_INFO(livepatch, \"Y\") in the source)"
     )]
     NotLivepatch,
-    /// A line of `.modinfo` that the kernel needs as well.
+    /// `.modinfo` lacks this key, which the kernel's loader requires as well, or its value is
+    /// invalid.
     #[error("the module's .modinfo has no usable {0}=")]
     Modinfo(&'static str),
-    /// It needs other modules in the guest.
+    /// The module needs other modules in the guest.
     #[error("the module depends on other modules ({0}): not supported yet")]
     Dependencies(String),
-    /// Made by a tool whose format is not read yet.
+    /// The module was built by a tool whose format is not supported yet.
     #[error("modules made by {0} are not supported yet: only a static struct klp_patch is read")]
     Format(&'static str),
-    /// It has a section that the loader would have to act on, and this one cannot yet.
+    /// The module has a section that its loader must act on, which is not supported yet.
     #[error("section {section}{} is not supported yet: {why}", at(.function))]
     Section {
         /// Name of the section.
         section: String,
-        /// The function that needs it, where one is known.
+        /// A function that needs it, if one is known.
         function: Option<String>,
-        /// What it is for.
+        /// What the section is for.
         why: &'static str,
     },
-    /// `struct klp_patch` and what hangs on it cannot be read.
+    /// `struct klp_patch`, or a structure that it points to, cannot be read.
     #[error("cannot read the module's klp_patch: {0}")]
     Klp(String),
-    /// A patch of something else than the kernel itself.
+    /// The patch changes a module, not the kernel itself.
     #[error("the patch changes functions of module {0}: module targets are not supported yet")]
     ModuleTarget(String),
-    /// It has callbacks, which need process context in the guest.
+    /// The patch has callbacks, which need process context in the guest.
     #[error("the patch has callbacks ({0}): not supported yet")]
     Callbacks(String),
-    /// It has `klp_state`s.
+    /// The patch has `klp_state`s.
     #[error("the patch has states (struct klp_state): not supported yet")]
     States,
-    /// Two of its `klp_func`s name the same function.
+    /// Two `klp_func`s of the patch replace the same function.
     #[error("the module replaces function {0} twice")]
     Twice(String),
 }
 
 impl ModuleError {
-    /// Whether the module may be right, and outpatch lacks what it needs.
+    /// Whether the module may be valid, and outpatch lacks what it needs.
     #[must_use]
     pub fn is_unsupported(&self) -> bool {
         matches!(
@@ -103,7 +105,7 @@ fn at(function: &Option<String>) -> String {
         .unwrap_or_default()
 }
 
-/// What linking asked of the guest kernel could not be answered.
+/// Why the guest's kernel does not have, or does not show, what linking needs of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TargetError {
@@ -113,32 +115,33 @@ pub enum TargetError {
     /// The kernel's type information lacks a type or a field.
     #[error("the guest kernel's type information: {0}")]
     Types(#[from] BtfError),
-    /// The kernel's memory could not be read, or did not hold what it should.
+    /// The kernel's memory could not be read.
     #[error("{what} at {at} cannot be read from the guest")]
     Memory {
         /// What was to be read.
         what: &'static str,
-        /// Where.
+        /// Its address.
         at: Gva,
     },
-    /// A value in the guest that makes no sense.
-    #[error("the guest's {0} makes no sense")]
-    Nonsense(&'static str),
+    /// A value in the guest is one that no kernel has.
+    #[error("the guest's {0} is invalid")]
+    Invalid(&'static str),
 }
 
-/// The module cannot be linked into this guest.
+/// Why a module cannot be linked into this guest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LinkError {
-    /// The module itself.
+    /// The module itself cannot be used.
     #[error(transparent)]
     Module(#[from] ModuleError),
-    /// The guest.
+    /// The guest's kernel cannot be read.
     #[error(transparent)]
     Target(#[from] TargetError),
-    /// Built for another kernel.
+    /// The module was built for another kernel.
     #[error(
-        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: build it against the guest's kernel",
+        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: \
+         build it against the guest's kernel",
         .symbol.as_ref().map(|s| format!(" and disagrees about {s}")).unwrap_or_default()
     )]
     Vermagic {
@@ -146,100 +149,103 @@ pub enum LinkError {
         module: String,
         /// The guest kernel's vermagic.
         kernel: String,
-        /// The symbol whose version showed it, when the strings themselves do not decide.
+        /// The symbol whose version differs, if the strings themselves do not decide.
         symbol: Option<String>,
     },
-    /// The kernel has versions for its symbols and the module has none for this one.
+    /// The kernel has versions for its symbols, and the module has none for this one.
     #[error(
-        "the module has no version (CRC) for symbol {0}, and the guest kernel requires one: build it with the kernel's Module.symvers"
+        "the module has no version (CRC) for symbol {0}, and the guest kernel requires \
+         one: build it with the kernel's Module.symvers"
     )]
     NoVersion(String),
     /// `struct module` has another size than in the guest's kernel.
     #[error(
-        "the module's struct module has {module} bytes, the guest kernel's {kernel}: build it against the guest's kernel"
+        "the module's struct module has {module} bytes, the guest kernel's {kernel}: \
+         build it against the guest's kernel"
     )]
     ModuleStruct {
-        /// Size in the module.
+        /// Size in the module, in bytes.
         module: u64,
-        /// Size in the kernel.
+        /// Size in the kernel, in bytes.
         kernel: u64,
     },
-    /// An undefined symbol that the kernel does not export.
+    /// The module uses a symbol that the kernel does not export.
     #[error("unknown symbol {0}: the guest kernel does not export it")]
     UnknownSymbol(String),
-    /// A GPL-only symbol, and a licence that is not compatible.
+    /// The module uses a GPL-only symbol, and its license is not compatible.
     #[error(
         "symbol {symbol} is for GPL-compatible modules only, and this one's license is `{license}`"
     )]
     GplOnly {
-        /// The symbol.
+        /// Name of the symbol.
         symbol: String,
         /// The module's license.
         license: String,
     },
-    /// A symbol in a namespace that the module does not import.
+    /// The module uses a symbol of a namespace that it does not import.
     #[error("symbol {symbol} is in namespace {namespace}, which the module does not import")]
     Namespace {
-        /// The symbol.
+        /// Name of the symbol.
         symbol: String,
-        /// Its namespace.
+        /// The symbol's namespace.
         namespace: String,
     },
-    /// A `.klp.sym` symbol or a function that the kernel does not have.
+    /// The kernel has no such function, or no symbol for a `.klp.sym` one.
     #[error("the guest kernel has no symbol {name}{}", nth(.sympos))]
     NotFound {
-        /// Its name.
+        /// Name of the symbol.
         name: String,
-        /// Which of that name.
+        /// Its position among the symbols of that name, from 1; 0: it must be the only one.
         sympos: u64,
     },
-    /// A name with several symbols, and no position.
+    /// The kernel has several symbols of this name, and the module gives no position.
     #[error("the guest kernel has {count} symbols named {name}: set `old_sympos` to choose one")]
     Ambiguous {
-        /// The name.
+        /// The name that is not unique.
         name: String,
-        /// How many there are.
+        /// How many symbols have it.
         count: usize,
     },
-    /// Code or data refers to a part of the module that is not kept.
+    /// Code or data refers to a part of the module that is not placed in the guest.
     #[error(
-        "{section}+{offset:#x} refers to {to}, which is not kept in the guest: not supported yet"
+        "{section}+{offset:#x} refers to {to}, which is not placed in the guest: not supported yet"
     )]
     Dropped {
-        /// Section with the reference.
+        /// Name of the section with the reference.
         section: String,
-        /// Where in it.
+        /// Offset of the reference in it.
         offset: u64,
-        /// What it refers to.
+        /// The symbol or section that it refers to.
         to: String,
     },
-    /// A relocation that cannot be applied.
+    /// A relocation cannot be applied.
     #[error("relocation at {section}+{offset:#x}: {why}")]
     Relocation {
-        /// The section that it changes.
+        /// Name of the section that it changes.
         section: String,
-        /// Where in it.
+        /// The offset in it.
         offset: u64,
-        /// What is wrong.
+        /// What is wrong with it.
         why: String,
     },
-    /// The bases given do not fit the module.
+    /// The load addresses do not fit the module.
     #[error("invalid load address: {0}")]
-    Place(&'static str),
-    /// A static key whose later changes would not reach the patch.
+    LoadAddress(&'static str),
+    /// The patch tests a static key whose later changes would not reach it.
     #[error(
-        "{function} tests the static key {key}, which the guest may flip later without the patch seeing it: not supported yet"
+        "{function} tests the static key {key}, which the guest may change later \
+         without effect on the patch: not supported yet"
     )]
     StaticKey {
         /// The function in the patch.
         function: String,
-        /// The key.
+        /// Name of the key.
         key: String,
     },
-    /// The guest is still booting, and static keys may still change.
+    /// The guest is still booting, so that static keys may still change.
     #[error("the guest is still booting: static keys may still change; try again when it is up")]
     Booting,
-    /// A table that the loader acts on holds something unexpected.
+    /// A table of the module that its loader acts on holds something unexpected.
     #[error("{section}: {why}")]
     Table {
         /// Name of the table's section.
@@ -247,22 +253,30 @@ pub enum LinkError {
         /// What is wrong with it.
         why: String,
     },
-    /// The module's ORC table makes no sense.
-    #[error("its unwind data: {0}")]
+    /// The module's ORC table is invalid.
+    #[error("the module's unwind data: {0}")]
     Orc(#[from] OrcTableError),
-    /// The unwinder knows other code at the module's place.
-    #[error("its unwind data: {0}")]
+    /// The unwinder knows other code at the module's addresses.
+    #[error("the module's unwind data: {0}")]
     Overlap(#[from] RegionOverlap),
-    /// The finished code is not what it should be.
+    /// The linked code failed its last check.
     #[error("the linked code of {function} is wrong at {at}: {why}")]
     Code {
-        /// The function.
+        /// Name of the patch's function.
         function: String,
-        /// Where.
+        /// Address of the wrong instruction.
         at: Gva,
         /// What is wrong.
         why: &'static str,
     },
+}
+
+impl LinkError {
+    /// The table `section` of the module holds something unexpected.
+    pub(in crate::module) fn table(section: &'static str, why: impl Into<String>) -> LinkError {
+        let why = why.into();
+        LinkError::Table { section, why }
+    }
 }
 
 fn nth(sympos: &u64) -> String {

@@ -1,7 +1,8 @@
 //! A livepatch module, from the unmodified `.ko` file to bytes that are ready for one guest.
 //!
-//! [`parse`] reads the file and refuses what cannot be taken; [`link()`] does from outside what the kernel's module loader does from
-//! inside. Knows the formats and the kernel's rules; it writes nothing to a guest, and where the bytes go is given to it.
+//! [`parse`] reads the file and refuses what is not supported; [`link()`] does from outside what
+//! the kernel's module loader does from inside. Knows the formats and the kernel's rules; writes
+//! nothing to a guest, and is given the addresses to link for.
 
 mod error;
 mod file;
@@ -14,7 +15,7 @@ mod tests;
 
 pub use error::{LinkError, ModuleError, TargetError};
 pub use file::klp::KlpPatch;
-pub use file::layout::{Bases, Sizes};
+pub use file::layout::{LoadAddresses, Sizes};
 pub use file::{LivepatchModule, parse};
 pub use kernel::guest::GuestTarget;
 pub use link::image::Image;

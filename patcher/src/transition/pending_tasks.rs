@@ -162,7 +162,7 @@ mod tests {
         assert_eq!(count(0), MIN_SLOTS);
         assert_eq!(count(1_000), 4_096);
         assert_eq!(count(u64::MAX), MAX_SLOTS);
-        assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW);
+        assert!(table_request(u64::MAX).len <= crate::memory::hidden_window::WINDOW_SIZE);
     }
 
     #[test]

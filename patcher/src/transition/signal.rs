@@ -7,10 +7,9 @@
 //!
 //! Only decides. How a sleeping task is woken is known to [`wake`](crate::call::wake).
 
+use introspect::task::TASK_INTERRUPTIBLE;
 use introspect::{Task, TaskKind};
 
-/// `TASK_INTERRUPTIBLE`.
-pub const INTERRUPTIBLE: u64 = 0x1;
 /// `__TASK_STOPPED | __TASK_TRACED`.
 const STOPPED_OR_TRACED: u64 = 0x4 | 0x8;
 
@@ -26,7 +25,7 @@ pub struct SignalAction {
 /// What `task` gets.
 #[must_use]
 pub fn action_for(task: &Task) -> SignalAction {
-    let interruptible = task.state & INTERRUPTIBLE != 0 && !task.on_cpu;
+    let interruptible = task.state & TASK_INTERRUPTIBLE != 0 && !task.on_cpu;
     match task.kind {
         // TIF_NEED_RESCHED and an interrupt send it through the idle loop.
         TaskKind::Idle => SignalAction::default(),

@@ -269,7 +269,7 @@ impl StepContext<'_> {
                 continue;
             };
             blocked.signalled = self.signal_flag(task) & !task.tif != 0;
-            if signal::action_for(task).wake && idle && sleepers.len() < wake::MOST {
+            if signal::action_for(task).wake && idle && sleepers.len() < wake::MAX_TASKS {
                 sleepers.push((at, task));
             }
         }

@@ -1,32 +1,36 @@
-//! The code that stands at a patched function's entry, and the stub that it goes through in a transition.
+//! The stub that a patched function's entry jumps to in a transition.
 //!
-//! Outside a transition a patched function's entry is one direct jump to the new function. In a transition it jumps to a stub
-//! of our own, which asks the running task's patch state, as `kernel/livepatch/patch.c: klp_ftrace_handler` does, and goes on
-//! either to the new function or to the old one behind its entry site. Knows x86 code only: no guest memory, no tasks.
+//! Outside a transition, a patched function's entry is one direct jump to the new function. In a
+//! transition it jumps to a stub, which reads the running task's patch state, as
+//! `kernel/livepatch/patch.c: klp_ftrace_handler` does, and jumps on either to the new function or
+//! to the previous one (for the original function, past its entry site).
+//!
+//! Knows x86 code only: no guest memory, no tasks.
 
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r11d};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};
 use introspect::Gva;
 
-use crate::x86::EncodeError;
-use crate::x86::fitted;
+use crate::x86::{EncodeError, assemble_within};
 
 /// Knuth's multiplicative hash: 2^32 over the golden ratio.
 const FACTOR: u32 = 0x9e37_79b1;
 
-/// How a stub learns whether the running task has moved.
+/// Where a stub reads whether the running task has switched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StateSource {
-    /// By `task_struct.patch_state`, at this offset: 0 gets the old code, any other the new, as the kernel's own handler chooses.
+    /// In `task_struct.patch_state`, at this offset: 0 leads to the previous function, any other
+    /// value to the new one, as in the kernel's own handler.
     PatchState(u32),
-    /// By the table of those who have not, as [`pending`](crate::transition::pending_tasks) has it.
+    /// In the table of the tasks that have not switched, which
+    /// [`pending_tasks`](crate::transition::pending_tasks) fills.
     PendingTasks(PendingTable),
 }
 
 impl StateSource {
-    /// Room for one stub; [`stub`] never yields more.
+    /// The most bytes that [`stub`] returns.
     #[must_use]
-    pub fn stub_room(self) -> u64 {
+    pub fn max_stub_len(self) -> u64 {
         match self {
             StateSource::PatchState(_) => 48,
             StateSource::PendingTasks(_) => 112,
@@ -34,35 +38,36 @@ impl StateSource {
     }
 }
 
-/// Where a table lies, as its stubs need to know it.
+/// The addresses of a table of pending tasks, as its stubs use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingTable {
-    /// The slots.
+    /// Address of the first slot.
     pub slots: Gva,
-    /// How many there are: a power of two.
+    /// The number of slots: a power of two.
     pub count: u64,
-    /// A word that is 0 while those in the table get the old code, and 1 while they get the new.
+    /// Address of a word that is 0 while the tasks in the table run the previous functions, and 1
+    /// while they run the new ones.
     pub reverting: Gva,
 }
 
 impl PendingTable {
-    /// The slot at which the search for a task begins.
+    /// The number of the slot at which the search for a task begins.
     #[must_use]
     pub fn first(self, task: Gva) -> u64 {
-        // What identifies a task_struct is in its lower half.
+        // The lower half of an address identifies a task_struct.
         let [a, b, c, d, ..] = task.0.to_le_bytes();
         let low = u32::from_le_bytes([a, b, c, d]);
         u64::from(low.wrapping_mul(FACTOR) >> self.shift())
     }
 
-    /// By how much the stub shifts a 32-bit hash.
+    /// By how many bits the stub shifts a 32-bit hash to the right.
     #[must_use]
     pub fn shift(self) -> u32 {
         32 - self.count.max(2).ilog2()
     }
 }
 
-/// How the kernel's own code finds `current`.
+/// How the kernel's own code reads `current`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CurrentVar {
     /// `%gs:OFFSET`, where per-CPU symbols start at zero.
@@ -71,29 +76,31 @@ pub enum CurrentVar {
     RipRelative(Gva),
 }
 
-/// The stub at `at`: on to `old` for a task in the old state, to `new` for one in the new.
+/// The stub for address `at`. It jumps to `previous` for a task in the old state and to `new` for a
+/// task in the new one.
 ///
-/// At a function's entry `r10`, `r11` and the flags carry nothing; every other register may carry an argument.
+/// It uses `r10`, `r11` and the flags only: at a function's entry they are free, and every other
+/// register may hold an argument.
 ///
 /// # Errors
 /// [`EncodeError`].
 pub fn stub(
     at: Gva,
     current: CurrentVar,
-    ask: StateSource,
-    old: Gva,
+    source: StateSource,
+    previous: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, EncodeError> {
-    fitted(at, ask.stub_room(), [old, new], || {
-        assemble(at, current, ask, old, new)
+    assemble_within(at, source.max_stub_len(), [previous, new], || {
+        assemble(at, current, source, previous, new)
     })
 }
 
 fn assemble(
     at: Gva,
     current: CurrentVar,
-    ask: StateSource,
-    old: Gva,
+    source: StateSource,
+    previous: Gva,
     new: Gva,
 ) -> Result<Vec<u8>, IcedError> {
     let (base, displacement) = match current {
@@ -115,32 +122,34 @@ fn assemble(
         Register::R11,
         load_current,
     )?)?;
-    match ask {
+    match source {
         StateSource::PatchState(offset) => {
-            let mut to_old = a.create_label();
+            let mut to_previous = a.create_label();
             a.cmp(dword_ptr(r11 + offset), 0)?;
-            a.je(to_old)?;
+            a.je(to_previous)?;
             a.jmp(new.0)?;
-            a.set_label(&mut to_old)?;
-            a.jmp(old.0)?;
+            a.set_label(&mut to_previous)?;
+            a.jmp(previous.0)?;
         }
-        StateSource::PendingTasks(table) => look_up(&mut a, table, old, new)?,
+        StateSource::PendingTasks(table) => search_table(&mut a, table, previous, new)?,
     }
     a.assemble(at.0)
 }
 
-/// The search of [`pending`](crate::transition::pending_tasks), for the task in `r11`. Window addresses are sign-extended 32-bit ones, as all of the
-/// kernel's image is.
-fn look_up(
+/// Appends the search in the table of [`pending_tasks`](crate::transition::pending_tasks) for the
+/// task in `r11`. Addresses in hidden windows are sign-extended 32-bit ones, as those of the
+/// kernel's image are.
+fn search_table(
     a: &mut CodeAssembler,
     table: PendingTable,
-    old: Gva,
+    previous: Gva,
     new: Gva,
 ) -> Result<(), IcedError> {
-    let (mut next, mut found, mut to_old) = (a.create_label(), a.create_label(), a.create_label());
+    let (mut next, mut found, mut to_previous) =
+        (a.create_label(), a.create_label(), a.create_label());
     let mut absent = a.create_label();
     let slots = table.slots.0.cast_signed();
-    // A table is no larger than that.
+    // No table is larger.
     let mask = u32::try_from(table.count - 1).unwrap_or(u32::MAX);
     a.mov(r10d, r11d)?;
     a.imul_3(r10d, r10d, FACTOR.cast_signed())?;
@@ -155,14 +164,14 @@ fn look_up(
     a.jmp(next)?;
     a.set_label(&mut absent)?;
     a.cmp(dword_ptr(table.reverting.0.cast_signed()), 0)?;
-    a.jne(to_old)?;
+    a.jne(to_previous)?;
     a.jmp(new.0)?;
     a.set_label(&mut found)?;
     a.cmp(dword_ptr(table.reverting.0.cast_signed()), 0)?;
-    a.je(to_old)?;
+    a.je(to_previous)?;
     a.jmp(new.0)?;
-    a.set_label(&mut to_old)?;
-    a.jmp(old.0)
+    a.set_label(&mut to_previous)?;
+    a.jmp(previous.0)
 }
 
 #[cfg(test)]
@@ -185,13 +194,13 @@ mod tests {
     }
 
     const AT: Gva = Gva(0xffff_ffff_8100_1000);
-    const OLD: Gva = Gva(0xffff_ffff_8123_4009);
+    const PREVIOUS: Gva = Gva(0xffff_ffff_8123_4009);
     const NEW: Gva = Gva(0xffff_ffff_81a0_0000);
 
     #[test]
-    fn stub_asks_absolute_current() {
-        let ask = StateSource::PatchState(5212);
-        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
+    fn stub_reads_absolute_current() {
+        let source = StateSource::PatchState(5212);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), source, PREVIOUS, NEW).unwrap();
         assert_eq!(
             listing(AT, &code),
             [
@@ -205,15 +214,15 @@ mod tests {
     }
 
     #[test]
-    fn stub_looks_the_task_up() {
+    fn stub_searches_the_table() {
         let table = PendingTable {
             slots: Gva(0xffff_ffff_ff20_0040),
             count: 1024,
             reverting: Gva(0xffff_ffff_ff20_0000),
         };
-        let ask = StateSource::PendingTasks(table);
-        let code = stub(AT, CurrentVar::Absolute(0x1fb80), ask, OLD, NEW).unwrap();
-        assert!(code.len() as u64 <= ask.stub_room(), "{}", code.len());
+        let source = StateSource::PendingTasks(table);
+        let code = stub(AT, CurrentVar::Absolute(0x1fb80), source, PREVIOUS, NEW).unwrap();
+        assert!(code.len() as u64 <= source.max_stub_len(), "{}", code.len());
         assert_eq!(
             listing(AT, &code),
             [
@@ -240,10 +249,10 @@ mod tests {
     }
 
     #[test]
-    fn stub_asks_rip_relative_current() {
+    fn stub_reads_rip_relative_current() {
         let symbol = Gva(0xffff_ffff_8300_0040);
-        let ask = StateSource::PatchState(5772);
-        let code = stub(AT, CurrentVar::RipRelative(symbol), ask, OLD, NEW).unwrap();
+        let source = StateSource::PatchState(5772);
+        let code = stub(AT, CurrentVar::RipRelative(symbol), source, PREVIOUS, NEW).unwrap();
         let first = Decoder::with_ip(64, &code, AT.0, DecoderOptions::NONE).decode();
         assert!(first.is_ip_rel_memory_operand());
         assert_eq!(first.ip_rel_memory_address(), symbol.0);
@@ -251,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn jump_reaches_both_ways_and_says_when_not() {
+    fn a_jump_out_of_reach_is_an_error() {
         assert_eq!(jump(Gva(0x1000), Gva(0x1005)).unwrap(), [0xe9, 0, 0, 0, 0]);
         assert_eq!(
             jump(Gva(0x1000), Gva(0x1000)).unwrap(),

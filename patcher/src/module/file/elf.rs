@@ -1,7 +1,7 @@
 //! A relocatable ELF file as plain data: sections, symbols, relocations.
 //!
-//! Knows ELF and its limits, nothing of kernels. The file is hostile: every count and every range is checked here, once, so
-//! that the rest of this module can index by what it finds.
+//! Knows ELF and its limits, nothing of kernels. The file may be hostile: every count and every
+//! range is checked here, once, so that the rest of [`module`](crate::module) can rely on them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -13,29 +13,29 @@ use object::read::{SectionIndex, SymbolIndex};
 
 use crate::module::error::ModuleError;
 
-/// No module of the kernel comes near.
+/// The most bytes of a file; every module of the kernel is far smaller.
 pub(in crate::module) const MAX_FILE: usize = 64 << 20;
-/// Sections built with `-ffunction-sections` stay well below.
+/// The most sections; builds with `-ffunction-sections` have far fewer.
 const MAX_SECTIONS: usize = 20_000;
-/// Symbols of the largest drivers: about 50,000.
+/// The most symbols; the largest drivers have about 50,000.
 const MAX_SYMBOLS: usize = 200_000;
-/// `KSYM_NAME_LEN` and the prefixes of livepatch symbols and sections.
+/// The most bytes of a name: `KSYM_NAME_LEN` and the prefixes of livepatch symbols and sections.
 const MAX_NAME: usize = 1024;
 /// `include/uapi/linux/elf.h: SHN_LIVEPATCH`.
 const SHN_LIVEPATCH: u16 = 0xff20;
 /// `include/uapi/linux/elf.h: SHF_RELA_LIVEPATCH`.
 const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
 
-/// Where a symbol is.
+/// Where a symbol is defined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::module) enum Place {
-    /// To be found in the kernel's exports.
+    /// In the kernel, which exports it.
     Undefined,
-    /// Its value is its address.
+    /// Nowhere: its value is its address.
     Absolute,
     /// An old-style common symbol, which the kernel's loader refuses.
     Common,
-    /// To be found in the kernel's own symbols by livepatch's rules.
+    /// In the kernel, exported or not: it is resolved by livepatch's rules.
     Livepatch,
     /// In the section of this index.
     Section(usize),
@@ -68,14 +68,15 @@ pub(in crate::module) struct Section {
     pub flags: u64,
     pub align: u64,
     pub size: u64,
-    /// It holds relocations of another section. Those of livepatch are flagged as loaded, so the flags do not tell.
+    /// Whether it holds relocations of another section. The flags do not tell: sections of
+    /// livepatch relocations are flagged as allocated.
     pub is_relocations: bool,
-    /// Where its bytes are in the file; `None`: zeroes.
+    /// Where its bytes are in the file; `None`: it is all zeroes.
     file: Option<Range<usize>>,
-    /// Ordinary relocations, by offset.
+    /// Its ordinary relocations, sorted by offset.
     pub relocations: Vec<Relocation>,
-    /// `.klp.rela.OBJECT.SECTION`, by object, by offset.
-    pub late: BTreeMap<String, Vec<Relocation>>,
+    /// Its livepatch relocations (`.klp.rela.OBJECT.SECTION`) by object, sorted by offset.
+    pub klp_relocations: BTreeMap<String, Vec<Relocation>>,
 }
 
 impl Section {
@@ -89,7 +90,7 @@ impl Section {
             is_relocations: false,
             file: None,
             relocations: Vec::new(),
-            late: BTreeMap::new(),
+            klp_relocations: BTreeMap::new(),
         }
     }
 
@@ -105,10 +106,10 @@ impl Section {
         self.flags & elf::SHF_WRITE.0 != 0
     }
 
-    /// The relocation, ordinary or late, at exactly this offset.
+    /// The relocation, ordinary or livepatch, at exactly this offset.
     pub fn relocation_at(&self, offset: u64) -> Option<&Relocation> {
         std::iter::once(&self.relocations)
-            .chain(self.late.values())
+            .chain(self.klp_relocations.values())
             .flat_map(|list| {
                 let first = list.partition_point(|r| r.offset < offset);
                 list.get(first..)
@@ -120,7 +121,8 @@ impl Section {
     }
 }
 
-/// A whole file. `sections` and `symbols` keep the file's numbering; number 0 is the null entry in both.
+/// A whole file. `sections` and `symbols` keep the file's numbering; number 0 is the null entry in
+/// both.
 #[derive(Clone)]
 pub(in crate::module) struct ElfFile {
     bytes: Vec<u8>,
@@ -165,11 +167,11 @@ impl ElfFile {
             symbols,
         };
         for raw in table.iter() {
-            file.take_relocations(raw, names, symtab)?;
+            file.read_relocations(raw, names, symtab)?;
         }
         for section in &mut file.sections {
             section.relocations.sort_by_key(|r| r.offset);
-            for list in section.late.values_mut() {
+            for list in section.klp_relocations.values_mut() {
                 list.sort_by_key(|r| r.offset);
             }
         }
@@ -200,7 +202,7 @@ impl ElfFile {
         self.symbols.get(index)
     }
 
-    /// The function that covers this place, for messages.
+    /// The function that covers this offset in a section.
     pub fn function_at(&self, section: usize, offset: u64) -> Option<&Symbol> {
         self.symbols
             .iter()
@@ -208,19 +210,19 @@ impl ElfFile {
             .find(|s| s.value <= offset && offset - s.value < s.size)
     }
 
-    fn take_relocations(
+    fn read_relocations(
         &mut self,
         raw: &elf::SectionHeader64<LE>,
         names: &[u8],
         symtab: SectionIndex,
     ) -> Result<(), ModuleError> {
         let bytes = std::mem::take(&mut self.bytes);
-        let result = self.take_relocations_from(raw, names, symtab, &bytes);
+        let result = self.read_relocations_from(raw, names, symtab, &bytes);
         self.bytes = bytes;
         result
     }
 
-    fn take_relocations_from(
+    fn read_relocations_from(
         &mut self,
         raw: &elf::SectionHeader64<LE>,
         names: &[u8],
@@ -235,7 +237,7 @@ impl ElfFile {
         let target = usize::try_from(raw.sh_info(LE)).unwrap_or(usize::MAX);
         let Some(section) = self.sections.get_mut(target).filter(|_| link == symtab) else {
             return Err(ModuleError::Damaged(format!(
-                "section {own_name} relocates a section that is not there"
+                "section {own_name} relocates a section that does not exist"
             )));
         };
         // Debug information: never loaded.
@@ -259,7 +261,8 @@ impl ElfFile {
             });
         }
         if raw.sh_flags(LE).0 & SHF_RELA_LIVEPATCH != 0 {
-            // kernel/livepatch/core.c: klp_resolve_symbols reads the object from `.klp.rela.OBJECT.SECTION`.
+            // kernel/livepatch/core.c: klp_resolve_symbols reads the object from
+            // `.klp.rela.OBJECT.SECTION`.
             let object = own_name
                 .strip_prefix(".klp.rela.")
                 .and_then(|rest| rest.split('.').next())
@@ -270,7 +273,7 @@ impl ElfFile {
                     ))
                 })?;
             section
-                .late
+                .klp_relocations
                 .entry(object.to_owned())
                 .or_default()
                 .extend(out);
@@ -325,9 +328,7 @@ fn section(
                 .and_then(|end| Some(usize::try_from(start).ok()?..usize::try_from(end).ok()?))
                 .filter(|range| range.end <= bytes.len() || raw.sh_type(LE) == elf::SHT_NULL)
                 .ok_or_else(|| {
-                    ModuleError::Damaged(format!(
-                        "section {name} reaches behind the end of the file"
-                    ))
+                    ModuleError::Damaged(format!("section {name} extends past the end of the file"))
                 })?,
         ),
     };
@@ -339,7 +340,7 @@ fn section(
         name,
         file,
         relocations: Vec::new(),
-        late: BTreeMap::new(),
+        klp_relocations: BTreeMap::new(),
     })
 }
 
@@ -374,7 +375,7 @@ fn symbols(
                 Ok(Some(section)) if section.0 < sections => Place::Section(section.0),
                 _ => {
                     return Err(ModuleError::Damaged(format!(
-                        "symbol {name} is in a section that is not there"
+                        "symbol {name} is in a section that does not exist"
                     )));
                 }
             }
@@ -392,7 +393,8 @@ fn symbols(
     Ok((symtab.section(), out))
 }
 
-/// The string at `offset`, with a limit: names overlap in a hostile table, and each would be scanned to its end.
+/// The string at `offset`, of limited length: names overlap in a hostile table, and each would be
+/// scanned to its end.
 fn name_at(strings: &[u8], offset: u32) -> Result<String, ModuleError> {
     usize::try_from(offset)
         .ok()
@@ -401,7 +403,7 @@ fn name_at(strings: &[u8], offset: u32) -> Result<String, ModuleError> {
         .ok_or_else(|| ModuleError::Damaged(format!("no name at {offset:#x} of a string table")))
 }
 
-/// The NUL-terminated UTF-8 string that `bytes` starts with.
+/// The NUL-terminated UTF-8 string at the start of `bytes`.
 pub(in crate::module) fn text(bytes: &[u8], limit: usize) -> Option<String> {
     let bytes = bytes.get(..limit.min(bytes.len()))?;
     let end = bytes.iter().position(|&b| b == 0)?;
@@ -414,6 +416,7 @@ fn damaged(error: object::read::Error) -> ModuleError {
     ModuleError::Damaged(error.to_string())
 }
 
+/// Refuses more than `max` of something.
 pub(in crate::module) fn limit(
     what: &'static str,
     count: usize,

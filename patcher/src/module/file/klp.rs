@@ -1,8 +1,10 @@
-//! `struct klp_patch`, `klp_object` and `klp_func`, read out of a module's relocations.
+//! [`KlpPatch`]: `struct klp_patch`, `klp_object` and `klp_func`, read from a module's data and
+//! relocations.
 //!
-//! The structures lie in the module's data with their pointers as relocations; their layout is the target kernel's own, by BTF.
-//! Which object is *the* patch is what the init function would hand to `klp_enable_patch`, read from that code and checked against
-//! the symbols of the right size. Follows `kernel/livepatch/core.c: klp_init_patch` in what it accepts.
+//! The structures are in the module's data, with their pointers as relocations; their layout is the
+//! target kernel's own, from its BTF. The patch is the object that the init function would pass to
+//! `klp_enable_patch`: it is read from that code and checked against the symbols of the right size.
+//! In what it accepts, it follows `kernel/livepatch/core.c: klp_init_patch`.
 
 use std::collections::HashSet;
 
@@ -13,13 +15,15 @@ use crate::module::error::ModuleError;
 use crate::module::file::elf::{ElfFile, Place, Relocation, limit, text};
 use crate::module::file::sections::Placement;
 
-/// `include/linux/kallsyms.h: KSYM_NAME_LEN` since 6.1; it was 128 before.
+/// The most bytes of a name: `include/linux/kallsyms.h: KSYM_NAME_LEN` since 6.1; it was 128
+/// before.
 const MAX_SYMBOL_NAME: usize = 512;
-/// More than any cumulative patch has.
+/// The most functions in a patch: more than any cumulative patch has.
 const MAX_FUNCTIONS: usize = 4096;
 const MAX_OBJECTS: usize = 256;
-/// There is one, in the init function.
+/// The most calls of `klp_enable_patch`. Modules have one, in the init function.
 const MAX_CALLS: usize = 16;
+/// The most bytes of code that are decoded before such a call.
 const MAX_INIT: usize = 1 << 16;
 
 /// Sizes and offsets of the livepatch structures in the target kernel.
@@ -43,8 +47,9 @@ pub struct KlpLayout {
 }
 
 impl KlpLayout {
-    /// What the author of a patch fills in, and nothing else: for a kernel without `CONFIG_LIVEPATCH`, which declares no such
-    /// structures. `guests/patches/klp_public.h` declares these.
+    /// The fields that the author of a patch sets, and no others: for a kernel without
+    /// `CONFIG_LIVEPATCH`, which declares no such structures. `guests/patches/klp_public.h`
+    /// declares these.
     pub const PUBLIC: KlpLayout = KlpLayout {
         patch_size: 32,
         patch_mod: 0,
@@ -67,28 +72,30 @@ impl KlpLayout {
     };
 }
 
-/// One function that a patch replaces, and where in the module its replacement is.
+/// One function that a patch replaces (`struct klp_func`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PatchFunction {
     /// Name of the function in the kernel.
     pub old_name: String,
-    /// Which of several of that name, in address order, from 1; 0: there must be only one.
+    /// Its position among the functions of that name, in address order from 1; 0: it must be the
+    /// only one.
     pub sympos: u64,
+    /// Where in the module the new function is.
     pub(in crate::module) new: ModuleOffset,
 }
 
-/// What the module asks the kernel to patch. All of it is in `vmlinux`.
+/// What a module patches (`struct klp_patch`). All of it is in `vmlinux`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KlpPatch {
     /// Atomic replace: this patch takes the place of all earlier ones.
     pub replace: bool,
     /// The functions, in the module's order.
     pub functions: Vec<PatchFunction>,
-    /// Its member `mod`, which the module's loader would fill in.
+    /// Where its member `mod` is, which the module's loader would set.
     pub(in crate::module) module_pointer: ModuleOffset,
 }
 
-/// A place in the module.
+/// A section of the module and an offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in crate::module) struct ModuleOffset {
     pub section: usize,
@@ -104,12 +111,13 @@ impl ModuleOffset {
     }
 }
 
+/// Reads the patch of a module.
 pub(in crate::module) fn read(
     file: &ElfFile,
-    fates: &[Placement],
+    placements: &[Placement],
     layout: &KlpLayout,
 ) -> Result<KlpPatch, ModuleError> {
-    let reader = Reader { file, fates };
+    let reader = Reader { file, placements };
     let at = reader.find_patch(layout)?;
     let states = match layout.patch_states {
         Some(offset) => reader.pointer(at.plus(offset))?,
@@ -154,7 +162,7 @@ pub(in crate::module) fn read(
 
 struct Reader<'a> {
     file: &'a ElfFile,
-    fates: &'a [Placement],
+    placements: &'a [Placement],
 }
 
 impl Reader<'_> {
@@ -173,35 +181,38 @@ impl Reader<'_> {
                 }),
                 _ => None,
             })
-            .filter(|&spot| self.looks_like_patch(spot, layout))
+            .filter(|&at| self.looks_like_patch(at, layout))
             .collect();
         match (enabled.as_slice(), shaped.as_slice()) {
             ([one], _) if self.looks_like_patch(*one, layout) => Ok(*one),
             ([_], _) => Err(bad(
-                "what its init function passes to klp_enable_patch has not this kernel's struct klp_patch",
+                "what its init function passes to klp_enable_patch is not \
+                 this kernel's struct klp_patch",
             )),
             ([], [one]) => Ok(*one),
             ([], []) => Err(bad(
                 "there is no static struct klp_patch of this kernel's size",
             )),
-            _ => Err(bad("there are several; which one is enabled is not clear")),
+            _ => Err(bad(
+                "there are several, and the init function does not show which is enabled",
+            )),
         }
     }
 
-    fn looks_like_patch(&self, spot: ModuleOffset, layout: &KlpLayout) -> bool {
+    fn looks_like_patch(&self, at: ModuleOffset, layout: &KlpLayout) -> bool {
         let fits = self
             .file
-            .section(spot.section)
-            .is_some_and(|s| spot.offset.saturating_add(layout.patch_size) <= s.size);
-        let kept = self.fates.get(spot.section) == Some(&Placement::Data);
+            .section(at.section)
+            .is_some_and(|s| at.offset.saturating_add(layout.patch_size) <= s.size);
+        let placed = self.placements.get(at.section) == Some(&Placement::Data);
         let module = self
-            .relocation(spot.plus(layout.patch_mod))
+            .relocation(at.plus(layout.patch_mod))
             .and_then(|r| self.file.symbol(r.symbol))
             .is_some_and(|s| s.name == "__this_module");
-        fits && kept && module && matches!(self.pointer(spot.plus(layout.patch_objs)), Ok(Some(_)))
+        fits && placed && module && matches!(self.pointer(at.plus(layout.patch_objs)), Ok(Some(_)))
     }
 
-    /// What code passes to `klp_enable_patch`, wherever that is plain to see.
+    /// What the module's code passes to `klp_enable_patch`, where the code shows it.
     fn enabled_patches(&self) -> Result<Vec<ModuleOffset>, ModuleError> {
         let mut found = HashSet::new();
         let mut calls = 0;
@@ -257,13 +268,14 @@ impl Reader<'_> {
         self.operand(relocation, last.next_ip())
     }
 
-    /// The place that an instruction's relocated operand names; relative ones count from the end of the instruction.
+    /// What an instruction's relocated operand refers to. `next` is the end of the instruction,
+    /// from which relative operands count.
     fn operand(&self, relocation: &Relocation, next: u64) -> Option<ModuleOffset> {
-        let spot = self.defined(relocation)?;
+        let at = self.defined(relocation)?;
         match relocation.kind {
-            k if k == elf::R_X86_64_PC32.0 => Some(spot.plus(next.wrapping_sub(relocation.offset))),
+            k if k == elf::R_X86_64_PC32.0 => Some(at.plus(next.wrapping_sub(relocation.offset))),
             k if k == elf::R_X86_64_64.0 || k == elf::R_X86_64_32.0 || k == elf::R_X86_64_32S.0 => {
-                Some(spot)
+                Some(at)
             }
             _ => None,
         }
@@ -291,9 +303,9 @@ impl Reader<'_> {
             if old_name.is_empty() {
                 return Err(bad("a klp_func has an empty old_name"));
             }
-            if self.fates.get(new.section) != Some(&Placement::Text) {
+            if self.placements.get(new.section) != Some(&Placement::Text) {
                 return Err(bad(format!(
-                    "the new function for {old_name} is not code that stays"
+                    "the new function for {old_name} is not in code that is placed in the guest"
                 )));
             }
             if !seen.insert((old_name.clone(), sympos)) {
@@ -318,7 +330,7 @@ impl Reader<'_> {
             if let Some(callback) = self.relocation(object.plus(offset)) {
                 let function = self
                     .defined(callback)
-                    .and_then(|spot| self.file.function_at(spot.section, spot.offset))
+                    .and_then(|at| self.file.function_at(at.section, at.offset))
                     .map_or_else(String::new, |f| format!(" = {}", f.name));
                 names.push(format!("{name}{function}"));
             }
@@ -330,11 +342,11 @@ impl Reader<'_> {
         }
     }
 
-    fn relocation(&self, spot: ModuleOffset) -> Option<&Relocation> {
-        self.file.section(spot.section)?.relocation_at(spot.offset)
+    fn relocation(&self, at: ModuleOffset) -> Option<&Relocation> {
+        self.file.section(at.section)?.relocation_at(at.offset)
     }
 
-    /// The place in the module that a relocation's symbol and addend name.
+    /// What a relocation's symbol and addend refer to, if that is in the module.
     fn defined(&self, relocation: &Relocation) -> Option<ModuleOffset> {
         let symbol = self.file.symbol(relocation.symbol)?;
         match symbol.place {
@@ -346,33 +358,33 @@ impl Reader<'_> {
         }
     }
 
-    /// The pointer field at `spot`: `None` when it is null.
-    fn pointer(&self, spot: ModuleOffset) -> Result<Option<ModuleOffset>, ModuleError> {
-        match self.relocation(spot) {
+    /// Where the pointer field at `at` points to; `None` when it is null.
+    fn pointer(&self, at: ModuleOffset) -> Result<Option<ModuleOffset>, ModuleError> {
+        match self.relocation(at) {
             Some(r) if r.kind == elf::R_X86_64_64.0 => self
                 .defined(r)
                 .map(Some)
-                .ok_or_else(|| bad("a pointer in it leads out of the module")),
+                .ok_or_else(|| bad("a pointer in it points outside the module")),
             Some(r) => Err(bad(format!(
                 "a pointer in it has relocation type {}",
                 r.kind
             ))),
-            None => match self.bytes::<8>(spot)? {
+            None => match self.bytes::<8>(at)? {
                 [0, 0, 0, 0, 0, 0, 0, 0] => Ok(None),
                 _ => Err(bad("a pointer in it has a value and no relocation")),
             },
         }
     }
 
-    /// Bytes of a section as they will be loaded; behind the file's bytes of a `.bss` they are zero.
-    fn bytes<const N: usize>(&self, spot: ModuleOffset) -> Result<[u8; N], ModuleError> {
+    /// Bytes of a section as they will be loaded; those that the file does not have are zero.
+    fn bytes<const N: usize>(&self, at: ModuleOffset) -> Result<[u8; N], ModuleError> {
         let section = self
             .file
-            .section(spot.section)
-            .filter(|s| spot.offset.saturating_add(N as u64) <= s.size)
-            .ok_or_else(|| bad("it reaches behind the end of its section"))?;
+            .section(at.section)
+            .filter(|s| at.offset.saturating_add(N as u64) <= s.size)
+            .ok_or_else(|| bad("it extends past the end of its section"))?;
         let mut out = [0; N];
-        let from = usize::try_from(spot.offset).unwrap_or(usize::MAX);
+        let from = usize::try_from(at.offset).unwrap_or(usize::MAX);
         if let Some(bytes) = self
             .file
             .data(section)
@@ -384,11 +396,11 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    fn string(&self, spot: ModuleOffset) -> Result<String, ModuleError> {
-        let section = self.file.section(spot.section);
+    fn string(&self, at: ModuleOffset) -> Result<String, ModuleError> {
+        let section = self.file.section(at.section);
         section
             .and_then(|s| {
-                let from = usize::try_from(spot.offset).ok()?;
+                let from = usize::try_from(at.offset).ok()?;
                 text(self.file.data(s).get(from..)?, MAX_SYMBOL_NAME)
             })
             .ok_or_else(|| bad("a name in it is not a string"))

@@ -1,4 +1,5 @@
-//! Where each section of a module lies in the two regions that the patch gets in the guest, before it is known where those are.
+//! [`SectionLayout`]: the offset of each section in the two regions, code and data, that a patch
+//! gets in the guest. It is made before the addresses of the regions are known.
 
 use introspect::Gva;
 
@@ -6,31 +7,33 @@ use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::elf::Section;
 use crate::module::file::sections::Placement;
 
-/// The kernel text's own padding, where code goes, is at most some MiB.
+/// The most bytes of code. The padding of the kernel's text, where code goes, has at most some MiB.
 const MAX_CODE: u64 = 16 << 20;
 const MAX_DATA: u64 = 16 << 20;
-/// The regions are given out in pages.
+/// The largest alignment of a section, in bytes: a page.
 const MAX_ALIGN: u64 = 4096;
 
-/// How much room a module needs in the guest.
+/// How much memory a module needs in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Bytes of code, read-only data and tables.
     pub code: u64,
     /// Alignment that `code` needs; a power of two, at most 4096.
     pub code_align: u64,
-    /// Bytes of data, its last part zeroes; 0 when the module has none.
+    /// Bytes of data, the last part of which is zeroes; 0 when the module has none.
     pub data: u64,
     /// Alignment that `data` needs; a power of two, at most 4096.
     pub data_align: u64,
 }
 
-/// Where the two parts of a module go. Both must lie in the top 2 GiB, within reach of each other and of the kernel.
+/// The addresses that a module is linked for. Both must be in the top 2 GiB, within reach of each
+/// other and of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bases {
-    /// Executable and read-only.
+pub struct LoadAddresses {
+    /// Address of the region that is executable and read-only.
     pub code: Gva,
-    /// Writable and not executable. Any suitably aligned address when there is no data.
+    /// Address of the region that is writable and not executable; any suitably aligned address when
+    /// the module has no data.
     pub data: Gva,
 }
 
@@ -40,22 +43,26 @@ pub(in crate::module) enum Region {
     Data,
 }
 
-/// One section's place.
+/// Where a section goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::module) struct SectionSlot {
     pub region: Region,
     pub offset: u64,
 }
 
+/// Where all sections go, and what that adds up to.
 #[derive(Clone, Debug)]
 pub(in crate::module) struct SectionLayout {
-    /// By section; `None`: not in the guest.
+    /// By index of the section; `None`: it is not placed in the guest.
     pub slots: Vec<Option<SectionSlot>>,
     pub sizes: Sizes,
 }
 
 impl SectionLayout {
-    pub fn new(sections: &[Section], fates: &[Placement]) -> Result<SectionLayout, ModuleError> {
+    pub fn new(
+        sections: &[Section],
+        placements: &[Placement],
+    ) -> Result<SectionLayout, ModuleError> {
         let mut slots = vec![None; sections.len()];
         let mut code = Cursor::new(MAX_CODE);
         let mut data = Cursor::new(MAX_DATA);
@@ -68,9 +75,9 @@ impl SectionLayout {
                 Region::Code => &mut code,
                 Region::Data => &mut data,
             };
-            for ((section, fate), slot) in sections.iter().zip(fates).zip(&mut slots) {
-                if *fate == pass {
-                    let offset = cursor.take(section)?;
+            for ((section, placement), slot) in sections.iter().zip(placements).zip(&mut slots) {
+                if *placement == pass {
+                    let offset = cursor.add(section)?;
                     *slot = Some(SectionSlot { region, offset });
                 }
             }
@@ -86,7 +93,8 @@ impl SectionLayout {
         })
     }
 
-    pub fn check(&self, bases: &Bases) -> Result<(), LinkError> {
+    /// Checks that `load_at` fits: aligned, no wraparound, no overlap.
+    pub fn check(&self, load_at: &LoadAddresses) -> Result<(), LinkError> {
         let fits = |base: Gva, size: u64, align: u64| {
             base.0.is_multiple_of(align) && base.0.checked_add(size).is_some()
         };
@@ -96,17 +104,19 @@ impl SectionLayout {
             data,
             data_align,
         } = self.sizes;
-        if !fits(bases.code, code, code_align) || !fits(bases.data, data, data_align) {
-            return Err(LinkError::Place("it is not aligned or wraps"));
+        if !fits(load_at.code, code, code_align) || !fits(load_at.data, data, data_align) {
+            return Err(LinkError::LoadAddress("it is not aligned or wraps around"));
         }
-        let apart = bases.code.0 + code <= bases.data.0 || bases.data.0 + data <= bases.code.0;
+        let apart =
+            load_at.code.0 + code <= load_at.data.0 || load_at.data.0 + data <= load_at.code.0;
         if !apart && data > 0 {
-            return Err(LinkError::Place("code and data overlap"));
+            return Err(LinkError::LoadAddress("code and data overlap"));
         }
         Ok(())
     }
 }
 
+/// The end of a region while sections are added to it.
 struct Cursor {
     end: u64,
     align: u64,
@@ -122,11 +132,13 @@ impl Cursor {
         }
     }
 
-    fn take(&mut self, section: &Section) -> Result<u64, ModuleError> {
+    /// Adds a section; returns its offset.
+    fn add(&mut self, section: &Section) -> Result<u64, ModuleError> {
         let align = section.align;
         if !align.is_power_of_two() || align > MAX_ALIGN {
             return Err(ModuleError::Damaged(format!(
-                "section {} wants an alignment of {align}; at most {MAX_ALIGN} is given",
+                "section {} has an alignment of {align}; \
+                 it must be a power of two, at most {MAX_ALIGN}",
                 section.name
             )));
         }

@@ -1,4 +1,7 @@
-//! The `.ko` file: its ELF sections and symbols, and what it says of itself. Knows nothing of a guest.
+//! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
+//!
+//! Knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
+//! here, in files of their own beside [`klp`].
 
 pub mod elf;
 pub mod klp;
@@ -11,29 +14,29 @@ use crate::module::error::ModuleError;
 use crate::module::file::klp::KlpLayout;
 use crate::module::file::layout::{SectionLayout, Sizes};
 
-/// A livepatch module as read from its file, not yet bound to a guest.
+/// A livepatch module as parsed from its file, not yet linked for a guest.
 #[derive(Clone, Debug)]
 pub struct LivepatchModule {
     pub(in crate::module) file: elf::ElfFile,
     pub(in crate::module) info: modinfo::Modinfo,
-    pub(in crate::module) fates: Vec<sections::Placement>,
-    pub(in crate::module) plan: SectionLayout,
+    pub(in crate::module) placements: Vec<sections::Placement>,
+    pub(in crate::module) layout: SectionLayout,
 }
 
-/// Reads a livepatch module.
+/// Parses a livepatch module.
 ///
 /// # Errors
-/// [`ModuleError`] for a file that is none, or that needs what is not supported.
+/// [`ModuleError`] for a file that is not a livepatch module, or needs what is not supported.
 pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     let file = elf::ElfFile::parse(bytes)?;
     if file.find(".gnu.linkonce.this_module").is_none() {
         return Err(ModuleError::WrongElf("it has no struct module"));
     }
     let info = modinfo::Modinfo::read(&file)?;
-    let fates = sections::fates(&file)?;
-    let plan = SectionLayout::new(&file.sections, &fates)?;
+    let placements = sections::placements(&file)?;
+    let layout = SectionLayout::new(&file.sections, &placements)?;
     let other = (file.sections.iter())
-        .flat_map(|section| section.late.keys())
+        .flat_map(|section| section.klp_relocations.keys())
         .find(|object| *object != "vmlinux");
     if let Some(object) = other {
         return Err(ModuleError::ModuleTarget(object.clone()));
@@ -41,8 +44,8 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     Ok(LivepatchModule {
         file,
         info,
-        fates,
-        plan,
+        placements,
+        layout,
     })
 }
 
@@ -53,17 +56,18 @@ impl LivepatchModule {
         &self.info.name
     }
 
-    /// How much room it needs in a guest.
+    /// How much memory it needs in a guest.
     #[must_use]
     pub fn sizes(&self) -> Sizes {
-        self.plan.sizes
+        self.layout.sizes
     }
 
-    /// What it patches, read with the layout of the target kernel.
+    /// Its `klp_patch`, read with the layout of the target kernel.
     ///
     /// # Errors
-    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it asks for what is not supported.
+    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it needs what is not
+    /// supported.
     pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
-        klp::read(&self.file, &self.fates, layout)
+        klp::read(&self.file, &self.placements, layout)
     }
 }

@@ -6,7 +6,7 @@ use crate::module::file::elf::{ElfFile, text};
 /// `include/linux/module.h: MODULE_NAME_LEN`.
 const MAX_MODULE_NAME: usize = 56;
 
-/// What of `.modinfo` matters to loading.
+/// The values of `.modinfo` that loading needs.
 #[derive(Clone, Debug)]
 pub(in crate::module) struct Modinfo {
     pub name: String,
@@ -17,7 +17,7 @@ pub(in crate::module) struct Modinfo {
 }
 
 impl Modinfo {
-    /// As `kernel/module/main.c: check_modinfo` and `setup_load_info`.
+    /// Reads and checks them, as `kernel/module/main.c: check_modinfo` and `setup_load_info` do.
     pub fn read(file: &ElfFile) -> Result<Modinfo, ModuleError> {
         let strings = strings(file);
         let all = |key: &str| {
@@ -28,7 +28,7 @@ impl Modinfo {
                 .collect::<Vec<_>>()
         };
         let first = |key: &'static str| all(key).into_iter().next();
-        // The kernel only asks whether the key is there.
+        // The kernel only checks that the key exists.
         if first("livepatch").is_none() {
             return Err(ModuleError::NotLivepatch);
         }
@@ -53,7 +53,7 @@ impl Modinfo {
         })
     }
 
-    /// As `include/linux/license.h: license_is_gpl_compatible`.
+    /// Whether the license is one of `include/linux/license.h: license_is_gpl_compatible`.
     pub fn is_gpl_compatible(&self) -> bool {
         matches!(
             self.license.as_str(),

@@ -1,7 +1,9 @@
-//! What becomes of each section of a livepatch module: kept as code, read-only data or data, read as a table, left out, refused.
+//! The [`Placement`] of each section of a livepatch module: code, read-only data, data, dropped.
+//! Other sections are refused.
 //!
-//! Follows what `kernel/module/main.c` and `arch/x86/kernel/module.c: module_finalize` do with each. What this loader cannot do is
-//! refused by name: a table silently left out would be a guest that misbehaves later.
+//! Follows what `kernel/module/main.c` and `arch/x86/kernel/module.c: module_finalize` do with
+//! each. What this loader cannot do is refused by name: a guest in which a table was silently
+//! dropped would misbehave later.
 
 use crate::module::error::ModuleError;
 use crate::module::file::elf::{ElfFile, Place, Section};
@@ -15,11 +17,12 @@ pub(in crate::module) enum Placement {
     RoData,
     /// Writable, into the data region.
     Data,
-    /// Not in the guest: init and exit code, information for the loader, tables that need no action.
+    /// Not placed in the guest: init and exit code, information for the loader, tables that need no
+    /// action.
     Dropped,
 }
 
-/// Functions may be in these.
+/// Sections that may hold functions.
 const TEXT: &[&str] = &[
     ".text",
     ".altinstr_replacement",
@@ -35,9 +38,10 @@ const TEXT: &[&str] = &[
     ".ref.text",
 ];
 
-/// Read here, or of no consequence to code that is linked from outside.
+/// Sections that this loader reads itself, or that do not matter to code that is linked from
+/// outside.
 const DROPPED: &[&str] = &[
-    // Never run: the patcher does what the init function would ask of the kernel.
+    // Never run: the patcher does what the init function would make the kernel do.
     ".init.text",
     ".init.data",
     ".init.rodata",
@@ -60,7 +64,8 @@ const DROPPED: &[&str] = &[
     ".return_sites",
     "__jump_table",
     "__mcount_loc",
-    // Right as they are: the sites go through thunks and trampolines that the kernel keeps right, or only win speed on one CPU.
+    // Correct without action: the sites go through thunks and trampolines that the kernel
+    // maintains, or only gain speed on one CPU.
     ".retpoline_sites",
     ".static_call_sites",
     ".call_sites",
@@ -70,7 +75,8 @@ const DROPPED: &[&str] = &[
     "__patchable_function_entries",
 ];
 
-/// Needs the guest to be told of something; each with the reason given to the user.
+/// Sections whose contents would have to be registered with the guest's kernel, each with the
+/// reason for the message.
 const REFUSED: &[(&str, &str)] = &[
     (
         "__ex_table",
@@ -105,8 +111,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("__kflagstab", "exported symbols"),
 ];
 
-/// Decides for one section.
-pub(in crate::module) fn fate(section: &Section) -> Result<Placement, &'static str> {
+/// The placement of one section, or why it is refused.
+pub(in crate::module) fn placement(section: &Section) -> Result<Placement, &'static str> {
     let name = section.name.as_str();
     if !section.is_alloc() || section.size == 0 || section.is_relocations {
         return Ok(Placement::Dropped);
@@ -126,23 +132,23 @@ pub(in crate::module) fn fate(section: &Section) -> Result<Placement, &'static s
         (true, false) if text => Ok(Placement::Text),
         (false, true) if data => Ok(Placement::Data),
         (false, false) if data => Ok(Placement::RoData),
-        _ => Err("this loader does not know what the kernel does with it"),
+        _ => Err("outpatch does not know what the kernel does with it"),
     }
 }
 
-/// Whether `name` is `prefix` or a part of it (`.data..ro_after_init` of `.data`).
+/// Whether `name` is `prefix` or a subsection of it (`.data..ro_after_init` of `.data`).
 fn within(name: &str, prefix: &str) -> bool {
     name.strip_prefix(prefix)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The fates of all sections, by index.
-pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
+/// The placement of each section, by index.
+pub(in crate::module) fn placements(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
     formats(file)?;
     file.sections
         .iter()
         .map(|section| {
-            fate(section).map_err(|why| ModuleError::Section {
+            placement(section).map_err(|why| ModuleError::Section {
                 section: section.name.clone(),
                 function: first_user(file, section),
                 why,
@@ -151,7 +157,7 @@ pub(in crate::module) fn fates(file: &ElfFile) -> Result<Vec<Placement>, ModuleE
         .collect()
 }
 
-/// Formats of other tools, known by their sections.
+/// Refuses the formats of other tools, which are recognized by their sections.
 fn formats(file: &ElfFile) -> Result<(), ModuleError> {
     for (section, tool) in [
         (".kpatch.funcs", "kpatch-build"),
@@ -165,7 +171,7 @@ fn formats(file: &ElfFile) -> Result<(), ModuleError> {
     Ok(())
 }
 
-/// The function that the first entry of a table is about, to tell the user where to look.
+/// The function that the first entry of a table refers to, for messages.
 fn first_user(file: &ElfFile, table: &Section) -> Option<String> {
     table.relocations.iter().find_map(|relocation| {
         let symbol = file.symbol(relocation.symbol)?;
@@ -190,7 +196,7 @@ mod tests {
     const AX: u64 = 6;
 
     #[test]
-    fn known_sections_have_their_place() {
+    fn known_sections_have_their_placement() {
         for (name, flags, want) in [
             (".text", AX, Placement::Text),
             (".text.unlikely", AX, Placement::Text),
@@ -204,16 +210,16 @@ mod tests {
             (".note.gnu.property", A, Placement::Dropped),
             (".debug_info", 0, Placement::Dropped),
         ] {
-            assert_eq!(fate(&section(name, flags, 8)), Ok(want), "{name}");
+            assert_eq!(placement(&section(name, flags, 8)), Ok(want), "{name}");
         }
     }
 
     #[test]
-    fn what_the_guest_would_have_to_know_is_refused() {
+    fn sections_that_need_registration_are_refused() {
         for name in ["__ex_table", "__bug_table", ".data..percpu", "__dyndbg"] {
-            assert!(fate(&section(name, WA, 8)).is_err(), "{name}");
+            assert!(placement(&section(name, WA, 8)).is_err(), "{name}");
             assert_eq!(
-                fate(&section(name, WA, 0)),
+                placement(&section(name, WA, 0)),
                 Ok(Placement::Dropped),
                 "empty {name}"
             );
@@ -231,7 +237,10 @@ mod tests {
             (".text", AX | 1),
             (".data", AX),
         ] {
-            assert!(fate(&section(name, flags, 8)).is_err(), "{name} {flags}");
+            assert!(
+                placement(&section(name, flags, 8)).is_err(),
+                "{name} {flags}"
+            );
         }
     }
 }

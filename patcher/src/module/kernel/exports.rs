@@ -1,31 +1,33 @@
-//! The kernel's own export tables, searched in guest memory.
+//! The kernel's own tables of exported symbols, searched in guest memory.
 //!
-//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name. Up to 6.x there is one array for
-//! everybody and one for GPL-compatible modules; 7.x has one array, and a byte of flags for each entry.
+//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name.
+//! Up to 6.x there is one array for all modules and one for GPL-compatible modules; 7.x has one
+//! array, and a byte of flags for each entry.
 
 use introspect::{Btf, BtfError, Gva, KernelMemory, Symbols};
 
+use crate::guest_array;
 use crate::module::error::TargetError;
 use crate::module::kernel::Export;
 
-/// Kernels export some 15,000 symbols.
+/// The most symbols in one table. Kernels export some 15,000.
 const MAX_EXPORTS: u64 = 1 << 18;
-/// `KSYM_NAME_LEN`, and the NUL.
+/// The most bytes of a name, with its NUL (`KSYM_NAME_LEN`).
 const MAX_NAME: usize = 513;
 
-/// Offsets in `struct kernel_symbol`, whose fields are distances from themselves.
+/// Size of `struct kernel_symbol` and offsets in it. Its fields are distances from themselves.
 #[derive(Debug)]
-struct Entry {
+struct ExportLayout {
     size: u64,
     value: u64,
     name: u64,
     namespace: u64,
 }
 
-impl Entry {
-    fn read(btf: &Btf) -> Result<Entry, BtfError> {
+impl ExportLayout {
+    fn read(btf: &Btf) -> Result<ExportLayout, BtfError> {
         let at = |path| btf.field(path).map(|field| field.offset);
-        Ok(Entry {
+        Ok(ExportLayout {
             size: btf.size_of("kernel_symbol")?.max(1),
             value: at("kernel_symbol.value_offset")?,
             name: at("kernel_symbol.name_offset")?,
@@ -34,29 +36,30 @@ impl Entry {
     }
 }
 
-/// What tells who may use an entry.
+/// Which modules may use the entries of a table.
 #[derive(Clone, Copy, Debug)]
-enum Licence {
-    Anybody,
-    Gpl,
-    /// A byte for each entry; any flag restricts it.
+enum Access {
+    All,
+    GplOnly,
+    /// By an array of flags, one byte for each entry: one with any flag is for GPL-compatible
+    /// modules.
     Flags(Gva),
 }
 
-/// One array, by the symbols that the linker script puts around it.
+/// One array, found by the symbols that the linker script puts around it.
 #[derive(Debug)]
 struct ExportTable {
     start: Gva,
     count: u64,
-    licence: Licence,
+    access: Access,
     crcs: Option<Gva>,
 }
 
-/// All that the kernel exports to modules.
+/// All symbols that the kernel exports to modules.
 #[derive(Debug)]
 pub(in crate::module) struct Exports<'a> {
     memory: &'a KernelMemory<'a>,
-    entry: Entry,
+    layout: ExportLayout,
     tables: Vec<ExportTable>,
 }
 
@@ -66,33 +69,33 @@ impl<'a> Exports<'a> {
         btf: &Btf,
         memory: &'a KernelMemory<'a>,
     ) -> Result<Exports<'a>, TargetError> {
-        let entry = Entry::read(btf).map_err(TargetError::from)?;
+        let layout = ExportLayout::read(btf).map_err(TargetError::from)?;
         let address = |name| symbols.address(name).ok();
         let flags = address("__start___kflagstab");
         let mut tables = Vec::new();
-        for (start, stop, crcs, crcs_stop, licence) in [
+        for (start, stop, crcs, crcs_stop, access) in [
             (
                 "__start___ksymtab",
                 "__stop___ksymtab",
                 "__start___kcrctab",
                 "__stop___kcrctab",
-                flags.map_or(Licence::Anybody, Licence::Flags),
+                flags.map_or(Access::All, Access::Flags),
             ),
             (
                 "__start___ksymtab_gpl",
                 "__stop___ksymtab_gpl",
                 "__start___kcrctab_gpl",
                 "__stop___kcrctab_gpl",
-                Licence::Gpl,
+                Access::GplOnly,
             ),
         ] {
             let Some((start, stop)) = address(start).zip(address(stop)) else {
                 continue;
             };
             let bytes = stop.since(start);
-            let count = bytes / entry.size;
-            if count > MAX_EXPORTS || !bytes.is_multiple_of(entry.size) {
-                return Err(TargetError::Nonsense("table of exported symbols"));
+            let count = bytes / layout.size;
+            if count > MAX_EXPORTS || !bytes.is_multiple_of(layout.size) {
+                return Err(TargetError::Invalid("table of exported symbols"));
             }
             let crcs = match address(crcs).zip(address(crcs_stop)) {
                 // Without CONFIG_MODVERSIONS the labels may be there, with nothing between them.
@@ -100,13 +103,13 @@ impl<'a> Exports<'a> {
                 Some((start, stop)) => match stop.since(start) {
                     0 => None,
                     bytes if bytes == count * 4 => Some(start),
-                    _ => return Err(TargetError::Nonsense("table of symbol versions")),
+                    _ => return Err(TargetError::Invalid("table of symbol versions")),
                 },
             };
             tables.push(ExportTable {
                 start,
                 count,
-                licence,
+                access,
                 crcs,
             });
         }
@@ -115,7 +118,7 @@ impl<'a> Exports<'a> {
         }
         Ok(Exports {
             memory,
-            entry,
+            layout,
             tables,
         })
     }
@@ -130,28 +133,24 @@ impl<'a> Exports<'a> {
     }
 
     fn search(&self, table: &ExportTable, wanted: &str) -> Result<Option<u64>, TargetError> {
-        let (mut low, mut high) = (0, table.count);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let at = table.start.add(middle * self.entry.size);
-            let name = self.string(self.relative(at.add(self.entry.name))?)?;
-            match name.as_str().cmp(wanted) {
-                std::cmp::Ordering::Equal => return Ok(Some(middle)),
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-            }
-        }
-        Ok(None)
+        guest_array::binary_search(table.count, |index| {
+            let at = table.start.add(index * self.layout.size);
+            let name = self.string(self.relative(at.add(self.layout.name))?)?;
+            Ok(name.as_str().cmp(wanted))
+        })
     }
 
     fn export(&self, table: &ExportTable, index: u64) -> Result<Export, TargetError> {
-        let at = table.start.add(index * self.entry.size);
-        let gpl_only = match table.licence {
-            Licence::Anybody => false,
-            Licence::Gpl => true,
-            Licence::Flags(flags) => {
+        let at = table.start.add(index * self.layout.size);
+        let gpl_only = match table.access {
+            Access::All => false,
+            Access::GplOnly => true,
+            Access::Flags(flags) => {
                 let at = flags.add(index);
-                let flags = self.memory.u8(at).map_err(|_| memory("export flags", at))?;
+                let flags = self
+                    .memory
+                    .u8(at)
+                    .map_err(|_| unreadable("export flags", at))?;
                 flags != 0
             }
         };
@@ -160,18 +159,18 @@ impl<'a> Exports<'a> {
             Some(crcs) => {
                 let at = crcs.add(index * 4);
                 let crc = self.memory.u32(at);
-                Some(crc.map_err(|_| memory("symbol version", at))?)
+                Some(crc.map_err(|_| unreadable("symbol version", at))?)
             }
         };
         Ok(Export {
-            address: self.relative(at.add(self.entry.value))?,
+            address: self.relative(at.add(self.layout.value))?,
             gpl_only,
-            namespace: self.namespace(at.add(self.entry.namespace))?,
+            namespace: self.namespace(at.add(self.layout.namespace))?,
             crc,
         })
     }
 
-    /// No offset, or (newer kernels) an empty string: none.
+    /// A symbol without a namespace has offset zero or, in newer kernels, an empty string.
     fn namespace(&self, field: Gva) -> Result<Option<String>, TargetError> {
         let at = self.relative(field)?;
         if at == field {
@@ -180,20 +179,20 @@ impl<'a> Exports<'a> {
         Ok(Some(self.string(at)?).filter(|namespace| !namespace.is_empty()))
     }
 
-    /// `offset_to_ptr`.
+    /// The address that a field refers to (`offset_to_ptr`).
     fn relative(&self, field: Gva) -> Result<Gva, TargetError> {
         let distance = self.memory.i32(field);
-        let distance = distance.map_err(|_| memory("exported symbol", field))?;
+        let distance = distance.map_err(|_| unreadable("exported symbol", field))?;
         Ok(field.offset(i64::from(distance)))
     }
 
     fn string(&self, at: Gva) -> Result<String, TargetError> {
         self.memory
             .cstr(at, MAX_NAME)
-            .map_err(|_| memory("name of an exported symbol", at))
+            .map_err(|_| unreadable("name of an exported symbol", at))
     }
 }
 
-fn memory(what: &'static str, at: Gva) -> TargetError {
+fn unreadable(what: &'static str, at: Gva) -> TargetError {
     TargetError::Memory { what, at }
 }

@@ -1,4 +1,4 @@
-//! A real guest's kernel as the target of linking.
+//! [`GuestTarget`]: a guest's kernel as the target of linking.
 
 use std::cell::OnceCell;
 
@@ -11,15 +11,16 @@ use crate::module::kernel::{
     AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
 };
 
-/// What every livepatch's init function calls. That function is not run, but its code may be linked with the rest: where the kernel
-/// has no such export, one that returns at once stands for it.
-const ENABLE: &str = "klp_enable_patch";
-/// A release and what follows it; real ones have some 60 bytes.
+/// What every livepatch's init function calls. The init function is not run, but its code may be
+/// linked with the rest. If the kernel has no such export, a function that returns at once stands
+/// in for it.
+const KLP_ENABLE_PATCH: &str = "klp_enable_patch";
+/// The most bytes of a vermagic string; real ones have some 60.
 const MAX_VERMAGIC: usize = 256;
-/// `NCAPINTS + NBUGINTS` is about 24.
+/// The most words of CPU capabilities; `NCAPINTS + NBUGINTS` is about 24.
 const MAX_CAPABILITIES: u64 = 256;
 
-/// A guest's kernel, by what introspection knows of it.
+/// A guest's kernel, read through introspection.
 #[derive(Debug)]
 pub struct GuestTarget<'a> {
     kernel: &'a Kernel,
@@ -28,7 +29,7 @@ pub struct GuestTarget<'a> {
 }
 
 impl<'a> GuestTarget<'a> {
-    /// The kernel `kernel`, read through `memory`.
+    /// The target `kernel`, which is read through `memory`.
     #[must_use]
     pub fn new(kernel: &'a Kernel, memory: &'a KernelMemory<'a>) -> GuestTarget<'a> {
         GuestTarget {
@@ -53,7 +54,7 @@ impl<'a> GuestTarget<'a> {
             .map_err(|_| TargetError::NoSymbol(name))
     }
 
-    /// How a livepatch says what it replaces.
+    /// The layout of the livepatch structures in modules for this kernel.
     ///
     /// # Errors
     /// [`TargetError::Types`] when the kernel's types lack something.
@@ -83,8 +84,8 @@ impl<'a> GuestTarget<'a> {
                 size: btf.size_of("alt_instr")?,
                 instr_offset: at("alt_instr.instr_offset")?,
                 repl_offset: at("alt_instr.repl_offset")?,
-                cpuid: half(btf, "alt_instr.cpuid")?,
-                flags: half(btf, "alt_instr.flags").ok(),
+                cpuid: u16_offset(btf, "alt_instr.cpuid")?,
+                flags: u16_offset(btf, "alt_instr.flags").ok(),
                 instrlen: at("alt_instr.instrlen")?,
                 replacementlen: at("alt_instr.replacementlen")?,
             },
@@ -124,8 +125,8 @@ fn klp(btf: &Btf) -> Result<KlpLayout, BtfError> {
     })
 }
 
-/// Where a 16-bit member lies that may be declared as a bit field.
-fn half(btf: &Btf, path: &str) -> Result<u64, BtfError> {
+/// The offset of a 16-bit member that may be declared as a bit field.
+fn u16_offset(btf: &Btf, path: &str) -> Result<u64, BtfError> {
     let member = btf.member(path)?;
     let shift = member.bits.map_or(0, |bits| bits.shift);
     Ok(member.offset + u64::from(shift / 8))
@@ -164,12 +165,14 @@ impl TargetKernel for GuestTarget<'_> {
 
     fn export(&self, name: &str) -> Result<Option<Export>, TargetError> {
         match self.exports()?.get(name)? {
-            None if name == ENABLE && !self.kernel.btf.has("klp_patch") => Ok(Some(Export {
-                address: self.address("ftrace_stub")?,
-                gpl_only: true,
-                namespace: None,
-                crc: None,
-            })),
+            None if name == KLP_ENABLE_PATCH && !self.kernel.btf.has("klp_patch") => {
+                Ok(Some(Export {
+                    address: self.address("ftrace_stub")?,
+                    gpl_only: true,
+                    namespace: None,
+                    crc: None,
+                }))
+            }
             found => Ok(found),
         }
     }
@@ -180,7 +183,7 @@ impl TargetKernel for GuestTarget<'_> {
         let at = field.of(self.address("boot_cpu_data")?);
         let words = field.size / 4;
         if words == 0 || words > MAX_CAPABILITIES {
-            return Err(TargetError::Nonsense("number of CPU capabilities"));
+            return Err(TargetError::Invalid("number of CPU capabilities"));
         }
         (0..words)
             .map(|index| {

@@ -1,4 +1,6 @@
-//! What linking asks of the guest kernel, as a trait: the real one reads a guest, a test answers from a table.
+//! [`TargetKernel`]: what linking needs to know of the kernel that a module is linked for.
+//!
+//! [`GuestTarget`](guest::GuestTarget) reads it from a guest; tests have a fake kernel.
 
 pub mod exports;
 pub mod guest;
@@ -11,24 +13,24 @@ use crate::module::file::klp::KlpLayout;
 /// A symbol that the kernel exports to modules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    /// Its value.
+    /// The address of what it names.
     pub address: Gva,
-    /// For GPL-compatible modules only.
+    /// Whether only GPL-compatible modules may use it.
     pub gpl_only: bool,
     /// The namespace that a module must import to use it.
     pub namespace: Option<String>,
-    /// Its version, in a kernel with `CONFIG_MODVERSIONS`.
+    /// Its version (CRC), in a kernel with `CONFIG_MODVERSIONS`.
     pub crc: Option<u32>,
 }
 
-/// Layouts of the tables in a module, which are the target kernel's.
+/// Layouts of the tables and structures in a module, which are the target kernel's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layouts {
     /// The livepatch structures.
     pub klp: KlpLayout,
     /// `sizeof(struct module)`.
     pub module_size: u64,
-    /// `struct modversion_info`, where the kernel has versions.
+    /// `struct modversion_info`, if the kernel has versions.
     pub modversion: Option<ModversionLayout>,
     /// `struct alt_instr`.
     pub alt_instr: AltInstrLayout,
@@ -38,7 +40,7 @@ pub struct Layouts {
     pub static_key_enabled: u64,
 }
 
-/// `struct modversion_info`.
+/// Size of `struct modversion_info` and offsets in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // Named as the kernel's fields.
 pub struct ModversionLayout {
@@ -47,22 +49,22 @@ pub struct ModversionLayout {
     pub name: u64,
 }
 
-/// `struct alt_instr`.
+/// Size of `struct alt_instr` and offsets in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // Named as the kernel's fields.
 pub struct AltInstrLayout {
     pub size: u64,
     pub instr_offset: u64,
     pub repl_offset: u64,
-    /// 16 bits.
+    /// A field of 16 bits.
     pub cpuid: u64,
-    /// 16 bits of their own; where the kernel has none, bit 15 of `cpuid` means *not*.
+    /// A field of 16 bits; in a kernel that has none, bit 15 of `cpuid` means *not*.
     pub flags: Option<u64>,
     pub instrlen: u64,
     pub replacementlen: u64,
 }
 
-/// `struct jump_entry`.
+/// Size of `struct jump_entry` and offsets in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // Named as the kernel's fields.
 pub struct JumpEntryLayout {
@@ -72,9 +74,9 @@ pub struct JumpEntryLayout {
     pub key: u64,
 }
 
-/// A guest kernel, as far as linking a module needs it.
+/// The kernel that a module is linked for.
 pub trait TargetKernel {
-    /// The layouts of what is in a module.
+    /// The layouts of the tables and structures in a module.
     ///
     /// # Errors
     /// [`TargetError::Types`] when the kernel's type information lacks one.
@@ -83,13 +85,13 @@ pub trait TargetKernel {
     /// The kernel's own vermagic string.
     ///
     /// # Errors
-    /// [`TargetError`] when it is not found in the kernel.
+    /// [`TargetError`] when it is not found or cannot be read.
     fn vermagic(&self) -> Result<String, TargetError>;
 
     /// Every symbol of the kernel proper (not of modules) with this name, in address order.
     fn symbols(&self, name: &str) -> Vec<Gva>;
 
-    /// A name for an address, for messages.
+    /// The symbol at an address, with the offset in it, for messages.
     fn name_of(&self, address: Gva) -> Option<String>;
 
     /// The symbol that the kernel exports under this name.
@@ -98,13 +100,14 @@ pub trait TargetKernel {
     /// [`TargetError`] when the kernel's export tables cannot be read.
     fn export(&self, name: &str) -> Result<Option<Export>, TargetError>;
 
-    /// `boot_cpu_data.x86_capability`, with the bug bits behind the features.
+    /// `boot_cpu_data.x86_capability`: the feature words, then the bug words.
     ///
     /// # Errors
     /// [`TargetError`] when it cannot be read.
     fn capabilities(&self) -> Result<Vec<u32>, TargetError>;
 
-    /// Whether the guest is up (`system_state` has reached `SYSTEM_RUNNING`): what is read-only after init is final.
+    /// Whether the guest is up (`system_state` has reached `SYSTEM_RUNNING`): read-only-after-init
+    /// data is final.
     ///
     /// # Errors
     /// [`TargetError`] when it cannot be read.
@@ -113,10 +116,10 @@ pub trait TargetKernel {
     /// Reads the kernel's memory.
     ///
     /// # Errors
-    /// [`TargetError::Memory`], with `what` in it.
+    /// [`TargetError::Memory`], which names `what`.
     fn read(&self, what: &'static str, at: Gva, buf: &mut [u8]) -> Result<(), TargetError>;
 
-    /// The only symbol of this name.
+    /// The symbol of this name, if there is exactly one.
     fn symbol(&self, name: &str) -> Option<Gva> {
         match self.symbols(name).as_slice() {
             [one] => Some(*one),

@@ -1,43 +1,34 @@
-//! `.altinstructions`: instructions that the kernel exchanges at load for what the CPU is best served with.
+//! `.altinstructions`: replaces the instructions for which this CPU has alternatives.
 //!
-//! Not cosmetic: STAC and CLAC are NOPs in the file, and a kernel that runs with SMAP faults without them.
-//! Follows `arch/x86/kernel/alternative.c: apply_alternatives`, for both of its table layouts.
+//! This is necessary, not an optimization only: STAC and CLAC are NOPs in the file, and a kernel
+//! that runs with SMAP faults without them. Follows `arch/x86/kernel/alternative.c:
+//! apply_alternatives`, for both of its table layouts.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
 use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::{Section, limit};
+use crate::module::file::elf::limit;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
+use crate::module::link::table::Table;
+use crate::x86::{CALL, NOP1, NOPS};
 
 const TABLE: &str = ".altinstructions";
 const MAX_ENTRIES: usize = 200_000;
-/// `ALTINSTR_FLAG_INV`: where the entry has no flags of its own.
+/// `ALTINSTR_FLAG_INV`: the flag in `cpuid`, in kernels whose entries have no field for flags.
 const NOT_IN_CPUID: u16 = 1 << 15;
 /// `ALT_FLAG_NOT`.
 const FLAG_NOT: u16 = 1;
 /// `ALT_FLAG_DIRECT_CALL`.
 const FLAG_DIRECT_CALL: u16 = 2;
 
-/// `arch/x86/include/asm/nops.h: BYTES_NOP1` to `BYTES_NOP8`.
-const NOPS: [&[u8]; 8] = [
-    &[0x90],
-    &[0x66, 0x90],
-    &[0x0f, 0x1f, 0x00],
-    &[0x0f, 0x1f, 0x40, 0x00],
-    &[0x0f, 0x1f, 0x44, 0x00, 0x00],
-    &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
-    &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
-    &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
-];
-
 /// One `struct alt_instr`.
 struct Entry {
-    /// What is exchanged.
+    /// The instructions that may be replaced.
     instr: Gva,
     len: usize,
-    /// What for.
+    /// What replaces them.
     replacement: Gva,
     replacement_len: usize,
     feature: u16,
@@ -53,7 +44,7 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     if entries.is_empty() {
         return Ok(());
     }
-    // Nested alternatives: several entries for one place pad to the longest of them.
+    // Nested alternatives: several entries for the same instructions pad to the longest of them.
     for i in 1..entries.len() {
         if let Some([a, b]) = entries.get_mut(i - 1..=i)
             && a.instr == b.instr
@@ -76,27 +67,26 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
 }
 
 fn read(linker: &Linker<'_>) -> Result<Vec<Entry>, LinkError> {
-    let file = &linker.module.file;
-    let Some((_, section)) = file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(Vec::new());
     };
-    let data = file.data(section);
+    let data = linker.module.file.data(table.section);
     let stride = usize::try_from(linker.layouts.alt_instr.size).unwrap_or(0);
     if stride == 0 || !data.len().is_multiple_of(stride) {
-        return Err(bad("its size is not that of this kernel's entries"));
+        return Err(bad("its size is not a multiple of this kernel's entries"));
     }
     limit("alternatives", data.len() / stride, MAX_ENTRIES)?;
     let mut out = Vec::new();
     for (entry, offset) in data.chunks_exact(stride).zip((0u64..).step_by(stride)) {
-        out.extend(read_one(linker, section, entry, offset)?);
+        out.extend(read_one(linker, table, entry, offset)?);
     }
     Ok(out)
 }
 
-/// `None`: it is for code that is not kept.
+/// One entry of the table; `None`: it is for code that is not placed in the guest.
 fn read_one(
     linker: &Linker<'_>,
-    section: &Section,
+    table: Table<'_>,
     entry: &[u8],
     offset: u64,
 ) -> Result<Option<Entry>, LinkError> {
@@ -108,7 +98,7 @@ fn read_one(
             .ok_or_else(|| bad("an entry is shorter than this kernel's"))
     };
     let half = |at: u64| Ok::<u16, LinkError>(u16::from_le_bytes([byte(at)?, byte(at + 1)?]));
-    let Some(instr) = linker.pointed(TABLE, section, offset + layout.instr_offset)? else {
+    let Some(instr) = linker.table_address(table, offset + layout.instr_offset)? else {
         return Ok(None);
     };
     let len = usize::from(byte(layout.instrlen)?);
@@ -122,11 +112,11 @@ fn read_one(
         return Err(bad("an entry has a flag that is not known"));
     }
     let replacement = match replacement_len {
-        // Nothing to copy; the field may point to the end of anything.
+        // Nothing to copy; the field may refer to the end of any section.
         0 => Some(Gva::NULL),
-        _ => linker.pointed(TABLE, section, offset + layout.repl_offset)?,
+        _ => linker.table_address(table, offset + layout.repl_offset)?,
     };
-    let replacement = replacement.ok_or_else(|| bad("a replacement is not kept"))?;
+    let replacement = replacement.ok_or_else(|| bad("a replacement is in a dropped section"))?;
     if replacement_len > len {
         return Err(bad("a replacement is longer than what it replaces"));
     }
@@ -149,12 +139,12 @@ fn apply_one<T: TargetKernel + ?Sized>(
 ) -> Result<(), LinkError> {
     let word = capabilities
         .get(usize::from(entry.feature / 32))
-        .ok_or_else(|| bad("an entry asks for a CPU feature that this kernel does not know"))?;
+        .ok_or_else(|| bad("an entry tests a CPU feature that this kernel does not know"))?;
     let has = word >> (entry.feature % 32) & 1 != 0;
     let original = linker
         .code
         .get(entry.instr, entry.len)
-        .ok_or_else(|| bad("an entry is for no code of the patch"))?;
+        .ok_or_else(|| bad("an entry is not for code of the patch"))?;
     let mut bytes = if has == entry.not {
         original.to_vec()
     } else {
@@ -163,25 +153,26 @@ fn apply_one<T: TargetKernel + ?Sized>(
             len => linker
                 .code
                 .get(entry.replacement, len)
-                .ok_or_else(|| bad("a replacement is no code of the patch"))?,
+                .ok_or_else(|| bad("a replacement is not in the code of the patch"))?,
         };
         if entry.direct_call {
             direct_call(target, entry, original, replacement)?
         } else {
             let mut bytes = replacement.to_vec();
-            move_code(&mut bytes, entry.replacement, entry.instr)?;
+            relocate_code(&mut bytes, entry.replacement, entry.instr)?;
             bytes
         }
     };
-    bytes.resize(entry.len, 0x90);
+    bytes.resize(entry.len, NOP1);
     join_nops(&mut bytes, entry.instr);
-    if let Some(room) = linker.code.get_mut(entry.instr, entry.len) {
-        room.copy_from_slice(&bytes);
+    if let Some(site) = linker.code.get_mut(entry.instr, entry.len) {
+        site.copy_from_slice(&bytes);
     }
     Ok(())
 }
 
-/// `alt_replace_call`: an indirect call through a variable becomes a direct one, or none when the variable holds `nop_func`.
+/// Replaces an indirect call through a variable with a direct call, or with nothing when the
+/// variable holds `nop_func` (`alt_replace_call`).
 fn direct_call<T: TargetKernel + ?Sized>(
     target: &T,
     entry: &Entry,
@@ -191,7 +182,7 @@ fn direct_call<T: TargetKernel + ?Sized>(
     let &[0xff, 0x15, a, b, c, d] = original else {
         return Err(bad("a direct call does not replace call *x(%rip)"));
     };
-    if replacement.len() != 5 || replacement.first() != Some(&0xe8) {
+    if replacement.len() != 5 || replacement.first() != Some(&CALL) {
         return Err(bad("a direct call is not a call"));
     }
     let displacement = i64::from(i32::from_le_bytes([a, b, c, d]));
@@ -200,20 +191,21 @@ fn direct_call<T: TargetKernel + ?Sized>(
     target.read("the target of a direct call", variable, &mut pointer)?;
     let callee = Gva(u64::from_le_bytes(pointer));
     if callee.is_null() {
-        return Err(TargetError::Nonsense("pointer for a direct call").into());
+        return Err(TargetError::Invalid("pointer for a direct call").into());
     }
     if target.symbol("nop_func") == Some(callee) {
         return Ok(Vec::new());
     }
     let distance = callee.since(entry.instr.add(5)).cast_signed();
     let distance = i32::try_from(distance).map_err(|_| bad("a direct call is out of reach"))?;
-    let mut call = vec![0xe8];
+    let mut call = vec![CALL];
     call.extend_from_slice(&distance.to_le_bytes());
     Ok(call)
 }
 
-/// Makes code that was linked for `from` right for `to`: what is relative and leads out of it is adjusted.
-pub(in crate::module) fn move_code(bytes: &mut [u8], from: Gva, to: Gva) -> Result<(), LinkError> {
+/// Relocates code that was linked for `from` to `to`: adjusts its relative references to addresses
+/// outside of it.
+fn relocate_code(bytes: &mut [u8], from: Gva, to: Gva) -> Result<(), LinkError> {
     let end = from.add(bytes.len() as u64);
     let inside = |target: u64| from.0 <= target && target < end.0;
     let mut fixes = Vec::new();
@@ -253,7 +245,7 @@ pub(in crate::module) fn move_code(bytes: &mut [u8], from: Gva, to: Gva) -> Resu
     Ok(())
 }
 
-/// `optimize_nops`: runs of one-byte NOPs become as few instructions as they can.
+/// Replaces runs of one-byte NOPs with as few instructions as possible (`optimize_nops`).
 fn join_nops(bytes: &mut [u8], at: Gva) {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     let mut decoder = Decoder::with_ip(64, bytes, at.0, DecoderOptions::NONE);
@@ -264,7 +256,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
         if insn.is_invalid() {
             return;
         }
-        if bytes.get(start) == Some(&0x90) {
+        if bytes.get(start) == Some(&NOP1) {
             match runs.last_mut() {
                 Some((from, len)) if *from + *len == start => *len += 1,
                 _ => runs.push((start, 1)),
@@ -277,7 +269,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
             let nop = NOPS
                 .get(rest.len().min(NOPS.len()) - 1)
                 .copied()
-                .unwrap_or(&[0x90]);
+                .unwrap_or(&[NOP1]);
             let (head, tail) = rest.split_at_mut(nop.len());
             head.copy_from_slice(nop);
             rest = tail;
@@ -286,10 +278,7 @@ fn join_nops(bytes: &mut [u8], at: Gva) {
 }
 
 fn bad(why: &str) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why: why.to_owned(),
-    }
+    LinkError::table(TABLE, why)
 }
 
 #[cfg(test)]
@@ -297,24 +286,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn code_that_moves_keeps_its_targets() {
+    fn relocated_code_keeps_its_targets() {
         // call +0x1000; lea 0x2000(%rip),%rax; jmp over the next NOP (inside: must not change).
         let mut code = vec![
             0xe8, 0x00, 0x10, 0x00, 0x00, 0x48, 0x8d, 0x05, 0x00, 0x20, 0x00, 0x00, 0xeb, 0x01,
             0x90, 0x90,
         ];
-        move_code(&mut code, Gva(0x5000), Gva(0x4000)).unwrap();
+        relocate_code(&mut code, Gva(0x5000), Gva(0x4000)).unwrap();
         assert_eq!(code[1..5], 0x2000i32.to_le_bytes());
         assert_eq!(code[8..12], 0x3000i32.to_le_bytes());
         assert_eq!(code[12..14], [0xeb, 0x01]);
     }
 
     #[test]
-    fn a_move_that_cannot_be_is_an_error() {
+    fn code_that_cannot_be_relocated_is_an_error() {
         let far = Gva(0x5000).sub(1 << 40);
-        assert!(move_code(&mut [0xe8, 0, 0x10, 0, 0], Gva(0x5000), far).is_err());
-        assert!(move_code(&mut [0xeb, 0x40], Gva(0x5000), Gva(0x4000)).is_err());
-        assert!(move_code(&mut [0x0f, 0x0a], Gva(0x5000), Gva(0x4000)).is_err());
+        assert!(relocate_code(&mut [0xe8, 0, 0x10, 0, 0], Gva(0x5000), far).is_err());
+        assert!(relocate_code(&mut [0xeb, 0x40], Gva(0x5000), Gva(0x4000)).is_err());
+        assert!(relocate_code(&mut [0x0f, 0x0a], Gva(0x5000), Gva(0x4000)).is_err());
     }
 
     #[test]

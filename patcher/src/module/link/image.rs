@@ -1,17 +1,17 @@
-//! A linked module: the bytes to put into the guest and what they are.
+//! [`Image`]: a linked module, the bytes to write into the guest and what they are.
 
 use introspect::{Gva, GvaRange};
 
-/// One function of the patch, ready to be called.
+/// A new function of the patch, linked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkedFunction {
-    /// Name of the function that it replaces, in `vmlinux`.
+    /// Name of the function in `vmlinux` that it replaces.
     pub old_name: String,
-    /// Which of several of that name, as in `klp_func.old_sympos`.
+    /// Position of that function among those of its name, as in `klp_func.old_sympos`.
     pub sympos: u64,
-    /// Its first byte.
+    /// Address of the new function.
     pub new: Gva,
-    /// Its length; at least 1.
+    /// Length of the new function in bytes; at least 1.
     pub new_size: u64,
 }
 
@@ -20,11 +20,11 @@ pub struct LinkedFunction {
 pub struct ImageSymbol {
     /// Its name in the module.
     pub name: String,
-    /// Where it is.
+    /// Its address in the guest.
     pub address: Gva,
-    /// Its size, 0 when not known.
+    /// Its size in bytes; 0 when not known.
     pub size: u64,
-    /// Code, not data.
+    /// Whether it is a function, not data.
     pub function: bool,
 }
 
@@ -33,43 +33,44 @@ pub struct ImageSymbol {
 pub struct Import {
     /// Its name in the guest.
     pub name: String,
-    /// What it came to; null for a weak one that the guest has not.
+    /// Its address; null for a weak symbol that the guest does not have.
     pub address: Gva,
 }
 
-/// One ORC entry of the patch's code: `struct orc_entry` as the module has it, in the guest kernel's own encoding.
+/// An ORC entry of the patch's code: `struct orc_entry` as the module has it, in the guest kernel's
+/// own encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OrcRecord {
-    /// From this address on.
+    /// The address from which the entry applies.
     pub ip: Gva,
-    /// The entry.
+    /// The bytes of the entry.
     pub entry: [u8; 6],
 }
 
-/// A livepatch module linked for one guest and one place in it.
+/// A livepatch module linked for one guest and for fixed addresses in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
     /// The module's name.
     pub name: String,
-    /// Atomic replace was asked for.
+    /// Whether it replaces all earlier patches (`klp_patch.replace`).
     pub replace: bool,
-    /// Code, then read-only data.
+    /// The bytes of the code region: code, then read-only data.
     pub code: Vec<u8>,
-    /// Where `code` goes.
+    /// Address of `code` in the guest.
     pub code_base: Gva,
     /// The part of `code` that is instructions.
     pub text: GvaRange,
-    /// Writable data.
+    /// The bytes of the data region.
     pub data: Vec<u8>,
-    /// Where `data` goes.
+    /// Address of `data` in the guest.
     pub data_base: Gva,
-    /// The functions that the patch replaces, in the module's order.
+    /// The new functions, in the module's order.
     pub functions: Vec<LinkedFunction>,
-    /// Named functions and data of the patch, by address.
+    /// The named functions and data of the patch, sorted by address.
     pub symbols: Vec<ImageSymbol>,
-    /// What it uses of the guest, by name.
+    /// The guest's symbols that the patch uses, sorted by name.
     pub imports: Vec<Import>,
-    /// Unwind table of its code, by address.
+    /// The unwind table of its code, sorted by address.
     pub orc: Vec<OrcRecord>,
 }
 

@@ -1,21 +1,22 @@
-//! `__jump_table`: branches on static keys, set to the key's present state.
+//! `__jump_table`: sets each branch on a static key to the key's present state.
 //!
-//! The guest does not know our sites, so a key that it flips later would not reach them. Only keys that can no longer change are
-//! taken: those in the kernel's (or the patch's own) read-only-after-init data, in a guest that is up. All others are refused by
-//! name. Follows `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
+//! The guest does not know the patch's sites, so a later change of a key would not reach them. Only
+//! keys that can no longer change are accepted: those in the kernel's (or the patch's own)
+//! read-only-after-init data, in a guest that is up. All others are refused by name. Follows
+//! `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
 
 use introspect::{Gva, GvaRange};
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::{Section, limit};
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
-use crate::x86::{NOP5, NOP5_K8};
+use crate::module::link::symbols::Value;
+use crate::module::link::table::Table;
+use crate::x86::{JMP8, JMP32, NOP1, NOP2, NOP5, NOP5_K8};
 
 const TABLE: &str = "__jump_table";
 const MAX_ENTRIES: usize = 200_000;
-const NOP2: [u8; 2] = [0x66, 0x90];
-/// The low bits of `jump_entry.key`: the branch's polarity, and a mark of the kernel's own.
+/// The low bits of `jump_entry.key`: the branch's polarity, and a flag of the kernel's own.
 const KEY_BRANCH: u64 = 1;
 const KEY_FLAGS: u64 = 3;
 
@@ -23,31 +24,22 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
-    let module = linker.module;
-    let Some((_, section)) = module.file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(());
     };
-    let layout = linker.layouts.jump_entry;
-    let Some(count) = section
-        .size
-        .checked_div(layout.size)
-        .filter(|_| section.size % layout.size == 0)
-    else {
-        return Err(bad("its size is not that of this kernel's entries"));
-    };
-    if count == 0 {
+    let (len, entry_size) = (table.section.size, linker.layouts.jump_entry.size);
+    if entry_size == 0 || !len.is_multiple_of(entry_size) {
+        return Err(bad("its size is not a multiple of this kernel's entries"));
+    }
+    if len == 0 {
         return Ok(());
     }
-    limit(
-        "static branches",
-        usize::try_from(count).unwrap_or(usize::MAX),
-        MAX_ENTRIES,
-    )?;
+    let offsets = table.offsets(entry_size, "static branches", MAX_ENTRIES)?;
     if !target.is_up()? {
         return Err(LinkError::Booting);
     }
-    for index in 0..count {
-        apply_one(linker, target, section, index * layout.size)?;
+    for offset in offsets {
+        apply_one(linker, target, table, offset)?;
     }
     Ok(())
 }
@@ -55,16 +47,16 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
 fn apply_one<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
-    section: &Section,
+    table: Table<'_>,
     offset: u64,
 ) -> Result<(), LinkError> {
     let layout = linker.layouts.jump_entry;
-    let Some(code) = linker.pointed(TABLE, section, offset + layout.code)? else {
+    let Some(code) = linker.table_address(table, offset + layout.code)? else {
         return Ok(());
     };
-    let kept = |at: Option<Gva>| at.ok_or_else(|| bad("an entry leads to what is not kept"));
-    let to = kept(linker.pointed(TABLE, section, offset + layout.target)?)?;
-    let raw = kept(linker.pointed(TABLE, section, offset + layout.key)?)?;
+    let placed = |at: Option<Gva>| at.ok_or_else(|| bad("an entry refers to a dropped section"));
+    let to = placed(linker.table_address(table, offset + layout.target)?)?;
+    let raw = placed(linker.table_address(table, offset + layout.key)?)?;
     let key = Gva(raw.0 & !KEY_FLAGS);
     let enabled = enabled(linker, target, key, code)?;
     let jump = enabled != (raw.0 & KEY_BRANCH != 0);
@@ -82,7 +74,7 @@ fn enabled<T: TargetKernel + ?Sized>(
     let at = key.add(linker.layouts.static_key_enabled);
     if is_own_constant(linker, key) {
         let own = linker.data.get(at, 4);
-        count.copy_from_slice(own.ok_or_else(|| bad("a key lies outside its section"))?);
+        count.copy_from_slice(own.ok_or_else(|| bad("a key extends past its section"))?);
     } else if final_keys(target)?.contains(key) {
         target.read("a static key", at, &mut count)?;
     } else {
@@ -94,7 +86,7 @@ fn enabled<T: TargetKernel + ?Sized>(
     Ok(i32::from_le_bytes(count) > 0)
 }
 
-/// Whether the key is the patch's own, where its own code cannot flip it after init, which never runs.
+/// Whether the key is the patch's own and its code cannot change it after init, which never runs.
 fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
     let sections = &linker.module.file.sections;
     sections.iter().enumerate().any(|(index, section)| {
@@ -106,7 +98,7 @@ fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
     })
 }
 
-/// Where the guest's own keys can no longer change: `__ro_after_init`.
+/// The addresses of the guest's own keys that can no longer change: `__ro_after_init`.
 fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkError> {
     let find = |name| target.symbol(name).ok_or(TargetError::NoSymbol(name));
     Ok(GvaRange::new(
@@ -118,40 +110,42 @@ fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkErro
 fn key_name<T: TargetKernel + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
     if linker.data.contains(key) {
         let symbols = &linker.module.file.symbols;
-        let own = symbols.iter().enumerate().find(|(index, s)| {
-            s.object && linker.symbols.value(*index) == super::symbols::Value::At(key)
-        });
+        let own = symbols
+            .iter()
+            .enumerate()
+            .find(|(index, s)| s.object && linker.symbols.value(*index) == Value::At(key));
         return own.map_or_else(|| key.to_string(), |(_, s)| s.name.clone());
     }
     target.name_of(key).unwrap_or_else(|| key.to_string())
 }
 
-/// The site is two or five bytes, as the assembler chose: a jump or a NOP.
+/// Writes a jump to `to`, or a NOP, to the site at `code`, which has two or five bytes, as the
+/// assembler chose.
 fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), LinkError> {
     let distance = |len: u64| to.since(code.add(len)).cast_signed();
-    let outside = || bad("an entry is for no code of the patch");
+    let outside = || bad("an entry is not for code of the patch");
     match linker.code.get(code, 2).ok_or_else(outside)? {
-        [0x66, 0x90] | [0xeb, _] => {
+        [0x66, NOP1] | [JMP8, _] => {
             let near = i8::try_from(distance(2)).map_err(|_| bad("a short branch is too far"))?;
             let bytes = if jump {
-                [0xeb, near.cast_unsigned()]
+                [JMP8, near.cast_unsigned()]
             } else {
                 NOP2
             };
-            let room = linker.code.get_mut(code, 2).ok_or_else(outside)?;
-            room.copy_from_slice(&bytes);
+            let site = linker.code.get_mut(code, 2).ok_or_else(outside)?;
+            site.copy_from_slice(&bytes);
         }
         _ => {
-            let room = linker.code.get_mut(code, 5).ok_or_else(outside)?;
-            let nop = room == NOP5 || room == NOP5_K8;
-            if !nop && room.first() != Some(&0xe9) {
+            let site = linker.code.get_mut(code, 5).ok_or_else(outside)?;
+            let nop = site == NOP5 || site == NOP5_K8;
+            if !nop && site.first() != Some(&JMP32) {
                 return Err(bad("a site is neither a jump nor a NOP"));
             }
             let far = i32::try_from(distance(5)).map_err(|_| bad("a branch is out of reach"))?;
-            room.copy_from_slice(&NOP5);
+            site.copy_from_slice(&NOP5);
             if jump {
                 let [a, b, c, d] = far.to_le_bytes();
-                room.copy_from_slice(&[0xe9, a, b, c, d]);
+                site.copy_from_slice(&[JMP32, a, b, c, d]);
             }
         }
     }
@@ -159,8 +153,5 @@ fn write(linker: &mut Linker<'_>, code: Gva, to: Gva, jump: bool) -> Result<(), 
 }
 
 fn bad(why: &str) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why: why.to_owned(),
-    }
+    LinkError::table(TABLE, why)
 }

@@ -1,4 +1,4 @@
-//! A module on its way into a guest: its sections at their places, and the relocations in them
+//! The [`Linker`]: copies a module's sections to their places and applies the relocations in them
 //! (`arch/x86/kernel/module.c: __apply_relocate_add`).
 
 use introspect::{Gva, GvaRange};
@@ -14,9 +14,10 @@ use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
 use crate::module::link::symbols::{Symbols, Value};
-use crate::x86::NOP5;
+use crate::module::link::table::Table;
+use crate::x86::{CALL, NOP5};
 
-/// A module on its way into a guest.
+/// A module while it is linked.
 pub(in crate::module) struct Linker<'a> {
     pub module: &'a LivepatchModule,
     pub layouts: &'a Layouts,
@@ -26,27 +27,28 @@ pub(in crate::module) struct Linker<'a> {
     pub data: Buffer,
 }
 
-impl Linker<'_> {
-    /// Copies every kept section to its place.
+impl<'a> Linker<'a> {
+    /// Copies every section that is placed in the guest to its place.
     pub fn load(&mut self) {
         let module = self.module;
-        for (section, slot) in module.file.sections.iter().zip(&module.plan.slots) {
+        for (section, slot) in module.file.sections.iter().zip(&module.layout.slots) {
             let Some(slot) = slot else { continue };
             let buffer = match slot.region {
                 Region::Code => &mut self.code,
                 Region::Data => &mut self.data,
             };
             let start = buffer.base.add(slot.offset);
-            if let Some(room) = buffer.get_mut(start, size(section.size)) {
-                room.fill(0);
+            if let Some(place) = buffer.get_mut(start, size(section.size)) {
+                place.fill(0);
                 let bytes = module.file.data(section);
-                for (to, from) in room.iter_mut().zip(bytes) {
+                for (to, from) in place.iter_mut().zip(bytes) {
                     *to = *from;
                 }
             }
         }
     }
 
+    /// Applies all relocations of these sections.
     pub fn relocate(&mut self) -> Result<(), LinkError> {
         let module = self.module;
         for (index, section) in module.file.sections.iter().enumerate() {
@@ -56,7 +58,7 @@ impl Linker<'_> {
             for relocation in &section.relocations {
                 self.relocate_one(index, section, base, relocation)?;
             }
-            for relocation in section.late.values().flatten() {
+            for relocation in section.klp_relocations.values().flatten() {
                 self.relocate_one(index, section, base, relocation)?;
             }
         }
@@ -70,17 +72,17 @@ impl Linker<'_> {
         base: Gva,
         relocation: &Relocation,
     ) -> Result<(), LinkError> {
-        let spot = ModuleOffset {
+        let field = ModuleOffset {
             section: index,
             offset: relocation.offset,
         };
-        // klp_patch.mod: nobody reads our copy of the structure, and there is no struct module.
-        if relocation.kind == elf::R_X86_64_NONE.0 || spot == self.patch.module_pointer {
+        // klp_patch.mod: nothing reads this copy of the structure, and there is no struct module.
+        if relocation.kind == elf::R_X86_64_NONE.0 || field == self.patch.module_pointer {
             return Ok(());
         }
         let at = base.add(relocation.offset);
         if self.is_fentry(relocation) {
-            return self.silence_fentry(section, relocation, at);
+            return self.replace_fentry(section, relocation, at);
         }
         let value = self.value(section, relocation)?;
         let wrong = |why: String| LinkError::Relocation {
@@ -103,13 +105,13 @@ impl Linker<'_> {
         } else {
             &mut self.data
         };
-        let room = buffer
+        let place = buffer
             .get_mut(at, bytes.len())
-            .ok_or_else(|| wrong("it reaches behind its section".into()))?;
-        if room.iter().any(|&b| b != 0) {
+            .ok_or_else(|| wrong("it extends past its section".into()))?;
+        if place.iter().any(|&b| b != 0) {
             return Err(wrong("the place is not empty (relocated twice?)".into()));
         }
-        room.copy_from_slice(&bytes);
+        place.copy_from_slice(&bytes);
         Ok(())
     }
 
@@ -118,17 +120,18 @@ impl Linker<'_> {
         symbol.is_some_and(|s| s.name == "__fentry__" && s.place == Place::Undefined)
     }
 
-    /// `call __fentry__` becomes the NOP that ftrace would make of it; nothing of the guest knows of this site.
-    fn silence_fentry(
+    /// Replaces `call __fentry__` with the NOP that ftrace would put there. The guest's ftrace does
+    /// not know of this site.
+    fn replace_fentry(
         &mut self,
         section: &Section,
         relocation: &Relocation,
         at: Gva,
     ) -> Result<(), LinkError> {
-        let room = self.code.get_mut(at.sub(1), NOP5.len());
-        match room {
-            Some(room) if room == [0xe8, 0, 0, 0, 0] => {
-                room.copy_from_slice(&NOP5);
+        let place = self.code.get_mut(at.sub(1), NOP5.len());
+        match place {
+            Some(place) if place == [CALL, 0, 0, 0, 0] => {
+                place.copy_from_slice(&NOP5);
                 Ok(())
             }
             _ => Err(LinkError::Relocation {
@@ -139,7 +142,7 @@ impl Linker<'_> {
         }
     }
 
-    /// What a relocation's symbol and addend come to.
+    /// The sum of a relocation's symbol and addend.
     fn value(&self, section: &Section, relocation: &Relocation) -> Result<Gva, LinkError> {
         match self.symbols.value(relocation.symbol) {
             Value::At(address) => Ok(address.offset(relocation.addend)),
@@ -151,19 +154,19 @@ impl Linker<'_> {
         }
     }
 
-    /// The address that a field of a table names: the field holds it, or the distance from itself to it.
-    /// `None`: it names a part of the module that is not kept.
-    pub fn pointed(
-        &self,
-        table: &'static str,
-        section: &Section,
-        offset: u64,
-    ) -> Result<Option<Gva>, LinkError> {
-        let bad = || LinkError::Table {
-            section: table,
-            why: format!("no address at offset {offset:#x}"),
-        };
-        let relocation = section.relocation_at(offset).ok_or_else(bad)?;
+    /// The table in the section `name`; `None` when the module has none.
+    pub fn table(&self, name: &'static str) -> Option<Table<'a>> {
+        let module = self.module;
+        let (_, section) = module.file.find(name)?;
+        Some(Table { name, section })
+    }
+
+    /// The address that the field at `offset` of a table refers to: the field holds it, or the
+    /// distance from itself to it. `None`: it is in a part of the module that is not placed in the
+    /// guest.
+    pub fn table_address(&self, table: Table<'_>, offset: u64) -> Result<Option<Gva>, LinkError> {
+        let bad = || LinkError::table(table.name, format!("no address at offset {offset:#x}"));
+        let relocation = table.section.relocation_at(offset).ok_or_else(bad)?;
         let relative = [elf::R_X86_64_PC32, elf::R_X86_64_PC64, elf::R_X86_64_64];
         if !relative.iter().any(|kind| kind.0 == relocation.kind) {
             return Err(bad());
@@ -174,7 +177,7 @@ impl Linker<'_> {
         })
     }
 
-    /// The patch's function that covers a place in its code, for messages.
+    /// The patch's function that covers an address in its code, for messages.
     pub fn function_name(&self, at: Gva) -> String {
         let file = &self.module.file;
         let found = (0..file.sections.len()).find_map(|index| {
@@ -184,6 +187,7 @@ impl Linker<'_> {
         found.map_or_else(|| at.to_string(), |s| s.name.clone())
     }
 
+    /// The linked module, whose code and data are final.
     pub fn finish(self) -> Result<Image, LinkError> {
         let symbols = self.image_symbols();
         let functions = self
@@ -216,8 +220,8 @@ impl Linker<'_> {
         })
     }
 
-    /// From the symbol, or where there is none, to the end of the section.
-    fn function_size(&self, spot: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
+    /// The size of its symbol or, if it has none, the rest of the section.
+    fn function_size(&self, at: ModuleOffset, new: Gva, symbols: &[ImageSymbol]) -> u64 {
         let first = symbols.partition_point(|s| s.address < new);
         let named = symbols
             .get(first..)
@@ -230,19 +234,20 @@ impl Linker<'_> {
         let rest = self
             .module
             .file
-            .section(spot.section)
-            .map_or(1, |s| s.size.saturating_sub(spot.offset));
+            .section(at.section)
+            .map_or(1, |s| s.size.saturating_sub(at.offset));
         named
             .filter(|&size| size > 0 && size <= rest)
             .unwrap_or(rest)
     }
 
+    /// The part of the code region that is instructions.
     fn text_range(&self) -> GvaRange {
         let module = self.module;
-        let len = (module.plan.slots.iter())
-            .zip(&module.fates)
+        let len = (module.layout.slots.iter())
+            .zip(&module.placements)
             .zip(&module.file.sections)
-            .filter(|((_, fate), _)| **fate == Placement::Text)
+            .filter(|((_, placement), _)| **placement == Placement::Text)
             .filter_map(|((slot, _), section)| Some(slot.as_ref()?.offset + section.size))
             .max();
         GvaRange::new(self.code.base, self.code.base.add(len.unwrap_or(0)))
@@ -297,14 +302,18 @@ impl Linker<'_> {
         };
         let (entries, rest) = file.data(entries).as_chunks::<6>();
         if !rest.is_empty() || (entries.len() as u64).checked_mul(4) != Some(ips.size) {
-            return Err(LinkError::Table {
-                section: TABLE,
-                why: "its two halves do not match".into(),
-            });
+            return Err(LinkError::table(
+                TABLE,
+                "its size does not match that of .orc_unwind_ip",
+            ));
         }
+        let table = Table {
+            name: TABLE,
+            section: ips,
+        };
         let mut out = Vec::with_capacity(entries.len());
         for (entry, offset) in entries.iter().zip((0..).step_by(4)) {
-            let ip = self.pointed(TABLE, ips, offset)?;
+            let ip = self.table_address(table, offset)?;
             if let Some(ip) = ip.filter(|&ip| {
                 ip >= self.code.base && ip.since(self.code.base) <= self.code.bytes.len() as u64
             }) {
@@ -316,12 +325,13 @@ impl Linker<'_> {
     }
 }
 
+/// Why a relocation cannot be encoded.
 enum Encode {
     Unknown,
     Overflow,
 }
 
-/// The bytes of one relocation, as `arch/x86/kernel/module.c: __write_relocate_add` has it.
+/// The bytes of one relocation, as `arch/x86/kernel/module.c: __write_relocate_add` writes them.
 fn encode(kind: u32, value: Gva, at: Gva) -> Result<Vec<u8>, Encode> {
     let absolute = value.0;
     let relative = absolute.wrapping_sub(at.0);
@@ -348,7 +358,7 @@ pub(in crate::module) fn size(bytes: u64) -> usize {
 }
 
 impl LivepatchModule {
-    /// What a symbol is, for messages.
+    /// The name of a symbol, or of the section that it stands for; for messages.
     fn describe(&self, symbol: usize) -> String {
         let Some(symbol) = self.file.symbol(symbol) else {
             return String::new();

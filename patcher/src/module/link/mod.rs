@@ -1,6 +1,8 @@
-//! Links a module for one guest: what `kernel/module/main.c: load_module` does up to running the init function, from outside.
+//! Links a module for one guest: does from outside what `kernel/module/main.c: load_module` does up
+//! to running the init function.
 //!
-//! Knows the order of the steps; the [`Linker`] applies relocations, and the tables that change code afterwards have a file each.
+//! Knows the order of the steps. The [`Linker`] applies relocations; each table that changes code
+//! afterwards has a file of its own.
 
 pub mod alternatives;
 pub mod image;
@@ -10,22 +12,24 @@ pub mod modversions;
 pub mod resolve;
 pub mod return_thunks;
 pub mod symbols;
+pub mod table;
 pub mod verify;
 
 use crate::module::KlpPatch;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
-use crate::module::file::layout::Bases;
+use crate::module::file::layout::LoadAddresses;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::image::{Buffer, Image};
 use crate::module::link::linker::{Linker, size};
-use crate::module::link::modversions::Versions;
+use crate::module::link::modversions::Modversions;
 use crate::module::link::symbols::Symbols;
 use crate::x86::INT3;
 
-/// Links `module`, whose `struct klp_patch` is `patch`, for the guest kernel `target` to lie at `bases`.
+/// Links `module`, whose `struct klp_patch` is `patch`, for the addresses `load_at` in the guest
+/// kernel `target`.
 ///
-/// The guest may run meanwhile: only what is constant in a kernel that is up gets read.
+/// The guest may run meanwhile: only what is constant in a kernel that is up is read.
 ///
 /// # Errors
 /// [`LinkError`]; nothing was changed anywhere.
@@ -33,24 +37,24 @@ pub fn link<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
     patch: &KlpPatch,
     target: &T,
-    bases: Bases,
+    load_at: LoadAddresses,
 ) -> Result<Image, LinkError> {
     let layouts = target.layouts()?;
-    let versions = Versions::check(module, target, &layouts)?;
-    module.plan.check(&bases)?;
-    let symbols = Symbols::resolve(module, target, &versions, &bases)?;
+    let modversions = Modversions::check(module, target, &layouts)?;
+    module.layout.check(&load_at)?;
+    let symbols = Symbols::resolve(module, target, &modversions, &load_at)?;
     let mut linker = Linker {
         module,
         layouts: &layouts,
         patch,
         symbols,
         code: Buffer {
-            base: bases.code,
-            bytes: vec![INT3; size(module.plan.sizes.code)],
+            base: load_at.code,
+            bytes: vec![INT3; size(module.layout.sizes.code)],
         },
         data: Buffer {
-            base: bases.data,
-            bytes: vec![0; size(module.plan.sizes.data)],
+            base: load_at.data,
+            bytes: vec![0; size(module.layout.sizes.data)],
         },
     };
     linker.load();

@@ -1,4 +1,5 @@
-//! Whether a module was built for this kernel, by the kernel's own rules: vermagic, `struct module`, symbol versions.
+//! Checks that a module was built for this kernel, by the kernel's own rules: vermagic, the size of
+//! `struct module`, symbol versions (modversions).
 //!
 //! Follows `kernel/module/version.c` and `kernel/module/main.c: check_modinfo`.
 
@@ -9,23 +10,23 @@ use crate::module::file::LivepatchModule;
 use crate::module::file::elf::text;
 use crate::module::kernel::{Export, Layouts, ModversionLayout, TargetKernel};
 
-/// The versions that a module brings, and the kernel's idea of them.
-pub(in crate::module) struct Versions<'a> {
+/// The versions of the symbols that a module uses, to be compared with the kernel's.
+pub(in crate::module) struct Modversions<'a> {
     module: &'a LivepatchModule,
     kernel_vermagic: String,
-    /// By symbol: `__versions`.
+    /// The CRCs in `__versions`, by symbol.
     table: HashMap<String, u64>,
 }
 
-impl<'a> Versions<'a> {
-    /// Checks what does not depend on single symbols.
+impl<'a> Modversions<'a> {
+    /// Reads the versions, and checks everything that does not depend on single symbols.
     pub fn check<T: TargetKernel + ?Sized>(
         module: &'a LivepatchModule,
         target: &T,
         layouts: &Layouts,
-    ) -> Result<Versions<'a>, LinkError> {
+    ) -> Result<Modversions<'a>, LinkError> {
         let file = &module.file;
-        let versions = Versions {
+        let modversions = Modversions {
             module,
             kernel_vermagic: target.vermagic()?,
             table: layouts
@@ -37,17 +38,17 @@ impl<'a> Versions<'a> {
                 .unwrap_or_default(),
         };
         let module_layout = target.export("module_layout")?;
-        let with_versions =
-            module_layout.as_ref().is_some_and(|e| e.crc.is_some()) && !versions.table.is_empty();
+        let has_modversions = module_layout.as_ref().is_some_and(|e| e.crc.is_some())
+            && !modversions.table.is_empty();
         if !same_magic(
             &module.info.vermagic,
-            &versions.kernel_vermagic,
-            with_versions,
+            &modversions.kernel_vermagic,
+            has_modversions,
         ) {
-            return Err(versions.mismatch(None));
+            return Err(modversions.mismatch(None));
         }
         if let Some(export) = module_layout {
-            versions.check_symbol("module_layout", &export)?;
+            modversions.check_symbol("module_layout", &export)?;
         }
         let own = file
             .find(".gnu.linkonce.this_module")
@@ -58,10 +59,11 @@ impl<'a> Versions<'a> {
                 kernel: layouts.module_size,
             });
         }
-        Ok(versions)
+        Ok(modversions)
     }
 
-    /// As `check_version`; a missing version is an error, as Debian's kernels have it.
+    /// Checks one symbol, as `check_version` does. A missing version is an error, as in Debian's
+    /// kernels.
     pub fn check_symbol(&self, name: &str, export: &Export) -> Result<(), LinkError> {
         let Some(crc) = export.crc else {
             return Ok(());
@@ -82,7 +84,7 @@ impl<'a> Versions<'a> {
     }
 }
 
-/// The entries of `__versions`; of several for one name the first counts.
+/// The entries of `__versions`; the first counts when a name has several.
 fn table(bytes: &[u8], layout: ModversionLayout) -> Option<HashMap<String, u64>> {
     let size = usize::try_from(layout.size).ok().filter(|&size| size > 0)?;
     let at_name = usize::try_from(layout.name).ok()?;
@@ -97,8 +99,9 @@ fn table(bytes: &[u8], layout: ModversionLayout) -> Option<HashMap<String, u64>>
     Some(out)
 }
 
-/// As `same_magic`: with versions, the release (the first word) does not count.
-fn same_magic(module: &str, kernel: &str, with_versions: bool) -> bool {
+/// Compares vermagics as the kernel's `same_magic` does: with modversions, the release (the first
+/// word) does not count.
+fn same_magic(module: &str, kernel: &str, has_modversions: bool) -> bool {
     let tail = |magic: &str| {
         magic
             .find(' ')
@@ -106,7 +109,7 @@ fn same_magic(module: &str, kernel: &str, with_versions: bool) -> bool {
             .unwrap_or_default()
             .to_owned()
     };
-    if with_versions {
+    if has_modversions {
         tail(module) == tail(kernel)
     } else {
         module == kernel
@@ -118,7 +121,7 @@ mod tests {
     use super::same_magic;
 
     #[test]
-    fn versions_make_the_release_not_count() {
+    fn with_modversions_the_release_does_not_count() {
         let (a, b) = ("1.2-a SMP modversions ", "1.2-b SMP modversions ");
         assert!(same_magic(a, a, false));
         assert!(!same_magic(a, b, false));

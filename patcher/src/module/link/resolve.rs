@@ -1,7 +1,7 @@
-//! The functions of the kernel that a patch replaces, by livepatch's own rules.
+//! Finds the kernel's functions that a patch replaces, by livepatch's own rules.
 //!
-//! Follows `kernel/livepatch/core.c: klp_find_object_symbol`; unlike the kernel it also finds the parts of a function that the
-//! compiler put elsewhere, because a task in `foo.cold` is in `foo`.
+//! Follows `kernel/livepatch/core.c: klp_find_object_symbol`. Unlike the kernel, it also finds the
+//! parts of a function that the compiler put elsewhere, because a task in `foo.cold` is in `foo`.
 
 use introspect::GvaRange;
 use introspect::symbols::Symbols;
@@ -9,26 +9,28 @@ use introspect::symbols::Symbols;
 use crate::module::error::LinkError;
 use crate::module::link::symbols::pick;
 
-/// A function of the kernel, all of it.
+/// A function of the kernel, with all of its parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolvedFunction {
-    /// Its name.
+    /// The name that it was searched by.
     pub name: String,
     /// The function itself, from its first byte to the next symbol, as kallsyms counts.
     pub range: GvaRange,
-    /// Its parts elsewhere (`foo.cold`, `foo.part.0`, `foo.part.0.cold`). Of a name that several functions have, the parts of all:
-    /// which is whose is not recorded.
+    /// Its parts elsewhere (`foo.cold`, `foo.part.0`, `foo.part.0.cold`). When several functions
+    /// have the name, the parts of all of them: the kernel does not record which part belongs to
+    /// which.
     pub parts: Vec<GvaRange>,
 }
 
 impl ResolvedFunction {
-    /// Everywhere that its code is.
+    /// The function itself and its parts.
     pub fn ranges(&self) -> impl Iterator<Item = GvaRange> {
         std::iter::once(self.range).chain(self.parts.iter().copied())
     }
 }
 
-/// The kernel's function `name`: the only one (`sympos` 0) or the n-th by address.
+/// The kernel's function `name`: the only one (`sympos` 0), or the one at position `sympos` by
+/// address.
 ///
 /// # Errors
 /// [`LinkError::NotFound`], [`LinkError::Ambiguous`].
@@ -58,8 +60,9 @@ pub fn resolve_function(
     })
 }
 
-/// Whether a suffix names a part of the function and not a clone (`.isra.0`, `.constprop.0`), which has patches of its own:
-/// any number of `.part.N`, then perhaps `.cold` or `.cold.N`.
+/// Whether a suffix names a part of the function (any number of `.part.N`, then perhaps `.cold` or
+/// `.cold.N`) and not a clone (`.isra.0`, `.constprop.0`), which is patched as a function of its
+/// own.
 fn is_part(suffix: &str) -> bool {
     let mut words = suffix.split('.').skip(1).peekable();
     let mut any = false;

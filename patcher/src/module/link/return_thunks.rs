@@ -1,29 +1,32 @@
-//! `.return_sites`: each `jmp __x86_return_thunk` becomes what this CPU's mitigations want of a return.
+//! `.return_sites`: turns each `jmp __x86_return_thunk` into the return that this CPU's mitigations
+//! need.
 //!
-//! Since 6.9 a return that is left alone runs into `warn_thunk_thunk`, a WARN. Follows `arch/x86/kernel/alternative.c: apply_returns`:
-//! the kernel's variable `x86_return_thunk` says where returns go; when it still has its first value, a plain `ret` is meant.
+//! Since 6.9 a return that is left as it is runs into `warn_thunk_thunk`, a WARN. Follows
+//! `arch/x86/kernel/alternative.c: apply_returns`: the kernel's variable `x86_return_thunk` says
+//! where returns go; while it has its initial value, they are plain `ret`s.
 
 use introspect::Gva;
 
 use crate::module::error::{LinkError, TargetError};
-use crate::module::file::elf::limit;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
+use crate::x86::{INT3, JMP32, RET};
 
 const TABLE: &str = ".return_sites";
 const MAX_SITES: usize = 1_000_000;
+/// An entry is the 32-bit distance from itself to the jump.
+const ENTRY_SIZE: u64 = 4;
 /// `ret`, and `int3` against straight-line speculation.
-const RET: [u8; 5] = [0xc3, 0xcc, 0xcc, 0xcc, 0xcc];
+const PLAIN_RETURN: [u8; 5] = [RET, INT3, INT3, INT3, INT3];
 
 pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     linker: &mut Linker<'_>,
     target: &T,
 ) -> Result<(), LinkError> {
-    let module = linker.module;
-    let Some((_, section)) = module.file.find(TABLE) else {
+    let Some(table) = linker.table(TABLE) else {
         return Ok(());
     };
-    // A kernel without return thunks exports none, and its modules have no such table.
+    // A kernel without return thunks exports none, and modules for it have no such table.
     let variable = target
         .symbol("x86_return_thunk")
         .ok_or(TargetError::NoSymbol("x86_return_thunk"))?;
@@ -33,14 +36,8 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
     let mut thunk = [0; 8];
     target.read("the return thunk in use", variable, &mut thunk)?;
     let thunk = Gva(u64::from_le_bytes(thunk));
-    let count = section.size / 4;
-    limit(
-        "return sites",
-        usize::try_from(count).unwrap_or(usize::MAX),
-        MAX_SITES,
-    )?;
-    for offset in (0..count).map(|index| index * 4) {
-        if let Some(site) = linker.pointed(TABLE, section, offset)? {
+    for offset in table.offsets(ENTRY_SIZE, "return sites", MAX_SITES)? {
+        if let Some(site) = linker.table_address(table, offset)? {
             apply_one(linker, site, default, thunk)?;
         }
     }
@@ -53,12 +50,12 @@ fn apply_one(
     default: Gva,
     thunk: Gva,
 ) -> Result<(), LinkError> {
-    let room = linker
+    let jump = linker
         .code
         .get_mut(site, 5)
-        .ok_or_else(|| bad(format!("{site} is no code of the patch")))?;
-    let goes_to = match room {
-        &mut [0xe9, a, b, c, d] => site
+        .ok_or_else(|| bad(format!("{site} is not in the code of the patch")))?;
+    let goes_to = match jump {
+        &mut [JMP32, a, b, c, d] => site
             .add(5)
             .offset(i64::from(i32::from_le_bytes([a, b, c, d]))),
         _ => return Err(bad(format!("no jump at {site}"))),
@@ -69,21 +66,18 @@ fn apply_one(
         )));
     }
     if thunk == default {
-        room.copy_from_slice(&RET);
+        jump.copy_from_slice(&PLAIN_RETURN);
         return Ok(());
     }
     let distance = thunk.since(site.add(5)).cast_signed();
     let distance =
         i32::try_from(distance).map_err(|_| bad("the return thunk is out of reach".into()))?;
-    if let Some(field) = room.get_mut(1..) {
+    if let Some(field) = jump.get_mut(1..) {
         field.copy_from_slice(&distance.to_le_bytes());
     }
     Ok(())
 }
 
 fn bad(why: String) -> LinkError {
-    LinkError::Table {
-        section: TABLE,
-        why,
-    }
+    LinkError::table(TABLE, why)
 }

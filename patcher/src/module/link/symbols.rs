@@ -1,28 +1,31 @@
-//! The value of every symbol of a module: its own by their place, the undefined ones by the kernel's exports, livepatch's own kind
-//! by the kernel's full symbol table.
+//! The value of every symbol of a module: the module's own by their section, undefined ones by the
+//! kernel's exports, livepatch symbols by the kernel's full symbol table.
 //!
-//! Follows `kernel/module/main.c: simplify_symbols`, `resolve_symbol` and `kernel/livepatch/core.c: klp_resolve_symbols`.
+//! Follows `kernel/module/main.c: simplify_symbols, resolve_symbol` and
+//! `kernel/livepatch/core.c: klp_resolve_symbols`.
 
 use introspect::Gva;
 
 use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Symbol, limit};
-use crate::module::file::layout::{Bases, Region};
+use crate::module::file::layout::{LoadAddresses, Region};
 use crate::module::kernel::TargetKernel;
-use crate::module::link::modversions::Versions;
+use crate::module::link::modversions::Modversions;
 
-/// Each costs a search in guest memory.
+/// The most undefined symbols: each costs a search in guest memory.
 const MAX_UNDEFINED: usize = 8192;
 
-/// What a symbol comes to.
+/// The value of a symbol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::module) enum Value {
+    /// This address.
     At(Gva),
-    /// In a part of the module that is not kept.
+    /// None: it is in a part of the module that is not placed in the guest.
     Dropped,
 }
 
+/// The addresses of a module's sections and the values of its symbols, by index.
 pub(in crate::module) struct Symbols {
     sections: Vec<Option<Gva>>,
     values: Vec<Value>,
@@ -32,17 +35,17 @@ impl Symbols {
     pub fn resolve<T: TargetKernel + ?Sized>(
         module: &LivepatchModule,
         target: &T,
-        versions: &Versions<'_>,
-        bases: &Bases,
+        modversions: &Modversions<'_>,
+        load_at: &LoadAddresses,
     ) -> Result<Symbols, LinkError> {
         let sections: Vec<Option<Gva>> = module
-            .plan
+            .layout
             .slots
             .iter()
             .map(|slot| {
                 slot.map(|slot| match slot.region {
-                    Region::Code => bases.code.add(slot.offset),
-                    Region::Data => bases.data.add(slot.offset),
+                    Region::Code => load_at.code.add(slot.offset),
+                    Region::Data => load_at.data.add(slot.offset),
                 })
             })
             .collect();
@@ -54,11 +57,13 @@ impl Symbols {
             values.push(match symbol.place {
                 // The null symbol.
                 Place::Undefined if index == 0 => Value::At(Gva(0)),
-                Place::Undefined => Value::At(undefined_value(module, target, versions, symbol)?),
+                Place::Undefined => {
+                    Value::At(undefined_value(module, target, modversions, symbol)?)
+                }
                 Place::Absolute => Value::At(Gva(symbol.value)),
                 Place::Livepatch => match symbol.name.strip_prefix(".klp.sym.") {
                     Some(name) => Value::At(livepatch_value(target, name)?),
-                    // klp-build's tombstones: named, never used.
+                    // Tombstones of klp-build: they have names and are never used.
                     None => Value::Dropped,
                 },
                 Place::Common => {
@@ -81,7 +86,7 @@ impl Symbols {
         self.values.get(symbol).copied().unwrap_or(Value::Dropped)
     }
 
-    /// Where a section begins; `None`: it is not kept.
+    /// The address of a section; `None`: it is not placed in the guest.
     pub fn section_base(&self, section: usize) -> Option<Gva> {
         self.sections.get(section).copied().flatten()
     }
@@ -90,7 +95,7 @@ impl Symbols {
 fn undefined_value<T: TargetKernel + ?Sized>(
     module: &LivepatchModule,
     target: &T,
-    versions: &Versions<'_>,
+    modversions: &Modversions<'_>,
     symbol: &Symbol,
 ) -> Result<Gva, LinkError> {
     let name = &symbol.name;
@@ -115,11 +120,11 @@ fn undefined_value<T: TargetKernel + ?Sized>(
             namespace: namespace.clone(),
         });
     }
-    versions.check_symbol(name, &export)?;
+    modversions.check_symbol(name, &export)?;
     Ok(export.address)
 }
 
-/// `name` is `OBJECT.NAME,POSITION`.
+/// The value of a livepatch symbol; `full` is `OBJECT.NAME,POSITION`.
 fn livepatch_value<T: TargetKernel + ?Sized>(target: &T, full: &str) -> Result<Gva, LinkError> {
     let parts = full.split_once('.').and_then(|(object, rest)| {
         let (name, position) = rest.split_once(',')?;
@@ -134,7 +139,7 @@ fn livepatch_value<T: TargetKernel + ?Sized>(target: &T, full: &str) -> Result<G
     }
 }
 
-/// One of the symbols of a name, as `kernel/livepatch/core.c: klp_find_object_symbol`.
+/// Picks one of the symbols of a name, as `kernel/livepatch/core.c: klp_find_object_symbol` does.
 pub(in crate::module) fn pick(found: &[Gva], name: &str, sympos: u64) -> Result<Gva, LinkError> {
     let missing = || LinkError::NotFound {
         name: name.to_owned(),

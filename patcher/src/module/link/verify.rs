@@ -1,4 +1,4 @@
-//! A last look at linked code: every instruction decodes, and none is left that only the guest's loader would have finished.
+//! The last check of linked code: every instruction decodes, and no call was left unlinked.
 
 use std::collections::HashSet;
 
@@ -8,7 +8,8 @@ use introspect::Gva;
 use crate::module::error::LinkError;
 use crate::module::link::image::{Buffer, Image};
 
-/// Overlapping symbols of a hostile module must not cost more than this many bytes of decoding.
+/// The most bytes that are decoded, so that overlapping symbols of a hostile module do not cost
+/// more.
 const MAX_DECODED: u64 = 64 << 20;
 
 pub(in crate::module) fn check(image: &Image) -> Result<(), LinkError> {
@@ -44,16 +45,17 @@ fn check_function(code: &Buffer, name: &str, start: Gva, size: u64) -> Result<()
     let bytes = usize::try_from(size)
         .ok()
         .and_then(|size| code.get(start, size))
-        .ok_or_else(|| wrong(name, start, "it does not lie in the code"))?;
+        .ok_or_else(|| wrong(name, start, "it is not in the code region"))?;
     let mut decoder = Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE);
     let mut insn = Instruction::default();
     while decoder.can_decode() {
         decoder.decode_out(&mut insn);
         let at = Gva(insn.ip());
         if insn.is_invalid() {
-            return Err(wrong(name, at, "these bytes are no instruction"));
+            return Err(wrong(name, at, "these bytes are not an instruction"));
         }
-        // A relative call with no relocation, left at 0: nobody calls the next instruction but position-independent 32-bit code.
+        // A relative call without a relocation has displacement 0. Only position-independent 32-bit
+        // code calls the next instruction.
         if insn.flow_control() == FlowControl::Call && insn.near_branch_target() == insn.next_ip() {
             return Err(wrong(name, at, "this call was never linked"));
         }

@@ -1,4 +1,4 @@
-//! Modules that must not get in: each is refused, with what is wrong.
+//! Modules that are refused, each with an error that names what is wrong.
 
 use proptest::prelude::*;
 
@@ -8,19 +8,19 @@ use super::*;
 fn modules_for_another_kernel_are_refused() {
     let mut ko = sample();
     ko.modinfo("vermagic", Some("9.9-test SMP preempt modversions "));
-    let message = error(&ko, &Table::new()).to_string();
+    let message = error(&ko, &FakeKernel::new()).to_string();
     assert!(message.contains("9.9-test SMP preempt"), "{message}");
-    // With versions, the release may differ as long as they agree.
+    // With versions, the release may differ as long as the versions agree.
     ko.modinfo("vermagic", Some("9.8-other SMP modversions "));
-    assert!(linked(&ko, &Table::new()).is_ok());
-    let mut target = Table::new();
+    assert!(linked(&ko, &FakeKernel::new()).is_ok());
+    let mut target = FakeKernel::new();
     target.exports.get_mut("puts").unwrap().crc = Some(1);
     let LinkError::Vermagic { symbol, .. } = error(&ko, &target) else {
         panic!("versions differ");
     };
     assert_eq!(symbol.as_deref(), Some("puts"));
-    // A kernel without versions takes only its own.
-    let mut target = Table::new();
+    // A kernel without versions accepts only modules of its own release.
+    let mut target = FakeKernel::new();
     for export in target.exports.values_mut() {
         export.crc = None;
     }
@@ -29,14 +29,14 @@ fn modules_for_another_kernel_are_refused() {
         LinkError::Vermagic { symbol: None, .. }
     ));
     assert!(linked(&sample(), &target).is_ok());
-    // A kernel with versions takes no module without.
+    // A kernel with versions accepts no module without them.
     let mut ko = sample();
     ko.remove("__versions");
     assert_eq!(
-        error(&ko, &Table::new()),
+        error(&ko, &FakeKernel::new()),
         LinkError::NoVersion("module_layout".into())
     );
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.layouts.module_size = 32;
     assert!(matches!(
         error(&sample(), &target),
@@ -45,7 +45,7 @@ fn modules_for_another_kernel_are_refused() {
 }
 
 #[test]
-fn what_is_no_livepatch_is_refused() {
+fn files_that_are_not_livepatches_are_refused() {
     assert!(matches!(parse(b""), Err(ModuleError::NotElf)));
     assert!(matches!(parse(b"#!/bin/sh\n"), Err(ModuleError::NotElf)));
     assert!(matches!(
@@ -123,7 +123,7 @@ fn relocations_are_checked() {
         let mut ko = sample();
         let (offset, kind, symbol, addend) = relocation;
         ko.get(".text").relocations[1] = (offset, kind, symbol.into(), addend);
-        error(&ko, &Table::new())
+        error(&ko, &FakeKernel::new())
     };
     let is = |error: LinkError, part: &str| {
         assert!(matches!(error, LinkError::Relocation { .. }), "{error:?}");
@@ -141,24 +141,30 @@ fn relocations_are_checked() {
     let mut ko = sample();
     let relocation = ko.get(".text").relocations[2].clone();
     ko.get(".text").relocations.push(relocation);
-    is(error(&ko, &Table::new()), "not empty");
+    is(error(&ko, &FakeKernel::new()), "not empty");
 }
 
 #[test]
-fn finished_code_is_looked_at_again() {
+fn linked_code_is_verified() {
     let mut ko = sample();
     ko.get(".text").data[22] = 0x06; // no instruction in 64-bit mode
-    assert!(matches!(error(&ko, &Table::new()), LinkError::Code { .. }));
+    assert!(matches!(
+        error(&ko, &FakeKernel::new()),
+        LinkError::Code { .. }
+    ));
     let mut ko = sample();
     ko.get(".text").relocations.remove(2);
-    let LinkError::Code { at, .. } = error(&ko, &Table::new()) else {
+    let LinkError::Code { at, .. } = error(&ko, &FakeKernel::new()) else {
         panic!("a call to nowhere");
     };
-    assert_eq!(at, BASES.code.add(12));
-    // Behind its section.
+    assert_eq!(at, LOAD_AT.code.add(12));
+    // A function that extends past its section.
     let mut ko = sample();
     ko.symbol("long", ".text", 0, 1 << 40, FUNC);
-    assert!(matches!(error(&ko, &Table::new()), LinkError::Code { .. }));
+    assert!(matches!(
+        error(&ko, &FakeKernel::new()),
+        LinkError::Code { .. }
+    ));
 }
 
 #[test]
@@ -191,7 +197,10 @@ proptest! {
     #[test]
     fn no_change_of_the_file_makes_it_panic(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
-        wide in prop::option::of((any::<prop::sample::Index>(), prop::sample::select(vec![0u8, 0x7f, 0x80, 0xff]))),
+        wide in prop::option::of((
+            any::<prop::sample::Index>(),
+            prop::sample::select(vec![0u8, 0x7f, 0x80, 0xff]),
+        )),
     ) {
         let mut bytes = sample().bytes();
         for (at, byte) in changes {
@@ -203,8 +212,8 @@ proptest! {
             bytes[at..at + 8].fill(byte);
         }
         if let Ok(module) = parse(&bytes) {
-            // Either way; what matters is that it ends, and in an answer.
-            if let Ok(image) = linked_at(&module, &Table::new(), BASES) {
+            // It may link or not; what matters is that linking returns.
+            if let Ok(image) = linked_at(&module, &FakeKernel::new(), LOAD_AT) {
                 prop_assert_eq!(image.code.len() as u64, module.sizes().code);
             }
         }

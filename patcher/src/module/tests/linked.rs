@@ -1,41 +1,18 @@
-//! Whole modules through [`parse`](super::parse) and [`link`](super::link()).
+//! Modules that are linked: what the image holds, for different guests.
 
 use introspect::Gva;
 
 use super::*;
 use crate::module::kernel::AltInstrLayout;
 use crate::module::link::image::{LinkedFunction, OrcRecord};
-use crate::module::testing::*;
-
-mod refused;
-
-fn linked(ko: &Ko, target: &Table) -> Result<Image, LinkError> {
-    linked_at(&parse(&ko.bytes())?, target, BASES)
-}
-
-fn linked_at(module: &LivepatchModule, target: &Table, bases: Bases) -> Result<Image, LinkError> {
-    let patch = module.patch(&target.layouts.klp)?;
-    link(module, &patch, target, bases)
-}
-
-fn error(ko: &Ko, target: &Table) -> LinkError {
-    linked(ko, target).expect_err("should not link")
-}
-
-fn module_error(ko: &Ko) -> ModuleError {
-    match error(ko, &Table::new()) {
-        LinkError::Module(error) => error,
-        other => panic!("{other:?}"),
-    }
-}
 
 /// The code of the sample's function.
 fn code(image: &Image) -> &[u8] {
     &image.code[..29]
 }
 
-/// Where the relative operand at `offset` of the code leads.
-fn leads(image: &Image, offset: usize) -> u64 {
+/// The address that the relative operand at `offset` of the code refers to.
+fn operand_target(image: &Image, offset: usize) -> u64 {
     let operand = i32::from_le_bytes(image.code[offset..offset + 4].try_into().unwrap());
     (image.code_base.add(offset as u64 + 4))
         .offset(operand.into())
@@ -43,14 +20,14 @@ fn leads(image: &Image, offset: usize) -> u64 {
 }
 
 #[test]
-fn a_module_with_everything_is_linked() {
-    let image = linked(&sample(), &Table::new()).unwrap();
+fn a_module_with_every_table_is_linked() {
+    let image = linked(&sample(), &FakeKernel::new()).unwrap();
     assert_eq!(image.name, "sample");
     assert!(!image.replace);
     let function = LinkedFunction {
         old_name: "victim".into(),
         sympos: 0,
-        new: BASES.code,
+        new: LOAD_AT.code,
         new_size: 29,
     };
     assert_eq!(image.functions, [function]);
@@ -59,7 +36,7 @@ fn a_module_with_everything_is_linked() {
     let string = i32::from_le_bytes(code[8..12].try_into().unwrap());
     let string = Gva(i64::from(string).cast_unsigned()).since(image.code_base);
     assert!(image.code[usize::try_from(string).unwrap()..].starts_with(b"hello\0"));
-    assert_eq!(leads(&image, 13), KERNEL + 0x300, "call puts");
+    assert_eq!(operand_target(&image, 13), KERNEL + 0x300, "call puts");
     assert_eq!(code[17..20], [0x0f, 0x01, 0xcb], "stac");
     assert_eq!(
         code[20..22],
@@ -67,63 +44,67 @@ fn a_module_with_everything_is_linked() {
         "the key is on, the branch is a jump"
     );
     assert_eq!(code[24], 0xe9);
-    assert_eq!(leads(&image, 25), KERNEL + 0x480, "the return thunk in use");
+    assert_eq!(
+        operand_target(&image, 25),
+        KERNEL + 0x480,
+        "the return thunk in use"
+    );
     assert_eq!(
         image.text,
-        introspect::GvaRange::new(BASES.code, BASES.code.add(35))
+        introspect::GvaRange::new(LOAD_AT.code, LOAD_AT.code.add(35))
     );
     let orc =
         [(0, [2, 0, 0, 0, 6, 0]), (29, [1, 0, 0, 0, 5, 0])].map(|(offset, entry)| OrcRecord {
-            ip: BASES.code.add(offset),
+            ip: LOAD_AT.code.add(offset),
             entry,
         });
     assert_eq!(image.orc, orc);
-    // The data: pointers to itself and to the code, bss zero.
+    // The data has pointers to itself and to the code; .bss is zero.
     let at = |offset: u64| {
         let offset = usize::try_from(offset).unwrap();
         u64::from_le_bytes(image.data[offset..offset + 8].try_into().unwrap())
     };
     assert_eq!(at(PATCH), 0, "klp_patch.mod stays empty");
-    assert_eq!(at(PATCH + 8), BASES.data.0 + OBJECTS);
-    assert_eq!(at(FUNCTIONS + 8), BASES.code.0);
+    assert_eq!(at(PATCH + 8), LOAD_AT.data.0 + OBJECTS);
+    assert_eq!(at(FUNCTIONS + 8), LOAD_AT.code.0);
     assert!(image.data[image.data.len() - 100..].iter().all(|&b| b == 0));
     assert_eq!(
-        image.symbol_at(BASES.code.add(28)).unwrap().name,
+        image.symbol_at(LOAD_AT.code.add(28)).unwrap().name,
         "new_victim"
     );
-    assert_eq!(image.symbol_at(BASES.code.add(29)), None);
+    assert_eq!(image.symbol_at(LOAD_AT.code.add(29)), None);
 }
 
 #[test]
-fn the_image_fits_what_was_announced() {
+fn the_image_has_the_sizes_that_the_module_gives() {
     let module = parse(&sample().bytes()).unwrap();
-    let image = linked_at(&module, &Table::new(), BASES).unwrap();
+    let image = linked_at(&module, &FakeKernel::new(), LOAD_AT).unwrap();
     assert_eq!(module.sizes().code, image.code.len() as u64);
     assert_eq!(module.sizes().data, image.data.len() as u64);
     for wrong in [
-        Bases {
-            code: BASES.code.add(1),
-            ..BASES
+        LoadAddresses {
+            code: LOAD_AT.code.add(1),
+            ..LOAD_AT
         },
-        Bases {
-            data: BASES.code.add(16),
-            ..BASES
+        LoadAddresses {
+            data: LOAD_AT.code.add(16),
+            ..LOAD_AT
         },
-        Bases {
+        LoadAddresses {
             data: Gva(u64::MAX - 15),
-            ..BASES
+            ..LOAD_AT
         },
     ] {
-        let error = linked_at(&module, &Table::new(), wrong).unwrap_err();
-        assert!(matches!(error, LinkError::Place(_)), "{error:?}");
+        let error = linked_at(&module, &FakeKernel::new(), wrong).unwrap_err();
+        assert!(matches!(error, LinkError::LoadAddress(_)), "{error:?}");
     }
 }
 
 #[test]
 fn the_guests_cpu_and_mitigations_decide() {
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.capabilities = vec![0, 0];
-    target.set(0x8000, &(KERNEL + 0x400).to_le_bytes());
+    target.set_memory(0x8000, &(KERNEL + 0x400).to_le_bytes());
     let image = linked(&sample(), &target).unwrap();
     assert_eq!(
         code(&image)[17..20],
@@ -144,7 +125,7 @@ fn the_guests_cpu_and_mitigations_decide() {
 
 #[test]
 fn the_old_layout_of_alternatives_has_its_flag_in_the_feature() {
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.layouts.alt_instr = AltInstrLayout {
         size: 12,
         flags: None,
@@ -179,21 +160,21 @@ fn direct_call() -> Ko {
 
 #[test]
 fn indirect_calls_become_direct_ones() {
-    let mut target = Table::new();
-    target.give("variable", KERNEL + 0x7000);
+    let mut target = FakeKernel::new();
+    target.add_export("variable", KERNEL + 0x7000);
     if let Some(export) = target.exports.get_mut("variable") {
         export.crc = None;
     }
-    target.set(0x7000, &(KERNEL + 0x7777).to_le_bytes());
+    target.set_memory(0x7000, &(KERNEL + 0x7777).to_le_bytes());
     let image = linked(&direct_call(), &target).unwrap();
     assert_eq!(code(&image)[12], 0xe8);
-    assert_eq!(leads(&image, 13), KERNEL + 0x7777);
+    assert_eq!(operand_target(&image, 13), KERNEL + 0x7777);
     assert_eq!(code(&image)[17], 0x90, "padded");
     // The kernel's empty function is not called at all.
-    target.set(0x7000, &(KERNEL + 0x600).to_le_bytes());
+    target.set_memory(0x7000, &(KERNEL + 0x600).to_le_bytes());
     let image = linked(&direct_call(), &target).unwrap();
     assert_eq!(code(&image)[12..18], [0x66, 0x0f, 0x1f, 0x44, 0, 0]);
-    target.set(0x7000, &[0; 8]);
+    target.set_memory(0x7000, &[0; 8]);
     assert!(matches!(
         error(&direct_call(), &target),
         LinkError::Target(_)
@@ -209,24 +190,24 @@ fn static_branches_follow_keys_that_cannot_change() {
     };
     let branch = |image: &Image| [image.code[20], image.code[21]];
     // The branch's polarity is the low bit.
-    let image = linked(&with_key(".data..ro_after_init", 3), &Table::new()).unwrap();
+    let image = linked(&with_key(".data..ro_after_init", 3), &FakeKernel::new()).unwrap();
     assert_eq!(branch(&image), [0x66, 0x90]);
     // A key of the kernel, read-only by now.
     let mut ko = with_key("kernel_key", 2);
     ko.undefined("kernel_key", UNDEFINED);
-    let mut target = Table::new();
-    target.give("kernel_key", KERNEL + 0x9100);
+    let mut target = FakeKernel::new();
+    target.add_export("kernel_key", KERNEL + 0x9100);
     target.exports.get_mut("kernel_key").unwrap().crc = None;
     for (count, want) in [(0i32, [0x66, 0x90]), (1, [0xeb, 2]), (-1, [0x66, 0x90])] {
-        target.set(0x9100, &count.to_le_bytes());
+        target.set_memory(0x9100, &count.to_le_bytes());
         assert_eq!(branch(&linked(&ko, &target).unwrap()), want, "{count}");
     }
-    // The same, while the guest boots.
+    // The same while the guest boots.
     target.up = false;
     assert_eq!(error(&ko, &target), LinkError::Booting);
     // A key that may change, of the kernel and of the patch.
-    let mut target = Table::new();
-    target.give("kernel_key", KERNEL + 0xb000);
+    let mut target = FakeKernel::new();
+    target.add_export("kernel_key", KERNEL + 0xb000);
     target.exports.get_mut("kernel_key").unwrap().crc = None;
     target
         .symbols
@@ -242,13 +223,13 @@ fn static_branches_follow_keys_that_cannot_change() {
         function: "new_victim".into(),
         key: "bss_key".into(),
     };
-    assert_eq!(error(&ko, &Table::new()), refused);
+    assert_eq!(error(&ko, &FakeKernel::new()), refused);
 }
 
 #[test]
-fn late_relocations_are_resolved_in_the_kernels_symbols() {
+fn klp_relocations_are_resolved_in_the_kernels_symbols() {
     let mut ko = sample();
-    ko.symbols.push(Sym {
+    ko.symbols.push(KoSymbol {
         name: ".klp.sym.vmlinux.hidden,2".into(),
         section: None,
         value: 0,
@@ -258,21 +239,21 @@ fn late_relocations_are_resolved_in_the_kernels_symbols() {
     });
     let text = ko.get(".text");
     text.relocations.remove(2);
-    text.late.push((
+    text.klp_relocations.push((
         ".klp.rela.vmlinux..text".into(),
         13,
         PLT32,
         ".klp.sym.vmlinux.hidden,2".into(),
         -4,
     ));
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     let hidden = vec![KERNEL + 0x1000, KERNEL + 0x2000];
     target.symbols.insert("hidden".into(), hidden);
     let image = linked(&ko, &target).unwrap();
-    assert_eq!(leads(&image, 13), KERNEL + 0x2000);
+    assert_eq!(operand_target(&image, 13), KERNEL + 0x2000);
     target.symbols.insert("hidden".into(), vec![KERNEL]);
     assert!(matches!(error(&ko, &target), LinkError::NotFound { .. }));
-    ko.get(".text").late[0].0 = ".klp.rela.ext4..text".into();
+    ko.get(".text").klp_relocations[0].0 = ".klp.rela.ext4..text".into();
     assert_eq!(module_error(&ko), ModuleError::ModuleTarget("ext4".into()));
 }
 
@@ -283,25 +264,25 @@ fn weak_symbols_that_are_not_there_are_null() {
     ko.get(".data")
         .relocations
         .push((8, R64, "optional".into(), 0));
-    let image = linked(&ko, &Table::new()).unwrap();
+    let image = linked(&ko, &FakeKernel::new()).unwrap();
     assert_eq!(image.data[8..16], [0; 8]);
 }
 
 #[test]
 fn exports_are_used_by_the_kernels_rules() {
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.exports.remove("puts");
     assert_eq!(
         error(&sample(), &target),
         LinkError::UnknownSymbol("puts".into())
     );
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.exports.get_mut("puts").unwrap().gpl_only = true;
     assert!(linked(&sample(), &target).is_ok());
     let mut ko = sample();
     ko.modinfo("license", Some("Proprietary"));
     assert!(matches!(error(&ko, &target), LinkError::GplOnly { .. }));
-    let mut target = Table::new();
+    let mut target = FakeKernel::new();
     target.exports.get_mut("puts").unwrap().namespace = Some("SPACE".into());
     assert!(matches!(
         error(&sample(), &target),
@@ -310,99 +291,4 @@ fn exports_are_used_by_the_kernels_rules() {
     let mut ko = sample();
     ko.modinfo("import_ns", Some("SPACE"));
     assert!(linked(&ko, &target).is_ok());
-}
-
-#[test]
-fn klp_patch_is_read_as_the_kernel_reads_it() {
-    let klp = |change: &dyn Fn(&mut Ko)| {
-        let mut ko = sample();
-        change(&mut ko);
-        module_error(&ko)
-    };
-    let mut ko = sample();
-    ko.get(".data").data[PATCH as usize + 24] = 1;
-    ko.get(".data").data[FUNCTIONS as usize + 16] = 3;
-    let image = linked(&ko, &Table::new()).unwrap();
-    assert!(image.replace);
-    assert_eq!(image.functions[0].sympos, 3);
-
-    let error = klp(&|ko| {
-        let pointer = (OBJECTS, R64, ".rodata.str1.1".into(), 4);
-        ko.get(".data").relocations.push(pointer);
-    });
-    assert_eq!(error, ModuleError::ModuleTarget("hello".into()));
-    let error = klp(&|ko| {
-        let callback = (OBJECTS + 24, R64, ".text".into(), 0);
-        ko.get(".data").relocations.push(callback);
-    });
-    assert_eq!(
-        error,
-        ModuleError::Callbacks("post_patch = new_victim".into())
-    );
-    let error = klp(&|ko| {
-        let states = (PATCH + 16, R64, ".data".into(), 300);
-        ko.get(".data").relocations.push(states);
-    });
-    assert_eq!(error, ModuleError::States);
-    // Each of these breaks the structure.
-    for missing in [PATCH, PATCH + 8, OBJECTS + 8, FUNCTIONS, FUNCTIONS + 8] {
-        let error = klp(&|ko| ko.get(".data").relocations.retain(|r| r.0 != missing));
-        assert!(matches!(error, ModuleError::Klp(_)), "{missing}: {error:?}");
-    }
-    // A second entry that patches the same function.
-    let error = klp(&|ko| {
-        let data = ko.get(".data");
-        data.relocations
-            .push((FUNCTIONS + 32, R64, ".rodata.str1.1".into(), 10));
-        data.relocations
-            .push((FUNCTIONS + 40, R64, ".text".into(), 0));
-    });
-    assert!(error.to_string().contains("patched twice"), "{error}");
-    // An array with no end.
-    let error = klp(&|ko| {
-        let data = ko.get(".data");
-        data.data.truncate(FUNCTIONS as usize + 32);
-    });
-    assert!(matches!(error, ModuleError::Klp(_)), "{error:?}");
-    // The replacement is in code that is not kept.
-    let error = klp(&|ko| ko.get(".data").relocations[4].2 = ".init.text".into());
-    assert!(matches!(error, ModuleError::Klp(_)), "{error:?}");
-}
-
-#[test]
-fn the_init_function_says_which_patch_it_is() {
-    // A second structure of the same shape, not the one that is enabled.
-    let mut ko = sample();
-    ko.get(".data").data.extend([0; 48]);
-    ko.get(".data").relocations.extend([
-        (320, R64, "__this_module".to_owned(), 0),
-        (328, R64, ".data".to_owned(), 300),
-    ]);
-    ko.symbol("decoy", ".data", 320, 48, OBJECT);
-    let second_mod = error(&ko, &Table::new());
-    // The decoy's own reference to the module is not forgiven.
-    assert!(
-        matches!(second_mod, LinkError::Dropped { .. }),
-        "{second_mod:?}"
-    );
-    let module = parse(&ko.bytes()).unwrap();
-    assert_eq!(module.patch(&layouts().klp).unwrap().functions.len(), 1);
-    // Neither tells: the code passes something unknown, and there are two.
-    ko.get(".init.text").relocations.remove(0);
-    assert!(matches!(module_error(&ko), ModuleError::Klp(_)));
-    // By the symbol alone, when there is one.
-    let mut ko = sample();
-    ko.get(".init.text").relocations.remove(0);
-    assert!(linked(&ko, &Table::new()).is_ok());
-    // By the code alone, when symbols are stripped.
-    let mut ko = sample();
-    ko.symbols.retain(|s| s.name != "patch");
-    assert!(linked(&ko, &Table::new()).is_ok());
-    // By lea as well.
-    let mut ko = sample();
-    ko.symbols.retain(|s| s.name != "patch");
-    let init = ko.get(".init.text");
-    init.data[..7].copy_from_slice(&[0x48, 0x8d, 0x3d, 0, 0, 0, 0]);
-    init.relocations[0] = (3, PC32, ".data".into(), PATCH as i64 - 4);
-    assert!(linked(&ko, &Table::new()).is_ok());
 }
