@@ -70,8 +70,8 @@ pub enum PatchError {
 
     /// The guest has started another kernel by itself (kexec).
     #[error(
-        "the guest no longer runs the kernel that it did ({0}): it has started another one, and what was patched is \
-         gone with the old one; ask again"
+        "the guest no longer runs the kernel that it did ({0}): it has started another one, and \
+         what was patched is gone with the old one; ask again"
     )]
     AnotherKernel(String),
 
@@ -153,7 +153,8 @@ pub enum PatchError {
 
     /// More tasks have to switch than the patch has a table for (guests without livepatching).
     #[error(
-        "more than {max} tasks have not switched, and the guest had fewer when the patch was placed; try again"
+        "more than {max} tasks have not switched, and the guest had fewer when the patch was \
+         placed; try again"
     )]
     TooManyTasks {
         /// How many the table takes.
@@ -311,7 +312,9 @@ macro_rules! by_way_of {
 }
 
 by_way_of! {
-    PatchError: SymbolError | BtfError | ReadError | ModulesError | ListingError | UnwinderError | FtraceOpsError => GuestError;
+    PatchError: SymbolError | BtfError | ReadError | ModulesError => GuestError;
+    PatchError: ListingError | UnwinderError | FtraceOpsError => GuestError;
     PatchError: ModuleError | TargetError => LinkError;
-    StepError: ReadError | MachineError | EncodeError | PatchMemoryError | FtraceOpsError => PatchError;
+    StepError: ReadError | MachineError | EncodeError => PatchError;
+    StepError: PatchMemoryError | FtraceOpsError => PatchError;
 }

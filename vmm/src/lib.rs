@@ -27,7 +27,7 @@
 //!
 //! A part uses only parts below it in this table.
 //!
-//! # What is exported, and for whom
+//! # What is exported, and who uses it
 //!
 //! - For the command line: [`run_vm`] with its configuration and result, [`api`] and [`client`].
 //! - For a program that patches a guest in its own process, as the tests do: [`VmHandle`], the
