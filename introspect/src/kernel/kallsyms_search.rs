@@ -2,7 +2,7 @@
 //! cost of the whole search are bounded.
 //!
 //! Knows where in an image the tables can be and how far apart. What they look like is the business
-//! of [`kallsyms`](crate::symbols::kallsyms).
+//! of [`kallsyms`].
 
 use vm_memory::GuestAddress;
 

@@ -1,5 +1,5 @@
-//! What a kernel keeps for livepatching and BTF does not have, read from the code of functions that
-//! use it.
+//! The livepatch state of a kernel that BTF does not describe: TIF_PATCH_PENDING and
+//! `klp_target_state`, read from the code of functions that use them.
 //!
 //! TIF bits are macros, so no type has them, and their numbers changed around 6.17. The bit that a
 //! function clears or tests is an immediate in its code, at run time as in the file. Each bit is

@@ -104,14 +104,14 @@ pub struct TextRanges {
 pub enum FindError {
     /// The guest has not finished booting: try again later.
     #[error("the guest's kernel is not up yet: {0}")]
-    NotReady(NotReady),
+    NotReady(#[source] NotReady),
     /// There is a kernel image, but no symbol table in it.
-    #[error("kernel image at {base}: {error}")]
+    #[error("kernel image at {base}: {source}")]
     Kallsyms {
         /// The virtual address of the image.
         base: Gva,
         /// The table that is missing.
-        error: KallsymsError,
+        source: KallsymsError,
     },
     /// A symbol that every kernel has is missing.
     #[error(transparent)]
@@ -190,7 +190,10 @@ impl Kernel {
         let base = candidate.base;
         let symbols = search
             .symbols(phys, candidate)
-            .map_err(|error| FindError::Kallsyms { base, error })?;
+            .map_err(|error| FindError::Kallsyms {
+                base,
+                source: error,
+            })?;
         let space = space(phys, candidate, &symbols)?;
         let memory = KernelMemory::new(phys, space);
         let phys_base = phys_base(candidate, &symbols, &memory)?;

@@ -2,7 +2,8 @@
 //! `irq_work`.
 //!
 //! [`irq_work`] queues a function for interrupt context; [`wake`] is its first user. Calls in
-//! process context, through the guest's workqueues, belong in a file `workqueue.rs` beside them.
+//! process context, of the guest's functions or of a patch's, and the values that they return
+//! belong in a file `workqueue.rs` beside them, on top of `irq_work`.
 
 pub mod irq_work;
 pub mod wake;

@@ -1,8 +1,8 @@
-//! A view of a paused guest: its tasks, and the check of each task's stack for code that it must
-//! not be in.
+//! A view of a paused guest: its tasks, their stacks, and the vCPUs that run them, as of one pause.
 //!
-//! The counterpart of `kernel/livepatch/transition.c: klp_check_stack`. Here alone is decided
-//! whether a task may be switched. Only reads; must not know which code is searched for, or why.
+//! What has not changed since the tasks were last read comes from the cache of
+//! [`introspect::task_list`]. Only reads, and decides nothing: whether a task may switch is decided
+//! in [`stack_checks`](crate::transition::stack_checks).
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
@@ -11,25 +11,11 @@ use std::fmt::Write as _;
 
 use introspect::task_list::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
-use introspect::{
-    Frame, Gva, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs, Verdict,
-};
+use introspect::{Frame, Gva, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs};
 
 use crate::error::StepError;
 use crate::guest::code_set::CodeSet;
 use crate::guest::symbolize::{self, LoadedModules};
-use crate::report::task::SwitchedBy;
-
-/// Whether a task is in code of a [`CodeSet`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StackCheck {
-    /// It is not, so it may be switched; this is how that is known.
-    Clear(SwitchedBy),
-    /// It is: in this frame.
-    Blocked(String),
-    /// That is not known: this is why its stack is unreliable.
-    Unknown(String),
-}
 
 /// The tasks of a paused guest.
 pub struct GuestView<'a> {
@@ -130,39 +116,22 @@ impl<'a> GuestView<'a> {
             .collect()
     }
 
+    /// The tasks that vCPUs run.
+    pub fn running(&self) -> impl Iterator<Item = &'a CachedTask> + use<'a> {
+        self.task_cache.running()
+    }
+
+    /// Whether the prewalk found the stack of task `at` reliable and free of `code`, and the task
+    /// has not run since. The stack of a running task is never cached, so this is false for it.
+    #[must_use]
+    pub fn is_known_clear(&self, at: usize, code: &CodeSet) -> bool {
+        self.task_cache.is_tagged(at, code.id())
+    }
+
     /// How many stacks were walked for this view; the others were cached.
     #[must_use]
     pub fn walked(&self) -> usize {
         self.walked.get()
-    }
-
-    /// Checks whether task `at` is in `code`: its stack must be reliable, and no frame of it in
-    /// `code` (`kernel/livepatch/transition.c: klp_check_stack`, `klp_check_stack_func`). Unlike
-    /// the kernel, this checks running tasks too: their vCPUs are stopped.
-    #[must_use]
-    pub fn check_stack(&self, at: usize, code: &CodeSet) -> StackCheck {
-        // The stack of a running task is never cached, and so the task is never tagged.
-        if self.task_cache.is_tagged(at, code.id()) {
-            return StackCheck::Clear(SwitchedBy::Stack);
-        }
-        match self.cached().get(at) {
-            Some(cached) => self.check_stack_of(cached, code),
-            None => StackCheck::Unknown("there is no such task".into()),
-        }
-    }
-
-    fn check_stack_of(&self, cached: &'a CachedTask, code: &CodeSet) -> StackCheck {
-        let stack = self.stack(cached);
-        if let Verdict::Unreliable(reason) = &stack.verdict {
-            return StackCheck::Unknown(self.describe_unreliable(&stack, &reason.to_string()));
-        }
-        if let Some((frame, name)) = code.first_frame_in(&stack) {
-            return StackCheck::Blocked(self.describe_frame(frame, name));
-        }
-        match self.vcpu_of(&cached.task) {
-            Some(vcpu) if vcpu.cpl == 3 => StackCheck::Clear(SwitchedBy::UserMode),
-            _ => StackCheck::Clear(SwitchedBy::Stack),
-        }
     }
 
     /// A vCPU that will take an interrupt soon, and the number of its CPU: rather one with
@@ -201,26 +170,9 @@ impl<'a> GuestView<'a> {
         Ok(())
     }
 
-    /// Checks that no task that a vCPU runs is in `code`.
-    ///
-    /// # Errors
-    /// [`StepError::Busy`] with the first task that is, or may be.
-    pub fn check_no_vcpu_in(&self, code: &CodeSet) -> Result<(), StepError> {
-        let each = self.task_cache.running();
-        check_all_clear(each.map(|cached| (&cached.task, self.check_stack_of(cached, code))))
-    }
-
-    /// Checks that no task is in `code`.
-    ///
-    /// # Errors
-    /// [`StepError::Busy`] with the first task that is, or may be.
-    pub fn check_no_task_in(&self, code: &CodeSet) -> Result<(), StepError> {
-        let each = self.cached().iter().enumerate();
-        check_all_clear(each.map(|(at, cached)| (&cached.task, self.check_stack(at, code))))
-    }
-
     /// The range and symbol that `frame` is in; `name` is that of the range.
-    fn describe_frame(&self, frame: &Frame, name: &str) -> String {
+    #[must_use]
+    pub fn describe_frame(&self, frame: &Frame, name: &str) -> String {
         let mut descriptions = self.descriptions.borrow_mut();
         let known = descriptions.get(&frame.ip);
         if let Some((_, text)) = known.filter(|(range, _)| range == name) {
@@ -238,7 +190,9 @@ impl<'a> GuestView<'a> {
         text
     }
 
-    fn describe_unreliable(&self, stack: &Stack, reason: &str) -> String {
+    /// Why the stack is unreliable, and after which frame.
+    #[must_use]
+    pub fn describe_unreliable(&self, stack: &Stack, reason: &str) -> String {
         let last = stack.frames.last().map_or(Gva::NULL, |frame| frame.ip);
         match self.kernel.symbolize(last) {
             Some((symbol, offset)) => {
@@ -249,21 +203,5 @@ impl<'a> GuestView<'a> {
             }
             None => format!("unreliable stack: {reason}"),
         }
-    }
-}
-
-fn check_all_clear<'t>(
-    mut each: impl Iterator<Item = (&'t Task, StackCheck)>,
-) -> Result<(), StepError> {
-    let found = each.find_map(|(task, check)| match check {
-        StackCheck::Clear(_) => None,
-        StackCheck::Blocked(blocker) | StackCheck::Unknown(blocker) => Some((task, blocker)),
-    });
-    match found {
-        None => Ok(()),
-        Some((task, blocker)) => Err(StepError::Busy(format!(
-            "{} ({}): {blocker}",
-            task.comm, task.pid
-        ))),
     }
 }

@@ -1,7 +1,7 @@
 //! A livepatch in a guest: its functions, what serves each of them, and how it is prepared.
 //!
-//! The counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks, system states and shadow
-//! variables of livepatches belong here as well. Must not decide when a task may switch: that is
+//! The counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks (`callbacks.rs`), `klp_state`s
+//! (`state.rs`) and shadow variables (`shadow.rs`) of livepatches belong here as well. Must not decide when a task may switch: that is
 //! [`transition`](crate::transition).
 
 pub mod direction;

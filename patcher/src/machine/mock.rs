@@ -3,6 +3,7 @@
 
 use introspect::memory::AddressSpace;
 use introspect::memory::KernelMemory;
+use introspect::x86::PAGE_SIZE;
 use introspect::{Gva, OutOfBounds, PhysMemory, Task, TaskKind, VcpuRegs};
 use vm_memory::GuestAddress;
 
@@ -95,7 +96,6 @@ pub(crate) struct Mock {
     next_table: u64,
 }
 
-const PAGE: u64 = 4096;
 /// The page tables' top level; the tables follow it.
 const ROOT: u64 = 0x1000;
 /// Pages for tables.
@@ -113,12 +113,12 @@ impl Mock {
             fail_at: None,
             paused: 0,
             vcpus: vec![VcpuRegs::default()],
-            next_table: ROOT + PAGE,
+            next_table: ROOT + PAGE_SIZE,
         }
     }
 
     /// The first byte that no page table uses.
-    pub(crate) const FREE: u64 = ROOT + TABLES * PAGE;
+    pub(crate) const FREE: u64 = ROOT + TABLES * PAGE_SIZE;
 
     /// Kernel memory through the page tables.
     pub(crate) fn kernel_memory(&self) -> KernelMemory<'_> {
@@ -141,7 +141,7 @@ impl Mock {
     fn table_below(&mut self, entry: u64) -> u64 {
         if self.word(entry) == 0 {
             let table = self.next_table;
-            self.next_table += PAGE;
+            self.next_table += PAGE_SIZE;
             assert!(table < Self::FREE, "out of page tables");
             self.put(entry, &(table | 0x3).to_le_bytes());
         }

@@ -6,6 +6,7 @@
 //! kernel; it must not know what goes there.
 
 use introspect::memory::{KernelMemory, ReadError};
+use introspect::x86::{LARGE_PAGE_SIZE, PAGE_SIZE};
 use introspect::{Gva, GvaRange};
 
 use crate::x86::INT3;
@@ -18,8 +19,6 @@ const CHUNK: u64 = 64 << 10;
 /// Bytes that are kept free at both ends of a run, and around addresses that must not have a branch
 /// nearby.
 const GUARD: u64 = 4 << 10;
-const PAGE: u64 = 4 << 10;
-const LARGE_PAGE: u64 = 2 << 20;
 /// The address bits in which the two functions of an SRSO alias pair differ
 /// (`vmlinux.lds.S: SRSO_ALIAS`). A branch at an address that differs from the pair in any
 /// combination of them shares a branch target buffer entry with it.
@@ -48,8 +47,8 @@ pub fn find(memory: &KernelMemory<'_>, map: &TextMap) -> Result<Option<GvaRange>
         .filter(|run| run.len() >= MIN_CAVE)
         .collect();
     let beside_entry = |run: &GvaRange| {
-        let entry_start = map.entry.start.0 / LARGE_PAGE * LARGE_PAGE;
-        let entry_end = map.entry.end.0.next_multiple_of(LARGE_PAGE);
+        let entry_start = map.entry.start.0 / LARGE_PAGE_SIZE * LARGE_PAGE_SIZE;
+        let entry_end = map.entry.end.0.next_multiple_of(LARGE_PAGE_SIZE);
         !map.entry.is_empty() && run.start.0 < entry_end && entry_start < run.end.0
     };
     for run in ranked(usable, beside_entry) {
@@ -81,16 +80,16 @@ fn runs(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>, Read
 /// text is code, and a run that is long enough covers many page starts.
 fn stretches(memory: &KernelMemory<'_>, text: GvaRange) -> Result<Vec<GvaRange>, ReadError> {
     let mut found: Vec<GvaRange> = Vec::new();
-    let mut page = text.start.0.next_multiple_of(PAGE);
+    let mut page = text.start.0.next_multiple_of(PAGE_SIZE);
     while page < text.end.0 {
         if memory.u8(Gva(page))? == INT3 {
-            let end = Gva((page + PAGE).min(text.end.0));
+            let end = Gva((page + PAGE_SIZE).min(text.end.0));
             match found.last_mut() {
                 Some(last) if last.end.0 == page => last.end = end,
                 _ => found.push(GvaRange::new(Gva(page), end)),
             }
         }
-        page += PAGE;
+        page += PAGE_SIZE;
     }
     found.retain(|stretch| stretch.len() >= MIN_CAVE);
     Ok(found)

@@ -2,8 +2,10 @@
 //!
 //! Code goes into the [`cave`], or into a [hidden window](hidden_window) where the kernel's text
 //! has no cave. Data goes into a hidden window, and so does the dummy patch that stands in for the
-//! kernel's own `klp_transition_patch`. Nothing here changes what the guest sees: writes are
-//! planned here and committed by the transition.
+//! kernel's own `klp_transition_patch`. *Hidden* memory is memory that the guest's memory map does
+//! not name. Nothing here changes what the guest sees: the writes are planned here, those of the
+//! page table entries that map a hidden window included, and committed in a pause by
+//! [`Patcher`](crate::patcher).
 
 pub mod cave;
 pub mod error;

@@ -3,7 +3,8 @@
 //! Everything that one pause changes is first *planned*, while the guest's memory is only read, and
 //! then committed. The commit keeps the old bytes; when a write fails it restores them, last write
 //! first. Within one pause nothing else writes, so the undo is exact. A later pause has a batch of
-//! its own: this module never undoes across a resume.
+//! its own: this module never undoes across a resume. [`Patcher`](crate::patcher) commits the
+//! batches of pauses; hidden memory that the guest does not map yet is filled outside of pauses.
 //!
 //! Knows addresses and bytes only.
 

@@ -1,5 +1,8 @@
-//! The steps of a transition: each is one pause in which the guest is read, a step planned, its
-//! writes made and its interrupts sent, before the guest runs again.
+//! Takes the steps of a transition. For each, the guest is paused and read, the step is planned
+//! ([`transition::step`](crate::transition::step)), its writes are committed and its interrupts
+//! sent, and the guest resumed.
+//!
+//! This is the only place that writes what the guest sees.
 
 use std::thread::sleep;
 use std::time::Duration;

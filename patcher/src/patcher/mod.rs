@@ -1,7 +1,9 @@
 //! [`Patcher`]: a patching session for one guest.
 //!
 //! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
-//! which order things are done; what a pause reads and writes is decided in
+//! which order things are done: [`Patcher::apply`] parses a module
+//! ([`module`](crate::module)), prepares a patch of it
+//! ([`livepatch::prepare`](crate::livepatch::prepare)) and starts its transition; what a pause reads and writes is decided in
 //! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
 //! [`Machine`].
 

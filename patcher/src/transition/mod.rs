@@ -1,17 +1,17 @@
 //! The transition of a guest's tasks from one patch state to the other, as a sequence of steps.
 //!
 //! This is Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside.
-//! A [`step`] is planned in a pause of the guest; between two steps the guest runs, and its own
-//! code switches tasks. Here is the state of a transition between steps, and when the next step is
+//! A [`step`] is planned in a pause of the guest, after [`stack_checks`] has decided which tasks may
+//! switch; between two steps the guest runs, and its own code switches tasks. Here is the state of a transition between steps, and when the next step is
 //! due. Must not know how a step is carried out: that is [`patcher`](crate::patcher).
 
-mod checks;
 pub mod pending_tasks;
 pub mod preconditions;
 pub mod progress;
 pub mod signal;
 pub mod stack_checks;
 pub mod step;
+mod step_checks;
 pub mod writes;
 
 use std::time::{Duration, Instant};

@@ -1,15 +1,96 @@
-//! The stack checks of all tasks in one pause.
+//! The stack checks: whether each task of a paused guest may switch.
 //!
-//! Made in the pause for every task of the guest. Nearly all tasks are clear by their stack, so
-//! only the results of the others are kept.
+//! This is the one place that decides it, as `kernel/livepatch/transition.c: klp_check_stack` does
+//! in the kernel: a task may switch if its stack is reliable and has no frame in code that the task
+//! must leave first. The stacks come from the [`GuestView`]; which code that is, the
+//! [`Patch`](crate::livepatch::patch::Patch) says. Only reads.
 
-use crate::guest::view::StackCheck;
+use introspect::task_list::CachedTask;
+use introspect::{Task, Verdict};
+
+use crate::error::StepError;
+use crate::guest::code_set::CodeSet;
+use crate::guest::view::GuestView;
 use crate::report::task::SwitchedBy;
 use crate::transition::progress::{Blocked, Outcome};
 
-/// The stack check of each task, by the task's number in the [`GuestView`].
-///
-/// [`GuestView`]: crate::guest::view::GuestView
+/// Whether a task is in code of a [`CodeSet`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StackCheck {
+    /// It is not, so it may be switched; this is how that is known.
+    Clear(SwitchedBy),
+    /// It is: in this frame.
+    Blocked(String),
+    /// That is not known: this is why its stack is unreliable.
+    Unknown(String),
+}
+
+impl<'a> GuestView<'a> {
+    /// Checks whether task `at` is in `code`: its stack must be reliable, and no frame of it in
+    /// `code` (`kernel/livepatch/transition.c: klp_check_stack`, `klp_check_stack_func`). Unlike
+    /// the kernel, this checks running tasks too: their vCPUs are stopped.
+    #[must_use]
+    pub fn check_stack(&self, at: usize, code: &CodeSet) -> StackCheck {
+        if self.is_known_clear(at, code) {
+            return StackCheck::Clear(SwitchedBy::Stack);
+        }
+        match self.cached().get(at) {
+            Some(cached) => self.check_stack_of(cached, code),
+            None => StackCheck::Unknown("there is no such task".into()),
+        }
+    }
+
+    fn check_stack_of(&self, cached: &'a CachedTask, code: &CodeSet) -> StackCheck {
+        let stack = self.stack(cached);
+        if let Verdict::Unreliable(reason) = &stack.verdict {
+            return StackCheck::Unknown(self.describe_unreliable(&stack, &reason.to_string()));
+        }
+        if let Some((frame, name)) = code.first_frame_in(&stack) {
+            return StackCheck::Blocked(self.describe_frame(frame, name));
+        }
+        match self.vcpu_of(&cached.task) {
+            Some(vcpu) if vcpu.cpl == 3 => StackCheck::Clear(SwitchedBy::UserMode),
+            _ => StackCheck::Clear(SwitchedBy::Stack),
+        }
+    }
+
+    /// Checks that no task that a vCPU runs is in `code`.
+    ///
+    /// # Errors
+    /// [`StepError::Busy`] with the first task that is, or may be.
+    pub fn check_no_vcpu_in(&self, code: &CodeSet) -> Result<(), StepError> {
+        let each = self.running();
+        check_all_clear(each.map(|cached| (&cached.task, self.check_stack_of(cached, code))))
+    }
+
+    /// Checks that no task is in `code`.
+    ///
+    /// # Errors
+    /// [`StepError::Busy`] with the first task that is, or may be.
+    pub fn check_no_task_in(&self, code: &CodeSet) -> Result<(), StepError> {
+        let each = self.cached().iter().enumerate();
+        check_all_clear(each.map(|(at, cached)| (&cached.task, self.check_stack(at, code))))
+    }
+}
+
+fn check_all_clear<'t>(
+    mut each: impl Iterator<Item = (&'t Task, StackCheck)>,
+) -> Result<(), StepError> {
+    let found = each.find_map(|(task, check)| match check {
+        StackCheck::Clear(_) => None,
+        StackCheck::Blocked(blocker) | StackCheck::Unknown(blocker) => Some((task, blocker)),
+    });
+    match found {
+        None => Ok(()),
+        Some((task, blocker)) => Err(StepError::Busy(format!(
+            "{} ({}): {blocker}",
+            task.comm, task.pid
+        ))),
+    }
+}
+
+/// The stack check of each task, by the task's number in the [`GuestView`]. Nearly all tasks are
+/// clear by their stack, so only the results of the others are kept.
 #[derive(Clone, Debug)]
 pub(super) struct StackChecks {
     len: usize,

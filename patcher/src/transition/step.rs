@@ -8,7 +8,7 @@
 //! tasks: its entry code and idle loop switch tasks that carry TIF_PATCH_PENDING to
 //! `klp_target_state`, and forked tasks inherit the state of their parent.
 //!
-//! The parts of a step are in [`checks`](crate::transition::checks) and
+//! The parts of a step are in [`step_checks`](crate::transition::step_checks) and
 //! [`writes`](crate::transition::writes).
 
 use introspect::{Gva, Task};

@@ -1,5 +1,8 @@
-//! The writes of a step: the patch's code, the entries, task states and flags, and the variables of
-//! the guest's own livepatching.
+//! Plans the writes of a step: the patch's code, the entries, task states and flags, and the
+//! variables of the guest's own livepatching.
+//!
+//! Adds to a [`WriteBatch`], which [`Patcher`](crate::patcher) commits in the same pause; writes
+//! nothing itself.
 
 use introspect::{Gva, Task, TaskKind};
 

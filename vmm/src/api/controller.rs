@@ -1,4 +1,5 @@
-//! [`Control`] of a real guest: the VM through its handle, the kernel through the patcher.
+//! Implements [`Control`] for a real guest: the VM through its handle, the kernel through the
+//! patcher.
 //!
 //! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but
 //! the kinds of refusals; must not decide what can be done to a guest.

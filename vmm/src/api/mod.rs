@@ -1,7 +1,9 @@
 //! The control socket: a REST API over a Unix socket, to query and control a running VMM.
 //!
-//! Its parts are independent: `socket` is the file, `server` and `routes` speak HTTP on the
-//! API thread, `control` and `controller` work on the guest on the control thread.
+//! A request comes through `socket` (the file) and `server` (connections) to `routes` on the API
+//! thread, which decodes it: a livepatch module is the body of `POST /patches`, as it is in its
+//! `.ko` file. `control` queues the operation and runs it on the control thread; its trait
+//! `Control` is implemented by `controller`, which calls the patcher.
 
 mod control;
 mod controller;

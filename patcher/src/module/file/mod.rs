@@ -1,6 +1,7 @@
 //! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
 //!
-//! Knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
+//! Read in the order [`elf`], [`modinfo`], [`sections`], [`layout`]; [`klp`] last, as it needs the
+//! layout of the guest kernel's structures. Otherwise knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
 //! here, in files of their own beside [`klp`].
 
 pub mod elf;

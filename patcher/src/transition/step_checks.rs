@@ -1,19 +1,20 @@
-//! The checks of a step: which tasks can switch, and whether the guest is as outpatch left it.
+//! The checks of a step: that the guest is as outpatch left it, the outcome for each task, and
+//! whether the transition may complete.
 //!
-//! A single task's stack is judged in [`GuestView::check_stack`](crate::guest::view::GuestView);
-//! the guest's locks and variables are checked in [`preconditions`].
+//! Each single stack is checked in [`stack_checks`](crate::transition::stack_checks); the guest's
+//! locks and variables are checked in [`preconditions`].
 
 use introspect::{PatchState, Task};
 
 use crate::error::{PatchError, StepError};
 use crate::ftrace::site::SiteError;
 use crate::guest::code_set::CodeSet;
-use crate::guest::view::StackCheck;
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::PatchedFunction;
 use crate::report::task::SwitchedBy;
 use crate::transition::preconditions::{self, NO_STATE};
 use crate::transition::progress::Outcome;
+use crate::transition::stack_checks::StackCheck;
 use crate::transition::stack_checks::StackChecks;
 use crate::transition::step::StepContext;
 use crate::x86::{self, SITE_LEN};
