@@ -2,7 +2,7 @@
 //!
 //! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
 //! which order things are done: [`Patcher::apply`] parses a module
-//! ([`module`](crate::module)), prepares a patch of it
+//! ([`module`]), prepares a patch of it
 //! ([`livepatch::prepare`](crate::livepatch::prepare)) and starts its transition; what a pause reads and writes is decided in
 //! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
 //! [`Machine`].
