@@ -91,12 +91,17 @@ mod report;
 mod transition;
 mod x86;
 
-pub use error::{ErrorKind, PatchError};
+pub use error::{ErrorKind, GuestError, PatchError};
+pub use ftrace::ops::FtraceOpsError;
+pub use ftrace::site::SiteError;
 pub use machine::read_only::ReadOnlyMachine;
 pub use machine::{Machine, MachineError};
+pub use memory::error::PatchMemoryError;
+pub use module::{LinkError, ModuleError, TargetError};
 pub use patcher::Patcher;
 pub use report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 pub use report::patch::{FunctionReport, Mode, PatchPhase, PatchStatus};
 pub use report::pause::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
 pub use report::stack::{NamedFrame, TaskStack};
 pub use report::task::{SwitchedBy, TaskReport};
+pub use x86::EncodeError;
