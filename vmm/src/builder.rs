@@ -1,8 +1,9 @@
 //! Builds a guest from its [`VmConfig`]: the VM with its memory, what the guest finds there when it
 //! starts, the registers of its vCPUs, its devices and buses, and its vCPU threads, all paused.
 //!
-//! Knows the parts and how they are connected; must not know the event loop, signals or the
-//! terminal, and starts nothing. A device that is added to the machine is added in [`buses`].
+//! This module knows the parts and how they are connected; it must not know the event loop, signals
+//! or the terminal, and starts nothing. A device that is added to the machine is added in
+//! [`buses`].
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

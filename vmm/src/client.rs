@@ -1,7 +1,8 @@
 //! A blocking client of one VMM's control socket.
 //!
-//! Knows HTTP and the API's types, and nothing of commands. Each request has a connection of its
-//! own: a command sends few requests, and notices with the next one that the VMM has ended.
+//! This module knows HTTP and the API's types, and nothing of commands. Each request has a
+//! connection of its own: a command sends few requests, and notices with the next one that the VMM
+//! has ended.
 
 use std::io;
 use std::path::{Path, PathBuf};

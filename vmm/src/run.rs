@@ -1,8 +1,8 @@
 //! Runs a guest from start to end: starts what [`build`] has built, serves
 //! its console until it ends, and takes it down in order, whichever way it ends.
 //!
-//! Knows the order of starting and of taking down, and what ends a guest; must not know what a
-//! machine consists of (that is `crate::builder`).
+//! This module knows the order of starting and of taking down, and what ends a guest; it must not
+//! know what a machine consists of (that is `crate::builder`).
 
 use std::cell::RefCell;
 use std::error::Error;

@@ -1,8 +1,8 @@
 //! `Kernel`: everything about a guest's kernel that is fixed once it has booted, found in one
 //! pause.
 //!
-//! Puts the parts together and cross-checks them. How each part is found is the business of its own
-//! module.
+//! This module puts the parts together and cross-checks them. How each part is found is the
+//! business of its own module.
 
 mod kallsyms_search;
 mod klp;

@@ -1,7 +1,7 @@
 //! Where a kernel's stacks lie: those of tasks, and those of each CPU.
 //!
-//! Knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; must not know what is on
-//! the stacks. Follows `arch/x86/kernel/dumpstack_64.c` and
+//! This module knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; it must not
+//! know what is on the stacks. It follows `arch/x86/kernel/dumpstack_64.c` and
 //! `arch/x86/include/asm/{cpu_entry_area,processor}.h`.
 
 use crate::addr::{Gva, GvaRange};

@@ -1,7 +1,7 @@
 //! Reading kernel virtual memory: [`KernelMemory`].
 //!
-//! It caches address translations, so it is valid for one pause: make a new one for the next. Knows
-//! page tables and integers; must not know which structures are read.
+//! It caches address translations, so it is valid for one pause: make a new one for the next. This
+//! module knows page tables and integers; it must not know which structures are read.
 
 use std::cell::Cell;
 use std::fmt;

@@ -1,6 +1,6 @@
 //! The guest's loaded modules: their names, code, unwind data and symbols.
 //!
-//! Follows `kernel/module/main.c` and `kallsyms.c`.
+//! This module follows `kernel/module/main.c` and `kallsyms.c`.
 //!
 //! # Locks
 //! None. The list changes under `module_mutex`, but by `list_add_rcu` and `list_del_rcu`: a reader

@@ -1,7 +1,7 @@
 //! The symbols of one module, copied out of the guest.
 //!
-//! Follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for each module
-//! (`struct mod_kallsyms`), the rule for which symbol an address belongs to
+//! This module follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for
+//! each module (`struct mod_kallsyms`), the rule for which symbol an address belongs to
 //! (`find_kallsyms_symbol`), and how `/proc/kallsyms` shows each symbol (`s_show`).
 //!
 //! # Locks

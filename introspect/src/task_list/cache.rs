@@ -8,7 +8,7 @@
 //! changes its other fields and the frames of its stack, by running. (Another task can change its
 //! name.) That no task has joined the lists and none has left, the kernel's own counts show.
 //!
-//! Knows the lists that tasks are on; must not know what is on their stacks.
+//! This module knows the lists that tasks are on; it must not know what is on their stacks.
 
 use std::{collections::HashMap, num::NonZeroU64};
 

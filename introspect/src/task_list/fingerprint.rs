@@ -14,7 +14,7 @@
 //! later.
 //!
 //! Other tasks can change flags and states of a sleeping task: those fields are in the fingerprint
-//! by value. Knows which fields make a fingerprint; must not know what they mean.
+//! by value. This module knows which fields make a fingerprint; it must not know what they mean.
 
 use std::cell::Ref;
 

@@ -1,9 +1,9 @@
 //! A function's entry site: the five bytes that the kernel keeps for ftrace, and what uses them.
 //!
 //! A site is found by its ftrace record, at the function's first byte or after its ENDBR, and
-//! verified by the bytes that are there. It can be taken only when nothing else uses it. Follows
-//! `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; must not know what will be written
-//! to the site.
+//! verified by the bytes that are there. It can be taken only when nothing else uses it. This
+//! module follows `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; it must not know
+//! what will be written to the site.
 
 use introspect::Gva;
 use introspect::{Field, KernelMemory, ReadError};

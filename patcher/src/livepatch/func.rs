@@ -1,7 +1,8 @@
 //! One function that a patch replaces: its entry, its code, and what serves its calls.
 //!
-//! The counterpart of the kernel's `struct klp_func`. Knows addresses and what the entry holds; not
-//! the other patches of the function ([`func_stack`](crate::livepatch::func_stack)).
+//! This is the counterpart of the kernel's `struct klp_func`. This module knows addresses and what
+//! the entry holds, not the other patches of the function
+//! ([`func_stack`](crate::livepatch::func_stack)).
 
 use introspect::{Gva, GvaRange};
 

@@ -7,7 +7,7 @@
 //! (`klp_patch.replace`) has, for each function that only they patch, an entry that makes the
 //! original serve again (`core.c: klp_add_object_nops`).
 //!
-//! Knows patches and addresses; must not know guest memory.
+//! This module knows patches and addresses; it must not know guest memory.
 
 use introspect::GvaRange;
 

@@ -1,6 +1,6 @@
 //! One patch in one guest: what it replaces, where it is in memory, and where it is in its life.
 //!
-//! The counterpart of the kernel's `struct klp_patch`.
+//! This is the counterpart of the kernel's `struct klp_patch`.
 
 use introspect::unwind::RegionId;
 use introspect::unwind::Unwinder;

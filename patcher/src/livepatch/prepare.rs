@@ -1,8 +1,9 @@
 //! Makes a patch of a parsed livepatch module: allocates its memory, links it for its addresses and
 //! builds its stubs, all while the guest runs.
 //!
-//! The counterpart of `kernel/livepatch/core.c: klp_init_patch`. Writes nothing that the guest can
-//! see; only [`fill_data`] writes at all, to memory that the guest does not map yet.
+//! This is the counterpart of `kernel/livepatch/core.c: klp_init_patch`. This module writes nothing
+//! that the guest can see; only [`fill_data`] writes at all, to memory that the guest does not map
+//! yet.
 
 use introspect::unwind::CodeRegion;
 use introspect::unwind::OrcTable;

@@ -9,7 +9,7 @@
 //! The mapping is written once and stays for the guest's life. To remove it, guest code would have
 //! to flush the guest's TLBs; to leave it costs nothing: the next patch uses the same window.
 //!
-//! Knows the page table and one slot; must not know what is allocated in it.
+//! This module knows the page table and one slot; it must not know what is allocated in it.
 
 use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};

@@ -1,10 +1,10 @@
 //! [`Patcher`]: a patching session for one guest.
 //!
-//! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
-//! which order things are done: [`Patcher::apply`] parses a module
-//! ([`module`]), prepares a patch of it
-//! ([`livepatch::prepare`](crate::livepatch::prepare)) and starts its transition; what a pause reads and writes is decided in
-//! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
+//! This module owns what is known of the guest, the patches in it, and the transition that is
+//! running. It knows in which order things are done: [`Patcher::apply`] parses a module
+//! ([`module`]), prepares a patch of it ([`livepatch::prepare`](crate::livepatch::prepare)) and
+//! starts its transition; what a pause reads and writes is decided in
+//! [`transition`](crate::transition). It must not know how the guest is stopped: that is known to
 //! [`Machine`].
 
 mod drive;

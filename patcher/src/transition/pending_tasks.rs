@@ -8,8 +8,8 @@
 //! The table is rewritten as a whole only when no task is in a stub. A task that is forked
 //! meanwhile is not in the table: it has never been in the previous functions.
 //!
-//! Knows addresses and the hash; must not know what a lookup is for. That is known to
-//! [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
+//! This module knows addresses and the hash; it must not know what a lookup is for. That is known
+//! to [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
 
 use introspect::Gva;
 

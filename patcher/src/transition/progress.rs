@@ -1,6 +1,7 @@
 //! The progress of each task in one transition: how and when it switched, or what blocks it.
 //!
-//! Fed with the outcomes of each step that was carried out. Knows no guest memory.
+//! The progress is updated with the outcomes of each step that was carried out. This module knows
+//! no guest memory.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! Plans the writes of a step: the patch's code, the entries, task states and flags, and the
 //! variables of the guest's own livepatching.
 //!
-//! Adds to a [`WriteBatch`], which [`Patcher`](crate::patcher) commits in the same pause; writes
-//! nothing itself.
+//! This module adds to a [`WriteBatch`], which [`Patcher`](crate::patcher) commits in the same
+//! pause; it writes nothing itself.
 
 use introspect::{Gva, Task, TaskKind};
 

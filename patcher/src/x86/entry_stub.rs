@@ -5,7 +5,7 @@
 //! `kernel/livepatch/patch.c: klp_ftrace_handler` does, and jumps on either to the new function or
 //! to the previous one (for the original function, past its entry site).
 //!
-//! Knows x86 code only: no guest memory, no tasks.
+//! This module knows x86 code only: no guest memory, no tasks.
 
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r11d};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};

@@ -1,6 +1,6 @@
 //! Instructions that are written into a guest: their lengths, their bytes, and how far they reach.
 //!
-//! Knows x86 code only: no guest memory, no tasks.
+//! This module knows x86 code only: no guest memory, no tasks.
 
 pub mod entry_stub;
 

@@ -1,8 +1,8 @@
 //! Implements [`Control`] for a real guest: the VM through its handle, the kernel through the
 //! patcher.
 //!
-//! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but
-//! the kinds of refusals; must not decide what can be done to a guest.
+//! This module only translates between the API's types and those of the VM and the patcher. It
+//! knows no HTTP but the kinds of refusals; it must not decide what can be done to a guest.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

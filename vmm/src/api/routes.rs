@@ -1,6 +1,7 @@
 //! The routes: what each request does, and what it answers.
 //!
-//! Only translates between HTTP and [`Control`](crate::api::control::Control); this thread must not touch the guest.
+//! This module only translates between HTTP and [`Control`](crate::api::control::Control); the API
+//! thread must not touch the guest.
 
 use std::sync::Arc;
 use std::time::Duration;

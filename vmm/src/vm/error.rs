@@ -1,7 +1,7 @@
 //! Why a machine cannot be built, given hidden memory or paused, and how the last two reach the
 //! patcher as [`MachineError`].
 //!
-//! Knows KVM's errors; must not know how a guest is started or how it ended (that is
+//! This module knows KVM's errors; it must not know how a guest is started or how it ended (that is
 //! `crate::error`).
 
 use std::io;
