@@ -4,7 +4,7 @@
 //! as before the call, except [`PatchError::Undo`], which says so. Errors of `introspect` and of
 //! the parts of this crate stay whole inside: [`source`](std::error::Error::source) leads to them.
 //!
-//! This module knows how one error becomes another: every conversion of the crate stands here.
+//! All conversions between errors of this crate are in this file.
 
 use introspect::btf::BtfError;
 use introspect::modules::ListingError;

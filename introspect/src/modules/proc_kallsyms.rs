@@ -10,9 +10,9 @@
 //! of them twice and the last never.
 //!
 //! # Locks
-//! None. The guest's own readers walk each of these lists under RCU alone: an entry is whole before
-//! it is linked in, and still leads on after it is unlinked. In a pause each list is seen as before
-//! a change or as after it.
+//! No lock is needed. The guest's own readers walk each of these lists under RCU alone: an entry is
+//! whole before it is linked in, and still leads on after it is unlinked. In a pause each list is
+//! seen as before a change or as after it.
 
 use crate::addr::Gva;
 use crate::btf::BtfError;

@@ -1,4 +1,5 @@
-//! A livepatch in a guest: its functions, what serves each of them, and how it is prepared.
+//! A livepatch in a guest: its functions, which function the calls of each reach, and how it is
+//! prepared.
 //!
 //! This is the counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks (`callbacks.rs`),
 //! `klp_state`s (`state.rs`) and shadow variables (`shadow.rs`) of livepatches belong here as well.

@@ -220,8 +220,8 @@ fn build<M: Machine>(
     })
 }
 
-/// The functions that `patch` replaces, each with its entry, followed by those that it makes the
-/// original serve again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
+/// The functions that `patch` replaces, each with its entry, followed by those whose calls it makes
+/// reach the original again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
 /// functions and of the stubs are not set yet.
 fn find_functions(
     kernel: &Kernel,
@@ -260,7 +260,7 @@ fn find_functions(
     Ok(functions)
 }
 
-/// The function `name` with this `sympos`, and what serves it now.
+/// The function `name` with this `sympos`, and the function that its calls reach now.
 fn find_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,

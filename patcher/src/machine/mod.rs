@@ -3,7 +3,7 @@
 //! This narrow trait is the only way to affect a guest: vCPUs that pause and resume, their
 //! registers, writes to guest-physical memory, hidden memory, interrupts. It knows nothing of
 //! patches. The VMM implements it with KVM; a mock that records every operation implements it for
-//! the fault-injection tests.
+//! unit tests.
 
 #[cfg(test)]
 pub mod mock;

@@ -206,9 +206,9 @@ impl Patcher {
     }
 
     /// Sends the fake signal, from `after` the start of the running transition of patch `name`, to
-    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls
-    /// in which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads
-    /// are woken. Stopped and traced tasks get nothing.
+    /// the tasks that have not switched. User tasks return to user mode, and the system calls in
+    /// which they sleep restart or return EINTR, as with the kernel's own fake signal; kernel
+    /// threads are woken. Stopped and traced tasks get nothing.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on without the signal.

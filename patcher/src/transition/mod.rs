@@ -2,8 +2,8 @@
 //!
 //! This is Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside.
 //! A [`step`] is planned in a pause of the guest, after [`stack_checks`] has decided which tasks
-//! may switch; between two steps the guest runs, and its own code switches tasks. Here is the state
-//! of a transition between steps, and when the next step is due. This module must not know how a
+//! may switch; between two steps the guest runs, and its own code switches tasks. This module holds
+//! the state of a transition between steps, and when the next step is due. It must not know how a
 //! step is carried out: that is [`patcher`](crate::patcher).
 
 pub mod pending_tasks;
