@@ -30,7 +30,11 @@ const MAX_ANSWER: usize = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// There is no file at the socket's path.
-    #[error("no VMM at {}: no such socket (does the guest run, with this --socket?)", .0.display())]
+    #[error(
+        "no VMM at {}: no such socket (is the guest running, and was it started with this \
+         --socket?)",
+        .0.display()
+    )]
     NoSocket(PathBuf),
     /// The socket's file is there, but no process listens on it.
     #[error("no VMM at {}: the socket is there, but its VMM has ended", .0.display())]

@@ -63,7 +63,7 @@ where
     let attached = before_start(&VmHandle::new(Arc::clone(&built.shared)))
         .map_err(|e| RunError::BeforeStart(e.into()))?;
 
-    let signal = signals::catch().map_err(|e| RunError::Host("signals", e))?;
+    let signal = signals::catch().map_err(|e| RunError::Host("signal handling", e))?;
     let stdin = Stdin::new(
         duplicate_stream(io::stdin())?,
         built.com1,
@@ -78,7 +78,8 @@ where
         signal,
         outcome: Rc::clone(&outcome),
     };
-    let terminal = RawTerminal::enter(io::stdin()).map_err(|e| RunError::Host("terminal", e))?;
+    let terminal =
+        RawTerminal::enter(io::stdin()).map_err(|e| RunError::Host("the terminal", e))?;
     built.shared.vcpus.resume()?;
     let outcome = serve(stdin, events, &outcome);
     built.shared.vcpus.end();

@@ -149,7 +149,7 @@ pub enum FindError {
 pub enum NotReady {
     /// No vCPU's registers lead to a kernel image: the guest runs firmware, the decompressor, or
     /// the kernel's first instructions.
-    #[error("no vCPU shows a kernel image")]
+    #[error("no vCPU's registers lead to a kernel image")]
     NoImage,
     /// There is an image, but its `system_state`, given here, is before `SYSTEM_RUNNING`.
     #[error("still booting (system_state is {0})")]

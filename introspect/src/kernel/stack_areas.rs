@@ -33,7 +33,7 @@ pub enum StackAreaError {
     #[error("cannot find the kernel's stacks: {0}")]
     Type(#[from] BtfError),
     /// A stack has a size that no stack has.
-    #[error("{what} has {size:#x} bytes, which is no size of a stack")]
+    #[error("{what} has {size:#x} bytes, which is not a possible stack size")]
     Size {
         /// Which of the stacks.
         what: &'static str,

@@ -70,7 +70,7 @@ pub enum ReadCause {
         cap: u64,
     },
     /// The field's size is not 1, 2, 4 or 8 bytes.
-    #[error("{0} bytes is no size of an integer")]
+    #[error("{0} bytes is not the size of an integer")]
     NotAnInteger(u64),
 }
 

@@ -40,7 +40,7 @@ pub struct Site {
 pub enum SiteError {
     /// ftrace has no record of a site in this function.
     #[error(
-        "it has no ftrace site (notrace or inlined code), and only functions with one can be \
+        "it has no ftrace site (notrace, noinstr or assembly), and only functions with one can be \
          replaced"
     )]
     None,

@@ -16,7 +16,7 @@ use vm_memory::GuestAddress;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
     /// The vCPUs could not be paused, read or resumed.
-    #[error("vCPU: {0}")]
+    #[error("cannot stop, read or resume the vCPUs: {0}")]
     Vcpu(String),
     /// A write missed guest memory.
     #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]

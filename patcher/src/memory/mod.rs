@@ -158,8 +158,8 @@ impl PatchMemory {
                 hidden_window: Some(self.hidden_windows.len() - 1),
             })
             .ok_or_else(|| {
-                PatchMemoryError::TooLarge {
-                    bytes: request.align,
+                PatchMemoryError::AlignmentTooLarge {
+                    align: request.align,
                     max: WINDOW_SIZE,
                 }
                 .into()

@@ -201,7 +201,7 @@ fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
         ErrorKind::Conflict => (Kind::Conflict, "see GET /patches"),
         ErrorKind::Busy => (
             Kind::Unavailable,
-            "the guest runs on as before; try again in a moment",
+            "nothing was changed in the guest; try again in a moment",
         ),
         ErrorKind::NotReady => (Kind::Unavailable, "wait until the guest has booted"),
         ErrorKind::Guest => (
@@ -268,6 +268,9 @@ mod tests {
         for error in [busy, not_at_once, too_many] {
             assert_ne!(problem(&error).kind, Kind::Unsupported, "{error}");
         }
+        let replaced = problem(&PatchError::AnotherKernel("6.1.0-1".into()));
+        assert_eq!(replaced.kind, Kind::Unavailable);
+        assert!(replaced.detail.contains("try again"));
         assert!(!answer_to(ErrorKind::Unsupported).1.contains("try again"));
     }
 }
