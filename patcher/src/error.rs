@@ -111,9 +111,10 @@ pub enum PatchError {
         and_more(.others)
     )]
     NotAtOnce {
-        /// A task that blocks, and on which frame: one that is in a patched function, if any is.
+        /// A task that blocks the transition, and the frame that keeps it from switching: one that
+        /// is in a patched function, if any is.
         blocker: String,
-        /// How many more tasks block.
+        /// How many more tasks block it.
         others: usize,
     },
 

@@ -60,7 +60,7 @@ pub enum DumpError {
     #[error(transparent)]
     Memory(#[from] OutOfBounds),
     /// The guest's memory has more ranges than an ELF header can count.
-    #[error("the guest's memory has {0} ranges, which is too many for a core")]
+    #[error("the guest's memory has {0} ranges, which is too many for a core file")]
     Ranges(usize),
 }
 

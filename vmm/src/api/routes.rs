@@ -284,7 +284,7 @@ async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
     Ok((kind, metrics::render(&vm, &patches)).into_response())
 }
 
-/// The query, or a refusal with this advice.
+/// The query, or an error with this advice.
 fn parsed<T>(query: Result<Query<T>, QueryRejection>, detail: &'static str) -> Result<T, Problem> {
     match query {
         Ok(Query(query)) => Ok(query),
