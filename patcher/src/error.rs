@@ -28,7 +28,7 @@ pub enum ErrorKind {
     /// There is no such patch or task.
     NotFound,
     /// The request does not fit the present state: the patch is applied already, a transition is
-    /// running, the function's entry is in use.
+    /// running, the function's ftrace site is in use.
     Conflict,
     /// The guest was in the middle of a change for as long as it was tried, or has started another
     /// kernel. Try again.

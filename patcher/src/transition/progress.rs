@@ -26,7 +26,7 @@ pub enum Outcome {
 /// What blocks a task, and what the step did about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Blocked {
-    /// The frame that blocks it, or why its stack is unreliable.
+    /// The frame that keeps it from switching, or why its stack is unreliable.
     pub blocker: String,
     /// The step sent it the fake signal, or wakes it.
     pub signalled: bool,

@@ -4,7 +4,7 @@
 //! transition it jumps to a stub. The stub reads the running task's patch state, as
 //! `kernel/livepatch/patch.c: klp_ftrace_handler` does, or, in a kernel without `CONFIG_LIVEPATCH`,
 //! looks the task up in the table of pending tasks. It then jumps on either to the new function or
-//! to the previous one (for the original function, past its entry site).
+//! to the previous one (for the original function, past its ftrace site).
 //!
 //! This module knows x86 code only: no guest memory, no tasks.
 
