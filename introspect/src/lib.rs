@@ -41,7 +41,7 @@
 //! | reader | depends on | what it can get wrong | cost |
 //! | --- | --- | --- | --- |
 //! | [`CoreFile::open`], [`CoreFile::raw`] | nothing | nothing: a file that is not complete is refused | linear in segments and vCPUs |
-//! | [`Kernel::find`] | nothing: what it keeps does not change once the guest runs | nothing: a guest that is still booting is refused with [`NotReady`] | linear in the kernel's image and types: hundreds of ms |
+//! | [`Kernel::find`] | nothing: what it keeps does not change once the guest runs | nothing: a guest that is still booting is refused with [`NotReady`] | linear in the kernel's image and types: tens of ms in a release build |
 //! | [`task_list::read`] | `tasklist_lock`, otherwise [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, and no lock protects them in the guest either | linear in tasks |
 //! | [`TaskCache::refresh`] | as [`task_list::read`] | as [`task_list::read`] | a comparison for each unchanged task |
 //! | [`modules::list`] | RCU only | nothing; a module that is being formed or freed is omitted, as the guest omits it | linear in modules |

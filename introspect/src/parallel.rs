@@ -1,6 +1,6 @@
 //! One piece of work for many items, on as many threads as pay off.
 //!
-//! Knows nothing of guests.
+//! This module knows nothing of guests.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;

@@ -1,6 +1,7 @@
 //! The registers of a stopped vCPU that introspection needs, as plain data.
 //!
-//! Knows nothing of KVM: a VMM fills them in from its hypervisor, a core file from its notes.
+//! This module knows nothing of KVM: a VMM fills them in from its hypervisor, a core file from its
+//! notes.
 
 use serde::Serialize;
 

@@ -1,8 +1,8 @@
 //! The x86-64 architecture: bits of control registers, of EFER and of page table entries, and the
 //! sizes of pages.
 //!
-//! Knows the processor manuals (Intel SDM volume 3, 2.2.1, 2.5 and 4.5); must not know Linux, KVM
-//! or a guest. The names are the manual's, with the register in front.
+//! This module knows the processor manuals (Intel SDM volume 3, 2.2.1, 2.5 and 4.5); it must not
+//! know Linux, KVM or a guest. The names are the manual's, with the register in front.
 
 /// CR0.PE: protected mode is on.
 pub const CR0_PE: u64 = 1 << 0;

@@ -4,7 +4,7 @@
 //! as before the call, except [`PatchError::Undo`], which says so. Errors of `introspect` and of
 //! the parts of this crate stay whole inside: [`source`](std::error::Error::source) leads to them.
 //!
-//! Knows how one error becomes another: every conversion of the crate stands here.
+//! All conversions between errors of this crate are in this file.
 
 use introspect::btf::BtfError;
 use introspect::modules::ListingError;
@@ -28,9 +28,10 @@ pub enum ErrorKind {
     /// There is no such patch or task.
     NotFound,
     /// The request does not fit the present state: the patch is applied already, a transition is
-    /// running, the function's entry is in use.
+    /// running, the function's ftrace site is in use.
     Conflict,
-    /// The guest was in the middle of a change for as long as it was tried. Try again.
+    /// The guest was in the middle of a change for as long as it was tried, or has started another
+    /// kernel. Try again.
     Busy,
     /// The guest's kernel is not up yet. Try again later.
     NotReady,
@@ -70,8 +71,8 @@ pub enum PatchError {
 
     /// The guest has started another kernel by itself (kexec).
     #[error(
-        "the guest no longer runs the kernel that it did ({0}): it has started another one, and \
-         what was patched is gone with the old one; ask again"
+        "the guest has started another kernel by itself (kexec), and the patches are gone with the \
+         old one ({0}); repeat the request"
     )]
     AnotherKernel(String),
 
@@ -101,7 +102,7 @@ pub enum PatchError {
     LoadedInGuest(String),
 
     /// A transition is running. There is one at a time.
-    #[error("patch {0} is in transition; wait for it, or revert it")]
+    #[error("patch {0} is in transition; wait until it completes, or reverse it (outpatch cancel)")]
     InTransition(String),
 
     /// Some tasks could not be switched in one pause.
@@ -110,9 +111,10 @@ pub enum PatchError {
         and_more(.others)
     )]
     NotAtOnce {
-        /// A task that blocks, and on which frame: one that is in a patched function, if any is.
+        /// A task that blocks the transition, and the frame that keeps it from switching: one that
+        /// is in a patched function, if any is.
         blocker: String,
-        /// How many more tasks block.
+        /// How many more tasks block it.
         others: usize,
     },
 
@@ -193,7 +195,7 @@ pub enum GuestError {
     /// ftrace's users cannot be read.
     #[error(transparent)]
     Ftrace(#[from] FtraceOpsError),
-    /// The kernel's variables and types are no ones that a kernel has.
+    /// The kernel's variables and types have values that no kernel has.
     #[error("{0}")]
     Unexpected(String),
 }
@@ -226,8 +228,10 @@ impl PatchError {
         match self {
             PatchError::Machine(_) | PatchError::Undo { .. } => ErrorKind::Machine,
             PatchError::NotReady(_) => ErrorKind::NotReady,
-            PatchError::Guest(_) | PatchError::AnotherKernel(_) => ErrorKind::Guest,
-            PatchError::Busy { .. } | PatchError::TooManyTasks { .. } => ErrorKind::Busy,
+            PatchError::Guest(_) => ErrorKind::Guest,
+            PatchError::AnotherKernel(_)
+            | PatchError::Busy { .. }
+            | PatchError::TooManyTasks { .. } => ErrorKind::Busy,
             PatchError::Unsupported(_) => ErrorKind::Unsupported,
             PatchError::Module(error) => link_kind(error),
             PatchError::Site { source, .. } => site_kind(source),
@@ -266,7 +270,9 @@ fn site_kind(error: &SiteError) -> ErrorKind {
 
 fn memory_kind(error: &PatchMemoryError) -> ErrorKind {
     match error {
-        PatchMemoryError::TooLarge { .. } | PatchMemoryError::NoEntry => ErrorKind::Unsupported,
+        PatchMemoryError::TooLarge { .. }
+        | PatchMemoryError::AlignmentTooLarge { .. }
+        | PatchMemoryError::NoEntry => ErrorKind::Unsupported,
         PatchMemoryError::NoHiddenWindow { .. } => ErrorKind::Conflict,
         PatchMemoryError::EntryTaken(_)
         | PatchMemoryError::PaddingTaken(_)

@@ -1,7 +1,7 @@
 //! Binary search in an array in guest memory.
 //!
-//! Knows positions only: the caller reads the elements. The array of a hostile guest need not be
-//! sorted; the search ends all the same, after at most 64 steps.
+//! This module knows positions only: the caller reads the elements. The array of a hostile guest
+//! need not be sorted; the search ends all the same, after at most 64 steps.
 
 use std::cmp::Ordering;
 

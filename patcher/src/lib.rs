@@ -9,14 +9,14 @@
 //! # The life of a patch
 //! [`Patcher::apply`] parses and links the module while the guest runs. In one short pause it then
 //! *starts a transition*: it points the entry of every patched function to a stub that chooses
-//! between the previous and the new function by the running task's patch state, and switches each
-//! task whose stack is reliable and shows none of the previous functions
-//! (`klp_check_stack_func`). If that is every task, as is usual, the transition completes in this
-//! pause. Otherwise further tasks switch over time: by the guest's own code on their way to user
-//! mode (with `CONFIG_LIVEPATCH`), or by their stacks in later pauses, in which [`Patcher::poll`]
-//! *tries to complete* the transition (`klp_try_complete_transition`). When the last task has
-//! switched, the entries jump straight to the new functions and the patch is
-//! [`Applied`](PatchPhase::Applied).
+//! between the previous and the new function by the running task's patch state (in a kernel without
+//! `CONFIG_LIVEPATCH`, by a table of the tasks that have not switched), and switches each task
+//! whose stack is reliable and shows none of the previous functions (`klp_check_stack_func`). If
+//! that is every task, as is usual, the transition completes in this pause. Otherwise further tasks
+//! switch over time: by the guest's own code on their way to user mode (with `CONFIG_LIVEPATCH`),
+//! or by their stacks in later pauses, in which [`Patcher::poll`] *tries to complete* the
+//! transition (`klp_try_complete_transition`). When the last task has switched, the entries jump
+//! straight to the new functions and the patch is [`Applied`](PatchPhase::Applied).
 //!
 //! [`Patcher::revert`] switches tasks back in the same way, after which the memory of the patch is
 //! freed. A running transition can be *reversed* ([`Patcher::cancel`]; `klp_reverse_transition`) or
@@ -32,7 +32,7 @@
 //! The guest is reached through two traits. [`introspect::PhysMemory`] reads its memory and cannot
 //! write. [`Machine`] stops and resumes its vCPUs, reads their registers, writes its memory, adds
 //! hidden memory and sends interrupts: every effect on the guest passes through it, and the VMM
-//! implements it. [`ReadOnlyMachine`] makes one of a core dump, for queries and dry runs.
+//! implements it. [`ReadOnlyMachine`] makes one of a core file, for queries and dry runs.
 //!
 //! This crate knows Linux and x86-64. It must not know KVM, how a guest is started, or how its
 //! callers are reached.

@@ -1,7 +1,7 @@
 //! Core files of stock 6.1 guests with many sleeping processes, for the benches: made once in the
 //! test bed, and kept in the cache. Each is of a guest of its own.
 //!
-//! Knows guests and files; must not know what is measured.
+//! This module knows guests and files; it must not know what is measured.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

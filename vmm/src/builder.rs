@@ -1,8 +1,9 @@
 //! Builds a guest from its [`VmConfig`]: the VM with its memory, what the guest finds there when it
 //! starts, the registers of its vCPUs, its devices and buses, and its vCPU threads, all paused.
 //!
-//! Knows the parts and how they are connected; must not know the event loop, signals or the
-//! terminal, and starts nothing. A device that is added to the machine is added in [`buses`].
+//! This module knows the parts and how they are connected; it must not know the event loop, signals
+//! or the terminal, and starts nothing. A device that is added to the machine is added in
+//! [`buses`].
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -71,7 +72,7 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
 
     let stdout = duplicate_stream(io::stdout())?;
     let (output, writer) =
-        Output::start(stdout).map_err(|e| RunError::Host("console thread", e))?;
+        Output::start(stdout).map_err(|e| RunError::Host("the console thread", e))?;
     let input_taken = eventfd()?;
     let irq = vm.irq_line(serial::GSI)?;
     let com1 = Com1::new(irq, output.clone(), duplicate_event(&input_taken)?);
@@ -84,7 +85,7 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
         event: duplicate_event(&exit_event)?,
     };
     let vcpus = Vcpus::start(vcpus, &buses, &output, &reporter)
-        .map_err(|e| RunError::Host("vCPU threads", e))?;
+        .map_err(|e| RunError::Host("the vCPU threads", e))?;
     let stop = eventfd()?;
     let shared = Arc::new(Shared {
         vcpus,
@@ -146,12 +147,14 @@ fn buses(com1: Arc<Mutex<Com1<Output>>>) -> Buses {
 }
 
 fn eventfd() -> Result<EventFd, RunError> {
-    EventFd::new(libc::EFD_NONBLOCK).map_err(|e| RunError::Host("eventfd", e))
+    EventFd::new(libc::EFD_NONBLOCK).map_err(|e| RunError::Host("an eventfd", e))
 }
 
 /// Another descriptor of the same eventfd.
 pub fn duplicate_event(event: &EventFd) -> Result<EventFd, RunError> {
-    event.try_clone().map_err(|e| RunError::Host("eventfd", e))
+    event
+        .try_clone()
+        .map_err(|e| RunError::Host("an eventfd", e))
 }
 
 /// Another descriptor of one of our standard streams.

@@ -1,7 +1,8 @@
 //! A blocking client of one VMM's control socket.
 //!
-//! Knows HTTP and the API's types, and nothing of commands. Each request has a connection of its
-//! own: a command sends few requests, and notices with the next one that the VMM has ended.
+//! This module knows HTTP and the API's types, and nothing of commands. Each request has a
+//! connection of its own: a command sends few requests, and notices with the next one that the VMM
+//! has ended.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,11 @@ const MAX_ANSWER: usize = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// There is no file at the socket's path.
-    #[error("no VMM at {}: no such socket (does the guest run, with this --socket?)", .0.display())]
+    #[error(
+        "no VMM at {}: no such socket (is the guest running, and was it started with this \
+         --socket?)",
+        .0.display()
+    )]
     NoSocket(PathBuf),
     /// The socket's file is there, but no process listens on it.
     #[error("no VMM at {}: the socket is there, but its VMM has ended", .0.display())]

@@ -1,10 +1,11 @@
 //! Writes a core file of a paused guest: ELF64 with physical addresses, as QEMU's
 //! `dump-guest-memory` writes it.
 //!
-//! Knows ELF and files; must not know what the notes contain ([`introspect::core_dump::notes`]) or
-//! how the guest is paused (the caller does that). The file is written under another name in the
-//! same folder and renamed at the end, so that a file with the given name is always complete. Only
-//! its owner can read it, because a guest's memory holds secrets.
+//! This module knows ELF and files; it must not know what the notes contain
+//! ([`introspect::core_dump::notes`]) or how the guest is paused (the caller does that). The file
+//! is written under another name in the same folder and renamed at the end, so that a file with the
+//! given name is always complete. Only its owner can read it, because a guest's memory holds
+//! secrets.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -59,7 +60,7 @@ pub enum DumpError {
     #[error(transparent)]
     Memory(#[from] OutOfBounds),
     /// The guest's memory has more ranges than an ELF header can count.
-    #[error("the guest's memory has {0} ranges, which is too many for a core")]
+    #[error("the guest's memory has {0} ranges, which is too many for a core file")]
     Ranges(usize),
 }
 

@@ -31,13 +31,13 @@ pub enum RunError {
     #[error(transparent)]
     Acpi(#[from] TablesTooLarge),
     /// The code at the reset vector could not be written.
-    #[error("the reset vector")]
+    #[error("cannot write the code at the reset vector")]
     ResetVector(#[from] vm_memory::GuestMemoryError),
     /// The host refused the named resource: a thread, a file descriptor, the terminal.
-    #[error("{0}")]
+    #[error("cannot set up {0}")]
     Host(&'static str, #[source] std::io::Error),
     /// The event loop failed.
-    #[error("event loop")]
+    #[error("the event loop failed")]
     EventLoop(#[source] event_manager::Error),
     /// The caller's `before_start` failed.
     #[error(transparent)]

@@ -1,8 +1,8 @@
 //! Runs a guest from start to end: starts what [`build`] has built, serves
 //! its console until it ends, and takes it down in order, whichever way it ends.
 //!
-//! Knows the order of starting and of taking down, and what ends a guest; must not know what a
-//! machine consists of (that is `crate::builder`).
+//! This module knows the order of starting and of taking down, and what ends a guest; it must not
+//! know what a machine consists of (that is `crate::builder`).
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -63,7 +63,7 @@ where
     let attached = before_start(&VmHandle::new(Arc::clone(&built.shared)))
         .map_err(|e| RunError::BeforeStart(e.into()))?;
 
-    let signal = signals::catch().map_err(|e| RunError::Host("signals", e))?;
+    let signal = signals::catch().map_err(|e| RunError::Host("signal handling", e))?;
     let stdin = Stdin::new(
         duplicate_stream(io::stdin())?,
         built.com1,
@@ -78,7 +78,8 @@ where
         signal,
         outcome: Rc::clone(&outcome),
     };
-    let terminal = RawTerminal::enter(io::stdin()).map_err(|e| RunError::Host("terminal", e))?;
+    let terminal =
+        RawTerminal::enter(io::stdin()).map_err(|e| RunError::Host("the terminal", e))?;
     built.shared.vcpus.resume()?;
     let outcome = serve(stdin, events, &outcome);
     built.shared.vcpus.end();

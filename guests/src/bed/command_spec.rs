@@ -1,6 +1,7 @@
 //! The command that a nested bed shall run, as its init program reads it.
 //!
-//! The reader is `read_spec` in `guests/programs/bed-init.c`. Knows nothing of how it is sent.
+//! The reader is `read_spec` in `guests/programs/bed-init.c`. This module knows nothing of how it
+//! is sent.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

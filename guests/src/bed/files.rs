@@ -1,6 +1,6 @@
 //! The files that a nested bed is started from, all in the cache: a QEMU that emulates SVM well, a
 //! server for the host's file tree, a kernel with the real kvm_amd module, and an initramfs with
-//! our init program. Must not know how they are run.
+//! our init program. This module must not know how they are run.
 
 use std::ffi::OsString;
 use std::fs;

@@ -2,7 +2,8 @@
 //!
 //! They are in process groups of their own, so that Ctrl-C reaches only this process, and the
 //! kernel kills them when the thread that started them ends for any reason. Their sockets are
-//! unlinked as soon as both ends are connected. Must not know what is sent over the port.
+//! unlinked as soon as both ends are connected. This module must not know what is sent over the
+//! port.
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder};

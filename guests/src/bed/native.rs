@@ -1,6 +1,7 @@
 //! Runs a command directly on this host, with a time limit.
 //!
-//! Used where the host's own KVM runs stock kernels. Knows nothing of the nested bed.
+//! It is used where the host's own KVM runs stock kernels. This module knows nothing of the nested
+//! bed.
 
 use std::io::{self, Read, Write};
 use std::process::{Command, ExitStatus, Output, Stdio};

@@ -1,9 +1,10 @@
 //! Runs apt with a configuration, lists and caches of our own: queries the archive, and downloads
 //! packages, which apt verifies.
 //!
-//! Needs no root, and changes nothing of the host. Only the mirrors' addresses and the `Acquire`
-//! options (proxies, for example) are the host's. apt checks signatures against the Debian archive
-//! keyring. This module must not know where packages are kept or how they are unpacked.
+//! This module needs no root, and changes nothing of the host. Only the mirrors' addresses and the
+//! `Acquire` options (proxies, for example) are the host's. apt checks signatures against the
+//! Debian archive keyring. This module must not know where packages are kept or how they are
+//! unpacked.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,8 @@
 //! consoles, and calls the command line and the REST API. The tests, the benches and the demo use
 //! it.
 //!
-//! Knows only what the command line and the API print; must not know the product's insides.
+//! This module knows only what the command line and the API print; it must not know the product's
+//! insides.
 
 mod binary;
 pub mod console;

@@ -1,7 +1,7 @@
 //! drgn, the debugger that outpatch's answers are compared with: fetched from PyPI with the host's
 //! pip, kept in the cache and not installed.
 //!
-//! Knows how to run a script with drgn; must not know what the script does.
+//! This module knows how to run a script with drgn; it must not know what the script does.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,7 +1,8 @@
 //! Writes `newc` cpio archives, the format of an initramfs
 //! (Documentation/driver-api/early-userspace/buffer-format.rst).
 //!
-//! Knows folders, files, links and device nodes; must not know what goes into an initramfs.
+//! This module knows folders, files, links and device nodes; it must not know what goes into an
+//! initramfs.
 
 use std::collections::BTreeSet;
 

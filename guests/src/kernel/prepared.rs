@@ -1,5 +1,5 @@
 //! Prepares all files that a guest boots from: a kernel image, patches built for that kernel, and
-//! an initramfs that contains them. Must not know how the guest is run.
+//! an initramfs that contains them. This module must not know how the guest is run.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,8 @@
 //! BTF: the kernel's own description of its types, parsed from guest memory.
 //!
-//! Follows `include/uapi/linux/btf.h` and `Documentation/bpf/btf.rst`, kinds 1 to 19 (5.10 has 1 to
-//! 13). Finds members of structures by path, for example `task_struct.thread.sp`, also through
-//! members that have no name. Which members are needed is the business of
+//! This module follows `include/uapi/linux/btf.h` and `Documentation/bpf/btf.rst`, kinds 1 to 19
+//! (5.10 has 1 to 13). It finds members of structures by path, for example `task_struct.thread.sp`,
+//! also through members that have no name. Which members are needed is the business of
 //! [`Layout`](crate::kernel::Layout).
 
 mod raw;

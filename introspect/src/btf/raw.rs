@@ -1,5 +1,5 @@
-//! The encoding of BTF: header, type records, strings. Knows which bytes mean what, and nothing of
-//! names in the kernel.
+//! The encoding of BTF: header, type records, strings. This module knows which bytes mean what, and
+//! nothing of names in the kernel.
 
 /// The size in bytes of `struct btf_header` up to and including `str_len`.
 const HEADER: usize = 24;

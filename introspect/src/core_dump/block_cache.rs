@@ -2,7 +2,7 @@
 //!
 //! A system call for each field of each structure would cost more than all other work on it. Data
 //! that is together in memory is together in the file: page tables, the structures of one slab, the
-//! top of a stack. Knows files and blocks; must not know what a core is.
+//! top of a stack. This module knows files and blocks; it must not know what a core is.
 
 use std::fs::File;
 use std::io;

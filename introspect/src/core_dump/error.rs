@@ -12,7 +12,7 @@ pub enum CoreError {
     #[error("cannot read it: {0}")]
     Io(#[from] io::Error),
     /// The path is a folder, a pipe or a device.
-    #[error("it is not a regular file: copy the core into one")]
+    #[error("it is not a regular file: copy the core file into one")]
     NotRegular,
     /// The file is not ELF; it may be a compressed dump.
     #[error(
@@ -24,7 +24,7 @@ pub enum CoreError {
         found: Vec<u8>,
     },
     /// The file is ELF, but not a core of a 64-bit x86 guest.
-    #[error("it is an ELF file, but {found}: a core of a 64-bit x86 guest is required")]
+    #[error("it is an ELF file, but {found}: a core file of a 64-bit x86 guest is required")]
     OtherElf {
         /// How it differs, as the end of a sentence.
         found: String,
@@ -81,8 +81,8 @@ pub enum CoreError {
     },
     /// Two segments contain the same physical memory.
     #[error(
-        "two of its segments contain physical {at:#x}: a core by physical addresses is required \
-         (dump-guest-memory without -p)"
+        "two of its segments contain physical {at:#x}: a core file by physical addresses is \
+         required (dump-guest-memory without -p)"
     )]
     Overlap {
         /// The physical address at which the second one starts.

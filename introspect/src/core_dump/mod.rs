@@ -1,11 +1,11 @@
 //! [`CoreFile`]: a guest's memory and vCPUs from a file.
 //!
 //! The file is an ELF core, as QEMU's `dump-guest-memory` writes it without paging and as outpatch
-//! writes it, or a raw image, for which the caller supplies the registers. Knows ELF; [`notes`]
-//! knows what the notes mean. Must not know kernels: to the rest of this crate a core is memory
-//! like any other ([`PhysMemory`]), and vCPUs that do not run. The file is hostile input: every
-//! count, size and range in it is checked when it is opened, and memory is read from it when it is
-//! requested, never mapped.
+//! writes it, or a raw image, for which the caller supplies the registers. This module knows ELF;
+//! [`notes`] knows what the notes mean. This module must not know kernels: to the rest of this
+//! crate a core is memory like any other ([`PhysMemory`]), and vCPUs that do not run. The file is
+//! hostile input: every count, size and range in it is checked when it is opened, and memory is
+//! read from it when it is requested, never mapped.
 
 mod block_cache;
 mod error;

@@ -1,11 +1,11 @@
 //! The notes of a core file: what each says of a vCPU, parsed and written in one place so that both
 //! agree.
 //!
-//! Knows the layout of each kind of note; must not know the file around them, or kernels. Three
-//! kinds matter: `CORE`, which every debugger reads; `QEMU`, in which QEMU's dumps have the control
-//! registers (`target/i386/arch_dump.c: QEMUCPUState`), known to crash and drgn; and `outpatch`,
-//! the only one with all of [`VcpuRegs`]. Notes are hostile input: they are read through
-//! `NoteReader`, which cannot read past their end.
+//! This module knows the layout of each kind of note; it must not know the file around them, or
+//! kernels. Three kinds matter: `CORE`, which every debugger reads; `QEMU`, in which QEMU's dumps
+//! have the control registers (`target/i386/arch_dump.c: QEMUCPUState`), known to crash and drgn;
+//! and `outpatch`, the only one with all of [`VcpuRegs`]. Notes are hostile input: they are read
+//! through `NoteReader`, which cannot read past their end.
 
 use object::elf;
 

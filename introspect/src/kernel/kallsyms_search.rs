@@ -1,8 +1,8 @@
 //! Searches kernel images for kallsyms, a piece at a time: the memory that is held at once and the
 //! cost of the whole search are bounded.
 //!
-//! Knows where in an image the tables can be and how far apart. What they look like is the business
-//! of [`kallsyms`].
+//! This module knows where in an image the tables can be and how far apart. What they look like is
+//! the business of [`kallsyms`].
 
 use vm_memory::GuestAddress;
 

@@ -1,8 +1,8 @@
 //! Where the fields lie that introspection reads, resolved once from the guest's own BTF.
 //!
-//! Knows names of types and members, never numbers. A field that a generation lacks is an `Option`;
-//! the error for any other names what is missing. A field that only one other module needs is
-//! resolved there.
+//! This module knows names of types and members, never numbers. A field that a generation lacks is
+//! an `Option`; the error for any other names what is missing. A field that only one other module
+//! needs is resolved there.
 
 use crate::addr::Gva;
 use crate::btf::{Btf, BtfError};

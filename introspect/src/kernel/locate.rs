@@ -4,8 +4,8 @@
 //! A vCPU holds addresses inside the image whatever it does: its system call entry (LSTAR), its
 //! interrupt gates, its FRED entry, and, in the kernel, its instruction pointer. From any of them
 //! the image's start is as far down as memory is mapped without a gap, because nothing else is
-//! mapped below it (`arch/x86/mm/init_64.c: cleanup_highmap`). Must not know anything else about
-//! what is in the image.
+//! mapped below it (`arch/x86/mm/init_64.c: cleanup_highmap`). This module must not know anything
+//! else about what is in the image.
 
 use vm_memory::GuestAddress;
 

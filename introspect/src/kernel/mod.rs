@@ -1,8 +1,8 @@
 //! `Kernel`: everything about a guest's kernel that is fixed once it has booted, found in one
 //! pause.
 //!
-//! Puts the parts together and cross-checks them. How each part is found is the business of its own
-//! module.
+//! This module puts the parts together and cross-checks them. How each part is found is the
+//! business of its own module.
 
 mod kallsyms_search;
 mod klp;
@@ -149,7 +149,7 @@ pub enum FindError {
 pub enum NotReady {
     /// No vCPU's registers lead to a kernel image: the guest runs firmware, the decompressor, or
     /// the kernel's first instructions.
-    #[error("no vCPU shows a kernel image")]
+    #[error("no vCPU's registers lead to a kernel image")]
     NoImage,
     /// There is an image, but its `system_state`, given here, is before `SYSTEM_RUNNING`.
     #[error("still booting (system_state is {0})")]

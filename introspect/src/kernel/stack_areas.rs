@@ -1,7 +1,7 @@
 //! Where a kernel's stacks lie: those of tasks, and those of each CPU.
 //!
-//! Knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; must not know what is on
-//! the stacks. Follows `arch/x86/kernel/dumpstack_64.c` and
+//! This module knows sizes and per-CPU pointers, resolved once from BTF and kallsyms; it must not
+//! know what is on the stacks. It follows `arch/x86/kernel/dumpstack_64.c` and
 //! `arch/x86/include/asm/{cpu_entry_area,processor}.h`.
 
 use crate::addr::{Gva, GvaRange};
@@ -33,7 +33,7 @@ pub enum StackAreaError {
     #[error("cannot find the kernel's stacks: {0}")]
     Type(#[from] BtfError),
     /// A stack has a size that no stack has.
-    #[error("{what} has {size:#x} bytes, which is no size of a stack")]
+    #[error("{what} has {size:#x} bytes, which is not a possible stack size")]
     Size {
         /// Which of the stacks.
         what: &'static str,

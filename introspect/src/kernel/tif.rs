@@ -1,7 +1,7 @@
 //! The numbers of TIF bits, which BTF does not have, read from code that uses them.
 //!
 //! [`klp`](crate::kernel::klp) reads `TIF_PATCH_PENDING`. The others are here; each must show in
-//! two functions to be believed.
+//! two functions to be accepted.
 
 use std::collections::BTreeSet;
 
@@ -102,7 +102,7 @@ mod tests {
     const POLL: [u8; 8] = [0xa8, 0x10, 0x74, 0x02, 0xa8, 0x10, 0xf3, 0x90];
 
     #[test]
-    fn a_bit_in_both_functions_is_believed() {
+    fn a_bit_in_both_functions_is_accepted() {
         assert_eq!(need_resched(&POLL, &[0x90, 0xa8, 0x10]), Some(4));
         assert_eq!(need_resched(&POLL, &[0xbe, 4, 0, 0, 0, 0xe9]), Some(4));
     }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bit_that_is_in_doubt_is_not_believed() {
+    fn a_bit_that_is_in_doubt_is_not_accepted() {
         assert_eq!(need_resched(&POLL, &[0xbe, 5, 0, 0, 0]), None);
         assert_eq!(need_resched(&POLL[..4], &[0xa8, 0x10]), None);
         let two = [0xa8, 0x10, 0xa8, 0x08];

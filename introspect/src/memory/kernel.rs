@@ -1,7 +1,7 @@
 //! Reading kernel virtual memory: [`KernelMemory`].
 //!
-//! It caches address translations, so it is valid for one pause: make a new one for the next. Knows
-//! page tables and integers; must not know which structures are read.
+//! It caches address translations, so it is valid for one pause: make a new one for the next. This
+//! module knows page tables and integers; it must not know which structures are read.
 
 use std::cell::Cell;
 use std::fmt;
@@ -70,7 +70,7 @@ pub enum ReadCause {
         cap: u64,
     },
     /// The field's size is not 1, 2, 4 or 8 bytes.
-    #[error("{0} bytes is no size of an integer")]
+    #[error("{0} bytes is not the size of an integer")]
     NotAnInteger(u64),
 }
 

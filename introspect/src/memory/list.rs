@@ -1,8 +1,8 @@
 //! Walks a circular `struct list_head` of the guest (`include/linux/list.h: list_for_each_entry`).
 //!
-//! Knows links and a bound; must not know what the entries are. A list ends where it leads back to
-//! its head. A cycle that leaves the head out, and a list that grows without end, stop at the
-//! bound: nothing is allocated per entry to find them.
+//! This module knows links and a bound; it must not know what the entries are. A list ends where it
+//! leads back to its head. A cycle that leaves the head out, and a list that grows without end,
+//! stop at the bound: nothing is allocated per entry to find them.
 
 use crate::addr::Gva;
 use crate::memory::kernel::{Field, KernelMemory, ReadError};

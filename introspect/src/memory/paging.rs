@@ -1,9 +1,9 @@
 //! x86-64 page tables: which guest-physical address a virtual address is mapped to, and by which
 //! entry.
 //!
-//! Knows the architecture (Intel SDM volume 3, 4.5); must not know Linux, except for the pairs of
-//! tables under page table isolation. The tables are the guest's and may be hostile: a walk takes
-//! at most as many steps as there are levels.
+//! This module knows the architecture (Intel SDM volume 3, 4.5); it must not know Linux, except for
+//! the pairs of tables under page table isolation. The tables are the guest's and may be hostile: a
+//! walk takes at most as many steps as there are levels.
 
 use vm_memory::GuestAddress;
 

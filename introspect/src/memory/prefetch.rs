@@ -1,8 +1,8 @@
 //! Prefetching memory of this process that will be read soon.
 //!
 //! Reading thousands of tasks waits for memory most of the time, one task after the other.
-//! Prefetched, many cache lines are on their way at once. Knows addresses of this process only, and
-//! reads nothing at them.
+//! Prefetched, many cache lines are on their way at once. This module knows addresses of this
+//! process only, and reads nothing at them.
 
 #![allow(unsafe_code)]
 

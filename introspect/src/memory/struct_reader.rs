@@ -1,9 +1,9 @@
 //! Reading several fields of one structure of the guest with few copies: [`StructReader`].
 //!
 //! A `task_struct` has some 10 KiB, and the fields of interest are in a few places: two or three
-//! copies replace one read for each field. Knows where fields are and nothing of what they mean. A
-//! field that could not be copied ahead is read on its own, so that an error is that of the
-//! requested field.
+//! copies replace one read for each field. This module knows where fields are and nothing of what
+//! they mean. A field that could not be copied ahead is read on its own, so that an error is that
+//! of the requested field.
 
 use std::cell::{Cell, Ref, RefCell};
 

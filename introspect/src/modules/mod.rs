@@ -1,13 +1,13 @@
 //! The guest's loaded modules: their names, code, unwind data and symbols.
 //!
-//! Follows `kernel/module/main.c` and `kallsyms.c`.
+//! This module follows `kernel/module/main.c` and `kallsyms.c`.
 //!
 //! # Locks
-//! None. The list changes under `module_mutex`, but by `list_add_rcu` and `list_del_rcu`: a reader
-//! that walks it forwards sees every module once or not at all, at any instruction of a change. A
-//! module is in state `Unformed` from before it is linked until it is whole, and again from before
-//! it is taken apart; it is left out then. So the mutex, which is held for long around neither,
-//! need not be free.
+//! No lock is needed. The list changes under `module_mutex`, but by `list_add_rcu` and
+//! `list_del_rcu`: a reader that walks it forwards sees every module once or not at all, at any
+//! instruction of a change. A module is in state `Unformed` from before it is linked until it is
+//! whole, and again from before it is taken apart; it is left out then. So the mutex, which is held
+//! for long around neither, need not be free.
 
 mod proc_kallsyms;
 mod symbols;

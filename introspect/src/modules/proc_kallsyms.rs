@@ -1,8 +1,8 @@
 //! The symbols that the guest's `/proc/kallsyms` lists after the kernel's own: those of modules,
 //! and of code that the kernel generates at run time.
 //!
-//! Follows `kernel/kallsyms.c: update_iter_mod`. After the modules come ftrace's trampolines
-//! (`[__builtin__ftrace]`), BPF programs and trampolines (`[bpf]`, `kernel/bpf/core.c:
+//! This module follows `kernel/kallsyms.c: update_iter_mod`. After the modules come ftrace's
+//! trampolines (`[__builtin__ftrace]`), BPF programs and trampolines (`[bpf]`, `kernel/bpf/core.c:
 //! bpf_get_kallsym`) and the pages of kprobes (`[__builtin__kprobes]`, `kernel/kprobes.c:
 //! kprobe_cache_get_kallsym`). One kind is left out: the names that ftrace keeps of a module's
 //! freed init functions (`ftrace_mod_maps`). They exist only where the module was loaded while
@@ -10,9 +10,9 @@
 //! of them twice and the last never.
 //!
 //! # Locks
-//! None. The guest's own readers walk each of these lists under RCU alone: an entry is whole before
-//! it is linked in, and still leads on after it is unlinked. In a pause each list is seen as before
-//! a change or as after it.
+//! No lock is needed. The guest's own readers walk each of these lists under RCU alone: an entry is
+//! whole before it is linked in, and still leads on after it is unlinked. In a pause each list is
+//! seen as before a change or as after it.
 
 use crate::addr::Gva;
 use crate::btf::BtfError;

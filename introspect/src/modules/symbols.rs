@@ -1,13 +1,13 @@
 //! The symbols of one module, copied out of the guest.
 //!
-//! Follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for each module
-//! (`struct mod_kallsyms`), the rule for which symbol an address belongs to
+//! This module follows `kernel/module/kallsyms.c`: the ELF symbol table that the guest keeps for
+//! each module (`struct mod_kallsyms`), the rule for which symbol an address belongs to
 //! (`find_kallsyms_symbol`), and how `/proc/kallsyms` shows each symbol (`s_show`).
 //!
 //! # Locks
-//! None. The guest's own readers take none but RCU's: the table of a module that is not in state
-//! `Unformed` is complete, and the pointer to it is replaced in one write when the module's init
-//! section is freed.
+//! No lock is needed. The guest's own readers take only RCU's: the table of a module that is not in
+//! state `Unformed` is complete, and the pointer to it is replaced in one write when the module's
+//! init section is freed.
 
 use std::collections::HashMap;
 

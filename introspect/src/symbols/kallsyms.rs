@@ -55,16 +55,16 @@ pub(crate) const DIGITS: [u8; 20] = *b"0\x001\x002\x003\x004\x005\x006\x007\x008
 #[non_exhaustive]
 pub enum KallsymsError {
     /// There is no token table with an index.
-    #[error("no kallsyms token table in the kernel's read-only data")]
+    #[error("there is no kallsyms token table in the kernel's read-only data")]
     NoTokens,
     /// There is a token table, here, but before it are no names that its markers fit.
-    #[error("kallsyms token table at {0}, but no symbol names that fit it")]
+    #[error("there is a kallsyms token table at {0}, but no symbol names fit it")]
     NoNames(Gva),
     /// Too many places look like tables and are none: the budget of steps is spent.
     #[error("too many places in the kernel's read-only data look like kallsyms tables")]
     Endless,
     /// There are names, here, but no table of addresses in which `_text` is the base of the image.
-    #[error("kallsyms names at {0}, but no table of addresses that fits them")]
+    #[error("there are kallsyms names at {0}, but no table of addresses fits them")]
     NoAddresses(Gva),
 }
 

@@ -1,9 +1,9 @@
 //! The kernel's symbols, indexed by address and by name.
 //!
-//! Knows nothing of how they are stored in the guest ([`kallsyms`] does). Lookups answer as the
-//! kernel's own do (`kernel/kallsyms.c: get_symbol_pos`): the first of several names at one
-//! address, sizes that reach to the next address that has a name, and `__pfx_` symbols that own the
-//! padding before a function.
+//! This module knows nothing of how they are stored in the guest ([`kallsyms`] does). Lookups
+//! answer as the kernel's own do (`kernel/kallsyms.c: get_symbol_pos`): the first of several names
+//! at one address, sizes that reach to the next address that has a name, and `__pfx_` symbols that
+//! own the padding before a function.
 
 #[doc(hidden)]
 pub mod kallsyms;

@@ -1,7 +1,7 @@
 //! Reads one `task_struct`.
 //!
-//! Knows which fields of a task are read and what they mean; must not know the lists that tasks are
-//! on.
+//! This module knows which fields of a task are read and what they mean; it must not know the lists
+//! that tasks are on.
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;

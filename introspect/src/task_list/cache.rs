@@ -1,14 +1,15 @@
 //! A cache of all tasks and their stacks: a pause reads again only what may have changed.
 //!
-//! The guest pays for a pause, so as much as possible is read before it. [`TaskCache::prewalk`]
-//! lists tasks and walks stacks while the guest runs, and [`TaskCache::refresh`] in the pause only
-//! revalidates. A cached task is valid while its [fingerprint](crate::task_list::fingerprint) is
-//! the same: a few fields of its `task_struct` that say when it was created, how often it was
-//! switched out, that it is on no CPU, and what other tasks may change of it. Only the task itself
-//! changes its other fields and the frames of its stack, by running. (Another task can change its
-//! name.) That no task has joined the lists and none has left, the kernel's own counts show.
+//! The guest stands still during a pause, so as much as possible is read before it.
+//! [`TaskCache::prewalk`] lists tasks and walks stacks while the guest runs, and
+//! [`TaskCache::refresh`] in the pause only revalidates. A cached task is valid while its
+//! [fingerprint](crate::task_list::fingerprint) is the same: a few fields of its `task_struct` that
+//! say when it was created, how often it was switched out, that it is on no CPU, and what other
+//! tasks may change of it. Only the task itself changes its other fields and the frames of its
+//! stack, by running. (Another task can change its name.) That no task has joined the lists and
+//! none has left, the kernel's own counts show.
 //!
-//! Knows the lists that tasks are on; must not know what is on their stacks.
+//! This module knows the lists that tasks are on; it must not know what is on their stacks.
 
 use std::{collections::HashMap, num::NonZeroU64};
 

@@ -1,6 +1,7 @@
 //! The kernel's own counts of its tasks, and the lock under which they and the lists change.
 //!
-//! Knows `tasklist_lock`, `total_forks` and `nr_threads`; must not know the lists themselves.
+//! This module knows `tasklist_lock`, `total_forks` and `nr_threads`; it must not know the lists
+//! themselves.
 
 use crate::kernel::Kernel;
 use crate::memory::kernel::KernelMemory;

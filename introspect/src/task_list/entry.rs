@@ -1,7 +1,7 @@
 //! One entry of the [task cache](crate::task_list::TaskCache): a task with its stack.
 //!
-//! Knows when a stack that was walked may still be taken for the task's; must not know the lists
-//! that tasks are on.
+//! This module knows when a stack that was walked may still be taken for the task's; it must not
+//! know the lists that tasks are on.
 
 use std::{borrow::Cow, cell::OnceCell, num::NonZeroU64};
 

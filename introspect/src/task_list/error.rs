@@ -33,11 +33,12 @@ pub enum TasksError {
     /// The thread list of the process whose first thread is at this address does not lead through
     /// the list's head and back to that thread.
     #[error(
-        "thread list of process {0} is corrupt: it does not pass through `signal->thread_head`"
+        "the thread list of the process whose task_struct is at {0} is corrupt: it does not pass \
+         through `signal->thread_head`"
     )]
     Leaderless(Gva),
     /// The lists have more than [`MAX_TASKS`] tasks.
-    #[error("more than {MAX_TASKS} tasks")]
+    #[error("the task lists hold more than {MAX_TASKS} tasks")]
     TooMany,
     /// The number of tasks on the lists is not the kernel's own count.
     #[error("the lists hold {found} tasks and the kernel counts {counted}")]

@@ -10,11 +10,10 @@
 //! counts before `finish_task` clears `on_cpu`), and counters only rise. So a task that was off its
 //! CPU in the second reading, and has the same fingerprint in the pause, has not run since the
 //! second reading: what was read of it after that, its stack included, is still true. What was read
-//! of a task that was on a CPU, or that changed between the two readings, must not be believed
-//! later.
+//! of a task that was on a CPU, or that changed between the two readings, must not be used later.
 //!
 //! Other tasks can change flags and states of a sleeping task: those fields are in the fingerprint
-//! by value. Knows which fields make a fingerprint; must not know what they mean.
+//! by value. This module knows which fields make a fingerprint; it must not know what they mean.
 
 use std::cell::Ref;
 

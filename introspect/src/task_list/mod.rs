@@ -1,10 +1,10 @@
 //! All tasks of a guest: processes, threads, kernel threads and idle tasks.
 //!
-//! Knows which lists and variables lead to tasks, the lock that guards the lists, and which task
-//! each vCPU runs; must not know what is on a task's stack. Results hold only for the pause in
-//! which they were read.
+//! This module knows which lists and variables lead to tasks, the lock that guards the lists, and
+//! which task each vCPU runs; it must not know what is on a task's stack. Results hold only for the
+//! pause in which they were read.
 //!
-//! Follows `include/linux/sched/signal.h: for_each_process_thread` and `kernel/fork.c:
+//! This module follows `include/linux/sched/signal.h: for_each_process_thread` and `kernel/fork.c:
 //! copy_process`.
 
 mod cache;

@@ -1,7 +1,7 @@
 //! Which task each vCPU runs.
 //!
 //! The GS base of a vCPU says which CPU it is, and that CPU's `current_task` says which task it
-//! runs. Both are believed only if the stack pointer agrees: in the middle of a context switch it
+//! runs. Both are accepted only if the stack pointer agrees: in the middle of a context switch it
 //! is on another task's stack. A vCPU whose task is not certain is left out; that task then counts
 //! as running with registers that are not known.
 
@@ -91,7 +91,7 @@ fn fits(
 }
 
 /// Drops every vCPU that shares its CPU or its task with another one: no two can, so neither is
-/// believed.
+/// accepted.
 fn only_unique(found: Vec<RunningTask>) -> Vec<RunningTask> {
     let mut cpus: HashMap<u32, usize> = HashMap::new();
     let mut tasks: HashMap<Gva, usize> = HashMap::new();

@@ -1,8 +1,8 @@
 //! Revalidates many cached tasks: each is unchanged, or is read again.
 //!
 //! A pause does this for every task of the guest, so several threads share it: the processors that
-//! run the guest have nothing else to do then. Knows that a fingerprint shows whether a task is
-//! unchanged; must not know how the lists are walked.
+//! run the guest have nothing else to do then. This module knows that a fingerprint shows whether a
+//! task is unchanged; it must not know how the lists are walked.
 
 use crate::addr::Gva;
 use crate::kernel::Kernel;

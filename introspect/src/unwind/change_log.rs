@@ -1,6 +1,7 @@
 //! A bounded log of the code whose unwind data changed.
 //!
-//! Knows ranges of code and the order of their changes; must not know what the changes were.
+//! This module knows ranges of code and the order of their changes; it must not know what the
+//! changes were.
 
 use std::{
     collections::VecDeque,

@@ -1,9 +1,9 @@
 //! [`CodeMap`]: all kernel code of a guest, and how each piece of it is unwound.
 //!
-//! Knows regions of code, their ORC tables, and the code at which the kernel's own unwind data must
-//! not be trusted; must not know stacks or tasks. Regions are the core kernel, its modules, and
-//! code that the caller placed in the guest: the kernel does not know the last, so the caller adds
-//! a region for it.
+//! This module knows regions of code, their ORC tables, and the code at which the kernel's own
+//! unwind data must not be trusted; it must not know stacks or tasks. Regions are the core kernel,
+//! its modules, and code that the caller placed in the guest: the kernel does not know the last, so
+//! the caller adds a region for it.
 
 use std::collections::HashSet;
 

@@ -1,13 +1,13 @@
 //! [`Unwinder`]: the kernel stack of any task of a guest, with a verdict on whether it is complete.
 //!
-//! Combines the other files of this folder. An unwinder is made once for a guest
+//! This module combines the other files of this folder. An unwinder is made once for a guest
 //! ([`Unwinder::new`]), learns of modules in each pause ([`Unwinder::refresh`]) and of code that
 //! the caller places in the guest ([`Unwinder::add_region`]), and returns stacks while the guest is
 //! paused ([`Unwinder::stack`]). It must not know how patches work.
 //!
-//! Follows `kernel/livepatch/transition.c: klp_check_stack` and `arch/x86/kernel/stacktrace.c:
-//! arch_stack_walk_reliable`; where those refuse running tasks, the registers of the stopped vCPUs
-//! are used.
+//! This module follows `kernel/livepatch/transition.c: klp_check_stack` and
+//! `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable`; where those refuse running tasks, the
+//! registers of the stopped vCPUs are used.
 
 mod change_log;
 mod code_map;

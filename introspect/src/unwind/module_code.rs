@@ -1,8 +1,8 @@
 //! The guest's modules as regions of code.
 //!
-//! Knows which modules were loaded at the last refresh, and copies the unwind data of those that
-//! were loaded since; must not know how the kernel's list of modules is laid out
-//! ([`crate::modules`]). Follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
+//! This module knows which modules were loaded at the last refresh, and copies the unwind data of
+//! those that were loaded since; it must not know how the kernel's list of modules is laid out
+//! ([`crate::modules`]). It follows `arch/x86/kernel/unwind_orc.c: unwind_module_init`.
 
 use std::collections::{HashMap, HashSet};
 

@@ -2,10 +2,10 @@
 //!
 //! An ORC entry says, for a run of instructions, where the caller's frame is. Linux has packed the
 //! same six bytes in three ways; the encoding that a guest uses is found from its table
-//! ([`detect`]), never from its version. Knows bits and their meaning; must not know addresses,
-//! symbols or stacks.
+//! ([`detect`]), never from its version. This module knows bits and their meaning; it must not know
+//! addresses, symbols or stacks.
 //!
-//! Follows `arch/x86/include/asm/orc_types.h` as of 5.10/6.1, 6.12 and 7.3.
+//! This module follows `arch/x86/include/asm/orc_types.h` as of 5.10/6.1, 6.12 and 7.3.
 
 /// The six bytes of a `struct orc_entry`.
 pub type RawOrcEntry = [u8; ENTRY_SIZE];

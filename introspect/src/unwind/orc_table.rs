@@ -1,8 +1,8 @@
 //! [`OrcTable`]: a copy of an ORC table, with fast lookup by code address.
 //!
-//! Knows how a table is sorted and searched (`arch/x86/kernel/unwind_orc.c: __orc_find`); must not
-//! know where it came from. A table does not say where the code that it describes ends: the caller
-//! must check that first.
+//! This module knows how a table is sorted and searched (`arch/x86/kernel/unwind_orc.c:
+//! __orc_find`); it must not know where it came from. A table does not say where the code that it
+//! describes ends: the caller must check that first.
 
 use crate::addr::Gva;
 use crate::unwind::orc::{ENTRY_SIZE, OrcEncoding, OrcEntry, OrcKind, RawOrcEntry};

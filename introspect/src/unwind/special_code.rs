@@ -1,8 +1,8 @@
 //! Which kernel functions need special treatment when a stack passes through them.
 //!
-//! Knows names of functions, and why each is listed; must not know how each class is treated
-//! ([`code_map`](crate::unwind::code_map)). A kernel need not have all of them: each generation has
-//! its own. A function that is not listed ends no stack.
+//! This module knows names of functions, and why each is listed; it must not know how each class is
+//! treated ([`code_map`](crate::unwind::code_map)). A kernel need not have all of them: each
+//! generation has its own. A function that is not listed ends no stack.
 
 use crate::addr::GvaRange;
 use crate::symbols::Symbols;

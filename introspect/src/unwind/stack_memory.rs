@@ -1,8 +1,8 @@
 //! The memory of the stacks that one walk may be on.
 //!
-//! Knows ranges of addresses, the order in which stacks may follow each other, and how to read each
-//! only once; must not know registers, code, or how the ranges were found. Follows
-//! `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c:
+//! This module knows ranges of addresses, the order in which stacks may follow each other, and how
+//! to read each only once; it must not know registers, code, or how the ranges were found. It
+//! follows `arch/x86/kernel/dumpstack_64.c: get_stack_info` and the checks of `unwind_orc.c:
 //! stack_access_ok`.
 
 use crate::addr::Gva;

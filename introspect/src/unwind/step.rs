@@ -1,8 +1,8 @@
 //! One step of a walk: from a frame to its caller, by one ORC entry.
 //!
-//! Knows registers and the meaning of ORC entries; must not know where stacks are, what code is
-//! where, or when a stack is reliable: it reads memory through [`StackMemory`], which decides what
-//! may be read. Follows `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
+//! This module knows registers and the meaning of ORC entries; it must not know where stacks are,
+//! what code is where, or when a stack is reliable: it reads memory through [`StackMemory`], which
+//! decides what may be read. It follows `arch/x86/kernel/unwind_orc.c: unwind_next_frame`.
 
 use crate::addr::Gva;
 use crate::unwind::orc::{OrcBase, OrcEntry, OrcKind};

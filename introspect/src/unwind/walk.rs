@@ -1,9 +1,9 @@
 //! One walk, from the innermost frame of a task to the end of its stack, and the verdict on it.
 //!
-//! Knows when a stack is reliable; must not know how tasks, vCPUs or code are found. The rules are
-//! those of `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and `kernel/stacktrace.c`, and
-//! stricter: a stack must end where stacks end, at the top of a task's stack, and no frame may be
-//! in code during which the stack is not what it seems.
+//! This module knows when a stack is reliable; it must not know how tasks, vCPUs or code are found.
+//! The rules are those of `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and
+//! `kernel/stacktrace.c`, and stricter: a stack must end where stacks end, at the top of a task's
+//! stack, and no frame may be in code during which the stack is not what it seems.
 
 use crate::unwind::code_map::{CodeMap, RegionId, UnwindAction};
 use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};

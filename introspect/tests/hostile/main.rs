@@ -1,7 +1,7 @@
 //! A hostile guest: whatever is in its memory, introspection ends soon and allocates little.
 //!
-//! Replays every seed and every past finding of the fuzzers (`fuzz/`), and breaks each structure on
-//! purpose.
+//! This module replays every seed and every past finding of the fuzzers (`fuzz/`), and breaks each
+//! structure on purpose.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@
 //! where the kernel's own producers put theirs with a compare-and-exchange; the CPU is then sent
 //! the interrupt that makes it run the list (`kernel/irq_work.c: irq_work_run_list`).
 //!
-//! Knows the structure and the list; must not know what the function does.
+//! This module knows the structure and the list; it must not know what the function does.
 
 use introspect::{Field, Gva, Kernel, VcpuRegs};
 use introspect::{KernelMemory, ReadError};

@@ -6,7 +6,8 @@
 //! pinned: its reference count is incremented while the guest is paused, and the routine drops that
 //! reference, so the task cannot be freed in between. One list is queued at a time.
 //!
-//! Knows the routine and its list; must not know which tasks are to be woken, or why.
+//! This module knows the routine and its list; it must not know which tasks are to be woken, or
+//! why.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, eax, esi, qword_ptr, rbp, rbx, rdi, rsp};

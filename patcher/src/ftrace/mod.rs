@@ -1,4 +1,4 @@
-//! The guest's ftrace, whose sites at the entries of functions the patches use.
+//! The guest's ftrace: patches use the sites that it keeps at the entries of functions.
 
 pub mod ops;
 pub mod site;

@@ -3,10 +3,10 @@
 //! An `ftrace_ops` that is registered while ftrace leaves an entry alone (see
 //! [`site`](crate::ftrace::site)) is not counted in the entry's record. When the entry is enabled
 //! again, the record must have the count that it would have had: ftrace that finds a count too low,
-//! when one of them is unregistered, warns and disables itself. Follows `kernel/trace/ftrace.c:
-//! referenced_filters, ops_references_ip, ftrace_hash_rec_update`.
+//! when one of them is unregistered, warns and disables itself. This module follows
+//! `kernel/trace/ftrace.c: referenced_filters, ops_references_ip, ftrace_hash_rec_update`.
 //!
-//! Must not know what bytes are at an entry.
+//! This module must not know what bytes are at an entry.
 
 use introspect::SymbolError;
 use introspect::btf::{Btf, BtfError};

@@ -1,9 +1,10 @@
-//! A function's entry site: the five bytes that the kernel keeps for ftrace, and what uses them.
+//! A function's ftrace site: the five bytes at its entry that the kernel keeps for ftrace, and what
+//! uses them.
 //!
 //! A site is found by its ftrace record, at the function's first byte or after its ENDBR, and
-//! verified by the bytes that are there. It can be taken only when nothing else uses it. Follows
-//! `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; must not know what will be written
-//! to the site.
+//! verified by the bytes that are there. It can be taken only when nothing else uses it. This
+//! module follows `kernel/trace/ftrace.c: ftrace_location, ftrace_verify_code`; it must not know
+//! what will be written to the site.
 
 use introspect::Gva;
 use introspect::{Field, KernelMemory, ReadError};
@@ -23,7 +24,7 @@ const MAX_PAGES: u32 = 1 << 16;
 /// The most records in one page group: more than any kernel has.
 const MAX_RECORDS: u64 = 1 << 20;
 
-/// A function's entry site.
+/// A function's ftrace site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Site {
     /// Address of the five bytes.
@@ -35,23 +36,23 @@ pub struct Site {
     flags_size: u64,
 }
 
-/// Why a function's entry site cannot be used.
+/// Why a function's ftrace site cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SiteError {
     /// ftrace has no record of a site in this function.
     #[error(
-        "it has no ftrace site (notrace or inlined code), and only functions with one can be \
+        "it has no ftrace site (notrace, noinstr or assembly), and only functions with one can be \
          replaced"
     )]
     None,
     /// Something in the guest uses the site.
-    #[error("its entry is in use by {0}; remove that first")]
+    #[error("its ftrace site is in use by {0}; remove that first")]
     Used(String),
     /// The site holds bytes that no kernel writes there.
-    #[error("its entry holds {0} instead of the ftrace NOP")]
+    #[error("its ftrace site holds {0} instead of the ftrace NOP")]
     Foreign(String),
-    /// The entry or its record changed after outpatch took it.
-    #[error("something in the guest changed its entry or its ftrace record")]
+    /// The site or its record changed after outpatch took it.
+    #[error("something in the guest changed its ftrace site or its ftrace record")]
     Changed,
     /// The kernel's records could not be read.
     #[error(transparent)]

@@ -1,7 +1,7 @@
 //! What patching needs of a guest kernel: addresses, structure fields and flag bits, each resolved
 //! by its name, once.
 //!
-//! Knows symbols and types; must not read what changes while the guest runs.
+//! This module knows symbols and types; it must not read what changes while the guest runs.
 
 use introspect::kernel::LockWord;
 use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};

@@ -1,6 +1,6 @@
 //! One guest's kernel: its symbols, types and unwind data, found once, and its tasks as last read.
 //!
-//! Only reads. Must not know what is written to the guest.
+//! This module only reads. It must not know what is written to the guest.
 
 pub mod code_set;
 pub mod kernel_info;

@@ -1,6 +1,7 @@
 //! One pause of the guest, as a guard: the vCPUs stop when it is made and run when it is dropped.
 //!
-//! The length of the pause goes to a [`PauseReport`]. Must not know what the pause is for.
+//! The length of the pause goes to a [`PauseReport`]. This module must not know what the pause is
+//! for.
 
 use std::time::{Duration, Instant};
 

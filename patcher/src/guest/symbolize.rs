@@ -1,7 +1,8 @@
 //! Symbols for the frames of a stack, as `/proc/PID/stack` shows them.
 //!
-//! Follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call before it.
-//! Code of patches, for which the guest has no symbols, gets those of the patch's module.
+//! This module follows `kernel/kallsyms.c: sprint_backtrace`: a return address belongs to the call
+//! before it. Code of patches, for which the guest has no symbols, gets those of the patch's
+//! module.
 
 use introspect::modules::{self, Module, ModuleSymbols};
 use introspect::{Frame, Gva, Kernel, KernelMemory, Stack, Task, Unwinder};

@@ -1,8 +1,8 @@
 //! A view of a paused guest: its tasks, their stacks, and the vCPUs that run them, as of one pause.
 //!
 //! What has not changed since the tasks were last read comes from the cache of
-//! [`introspect::task_list`]. Only reads, and decides nothing: whether a task may switch is decided
-//! in [`stack_checks`](crate::transition::stack_checks).
+//! [`introspect::task_list`]. This module only reads, and decides nothing: whether a task may
+//! switch is decided in [`stack_checks`](crate::transition::stack_checks).
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};

@@ -1,14 +1,15 @@
-//! One function that a patch replaces: its entry, its code, and what serves its calls.
+//! One function that a patch replaces: its entry, its code, and which function its calls reach.
 //!
-//! The counterpart of the kernel's `struct klp_func`. Knows addresses and what the entry holds; not
-//! the other patches of the function ([`func_stack`](crate::livepatch::func_stack)).
+//! This is the counterpart of the kernel's `struct klp_func`. This module knows addresses and what
+//! the entry holds, not the other patches of the function
+//! ([`func_stack`](crate::livepatch::func_stack)).
 
 use introspect::{Gva, GvaRange};
 
 use crate::ftrace::site::Site;
 use crate::x86::{self, EncodeError, SITE_LEN};
 
-/// What serves the calls of a function.
+/// The function that calls reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// The kernel's own function.
@@ -26,14 +27,14 @@ pub struct PatchedFunction {
     pub sympos: u64,
     /// The original's body, and parts of it that lie elsewhere (`.cold`).
     pub original: Vec<GvaRange>,
-    /// What serves the function with this patch.
+    /// The function that calls reach with this patch.
     pub new: Target,
-    /// What serves it without this patch.
+    /// The function that calls reach without this patch.
     pub previous: Target,
     /// The code of `previous`, if that is a patch's.
     pub previous_code: Vec<GvaRange>,
-    /// The newer patch's function that serves the calls, if any: then the entry belongs to the
-    /// newer patch, and no call reaches this one.
+    /// The newer patch's function that the calls reach, if any: then the entry belongs to the newer
+    /// patch, and no call reaches this one.
     pub superseded_by: Option<Gva>,
     /// The original's entry.
     pub site: Site,
@@ -85,7 +86,7 @@ impl PatchedFunction {
 
     /// The code that a task must not be in to switch to this patch: that of the previous function,
     /// as `kernel/livepatch/transition.c: klp_check_stack_func` has it. The original's code is in
-    /// it too unless the original is what serves next, as a forced task may still be there.
+    /// it too unless calls reach the original next, as a forced task may still be there.
     pub fn code_to_leave(&self) -> impl Iterator<Item = &GvaRange> {
         let original = match (self.new, self.previous) {
             (Target::Original, Target::Patched(_)) => &[],
@@ -94,8 +95,8 @@ impl PatchedFunction {
         original.iter().chain(&self.previous_code)
     }
 
-    /// The original's code, if this patch makes the original serve again: a task must not be in it
-    /// to switch back.
+    /// The original's code, if this patch makes calls reach the original again: a task must not be
+    /// in it to switch back.
     #[must_use]
     pub fn restored_original(&self) -> &[GvaRange] {
         match self.new {

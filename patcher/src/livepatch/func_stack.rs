@@ -1,13 +1,13 @@
-//! The stack of patches on each function: what serves its calls now, and what would without the
-//! newest patch.
+//! The stack of patches on each function: which function its calls reach now, and which they would
+//! reach without the newest patch.
 //!
-//! As in the kernel (`kernel/livepatch/patch.c: klp_ops.func_stack`), the newest patch of a
-//! function serves it. In that patch's transition, tasks that have not switched get the previous
+//! As in the kernel (`kernel/livepatch/patch.c: klp_ops.func_stack`), calls of a function go to its
+//! newest patch. In that patch's transition, tasks that have not switched get the previous
 //! function: that of the next older patch, or the original. A patch that replaces all earlier ones
-//! (`klp_patch.replace`) has, for each function that only they patch, an entry that makes the
-//! original serve again (`core.c: klp_add_object_nops`).
+//! (`klp_patch.replace`) has, for each function that only they patch, an entry that makes calls
+//! reach the original again (`core.c: klp_add_object_nops`).
 //!
-//! Knows patches and addresses; must not know guest memory.
+//! This module knows patches and addresses; it must not know guest memory.
 
 use introspect::GvaRange;
 
@@ -26,7 +26,8 @@ pub fn newest<'p>(
     })
 }
 
-/// What serves a function now, and the code of that: the previous function of a patch to come.
+/// The function that calls of `original` reach now, and its code: the previous function of a patch
+/// to come.
 pub fn previous(patches: &[Patch], original: &GvaRange) -> (Target, Vec<GvaRange>) {
     match newest(patches, original) {
         None => (Target::Original, Vec::new()),
@@ -49,7 +50,7 @@ pub fn all(patches: &[Patch]) -> Vec<&PatchedFunction> {
     all
 }
 
-/// Updates, for each function of patch `at`, whether a newer patch serves it.
+/// Updates, for each function of patch `at`, whether its calls go to a newer patch.
 pub fn update_superseded(patches: &mut [Patch], at: usize) {
     let (older, newer) = patches.split_at_mut(at.saturating_add(1));
     let Some(patch) = older.last_mut() else {

@@ -1,8 +1,9 @@
-//! A livepatch in a guest: its functions, what serves each of them, and how it is prepared.
+//! A livepatch in a guest: its functions, which function the calls of each reach, and how it is
+//! prepared.
 //!
-//! The counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks (`callbacks.rs`), `klp_state`s
-//! (`state.rs`) and shadow variables (`shadow.rs`) of livepatches belong here as well. Must not decide when a task may switch: that is
-//! [`transition`](crate::transition).
+//! This is the counterpart of `kernel/livepatch/core.c` and `patch.c`. Callbacks (`callbacks.rs`),
+//! `klp_state`s (`state.rs`) and shadow variables (`shadow.rs`) of livepatches belong here as well.
+//! This module must not decide when a task may switch: that is [`transition`](crate::transition).
 
 pub mod direction;
 pub mod dummy_patch;

@@ -1,6 +1,6 @@
 //! One patch in one guest: what it replaces, where it is in memory, and where it is in its life.
 //!
-//! The counterpart of the kernel's `struct klp_patch`.
+//! This is the counterpart of the kernel's `struct klp_patch`.
 
 use introspect::unwind::RegionId;
 use introspect::unwind::Unwinder;
@@ -31,7 +31,8 @@ pub struct ReplacedPatch {
 pub struct Patch {
     /// The module, linked for its addresses.
     pub image: Image,
-    /// The functions that it patches, those included that it only makes the original serve again.
+    /// The functions that it patches, those included whose calls it only makes reach the original
+    /// again.
     pub functions: Vec<PatchedFunction>,
     /// The memory of its code and stubs.
     pub code: Allocation,
@@ -106,7 +107,7 @@ impl Patch {
         code
     }
 
-    /// The code of the patch, and that of functions that it makes the original serve again.
+    /// The code of the patch, and that of functions whose calls it makes reach the original again.
     #[must_use]
     pub fn new_code(&self) -> CodeSet {
         let mut code = CodeSet::new();

@@ -1,8 +1,9 @@
 //! Makes a patch of a parsed livepatch module: allocates its memory, links it for its addresses and
 //! builds its stubs, all while the guest runs.
 //!
-//! The counterpart of `kernel/livepatch/core.c: klp_init_patch`. Writes nothing that the guest can
-//! see; only [`fill_data`] writes at all, to memory that the guest does not map yet.
+//! This is the counterpart of `kernel/livepatch/core.c: klp_init_patch`. This module writes nothing
+//! that the guest can see; only [`fill_data`] writes at all, to memory that the guest does not map
+//! yet.
 
 use introspect::unwind::CodeRegion;
 use introspect::unwind::OrcTable;
@@ -219,8 +220,8 @@ fn build<M: Machine>(
     })
 }
 
-/// The functions that `patch` replaces, each with its entry, followed by those that it makes the
-/// original serve again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
+/// The functions that `patch` replaces, each with its entry, followed by those whose calls it makes
+/// reach the original again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
 /// functions and of the stubs are not set yet.
 fn find_functions(
     kernel: &Kernel,
@@ -259,7 +260,7 @@ fn find_functions(
     Ok(functions)
 }
 
-/// The function `name` with this `sympos`, and what serves it now.
+/// The function `name` with this `sympos`, and the function that its calls reach now.
 fn find_function(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,

@@ -3,7 +3,7 @@
 //! This narrow trait is the only way to affect a guest: vCPUs that pause and resume, their
 //! registers, writes to guest-physical memory, hidden memory, interrupts. It knows nothing of
 //! patches. The VMM implements it with KVM; a mock that records every operation implements it for
-//! the fault-injection tests.
+//! unit tests.
 
 #[cfg(test)]
 pub mod mock;
@@ -16,7 +16,7 @@ use vm_memory::GuestAddress;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MachineError {
     /// The vCPUs could not be paused, read or resumed.
-    #[error("vCPU: {0}")]
+    #[error("cannot stop, read or resume the vCPUs: {0}")]
     Vcpu(String),
     /// A write missed guest memory.
     #[error("no guest memory at physical {:#x}..+{len:#x}", gpa.0)]

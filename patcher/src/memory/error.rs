@@ -6,11 +6,19 @@ use introspect::Gva;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PatchMemoryError {
-    /// The request exceeds a hidden window, in length or in alignment.
+    /// The request is longer than a hidden window.
     #[error("the patch needs {bytes} contiguous bytes; at most {max} are possible")]
     TooLarge {
-        /// The requested length or alignment, in bytes.
+        /// The requested length, in bytes.
         bytes: u64,
+        /// The limit, in bytes.
+        max: u64,
+    },
+    /// The request has an alignment that no address in a hidden window has.
+    #[error("the patch needs an alignment of {align} bytes; at most {max} are possible")]
+    AlignmentTooLarge {
+        /// The requested alignment, in bytes.
+        align: u64,
         /// The limit, in bytes.
         max: u64,
     },
@@ -27,7 +35,7 @@ pub enum PatchMemoryError {
     #[error("the guest changed the page table entry at {0}, which maps patch memory")]
     EntryTaken(Gva),
     /// The guest wrote to the padding of its text that was allocated for the patch.
-    #[error("the padding of the kernel's text at {0} is no longer padding")]
+    #[error("the guest has written to the padding at {0}, where the patch was to go")]
     PaddingTaken(Gva),
     /// The mapping of a hidden window was written, but the page tables do not lead there.
     #[error(

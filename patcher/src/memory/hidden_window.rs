@@ -1,15 +1,15 @@
 //! A hidden window: 2 MiB of memory that the guest's memory map does not name, mapped into its
 //! kernel.
 //!
-//! Patch data goes there, and code where the kernel's text has no cave. One entry of
-//! `level2_fixmap_pgt` (`arch/x86/kernel/head_64.S`) maps one hidden memory slot. That is the page
-//! table of the module area and the fixmap. All address spaces share it, and Linux fills it from
-//! both ends: the middle stays free.
+//! Patch data goes there, and code when the kernel's text has no cave or the cave has no room left.
+//! One entry of `level2_fixmap_pgt` (`arch/x86/kernel/head_64.S`) maps one hidden memory slot. That
+//! is the page table of the module area and the fixmap. All address spaces share it, and Linux
+//! fills it from both ends: the middle stays free.
 //!
 //! The mapping is written once and stays for the guest's life. To remove it, guest code would have
 //! to flush the guest's TLBs; to leave it costs nothing: the next patch uses the same window.
 //!
-//! Knows the page table and one slot; must not know what is allocated in it.
+//! This module knows the page table and one slot; it must not know what is allocated in it.
 
 use introspect::memory::{KernelMemory, ReadError};
 use introspect::{Gva, GvaRange};

@@ -1,11 +1,11 @@
 //! [`PatchMemory`]: allocates the guest memory that patches use.
 //!
-//! Code goes into the [`cave`], or into a [hidden window](hidden_window) where the kernel's text
-//! has no cave. Data goes into a hidden window, and so does the dummy patch that stands in for the
-//! kernel's own `klp_transition_patch`. *Hidden* memory is memory that the guest's memory map does
-//! not name. Nothing here changes what the guest sees: the writes are planned here, those of the
-//! page table entries that map a hidden window included, and committed in a pause by
-//! [`Patcher`](crate::patcher).
+//! Code goes into the [`cave`], or into a [hidden window](hidden_window) when the kernel's text has
+//! no cave or the cave has no room left. Data goes into a hidden window, and so does the dummy
+//! patch to which the kernel's `klp_transition_patch` points. *Hidden* memory is memory that the
+//! guest's memory map does not name. Nothing here changes what the guest sees: the writes are
+//! planned here, those of the page table entries that map a hidden window included, and committed
+//! in a pause by [`Patcher`](crate::patcher).
 
 pub mod cave;
 pub mod error;
@@ -158,8 +158,8 @@ impl PatchMemory {
                 hidden_window: Some(self.hidden_windows.len() - 1),
             })
             .ok_or_else(|| {
-                PatchMemoryError::TooLarge {
-                    bytes: request.align,
+                PatchMemoryError::AlignmentTooLarge {
+                    align: request.align,
                     max: WINDOW_SIZE,
                 }
                 .into()

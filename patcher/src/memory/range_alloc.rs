@@ -1,6 +1,6 @@
 //! A first-fit allocator over a range of addresses.
 //!
-//! Knows addresses only; what lies there is the caller's concern.
+//! This module knows addresses only; what lies there is the caller's concern.
 
 use introspect::{Gva, GvaRange};
 

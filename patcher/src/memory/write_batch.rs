@@ -6,7 +6,7 @@
 //! its own: this module never undoes across a resume. [`Patcher`](crate::patcher) commits the
 //! batches of pauses; hidden memory that the guest does not map yet is filled outside of pauses.
 //!
-//! Knows addresses and bytes only.
+//! This module knows addresses and bytes only.
 
 use std::ops::Range;
 

@@ -18,7 +18,7 @@ pub enum ModuleError {
         max: usize,
     },
     /// The module is compressed, with this tool.
-    #[error("the module is {0} compressed: unpack it first")]
+    #[error("the module is compressed with {0}: unpack it first")]
     Compressed(&'static str),
     /// The file is not an ELF file.
     #[error("not an ELF file, so not a kernel module")]
@@ -140,9 +140,8 @@ pub enum LinkError {
     Target(#[from] TargetError),
     /// The module was built for another kernel.
     #[error(
-        "the module's vermagic is `{module}`, the guest kernel's is `{kernel}`{}: \
-         build it against the guest's kernel",
-        .symbol.as_ref().map(|s| format!(" and disagrees about {s}")).unwrap_or_default()
+        "{}: build it against the guest's kernel",
+        other_version(.module, .kernel, .symbol.as_deref())
     )]
     Vermagic {
         /// The module's vermagic.
@@ -199,7 +198,10 @@ pub enum LinkError {
         sympos: u64,
     },
     /// The kernel has several symbols of this name, and the module gives no position.
-    #[error("the guest kernel has {count} symbols named {name}: set `old_sympos` to choose one")]
+    #[error(
+        "the guest kernel has {count} symbols named {name}: give the position of the one that is \
+         meant (old_sympos, or the number in .klp.sym)"
+    )]
     Ambiguous {
         /// The name that is not unique.
         name: String,
@@ -276,6 +278,18 @@ impl LinkError {
     pub(in crate::module) fn table(section: &'static str, why: impl Into<String>) -> LinkError {
         let why = why.into();
         LinkError::Table { section, why }
+    }
+}
+
+fn other_version(module: &str, kernel: &str, symbol: Option<&str>) -> String {
+    let vermagics =
+        format!("the module's vermagic is `{module}`, the guest kernel's is `{kernel}`");
+    match symbol {
+        None => vermagics,
+        Some(symbol) => format!(
+            "the module was built with another version (CRC) of symbol {symbol} than the guest \
+             kernel has ({vermagics})"
+        ),
     }
 }
 

@@ -1,8 +1,8 @@
 //! A livepatch module, from the unmodified `.ko` file to bytes that are ready for one guest.
 //!
 //! [`parse`] reads the file and refuses what is not supported; [`link()`] does from outside what
-//! the kernel's module loader does from inside. Knows the formats and the kernel's rules; writes
-//! nothing to a guest, and is given the addresses to link for.
+//! the kernel's module loader does from inside. This module knows the formats and the kernel's
+//! rules; it writes nothing to a guest, and is given the addresses to link for.
 
 mod error;
 mod file;

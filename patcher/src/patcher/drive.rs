@@ -65,7 +65,7 @@ impl Patcher {
         }
     }
 
-    /// Makes the stubs of a patch that is to be reverted lead to what now serves its functions
+    /// Makes the stubs of a patch that is to be reverted lead to the functions that calls now reach
     /// without it: other patches may have come or gone.
     fn update_stubs(&mut self, at: usize, direction: Direction) -> Result<(), PatchError> {
         if direction == Direction::Apply {
@@ -166,7 +166,7 @@ impl Patcher {
     }
 
     /// Removes the patches that patch `at` has replaced, and the functions that it has only to make
-    /// the original serve again (`klp_unpatch_replaced_patches`, `klp_discard_nops`).
+    /// calls reach the original again (`klp_unpatch_replaced_patches`, `klp_discard_nops`).
     fn remove_replaced(&mut self, at: usize) {
         let Some(patch) = self.patches.get_mut(at) else {
             return;

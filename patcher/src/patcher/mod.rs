@@ -1,10 +1,10 @@
 //! [`Patcher`]: a patching session for one guest.
 //!
-//! Owns what is known of the guest, the patches in it, and the transition that is running. Knows in
-//! which order things are done: [`Patcher::apply`] parses a module
-//! ([`module`]), prepares a patch of it
-//! ([`livepatch::prepare`](crate::livepatch::prepare)) and starts its transition; what a pause reads and writes is decided in
-//! [`transition`](crate::transition). Must not know how the guest is stopped: that is known to
+//! This module owns what is known of the guest, the patches in it, and the transition that is
+//! running. It knows in which order things are done: [`Patcher::apply`] parses a module
+//! ([`module`]), prepares a patch of it ([`livepatch::prepare`](crate::livepatch::prepare)) and
+//! starts its transition; what a pause reads and writes is decided in
+//! [`transition`](crate::transition). It must not know how the guest is stopped: that is known to
 //! [`Machine`].
 
 mod drive;
@@ -206,9 +206,9 @@ impl Patcher {
     }
 
     /// Sends the fake signal, from `after` the start of the running transition of patch `name`, to
-    /// the tasks that have not switched. User tasks come to the kernel exit, and the system calls
-    /// in which they sleep restart or return EINTR, as with the kernel's own fake signal; kthreads
-    /// are woken. Stopped and traced tasks get nothing.
+    /// the tasks that have not switched. User tasks return to user mode, and the system calls in
+    /// which they sleep restart or return EINTR, as with the kernel's own fake signal; kernel
+    /// threads are woken. Stopped and traced tasks get nothing.
     ///
     /// # Errors
     /// [`PatchError`]; the transition goes on without the signal.

@@ -2,7 +2,7 @@
 //! transitions, one subject per file.
 //!
 //! Most of these types are serialised as JSON by the VMM's API. Their field names are promised in
-//! `docs/ABI`. Knows no guest memory and decides nothing.
+//! `docs/ABI`. This module knows no guest memory and decides nothing.
 
 pub mod check;
 pub mod patch;

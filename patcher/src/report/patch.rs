@@ -1,6 +1,6 @@
 //! The report of one patch, and how it is applied.
 //!
-//! Names are those of the kernel's `/sys/kernel/livepatch/<patch>/` where the kernel has one.
+//! Fields are named as the files in the kernel's `/sys/kernel/livepatch/<patch>/` where it has one.
 
 use serde::{Deserialize, Serialize};
 
@@ -59,16 +59,15 @@ pub struct PatchStatus {
     pub name: String,
     /// Where the patch is in its life.
     pub phase: PatchPhase,
-    /// The kernel's attribute `enabled`: the patch is applied or being applied.
+    /// As the kernel's attribute of this name: whether the patch is applied or being applied.
     pub enabled: bool,
-    /// The kernel's attribute `transition`: a transition of the patch is running.
+    /// As the kernel's attribute of this name: whether a transition of the patch is running.
     pub transition: bool,
-    /// The kernel's attribute `force`: a transition of the patch was forced, so its code is never
-    /// freed.
+    /// Whether a transition of the patch was forced; its code is then never freed.
     pub force: bool,
-    /// The kernel's attribute `replace`: the patch replaces all earlier patches.
+    /// As the kernel's attribute of this name: whether the patch replaces all earlier patches.
     pub replace: bool,
-    /// The kernel's attribute `signal`: tasks that have not switched are sent the fake signal.
+    /// Whether outpatch sends the fake signal to the tasks that have not switched.
     pub signal: bool,
     /// The functions that the patch replaces.
     pub functions: Vec<FunctionReport>,

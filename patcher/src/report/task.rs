@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 pub enum SwitchedBy {
     /// The guest's own code switched it at a kernel exit (`klp_update_patch_state`).
     KernelExit,
-    /// Its stack was reliable and showed none of the affected functions, and it was switched from
-    /// outside in a pause.
+    /// Its stack was reliable and showed none of the functions that tasks are to leave, and it was
+    /// switched from outside in a pause.
     Stack,
     /// A vCPU ran it in user mode in a pause, and it was switched from outside.
     UserMode,
@@ -39,7 +39,8 @@ pub struct TaskReport {
     pub state: char,
     /// How it switched; `None` if it has not switched yet.
     pub switched_by: Option<SwitchedBy>,
-    /// Why it has not switched yet: the frame that blocks it, or why its stack is unreliable.
+    /// Why it has not switched yet: the frame that keeps it from switching, or why its stack is
+    /// unreliable.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blocker: Option<String>,
     /// Milliseconds from the start of the transition to the pause that first found this blocker.

@@ -1,9 +1,10 @@
 //! The transition of a guest's tasks from one patch state to the other, as a sequence of steps.
 //!
 //! This is Linux's per-task consistency model (`kernel/livepatch/transition.c`), run from outside.
-//! A [`step`] is planned in a pause of the guest, after [`stack_checks`] has decided which tasks may
-//! switch; between two steps the guest runs, and its own code switches tasks. Here is the state of a transition between steps, and when the next step is
-//! due. Must not know how a step is carried out: that is [`patcher`](crate::patcher).
+//! A [`step`] is planned in a pause of the guest, after [`stack_checks`] has decided which tasks
+//! may switch; between two steps the guest runs, and its own code switches tasks. This module holds
+//! the state of a transition between steps, and when the next step is due. It must not know how a
+//! step is carried out: that is [`patcher`](crate::patcher).
 
 pub mod pending_tasks;
 pub mod preconditions;

@@ -5,11 +5,11 @@
 //! least every other slot is free, so that every search ends. A removed task leaves a mark in its
 //! slot, so that tasks past it are still found. The table is changed in pauses only. A single task
 //! may be removed at any time: a task that is being looked up is in a stub, and so is not switched.
-//! The table is rewritten as a whole only when no task is in a stub. A task that is forked
-//! meanwhile is not in the table: it has never been in the previous functions.
+//! The table is rewritten as a whole only when no task is in a stub. A task that is forked during
+//! the transition is not in the table: it is in no function that the transition leaves.
 //!
-//! Knows addresses and the hash; must not know what a lookup is for. That is known to
-//! [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
+//! This module knows addresses and the hash; it must not know what a lookup is for. That is known
+//! to [`entry_stub`](crate::x86::entry_stub) and to the [`step`](crate::transition::step).
 
 use introspect::Gva;
 

@@ -1,6 +1,7 @@
 //! The progress of each task in one transition: how and when it switched, or what blocks it.
 //!
-//! Fed with the outcomes of each step that was carried out. Knows no guest memory.
+//! The progress is updated with the outcomes of each step that was carried out. This module knows
+//! no guest memory.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub enum Outcome {
 /// What blocks a task, and what the step did about it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Blocked {
-    /// The frame that blocks it, or why its stack is unreliable.
+    /// The frame that keeps it from switching, or why its stack is unreliable.
     pub blocker: String,
     /// The step sent it the fake signal, or wakes it.
     pub signalled: bool,

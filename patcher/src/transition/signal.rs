@@ -1,11 +1,12 @@
-//! The fake signal: what a task that has not switched gets, so that it comes to the kernel exit.
+//! The fake signal: what a task that has not switched gets, so that it returns to user mode.
 //!
-//! Follows `kernel/livepatch/transition.c: klp_send_signals`. A user task gets TIF_NOTIFY_SIGNAL
-//! and nothing else (`include/linux/sched/signal.h: set_notify_signal`), so that no signal is
-//! pending anywhere; the system call in which it sleeps restarts, or returns EINTR. A kthread has
-//! no kernel exit and is only woken, in the hope that it sleeps elsewhere next time.
+//! This module follows `kernel/livepatch/transition.c: klp_send_signals`. A user task gets
+//! TIF_NOTIFY_SIGNAL and nothing else (`include/linux/sched/signal.h: set_notify_signal`), so that
+//! no signal is pending anywhere; the system call in which it sleeps restarts, or returns EINTR. A
+//! kernel thread has no kernel exit and is only woken, as it may then sleep outside the patched
+//! functions.
 //!
-//! Only decides. How a sleeping task is woken is known to [`wake`](crate::call::wake).
+//! This module only decides. How a sleeping task is woken is known to [`wake`](crate::call::wake).
 
 use introspect::task::TASK_INTERRUPTIBLE;
 use introspect::{Task, TaskKind};

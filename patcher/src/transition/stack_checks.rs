@@ -3,7 +3,7 @@
 //! This is the one place that decides it, as `kernel/livepatch/transition.c: klp_check_stack` does
 //! in the kernel: a task may switch if its stack is reliable and has no frame in code that the task
 //! must leave first. The stacks come from the [`GuestView`]; which code that is, the
-//! [`Patch`](crate::livepatch::patch::Patch) says. Only reads.
+//! [`Patch`](crate::livepatch::patch::Patch) says. This module only reads.
 
 use introspect::task_list::CachedTask;
 use introspect::{Task, Verdict};

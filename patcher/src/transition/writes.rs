@@ -1,8 +1,8 @@
 //! Plans the writes of a step: the patch's code, the entries, task states and flags, and the
 //! variables of the guest's own livepatching.
 //!
-//! Adds to a [`WriteBatch`], which [`Patcher`](crate::patcher) commits in the same pause; writes
-//! nothing itself.
+//! This module adds to a [`WriteBatch`], which [`Patcher`](crate::patcher) commits in the same
+//! pause; it writes nothing itself.
 
 use introspect::{Gva, Task, TaskKind};
 
@@ -60,7 +60,7 @@ impl StepContext<'_> {
     /// Plans the `bytes` of each entry. While an entry does not hold its NOP, its record is
     /// disabled, so that ftrace leaves it alone; when the NOP is back, the record counts the
     /// `ftrace_ops` that have come to cover the function meanwhile. The entry of a function that a
-    /// newer patch serves belongs to that patch and is not written.
+    /// newer patch replaces belongs to that patch and is not written.
     pub(super) fn plan_sites(
         &self,
         writes: &mut WriteBatch,

@@ -1,11 +1,12 @@
 //! The stub that a patched function's entry jumps to in a transition.
 //!
 //! Outside a transition, a patched function's entry is one direct jump to the new function. In a
-//! transition it jumps to a stub, which reads the running task's patch state, as
-//! `kernel/livepatch/patch.c: klp_ftrace_handler` does, and jumps on either to the new function or
-//! to the previous one (for the original function, past its entry site).
+//! transition it jumps to a stub. The stub reads the running task's patch state, as
+//! `kernel/livepatch/patch.c: klp_ftrace_handler` does, or, in a kernel without `CONFIG_LIVEPATCH`,
+//! looks the task up in the table of pending tasks. It then jumps on either to the new function or
+//! to the previous one (for the original function, past its ftrace site).
 //!
-//! Knows x86 code only: no guest memory, no tasks.
+//! This module knows x86 code only: no guest memory, no tasks.
 
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, qword_ptr, r10, r10d, r11, r11d};
 use iced_x86::{Code, IcedError, Instruction, MemoryOperand, Register};

@@ -1,13 +1,13 @@
 //! Instructions that are written into a guest: their lengths, their bytes, and how far they reach.
 //!
-//! Knows x86 code only: no guest memory, no tasks.
+//! This module knows x86 code only: no guest memory, no tasks.
 
 pub mod entry_stub;
 
 use iced_x86::IcedError;
 use introspect::Gva;
 
-/// Length of a function's entry site, in bytes: a five-byte NOP, or the jump in its place.
+/// Length of a function's ftrace site, in bytes: a five-byte NOP, or the jump in its place.
 pub const SITE_LEN: usize = 5;
 
 /// The one-byte NOP.

@@ -1,8 +1,8 @@
 //! The trait `Control`, all that a client can do to a guest, and the control thread that runs its
 //! operations: the only thread that reads and changes the guest, one operation at a time.
 //!
-//! Between operations it polls a running transition. Knows nothing of HTTP: operations are closures
-//! that arrive through a bounded queue, each with a channel for its answer.
+//! Between operations it polls a running transition. This module knows nothing of HTTP: operations
+//! are closures that arrive through a bounded queue, each with a channel for its answer.
 
 use std::io;
 use std::path::Path;

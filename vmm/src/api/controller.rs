@@ -1,8 +1,8 @@
 //! Implements [`Control`] for a real guest: the VM through its handle, the kernel through the
 //! patcher.
 //!
-//! Only translates between the API's types and those of the VM and the patcher. Knows no HTTP but
-//! the kinds of refusals; must not decide what can be done to a guest.
+//! This module only translates between the API's types and those of the VM and the patcher. It
+//! knows no HTTP but the kinds of errors; it must not decide what can be done to a guest.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -179,14 +179,14 @@ impl Control for Controller {
     }
 }
 
-/// The refusal that answers an error of the patcher, in the patcher's words.
+/// The API's error for an error of the patcher, in the patcher's words.
 fn problem(error: &PatchError) -> Problem {
     let (kind, detail) = answer_to(error.kind());
     Problem::new(kind, error, detail)
 }
 
-/// The kind of refusal for each kind of error, and what its reader can do about it. An error that
-/// says "try again" is one of [`Kind::Conflict`] or [`Kind::Unavailable`].
+/// The API's kind for each kind of error, and what its reader can do about it. An error that says
+/// "try again" is one of [`Kind::Conflict`] or [`Kind::Unavailable`].
 fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
     match kind {
         ErrorKind::BadPatch => (
@@ -201,7 +201,7 @@ fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
         ErrorKind::Conflict => (Kind::Conflict, "see GET /patches"),
         ErrorKind::Busy => (
             Kind::Unavailable,
-            "the guest runs on as before; try again in a moment",
+            "nothing was changed in the guest; try again in a moment",
         ),
         ErrorKind::NotReady => (Kind::Unavailable, "wait until the guest has booted"),
         ErrorKind::Guest => (
@@ -229,7 +229,7 @@ fn dump_problem(error: &DumpError) -> Problem {
         ),
         _ => (
             Kind::Internal,
-            "the guest runs on as before, and no part of the dump is left",
+            "the guest runs on as before, and no part of the core file is left",
         ),
     };
     Problem::new(kind, error, detail)
@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_keep_the_patchers_words() {
+    fn errors_keep_the_patchers_words() {
         let p = problem(&PatchError::NoSuchTask(7));
         assert_eq!(
             (p.kind, p.error.as_str()),
@@ -268,6 +268,9 @@ mod tests {
         for error in [busy, not_at_once, too_many] {
             assert_ne!(problem(&error).kind, Kind::Unsupported, "{error}");
         }
+        let replaced = problem(&PatchError::AnotherKernel("6.1.0-1".into()));
+        assert_eq!(replaced.kind, Kind::Unavailable);
+        assert!(replaced.detail.contains("try again"));
         assert!(!answer_to(ErrorKind::Unsupported).1.contains("try again"));
     }
 }

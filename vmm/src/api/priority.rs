@@ -1,8 +1,8 @@
 //! The scheduling priority of the API thread and the control thread.
 //!
 //! While the control thread works, the guest may be paused, and a transition waits for its next
-//! step. On a host with more vCPUs than processors it would have to wait for busy vCPUs, of this
-//! guest and of others.
+//! step. Without a raised priority, the control thread would have to wait for busy vCPUs, of this
+//! guest and of others, on a host with more vCPUs than processors.
 
 use rustix::io;
 use rustix::process::{getpriority_process, setpriority_process};

@@ -1,4 +1,4 @@
-//! A refused request: what is wrong, what to do about it, and its HTTP status.
+//! The error of a refused request: what is wrong, what to do about it, and its HTTP status.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::api::types;
 
-/// The kind of a refusal. Each has one HTTP status; clients distinguish refusals by
+/// The kind of an error. Each has one HTTP status; clients distinguish errors by
 /// [`word`](Kind::word).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -50,7 +50,7 @@ impl Kind {
         Kind::Internal,
     ];
 
-    /// The kind as a word, as in the field `kind` of a refusal.
+    /// The kind as a word, as in the field `kind` of an error.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ impl Kind {
     }
 }
 
-/// A refusal, which a handler returns as its error.
+/// The error that a handler returns for a request that it refuses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{error} ({detail})")]
 pub struct Problem {
@@ -99,7 +99,7 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// A refusal with these texts, in which line breaks become spaces.
+    /// An error with these texts, in which line breaks become spaces.
     #[must_use]
     pub fn new(kind: Kind, error: impl ToString, detail: impl ToString) -> Problem {
         Problem {

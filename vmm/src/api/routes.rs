@@ -1,6 +1,7 @@
 //! The routes: what each request does, and what it answers.
 //!
-//! Only translates between HTTP and [`Control`](crate::api::control::Control); this thread must not touch the guest.
+//! This module only translates between HTTP and [`Control`](crate::api::control::Control); the API
+//! thread must not touch the guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -283,7 +284,7 @@ async fn metrics(State(app): State<App>) -> Result<Response, Problem> {
     Ok((kind, metrics::render(&vm, &patches)).into_response())
 }
 
-/// The query, or a refusal with this advice.
+/// The query, or an error with this advice.
 fn parsed<T>(query: Result<Query<T>, QueryRejection>, detail: &'static str) -> Result<T, Problem> {
     match query {
         Ok(Query(query)) => Ok(query),

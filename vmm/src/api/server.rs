@@ -1,7 +1,7 @@
 //! The API thread: accepts connections on the control socket and limits each.
 //!
-//! One thread with its own runtime, so that no client can slow down the guest's devices or the
-//! control thread. Knows nothing of the guest.
+//! It is one thread with its own runtime, so that no client can slow down the guest's devices or
+//! the control thread. This module knows nothing of the guest.
 
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;

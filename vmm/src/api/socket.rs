@@ -1,7 +1,7 @@
 //! The control socket's file: claimed by one VMM, private to its user, removed when the VMM ends.
 //!
-//! Knows the file system and nothing of HTTP. The file has mode 0600 from its creation: the mode is
-//! set on the socket before `bind`, which gives it to the file (`net/unix/af_unix.c:
+//! This module knows the file system and nothing of HTTP. The file has mode 0600 from its creation:
+//! the mode is set on the socket before `bind`, which gives it to the file (`net/unix/af_unix.c:
 //! unix_bind_bsd`).
 
 use std::fs::File;

@@ -184,7 +184,7 @@ pub struct Task {
     pub tgid: i32,
     /// The state, as the letter that `ps` shows: `R S D T t X Z P I`.
     pub state: char,
-    /// User task, kthread, idle task or worker.
+    /// User task, kernel thread (`kthread`), idle task or worker.
     pub kind: TaskKind,
     /// The index of the vCPU that runs it, if one does. A vCPU in the middle of a context switch
     /// belongs to no task.

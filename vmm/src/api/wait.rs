@@ -1,8 +1,9 @@
 //! Answers on a patch that wait for the end of its transition, so that a client need not poll, and
 //! that can leave out tasks that have switched.
 //!
-//! Used for the answers of requests that were carried out. Knows the queue to the control thread and nothing of HTTP. A waiting answer costs the guest
-//! nothing: the control thread gets no request before a transition ends.
+//! It is used for the answers of requests that were carried out. This module knows the queue to the
+//! control thread and nothing of HTTP. A waiting answer costs the guest nothing: the control thread
+//! gets no request before a transition ends.
 
 use std::time::Duration;
 

@@ -37,7 +37,7 @@ const MIB: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The file cannot be read.
-    #[error("{what} {}", path.display())]
+    #[error("cannot read {what} {}", path.display())]
     File {
         /// `kernel` or `initrd`.
         what: &'static str,
@@ -66,7 +66,10 @@ pub enum BootError {
         why: String,
     },
     /// The file is shorter than its header announces.
-    #[error("kernel {}: truncated: {has} bytes of {needed}", path.display())]
+    #[error(
+        "kernel {} is truncated: it has {has} bytes, and its header announces {needed}",
+        path.display()
+    )]
     Truncated {
         /// Path of the file.
         path: PathBuf,
@@ -91,7 +94,7 @@ pub enum BootError {
         initrd: bool,
     },
     /// The command line is longer than this kernel accepts.
-    #[error("the command line has {has} bytes, this kernel takes {max}")]
+    #[error("the command line has {has} bytes; this kernel accepts at most {max}")]
     CommandLineTooLong {
         /// Length of the command line in bytes.
         has: usize,

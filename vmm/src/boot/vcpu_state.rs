@@ -40,7 +40,7 @@ const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// KVM refused the named call.
-    #[error("{0}")]
+    #[error("{0} failed")]
     Kvm(&'static str, #[source] kvm_ioctls::Error),
     /// KVM does not set the MSR with this index.
     #[error("KVM_SET_MSRS: MSR {0:#x} cannot be set")]

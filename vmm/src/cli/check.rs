@@ -10,7 +10,8 @@ use crate::cli::source::GuestSource;
 use crate::cli::summary::{count_of, pauses, pending, switched, task_lines};
 
 /// Shows what applying `file` would do: the functions that it would replace, its memory, the tasks
-/// that block, and a summary; when `verbose` also the symbols that it uses, and every task.
+/// that would block the transition, and a summary; when `verbose` also the symbols that it uses,
+/// and every task.
 pub fn check(
     guest: &mut GuestSource,
     file: &Path,
@@ -53,15 +54,15 @@ fn memory(what: &str, piece: &AllocationReport) -> String {
     format!("{what}: {bytes} bytes at {address}, in {place}")
 }
 
-/// `fix: would apply; 40 tasks would switch now (40 by stack); 1 task blocks; guest paused …`.
+/// `fix: would apply; 40 tasks would switch now (by stack); 1 task would block the
+/// transition; guest paused …`.
 fn summary(report: &CheckReport) -> String {
     let mut parts = vec![format!("{}: would apply", report.name)];
     parts.extend(switched(&report.tasks, "would switch now"));
     parts.push(match (pending(&report.tasks).count(), report.at_once) {
-        (0, true) => "no task blocks".to_owned(),
+        (0, true) => "no task would block the transition".to_owned(),
         (0, false) => "a vCPU is in the middle of a context switch".to_owned(),
-        (1, _) => "1 task blocks".to_owned(),
-        (count, _) => format!("{} block", count_of(count, "task")),
+        (count, _) => format!("{} would block the transition", count_of(count, "task")),
     });
     parts.push(pauses(&report.pauses));
     parts.join("; ")

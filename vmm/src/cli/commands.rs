@@ -45,7 +45,7 @@ pub enum GuestCommand {
     Check {
         /// The module: the .ko that insmod would take.
         file: PathBuf,
-        /// Also list the symbols that the module uses, and every task.
+        /// Print all functions, all tasks, and the symbols that the module uses.
         #[arg(short, long)]
         verbose: bool,
         #[command(flatten)]
@@ -61,7 +61,7 @@ pub enum GuestCommand {
         target: Target,
     },
     /// Apply a livepatch module to the running guest and wait until every task has switched to it.
-    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_help = EXIT_STATUSES_WITH_TIMEOUT)]
     Apply {
         /// The module: the .ko that insmod would take.
         file: PathBuf,
@@ -73,9 +73,9 @@ pub enum GuestCommand {
     /// Show the VM and its patches, or one patch in full.
     #[command(after_help = EXIT_STATUSES)]
     Status {
-        /// The patch, by its name or its file's; without it: the VM and all patches.
+        /// Name of the patch, or of its module's file; without it, the VM and all patches.
         name: Option<PatchName>,
-        /// Also list the tasks that have switched.
+        /// Print all functions and all tasks.
         #[arg(short, long)]
         verbose: bool,
         #[command(flatten)]
@@ -85,15 +85,15 @@ pub enum GuestCommand {
     /// return EINTR.
     #[command(after_help = EXIT_STATUSES)]
     Signal {
-        /// The patch, by its name or its file's; without it: the one in transition.
+        /// Name of the patch, or of its module's file; without it, the patch in transition.
         name: Option<PatchName>,
         #[command(flatten)]
         target: Target,
     },
     /// Reverse the running transition and wait for it to complete.
-    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_help = EXIT_STATUSES_WITH_TIMEOUT)]
     Cancel {
-        /// The patch, by its name or its file's; without it: the one in transition.
+        /// Name of the patch, or of its module's file; without it, the patch in transition.
         name: Option<PatchName>,
         #[command(flatten)]
         following: Following,
@@ -102,9 +102,9 @@ pub enum GuestCommand {
     },
     /// Complete the running transition by switching every task now, whatever it executes: this
     /// gives up consistency, and the patch's code is never freed.
-    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_help = EXIT_STATUSES_WITH_TIMEOUT)]
     Force {
-        /// The patch, by its name or its file's; without it: the one in transition.
+        /// Name of the patch, or of its module's file; without it, the patch in transition.
         name: Option<PatchName>,
         #[command(flatten)]
         following: Following,
@@ -112,16 +112,16 @@ pub enum GuestCommand {
         target: Target,
     },
     /// Revert a patch and wait until every task has switched back.
-    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_help = EXIT_STATUSES_WITH_TIMEOUT)]
     Revert {
-        /// The patch, by its name or its file's; may be left out when only one is applied.
+        /// Name of the patch, or of its module's file; not needed when only one is applied.
         name: Option<PatchName>,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
         target: Target,
     },
-    /// Stop all vCPUs until `resume`.
+    /// Pause the vCPUs until `resume`.
     #[command(after_help = EXIT_STATUSES)]
     Pause {
         #[command(flatten)]
@@ -134,7 +134,7 @@ pub enum GuestCommand {
         target: Target,
     },
     /// Stop the VM at once, as if its power were cut, and wait until it has ended.
-    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_help = EXIT_STATUSES_OF_STOP)]
     Stop {
         #[command(flatten)]
         target: Target,
@@ -143,8 +143,17 @@ pub enum GuestCommand {
 
 /// What the exit statuses mean, for each command's `--help`.
 const EXIT_STATUSES: &str = "\
+Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on the socket.";
+
+/// The same for commands that wait for a transition.
+const EXIT_STATUSES_WITH_TIMEOUT: &str = "\
 Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on the socket; \
-4 the transition continues after --timeout.";
+4 the transition still runs after --timeout.";
+
+/// The same for `stop`.
+const EXIT_STATUSES_OF_STOP: &str = "\
+Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on the socket; \
+4 the VMM still answers 15 s after the request.";
 
 /// Runs a command; prints one line on standard error when it fails.
 pub fn run(command: GuestCommand) -> ExitCode {

@@ -44,9 +44,9 @@ pub enum CommandError {
         /// What the patcher says of the guest.
         source: PatchError,
     },
-    /// The guest was stopped while it changed what is to be read: trying again shows the same.
+    /// The guest was paused while it changed what is to be read: trying again shows the same.
     #[error(
-        "{}: the guest was stopped in the middle of a change ({what}): take another core of it",
+        "{}: the guest was paused in the middle of a change ({what}): make another core file of it",
         path.display()
     )]
     CaughtInCore {
@@ -70,7 +70,7 @@ pub enum CommandError {
     Module {
         /// The module's file.
         path: PathBuf,
-        /// The VMM's refusal.
+        /// The VMM's error.
         source: ClientError,
     },
     /// Standard output cannot be written, or there is no event queue.

@@ -12,12 +12,12 @@ use crate::cli::summary::word;
 /// How long a VMM may take to end after it was told to.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Stops all vCPUs.
+/// Pauses the vCPUs.
 pub fn pause(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     change(c, VmState::Paused, json, output)
 }
 
-/// Resumes all vCPUs.
+/// Resumes the vCPUs.
 pub fn resume(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     change(c, VmState::Running, json, output)
 }
@@ -46,7 +46,7 @@ pub fn stop(client: &Client, json: bool, output: &mut Output<'_>) -> Result<(), 
     while client.responds() {
         if Instant::now() >= deadline {
             return Err(CommandError::TimedOut(format!(
-                "the VMM (process {}) was told to stop and still answers after {} s",
+                "the VMM (process {}) was requested to stop and still answers after {} s",
                 vm.pid,
                 STOP_TIMEOUT.as_secs()
             )));

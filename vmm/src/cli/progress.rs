@@ -38,7 +38,7 @@ pub struct Watch<'a> {
     pub target: PatchPhase,
     /// How long to watch; `None`: to the end.
     pub timeout: Option<Duration>,
-    /// Whether to show every task, not only some of those that block for long.
+    /// Whether to show every task, not only some of those that block the transition for long.
     pub verbose: bool,
 }
 
@@ -89,7 +89,7 @@ impl Watch<'_> {
 struct Shown {
     verbose: bool,
     heading: bool,
-    /// Lines on tasks that block; without `verbose` they are [`MAX_LINES`] at most.
+    /// Lines on tasks that block the transition; without `verbose` they are [`MAX_LINES`] at most.
     lines: usize,
     /// Lines were left out, and that was said.
     cut: bool,

@@ -31,7 +31,7 @@ pub struct Args {
     /// The number of vCPUs, 1 to 8.
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// The size of guest memory: 512M, 1G, 768MiB.
+    /// The size of guest memory: 512M, 1G, 768MiB; a plain number is in MiB.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     memory: u64,
     /// Create the control socket at this path, for `outpatch ps`, `apply` and the other commands.

@@ -87,7 +87,7 @@ fn one_patch(
     };
     output.line(tone, &patch_line(patch))?;
     let functions = patch.functions.iter().map(|function| {
-        let state = if function.patched { "new" } else { "original" };
+        let state = if function.patched { "new" } else { "previous" };
         let (object, name, sympos) = (&function.object, &function.name, function.sympos);
         format!("{object}:{name},{sympos} {state}")
     });

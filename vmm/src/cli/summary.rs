@@ -57,25 +57,53 @@ pub fn word(value: &impl serde::Serialize) -> String {
     }
 }
 
-/// `3 tasks switched (2 by stack, 1 forked)`, with `verb` for `switched`; `None` when none has.
+/// `3 tasks switched (2 by stack, 1 forked); 1 exited`, with `verb` for `switched`: tasks that
+/// ended a transition without switching are counted apart. `None` when there are neither.
 pub fn switched(tasks: &[TaskReport], verb: &str) -> Option<String> {
-    const ORDER: [(SwitchedBy, &str); 8] = [
+    const SWITCHED: [(SwitchedBy, &str); 6] = [
         (SwitchedBy::KernelExit, "on kernel exit"),
         (SwitchedBy::Stack, "by stack"),
         (SwitchedBy::UserMode, "in user mode"),
         (SwitchedBy::Idle, "in the idle loop"),
         (SwitchedBy::Forked, "forked"),
-        (SwitchedBy::NotSwitched, "not switched before the reversal"),
-        (SwitchedBy::Exited, "exited"),
         (SwitchedBy::Forced, "forced"),
     ];
-    let counted = ORDER.iter().filter_map(|(by, text)| {
-        let count = tasks.iter().filter(|t| t.switched_by == Some(*by)).count();
-        (count > 0).then(|| format!("{count} {text}"))
-    });
-    let counted = counted.collect::<Vec<_>>().join(", ");
-    let total = tasks.iter().filter(|t| t.switched_by.is_some()).count();
-    (total > 0).then(|| format!("{} {verb} ({counted})", count_of(total, "task")))
+    const OTHERS: [(SwitchedBy, &str); 2] = [
+        (
+            SwitchedBy::NotSwitched,
+            "had not switched before the reversal",
+        ),
+        (SwitchedBy::Exited, "exited"),
+    ];
+    let count = |by| tasks.iter().filter(|t| t.switched_by == Some(by)).count();
+    let ways: Vec<_> = SWITCHED
+        .iter()
+        .map(|(by, text)| (count(*by), *text))
+        .filter(|(count, _)| *count > 0)
+        .collect();
+    let total = ways.iter().map(|(count, _)| count).sum();
+    let ways = match ways.as_slice() {
+        [(_, text)] => (*text).to_owned(),
+        ways => ways
+            .iter()
+            .map(|(count, text)| format!("{count} {text}"))
+            .collect::<Vec<_>>()
+            .join(", "),
+    };
+    let mut parts = Vec::new();
+    if total > 0 {
+        parts.push(format!("{} {verb} ({ways})", count_of(total, "task")));
+    }
+    for (by, text) in OTHERS {
+        match count(by) {
+            0 => {}
+            others if parts.is_empty() => {
+                parts.push(format!("{} {text}", count_of(others, "task")));
+            }
+            others => parts.push(format!("{others} {text}")),
+        }
+    }
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// `1 task`, `2 tasks`.
@@ -112,7 +140,7 @@ pub fn pending_count(patch: &PatchStatus) -> String {
     format!("{} pending", count_of(count, "task"))
 }
 
-/// `fix: applied in 34 ms; 40 tasks switched (40 by stack); guest paused 3 times, …`, or, while a
+/// `fix: applied in 34 ms; 40 tasks switched (by stack); guest paused 3 times, …`, or, while a
 /// transition runs, `fix: applying; 2 tasks pending`.
 pub fn patch_line(patch: &PatchStatus) -> String {
     let (name, phase) = (&patch.name, word(&patch.phase));
@@ -193,6 +221,31 @@ mod tests {
             Some("3 tasks switched (1 on kernel exit, 2 by stack)")
         );
         assert_eq!(switched(&tasks[3..], "switched"), None);
+        let one_way = [
+            task(1, Some(SwitchedBy::Stack)),
+            task(2, Some(SwitchedBy::Stack)),
+        ];
+        assert_eq!(
+            switched(&one_way, "switched").as_deref(),
+            Some("2 tasks switched (by stack)")
+        );
+    }
+
+    #[test]
+    fn tasks_that_did_not_switch_are_counted_apart() {
+        let tasks = [
+            task(1, Some(SwitchedBy::Stack)),
+            task(2, Some(SwitchedBy::Exited)),
+            task(3, Some(SwitchedBy::NotSwitched)),
+        ];
+        assert_eq!(
+            switched(&tasks, "switched").as_deref(),
+            Some("1 task switched (by stack); 1 had not switched before the reversal; 1 exited")
+        );
+        assert_eq!(
+            switched(&tasks[1..], "switched").as_deref(),
+            Some("1 task had not switched before the reversal; 1 exited")
+        );
     }
 
     #[test]
@@ -213,7 +266,7 @@ mod tests {
     fn the_line_on_a_patch_says_what_its_transition_took() {
         let done = patch(PatchPhase::Applied, vec![task(99, Some(SwitchedBy::Stack))]);
         let text = patch_line(&done);
-        let start = "fix: applied in 34 ms; 1 task switched (1 by stack); guest paused 0 times, ";
+        let start = "fix: applied in 34 ms; 1 task switched (by stack); guest paused 0 times, ";
         assert!(text.starts_with(start), "{text}");
         let running = patch(PatchPhase::Applying, vec![task(1, None), task(2, None)]);
         assert_eq!(patch_line(&running), "fix: applying; 2 tasks pending");

@@ -1,7 +1,7 @@
 //! The guest's console on the standard input and output of the process: what the guest prints, what
 //! is typed, and the terminal's mode.
 //!
-//! Knows COM1 and our own terminal; must not know vCPUs.
+//! This module knows COM1 and our own terminal; it must not know vCPUs.
 
 pub mod output;
 pub mod stdin;

@@ -30,7 +30,7 @@ const SIGNIFICANT_INDEX: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum CpuidError {
     /// KVM does not report what it supports.
-    #[error("KVM_GET_SUPPORTED_CPUID")]
+    #[error("KVM_GET_SUPPORTED_CPUID failed")]
     Supported(#[source] kvm_ioctls::Error),
     /// There are more leaves than KVM accepts.
     #[error("too many CPUID leaves")]

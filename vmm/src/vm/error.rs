@@ -1,7 +1,7 @@
 //! Why a machine cannot be built, given hidden memory or paused, and how the last two reach the
 //! patcher as [`MachineError`].
 //!
-//! Knows KVM's errors; must not know how a guest is started or how it ended (that is
+//! This module knows KVM's errors; it must not know how a guest is started or how it ended (that is
 //! `crate::error`).
 
 use std::io;
@@ -25,7 +25,7 @@ pub enum VmError {
     #[error("no permission to open /dev/kvm: join the group that owns it (usually `kvm`)")]
     Permission,
     /// `/dev/kvm` cannot be opened for another reason.
-    #[error("/dev/kvm")]
+    #[error("cannot open /dev/kvm")]
     Open(#[source] kvm_ioctls::Error),
     /// The module that serves `/dev/kvm` cannot run a stock kernel.
     #[error(
@@ -40,7 +40,7 @@ pub enum VmError {
     #[error("/dev/kvm lacks {0}: a newer host kernel is needed")]
     Lacks(&'static str),
     /// KVM refused the named call.
-    #[error("{0}")]
+    #[error("{0} failed")]
     Call(&'static str, #[source] kvm_ioctls::Error),
     /// No guest can have this amount of RAM.
     #[error("cannot allocate {} MiB of guest memory: {why}", size >> 20)]
@@ -62,7 +62,7 @@ pub enum VmError {
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
     /// The process cannot have another eventfd.
-    #[error("eventfd")]
+    #[error("cannot create an eventfd")]
     EventFd(#[source] io::Error),
 }
 
@@ -79,7 +79,7 @@ fn served_by(modules: &[String]) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum HiddenError {
     /// The length is 0 or not a multiple of 2 MiB.
-    #[error("{0:#x} bytes is not a multiple of 2 MiB")]
+    #[error("a length of {0:#x} bytes is 0 or not a multiple of 2 MiB")]
     Length(u64),
     /// The guest-physical address space, or the limit on hidden memory, is used up.
     #[error("no space for {0:#x} more bytes")]
@@ -91,7 +91,7 @@ pub enum HiddenError {
     #[error("KVM_SET_USER_MEMORY_REGION: {0}")]
     Slot(kvm_ioctls::Error),
     /// Other hidden memory is at this guest-physical address.
-    #[error("{0:#x} is in use")]
+    #[error("other hidden memory is at {0:#x} already")]
     InUse(u64),
     /// There is no hidden memory at this guest-physical address.
     #[error("no hidden memory at {0:#x}")]

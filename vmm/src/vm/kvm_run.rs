@@ -1,6 +1,6 @@
 //! The two parts of a vCPU's `kvm_run` page to which kvm-ioctls gives no safe access:
-//! `immediate_exit` from another thread, and the data of an internal error. One of the two modules
-//! with `unsafe`; the other is `memslots`.
+//! `immediate_exit` from another thread, and the data of an internal error. This is one of the two
+//! modules of this crate with `unsafe`; the other is `memslots`.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;

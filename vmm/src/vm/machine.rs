@@ -1,8 +1,8 @@
 //! [`patcher::Machine`] over KVM: how the patcher, and introspection with it, pauses, reads and
 //! writes a running machine.
 //!
-//! Knows pauses, guest-physical memory and interrupts; must not know what the patcher does with
-//! them.
+//! This module knows pauses, guest-physical memory and interrupts; it must not know what the
+//! patcher does with them.
 
 use std::sync::Arc;
 

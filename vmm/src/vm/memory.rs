@@ -1,8 +1,8 @@
 //! Guest-physical memory: the guest's RAM, and hidden memory that its memory map never lists.
 //!
-//! Knows which host mapping backs which guest-physical range; must not know what the guest keeps
-//! there. The RAM's mappings never change after the guest is built, so reading RAM takes no lock.
-//! Hidden memory is added and removed at run time, and all clones see the same.
+//! This module knows which host mapping backs which guest-physical range; it must not know what the
+//! guest keeps there. The RAM's mappings never change after the guest is built, so reading RAM
+//! takes no lock. Hidden memory is added and removed at run time, and all clones see the same.
 
 use std::sync::{Arc, PoisonError, RwLock};
 

@@ -1,6 +1,6 @@
 //! KVM's memory slots: which host memory is guest memory at which guest-physical address, and which
-//! page size the host should use for it. One of the two modules with `unsafe`; the other is
-//! `kvm_run`.
+//! page size the host should use for it. This is one of the two modules of this crate with
+//! `unsafe`; the other is `kvm_run`.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;

@@ -1,8 +1,8 @@
 //! The virtual machine over KVM: memory slots, interrupt controllers, timers, vCPUs and their
 //! threads, and the handles by which other threads pause, read and change it.
 //!
-//! Knows KVM; must not know what the guest runs, how it was loaded, or which devices it has (it is
-//! given their buses).
+//! This module knows KVM; it must not know what the guest runs, how it was loaded, or which devices
+//! it has (it is given their buses).
 
 pub mod cpuid;
 pub mod error;

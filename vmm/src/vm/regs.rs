@@ -1,7 +1,7 @@
 //! The registers of a stopped vCPU: read through KVM for introspection, and printed for a crash
 //! report.
 //!
-//! Knows KVM's register calls; must not know vCPU threads or what the guest runs.
+//! This module knows KVM's register calls; it must not know vCPU threads or what the guest runs.
 
 use std::fmt;
 

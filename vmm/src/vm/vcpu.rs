@@ -1,7 +1,7 @@
 //! One vCPU and the thread that runs it: in the guest, paused on command, or exited.
 //!
-//! Only this thread touches its vCPU. Knows the buses and the console's back-pressure; must not
-//! know other vCPUs.
+//! Only this thread touches its vCPU. This module knows the buses and the console's back-pressure;
+//! it must not know other vCPUs.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};

@@ -4,7 +4,7 @@
 //! the number of vCPUs. Pauses nest across all users (the operator, the patcher): the first pause
 //! stops the vCPUs, the last resume lets them run again.
 //!
-//! Knows vCPU threads and their registers; must not know what a pause is for.
+//! This module knows vCPU threads and their registers; it must not know what a pause is for.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -126,7 +126,8 @@ fn a_check_says_what_apply_would_do_and_changes_nothing() {
     let blocks = "     77 stuck           user    pending      \
                   blocked: in cmdline_proc_show+0x5/0x20\n";
     let switches = "      1 init            user    stack\n";
-    let summary = "fix: would apply; 1 task would switch now (1 by stack); 1 task blocks; \
+    let summary = "fix: would apply; 1 task would switch now (by stack); \
+                   1 task would block the transition; \
                    guest paused 1 time, 0.200 ms in all, 0.200 ms at most\n";
     assert_eq!(
         bench.ok(&["check", &module]),
@@ -186,7 +187,7 @@ fn a_core_takes_the_place_of_a_socket() {
 fn a_patch_is_followed_to_its_end_and_back() {
     let bench = Bench::new();
     let module = bench.module("fix");
-    let summary = "in 60 ms; 2 tasks switched (2 by stack); \
+    let summary = "in 60 ms; 2 tasks switched (by stack); \
                    guest paused 2 times, 0.300 ms in all, 0.200 ms at most\n";
     assert_eq!(
         bench.ok(&["apply", &module]),
@@ -213,7 +214,7 @@ fn verbose_lists_every_task_of_a_transition() {
     let tasks = "    PID COMM            KIND    SWITCHED-BY  AFTER\n      \
                  1 init            user    stack        1 ms\n     \
                  77 stuck           user    stack        1 ms\n";
-    let summary = "in 60 ms; 2 tasks switched (2 by stack); \
+    let summary = "in 60 ms; 2 tasks switched (by stack); \
                    guest paused 2 times, 0.300 ms in all, 0.200 ms at most\n";
     assert_eq!(
         bench.ok(&["apply", "-v", &module]),

@@ -1,7 +1,8 @@
 //! A relocatable ELF file as plain data: sections, symbols, relocations.
 //!
-//! Knows ELF and its limits, nothing of kernels. The file may be hostile: every count and every
-//! range is checked here, once, so that the rest of [`module`](crate::module) can rely on them.
+//! This module knows ELF and its limits, nothing of kernels. The file may be hostile: every count
+//! and every range is checked here, once, so that the rest of [`module`](crate::module) can rely on
+//! them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

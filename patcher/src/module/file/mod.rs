@@ -1,8 +1,9 @@
 //! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
 //!
-//! Read in the order [`elf`], [`modinfo`], [`sections`], [`layout`]; [`klp`] last, as it needs the
-//! layout of the guest kernel's structures. Otherwise knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
-//! here, in files of their own beside [`klp`].
+//! They are read in the order [`elf`], [`modinfo`], [`sections`], [`layout`]; [`klp`] last, as it
+//! needs the layout of the guest kernel's structures. This module otherwise knows nothing of a
+//! guest. Further formats (kpatch-build, klp-build) and module signatures belong here, in files of
+//! their own beside [`klp`].
 
 pub mod elf;
 pub mod klp;

@@ -1,9 +1,9 @@
 //! The [`Placement`] of each section of a livepatch module: code, read-only data, data, dropped.
 //! Other sections are refused.
 //!
-//! Follows what `kernel/module/main.c` and `arch/x86/kernel/module.c: module_finalize` do with
-//! each. What this loader cannot do is refused by name: a guest in which a table was silently
-//! dropped would misbehave later.
+//! This module follows what `kernel/module/main.c` and `arch/x86/kernel/module.c: module_finalize`
+//! do with each. What this loader cannot do is refused by name: a guest in which a table was
+//! silently dropped would misbehave later.
 
 use crate::module::error::ModuleError;
 use crate::module::file::elf::{ElfFile, Place, Section};

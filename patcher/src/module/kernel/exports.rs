@@ -1,8 +1,8 @@
 //! The kernel's own tables of exported symbols, searched in guest memory.
 //!
-//! Follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`, sorted by name.
-//! Up to 6.x there is one array for all modules and one for GPL-compatible modules; 7.x has one
-//! array, and a byte of flags for each entry.
+//! This module follows `kernel/module/main.c: find_symbol`: arrays of `struct kernel_symbol`,
+//! sorted by name. Up to 6.x there is one array for all modules and one for GPL-compatible modules;
+//! 7.x has one array, and a byte of flags for each entry.
 
 use introspect::{Btf, BtfError, Gva, KernelMemory, Symbols};
 

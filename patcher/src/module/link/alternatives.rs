@@ -1,7 +1,7 @@
 //! `.altinstructions`: replaces the instructions for which this CPU has alternatives.
 //!
 //! This is necessary, not an optimization only: STAC and CLAC are NOPs in the file, and a kernel
-//! that runs with SMAP faults without them. Follows `arch/x86/kernel/alternative.c:
+//! that runs with SMAP faults without them. This module follows `arch/x86/kernel/alternative.c:
 //! apply_alternatives`, for both of its table layouts.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};

@@ -2,8 +2,8 @@
 //!
 //! The guest does not know the patch's sites, so a later change of a key would not reach them. Only
 //! keys that can no longer change are accepted: those in the kernel's (or the patch's own)
-//! read-only-after-init data, in a guest that is up. All others are refused by name. Follows
-//! `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
+//! read-only-after-init data, in a guest that is up. All others are refused by name. This module
+//! follows `kernel/jump_label.c: jump_label_type` and `arch/x86/kernel/jump_label.c`.
 
 use introspect::{Gva, GvaRange};
 

@@ -1,10 +1,10 @@
 //! Links a module for one guest: does from outside what `kernel/module/main.c: load_module` does up
 //! to running the init function.
 //!
-//! Knows the order of the steps: [`modversions`], [`symbols`], the sections and relocations
-//! ([`linker`]), then the tables that change code, each in a file of its own ([`return_thunks`],
-//! [`alternatives`], [`jump_labels`]), and [`verify`] last. [`resolve`] finds the functions to be
-//! replaced; it is used before, when the patch is prepared.
+//! This module knows the order of the steps: [`modversions`], [`symbols`], the sections and
+//! relocations ([`linker`]), then the tables that change code, each in a file of its own
+//! ([`return_thunks`], [`alternatives`], [`jump_labels`]), and [`verify`] last. [`resolve`] finds
+//! the functions to be replaced; it is used before, when the patch is prepared.
 
 pub mod alternatives;
 pub mod image;

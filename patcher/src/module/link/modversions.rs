@@ -1,7 +1,7 @@
 //! Checks that a module was built for this kernel, by the kernel's own rules: vermagic, the size of
 //! `struct module`, symbol versions (modversions).
 //!
-//! Follows `kernel/module/version.c` and `kernel/module/main.c: check_modinfo`.
+//! This module follows `kernel/module/version.c` and `kernel/module/main.c: check_modinfo`.
 
 use std::collections::HashMap;
 

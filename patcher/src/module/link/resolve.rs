@@ -1,7 +1,8 @@
 //! Finds the kernel's functions that a patch replaces, by livepatch's own rules.
 //!
-//! Follows `kernel/livepatch/core.c: klp_find_object_symbol`. Unlike the kernel, it also finds the
-//! parts of a function that the compiler put elsewhere, because a task in `foo.cold` is in `foo`.
+//! This module follows `kernel/livepatch/core.c: klp_find_object_symbol`. Unlike the kernel, it
+//! also finds the parts of a function that the compiler put elsewhere, because a task in `foo.cold`
+//! is in `foo`.
 
 use introspect::GvaRange;
 use introspect::symbols::Symbols;

@@ -1,9 +1,9 @@
 //! `.return_sites`: turns each `jmp __x86_return_thunk` into the return that this CPU's mitigations
 //! need.
 //!
-//! Since 6.9 a return that is left as it is runs into `warn_thunk_thunk`, a WARN. Follows
-//! `arch/x86/kernel/alternative.c: apply_returns`: the kernel's variable `x86_return_thunk` says
-//! where returns go; while it has its initial value, they are plain `ret`s.
+//! Since 6.9 a return that is left as it is runs into `warn_thunk_thunk`, a WARN. This module
+//! follows `arch/x86/kernel/alternative.c: apply_returns`: the kernel's variable `x86_return_thunk`
+//! says where returns go; while it has its initial value, they are plain `ret`s.
 
 use introspect::Gva;
 

@@ -1,7 +1,7 @@
 //! The value of every symbol of a module: the module's own by their section, undefined ones by the
 //! kernel's exports, livepatch symbols by the kernel's full symbol table.
 //!
-//! Follows `kernel/module/main.c: simplify_symbols, resolve_symbol` and
+//! This module follows `kernel/module/main.c: simplify_symbols, resolve_symbol` and
 //! `kernel/livepatch/core.c: klp_resolve_symbols`.
 
 use introspect::Gva;

@@ -1,7 +1,7 @@
 //! What is made on the host before a bed starts: the `outpatch` binary, and kernels with the
 //! initramfs and the patches that go with them.
 //!
-//! Knows what most scenarios need; what a single one needs besides, it adds itself
+//! This module knows what most scenarios need; what a single one needs besides, it adds itself
 //! (`Scenario::prepare`).
 
 use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! A scenario: a named test with a part that runs inside the test bed, and parts that run on the
 //! host around it.
 //!
-//! Knows what a scenario consists of; must not know which scenarios there are.
+//! This module knows what a scenario consists of; it must not know which scenarios there are.
 
 use std::env;
 use std::path::Path;

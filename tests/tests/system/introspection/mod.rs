@@ -1,4 +1,5 @@
-//! Scenarios of reading a guest: its tasks, stacks and symbols, running, paused and from core files.
+//! Scenarios of reading a guest: its tasks, stacks and symbols, running, paused and from core
+//! files.
 
 pub mod core_dumps;
 pub mod differential;

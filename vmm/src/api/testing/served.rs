@@ -97,7 +97,7 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap()
     }
 
-    /// Asserts that it is a refusal of this kind, with one-line texts.
+    /// Asserts that it is an error of this kind, with one-line texts.
     pub fn refused(&self, kind: Kind) {
         assert_eq!(self.status, kind.status().as_u16(), "{self:?}");
         let problem: types::Problem = serde_json::from_str(&self.body).unwrap();

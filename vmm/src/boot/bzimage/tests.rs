@@ -167,5 +167,8 @@ fn what_does_not_fit_is_refused() {
         "",
         "noinitrd",
     ));
-    assert!(missing.starts_with("initrd /no/such/initrd: "), "{missing}");
+    assert!(
+        missing.starts_with("cannot read initrd /no/such/initrd: "),
+        "{missing}"
+    );
 }

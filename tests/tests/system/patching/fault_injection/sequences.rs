@@ -1,6 +1,7 @@
 //! Sequences of calls in a guest in which a step is made to fail, and what must hold then.
 //!
-//! Knows the calls and what is checked around each; must not know what kind of guest it is.
+//! This module knows the calls and what is checked around each; it must not know what kind of guest
+//! it is.
 
 use std::time::{Duration, Instant};
 
