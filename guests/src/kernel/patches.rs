@@ -69,17 +69,21 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 17] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 21] = patch_sources![
     "callbacks",
     "cmdline",
+    "constant",
+    "exit-work",
     "features",
     "getpid",
+    "init-value",
     "module-object",
     "not-livepatch",
     "pause",
     "kinds",
     "kthread",
     "percpu",
+    "rcu-callback",
     "replacing",
     "two-functions",
     "uname",

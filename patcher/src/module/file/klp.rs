@@ -87,6 +87,8 @@ pub struct KlpPatch {
     pub functions: Vec<PatchFunction>,
     /// Where its member `mod` is, which the module's loader would set.
     pub(in crate::module) module_pointer: ModuleOffset,
+    /// Where its structures are, with their lengths in bytes.
+    pub(in crate::module) structures: Vec<(ModuleOffset, u64)>,
 }
 
 /// A section of the module and an offset in it.
@@ -131,6 +133,7 @@ pub(in crate::module) fn read(
         .pointer(at.plus(layout.patch_objs))?
         .ok_or_else(|| bad("klp_patch has no objects"))?;
     let mut functions = None;
+    let mut structures = vec![(at, layout.patch_size)];
     for index in 0.. {
         limit("patched objects", index, MAX_OBJECTS)?;
         let object = objects.plus((index as u64).wrapping_mul(layout.object_size));
@@ -145,17 +148,25 @@ pub(in crate::module) fn read(
         }
         reader.refuse_callbacks(object, layout)?;
         let funcs = funcs.ok_or_else(|| bad("an object has no functions"))?;
+        structures.push((object, layout.object_size));
         if functions
-            .replace(reader.functions(funcs, layout)?)
+            .replace((funcs, reader.functions(funcs, layout)?))
             .is_some()
         {
             return Err(bad("two objects are both vmlinux"));
         }
     }
-    let functions = functions.filter(|list| !list.is_empty());
+    let (array, functions) = functions
+        .filter(|(_, list): &(_, Vec<_>)| !list.is_empty())
+        .ok_or_else(|| bad("the patch has no functions"))?;
+    structures.push((
+        array,
+        layout.func_size.saturating_mul(functions.len() as u64),
+    ));
     Ok(KlpPatch {
         replace,
-        functions: functions.ok_or_else(|| bad("the patch has no functions"))?,
+        functions,
+        structures,
         module_pointer: at.plus(layout.patch_mod),
     })
 }

@@ -10,6 +10,7 @@ mod init_exit;
 pub mod klp;
 pub mod layout;
 pub mod modinfo;
+pub mod own_addresses;
 pub mod sections;
 
 use crate::module::KlpPatch;
