@@ -324,7 +324,7 @@ fn addresses_that_the_guest_may_keep_are_found() {
     let table = taken(&|ko| {
         ko.get(".data")
             .relocations
-            .push((16, R64, ".text".into(), 0))
+            .push((312, R64, ".text".into(), 0))
     });
     assert_eq!(table.code.as_deref(), Some("new_victim"));
     // A direct call of its own function.
