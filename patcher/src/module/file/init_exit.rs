@@ -163,7 +163,7 @@ impl<'a> Walk<'a> {
             .any(|memory| writes(memory.access()) && !own_stack(memory.base()));
         if stores && !insn.is_stack_instruction() {
             return Err(match self.relocation(insn) {
-                Some(relocation) => format!("it stores to {}", self.describe(relocation)),
+                Some(relocation) => format!("it stores to {}", self.describe(relocation, insn)),
                 None => format!("it stores to memory at {}", self.place(insn)),
             });
         }
@@ -231,29 +231,20 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The symbol of a relocation, or the section and the nearest object in it.
-    fn describe(&self, relocation: &Relocation) -> String {
-        let Some(symbol) = self.file.symbol(relocation.symbol) else {
-            return String::new();
+    /// What an instruction's relocated operand refers to, by the name of the object, or of the
+    /// symbol or section that it is in.
+    fn describe(&self, relocation: &Relocation, insn: &Instruction) -> String {
+        let Some(at) = self.operand(relocation, insn.next_ip()) else {
+            let symbol = self.file.symbol(relocation.symbol);
+            return symbol.map_or_else(String::new, |s| s.name.clone());
         };
-        let Place::Section(index) = symbol.place else {
-            return symbol.name.clone();
-        };
-        // A PC-relative operand counts from the end of the instruction, some bytes on.
-        let at = symbol.value.wrapping_add_signed(relocation.addend);
         let covers = |s: &&Symbol| {
-            let near = at.wrapping_add(4).wrapping_sub(s.value);
-            s.object && s.place == Place::Section(index) && near < s.size.saturating_add(4)
+            let inside = at.offset >= s.value && at.offset - s.value < s.size;
+            s.object && s.place == Place::Section(at.section) && inside
         };
-        let object = self.file.symbols.iter().find(covers);
-        match object.map(|object| &object.name) {
-            Some(name) => name.clone(),
-            None if symbol.name.is_empty() => self
-                .file
-                .section(index)
-                .map_or_else(String::new, |s| s.name.clone()),
-            None => symbol.name.clone(),
-        }
+        let object = self.file.symbols.iter().find(covers).map(|s| &s.name);
+        let section = self.file.section(at.section).map(|s| &s.name);
+        object.or(section).cloned().unwrap_or_default()
     }
 
     fn place(&self, insn: &Instruction) -> String {

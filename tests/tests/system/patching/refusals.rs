@@ -77,7 +77,7 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         (
             "an init function that sets a value",
             kernel.patch("init-value")?,
-            "it stores to",
+            "it stores to limit",
         ),
         (
             "an exit function that waits",
