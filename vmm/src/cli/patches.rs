@@ -2,6 +2,7 @@
 //! `force` and `signal`.
 
 use std::path::Path;
+use std::time::Instant;
 
 use patcher::{PatchPhase, PatchStatus};
 use vmm::api::types::PatchChange;
@@ -9,7 +10,7 @@ use vmm::client::{Client, patch_resource};
 
 use crate::cli::args::{Following, PatchName, Waiting};
 use crate::cli::error::CommandError;
-use crate::cli::module::read_module;
+use crate::cli::module::{READ_TIMEOUT, read_module};
 use crate::cli::output::{Output, Tone};
 use crate::cli::progress::{Outcome, Watch};
 use crate::cli::summary::{patch_line, pending, pending_count, word};
@@ -22,7 +23,10 @@ pub fn apply(
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    let module = read_module(file)?;
+    let begin = Instant::now();
+    let timeout = waiting.following.timeout;
+    let module = read_module(file, timeout.unwrap_or(READ_TIMEOUT))?;
+    let reading = begin.elapsed();
     let resource = format!("/patches?mode={}", word(&waiting.mode));
     let started: PatchStatus =
         client
@@ -32,8 +36,12 @@ pub fn apply(
                 source,
             })?;
     let started = signal_after(client, started, waiting)?;
+    let following = Following {
+        timeout: timeout.map(|timeout| timeout.saturating_sub(reading)),
+        ..waiting.following.clone()
+    };
     let target = PatchPhase::Applied;
-    follow(client, started, target, &waiting.following, json, output)
+    follow(client, started, target, &following, json, output)
 }
 
 /// Reverts the patch `name`, or the single one that is applied.

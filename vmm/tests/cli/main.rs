@@ -610,6 +610,21 @@ fn module_bytes() -> Vec<u8> {
 }
 
 #[test]
+fn a_pipe_that_is_not_written_to_does_not_hang_a_command() {
+    let bench = Bench::new();
+    let fifo = bench.dir.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let started = Instant::now();
+    let fifo = fifo.to_str().unwrap();
+    let line = refused(&bench.run(&["apply", "--timeout", "0.5", fifo]), 1);
+    assert!(line.contains("it did not end in 0.5 s"), "{line}");
+    assert!(started.elapsed() < Duration::from_secs(10));
+    let line = refused(&bench.run(&["check", fifo]), 1);
+    assert!(line.contains("it did not end in 30 s"), "{line}");
+}
+
+#[test]
 fn too_little_memory_is_called_that() {
     let bench = Bench::new();
     let mut image = vec![0; 3 * 512 + 4096];
