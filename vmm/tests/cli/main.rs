@@ -202,7 +202,17 @@ fn a_patch_is_followed_to_its_end_and_back() {
     assert_eq!(bench.json(&["status", "fix", "--json"])["phase"], "applied");
     assert_eq!(bench.ok(&["revert"]), format!("fix: reverted {summary}"));
     let line = refused(&bench.run(&["revert"]), 1);
-    assert_eq!(line, "outpatch: no patch is applied\n");
+    assert_eq!(
+        line,
+        "outpatch: no patch is applied: there is nothing to revert\n"
+    );
+    for name in ["fix", "fix.ko"] {
+        let line = refused(&bench.run(&["revert", name]), 1);
+        assert_eq!(
+            line,
+            "outpatch: fix is already reverted: there is nothing to revert\n"
+        );
+    }
     let json = bench.json(&["apply", "--json", &module]);
     assert_eq!(json["phase"], "applied");
     let both = bench.json(&["status", "--json"]);
@@ -324,6 +334,15 @@ fn a_transition_is_cancelled_or_forced() {
         (&ended["force"], &ended["phase"]),
         (&true.into(), &"applied".into())
     );
+    let forced = "it was forced, so its code is never freed";
+    let text = bench.ok(&["status", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["revert", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["status", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["status"]);
+    assert!(text.contains("reverted, forced"), "{text}");
 }
 
 #[test]
@@ -369,16 +388,32 @@ fn a_timeout_names_tasks_that_block_and_the_transition_continues() {
          1 task pending: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
     );
     let shown = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        shown.contains("77 stuck           user    pending      blocked: in cmdline_proc_show"),
-        "{shown}"
-    );
+    let blocked = "77 stuck           user    pending      blocked: in cmdline_proc_show";
+    assert!(shown.contains(blocked), "{shown}");
+    // Also without the patch's name.
+    let status = bench.ok(&["status"]);
+    assert!(status.contains("stuck applying"), "{status}");
+    assert!(status.contains(blocked), "{status}");
+    let all = bench.ok(&["status", "-v"]);
+    assert_eq!(all.lines().count(), status.lines().count() + 2, "{all}");
     assert_eq!(
         bench.json(&["status", "stuck", "--json"])["transition"],
         true
     );
     let reverted = bench.ok(&["revert", "stuck"]);
     assert!(reverted.contains("stuck: reverted"), "{reverted}");
+}
+
+#[test]
+fn a_paused_guest_is_named_as_what_delays_a_transition() {
+    let bench = Bench::with(FakeGuest::stuck());
+    let module = bench.module("fix");
+    bench.ok(&["pause"]);
+    let output = bench.run(&["apply", "--timeout", "1.5", &module]);
+    refused(&output, 4);
+    let shown = String::from_utf8(output.stdout).unwrap();
+    let line = "the guest is paused: the transition continues when it runs (outpatch resume)\n";
+    assert_eq!(shown.matches(line).count(), 1, "{shown}");
 }
 
 #[test]
