@@ -94,6 +94,7 @@ impl ModuleError {
                 | ModuleError::ModuleTarget(_)
                 | ModuleError::Callbacks(_)
                 | ModuleError::States
+                | ModuleError::TooMany { .. }
         )
     }
 }

@@ -144,6 +144,11 @@ fn what_is_not_supported_is_unprocessable() {
         module(ModuleError::ModuleTarget("ext4".into())),
         module(ModuleError::Callbacks("pre_patch".into())),
         module(ModuleError::States),
+        module(ModuleError::TooMany {
+            what: "bytes of code or data",
+            count: 17 << 20,
+            max: 16 << 20,
+        }),
         dropped.into(),
         key.into(),
         site(SiteError::None),
