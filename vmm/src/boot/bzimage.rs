@@ -387,9 +387,9 @@ impl Initrd {
 /// Opens a regular file. A directory would open as well, and then fail with a misleading error when
 /// read.
 fn open_file(path: &Path) -> io::Result<File> {
-    let file = File::open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
+    // Opening a pipe would block until another process opens it for writing.
+    if std::fs::metadata(path)?.is_file() {
+        File::open(path)
     } else {
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,

@@ -657,6 +657,12 @@ fn a_pipe_that_is_not_written_to_does_not_hang_a_command() {
     assert!(started.elapsed() < Duration::from_secs(10));
     let line = refused(&bench.run(&["check", fifo]), 1);
     assert!(line.contains("it did not end in 30 s"), "{line}");
+    // Other files are large, and must be regular ones.
+    let socket = bench.dir.path().join("run.sock");
+    for args in [&["ps", "--core", fifo][..], &["run", "--kernel", fifo]] {
+        let line = refused(&outpatch(&socket, args), 1);
+        assert!(line.contains("not a regular file"), "{line}");
+    }
 }
 
 #[test]
