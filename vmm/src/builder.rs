@@ -64,6 +64,7 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
         .filter(|cpus| (1..=MAX_CPUS).contains(&u32::from(*cpus)))
         .ok_or(RunError::Cpus(config.cpus))?;
     let mut kernel = Kernel::open(&config.kernel)?;
+    kernel.check_memory(config.memory)?;
     let kvm = open_kvm()?;
     check_serving()?;
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;

@@ -1,8 +1,11 @@
 //! `outpatch`: starts a guest, or talks to the VMM of a running one.
 
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::util::SubscriberInitExt;
 
 #[cfg(test)]
 mod abi;
@@ -24,12 +27,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing::Level::WARN)
-        .without_time()
-        .with_target(false)
-        .init();
+    log_to(io::stderr, &io::stderr()).init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage_error(&error),
@@ -42,6 +40,21 @@ fn main() -> ExitCode {
         eprintln!("outpatch: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Writes warnings and errors to `writer`, one a line; in colour only where `stream`, which it
+/// writes to, takes colours.
+fn log_to<W>(writer: W, stream: &impl IsTerminal) -> impl SubscriberInitExt
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    tracing_subscriber::fmt()
+        .with_writer(writer)
+        .with_ansi(cli::output::in_colour(stream))
+        .with_max_level(tracing::Level::WARN)
+        .without_time()
+        .with_target(false)
+        .finish()
 }
 
 /// Exit status for wrong arguments.
@@ -67,4 +80,25 @@ fn usage_error(error: &clap::Error) -> ExitCode {
     let line = line.strip_prefix("error: ").unwrap_or(&line);
     eprintln!("outpatch: {line} (see --help)");
     ExitCode::from(USAGE_ERROR)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn lines_of_the_log_have_no_colours_in_a_pipe() {
+        let (mut from, to) = io::pipe().unwrap();
+        let to = File::from(OwnedFd::from(to));
+        let log = log_to(to.try_clone().unwrap(), &to).set_default();
+        tracing::warn!(patch = "fix", "the guest is odd");
+        drop((log, to));
+        let mut text = String::new();
+        from.read_to_string(&mut text).unwrap();
+        assert_eq!(text.trim(), "WARN the guest is odd patch=\"fix\"");
+    }
 }

@@ -105,6 +105,7 @@ impl ModuleError {
                 | ModuleError::States
                 | ModuleError::Init(_)
                 | ModuleError::Exit(_)
+                | ModuleError::TooMany { .. }
         )
     }
 }

@@ -159,7 +159,8 @@ impl Patcher {
             }
             Direction::Revert => {
                 patch.phase = PatchPhase::Reverted;
-                self.reverted = Some(patch.status(None));
+                let status = patch.status(None);
+                self.set_reverted(Some(status));
                 self.remove_patch(at, true);
             }
         }
@@ -178,7 +179,8 @@ impl Patcher {
         for _ in 0..at {
             if let Some(old) = self.patches.first_mut() {
                 old.phase = PatchPhase::Reverted;
-                self.reverted = Some(old.status(None));
+                let status = old.status(None);
+                self.set_reverted(Some(status));
             }
             self.remove_patch(0, true);
         }

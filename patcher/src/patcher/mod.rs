@@ -59,6 +59,8 @@ pub struct Patcher {
     waker: Option<TaskWaker>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
+    /// Forced patches that were reverted before that: their code is still in the guest.
+    forced: Vec<PatchStatus>,
     pauses: PauseReport,
     /// Bytes of patches that are gone and may still be used by the guest.
     kept_bytes: u64,
@@ -136,7 +138,7 @@ impl Patcher {
             return Err(error);
         }
         if self.reverted.as_ref().is_some_and(|old| old.name == name) {
-            self.reverted = None;
+            self.set_reverted(None);
         }
         Ok(name)
     }
@@ -288,7 +290,8 @@ impl Patcher {
             .map(|running| running.transition.due())
     }
 
-    /// Every patch that is in the guest, and the last one that was reverted. Stops nothing.
+    /// Every patch that is in the guest, and the last one that was reverted. Before them, the
+    /// forced ones that were reverted earlier, without tasks. Stops nothing.
     #[must_use]
     pub fn status(&self) -> Vec<PatchStatus> {
         let transition = |at| {
@@ -297,7 +300,18 @@ impl Patcher {
         };
         let patches = self.patches.iter().enumerate();
         let present = patches.map(|(at, patch)| patch.status(transition(at)));
-        present.chain(self.reverted.clone()).collect()
+        let all = self.forced.iter().cloned().chain(present);
+        all.chain(self.reverted.clone()).collect()
+    }
+
+    /// Sets the last patch that was reverted. The one before it is kept if it was forced.
+    fn set_reverted(&mut self, status: Option<PatchStatus>) {
+        if let Some(mut before) = std::mem::replace(&mut self.reverted, status)
+            && before.force
+        {
+            before.tasks.clear();
+            self.forced.push(before);
+        }
     }
 
     /// All pauses so far, of every call.
@@ -361,6 +375,7 @@ impl Patcher {
             tracing::warn!(%error, patches = self.patches.len(), "the guest's kernel is gone");
             self.guest = None;
             self.patches.clear();
+            self.forced.clear();
             self.running = None;
             self.waker = None;
             // What is hidden there stays, and the new kernel does not see it.
@@ -426,4 +441,43 @@ fn no_kernel() -> PatchError {
 /// A position in the list of patches that is none: a bug.
 fn no_patch() -> PatchError {
     PatchError::Internal("the patch is not in the list of patches")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reverted(name: &str, force: bool) -> PatchStatus {
+        PatchStatus {
+            name: name.into(),
+            phase: PatchPhase::Reverted,
+            enabled: false,
+            transition: false,
+            force,
+            replace: false,
+            signal: false,
+            kept_bytes: 0,
+            functions: vec![],
+            tasks: vec![],
+            transition_ms: 1,
+            pauses: PauseReport::default(),
+        }
+    }
+
+    #[test]
+    fn forced_patches_are_listed_permanently() {
+        let mut patcher = Patcher::new();
+        for (name, force) in [("a", false), ("b", true), ("c", true), ("d", false)] {
+            patcher.set_reverted(Some(reverted(name, force)));
+        }
+        let names = |patcher: &Patcher| -> Vec<String> {
+            let patches = patcher.status().into_iter();
+            patches.map(|patch| patch.name).collect()
+        };
+        assert_eq!(names(&patcher), ["b", "c", "d"]);
+        patcher.set_reverted(Some(reverted("c", true)));
+        // As when `c` is applied again.
+        patcher.set_reverted(None);
+        assert_eq!(names(&patcher), ["b", "c", "c"]);
+    }
 }

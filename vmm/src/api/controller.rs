@@ -7,7 +7,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use patcher::{CheckReport, ErrorKind, MachineError, Mode, PatchError, PatchStatus, Patcher};
+use patcher::{
+    CheckReport, ErrorKind, LinkError, MachineError, Mode, PatchError, PatchStatus, Patcher,
+};
 
 use crate::api::control::Control;
 use crate::api::problem::{Kind, Problem};
@@ -38,6 +40,10 @@ impl Controller {
             patcher: Patcher::new(),
             failure: None,
         }
+    }
+
+    fn problem(&self, error: &PatchError) -> Problem {
+        problem(error, self.vm.state())
     }
 }
 
@@ -76,7 +82,7 @@ impl Control for Controller {
         let tasks = self
             .patcher
             .tasks(&mut self.machine)
-            .map_err(|error| problem(&error))?;
+            .map_err(|error| self.problem(&error))?;
         Ok(tasks.iter().map(types::Task::from).collect())
     }
 
@@ -84,7 +90,7 @@ impl Control for Controller {
         let stack = self
             .patcher
             .stack(&mut self.machine, pid)
-            .map_err(|error| problem(&error))?;
+            .map_err(|error| self.problem(&error))?;
         Ok(stack.into())
     }
 
@@ -92,7 +98,7 @@ impl Control for Controller {
         let stacks = self
             .patcher
             .stacks(&mut self.machine)
-            .map_err(|error| problem(&error))?;
+            .map_err(|error| self.problem(&error))?;
         Ok(stacks.into_iter().map(types::TaskStack::from).collect())
     }
 
@@ -100,7 +106,7 @@ impl Control for Controller {
         let symbols = self
             .patcher
             .symbols(&mut self.machine)
-            .map_err(|error| problem(&error))?;
+            .map_err(|error| self.problem(&error))?;
         Ok(symbols.into_iter().map(types::Symbol::from).collect())
     }
 
@@ -113,7 +119,7 @@ impl Control for Controller {
                     kernel.and_then(|kernel| kernel.vmcoreinfo(&kernel.memory(memory)));
                 dump.write(memory, vcpus, vmcoreinfo.as_deref())
             })
-            .map_err(|error| problem(&error))?;
+            .map_err(|error| self.problem(&error))?;
         let bytes = written.map_err(|error| dump_problem(&error))?;
         dump.finish().map_err(|error| dump_problem(&error))?;
         Ok(types::Dump {
@@ -130,37 +136,37 @@ impl Control for Controller {
     fn check(&mut self, module: &[u8]) -> Result<CheckReport, Problem> {
         self.patcher
             .check(&mut self.machine, module)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn apply(&mut self, module: &[u8], mode: Mode) -> Result<String, Problem> {
         self.patcher
             .apply(&mut self.machine, module, mode)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn revert(&mut self, name: &str, mode: Mode) -> Result<(), Problem> {
         self.patcher
             .revert(&mut self.machine, name, mode)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn cancel(&mut self, name: &str) -> Result<(), Problem> {
         self.patcher
             .cancel(&mut self.machine, name)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn force(&mut self, name: &str) -> Result<(), Problem> {
         self.patcher
             .force(&mut self.machine, name)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn signal(&mut self, name: &str, after: Duration) -> Result<(), Problem> {
         self.patcher
             .signal(&mut self.machine, name, after)
-            .map_err(|error| problem(&error))
+            .map_err(|error| self.problem(&error))
     }
 
     fn poll(&mut self) {
@@ -180,9 +186,31 @@ impl Control for Controller {
 }
 
 /// The API's error for an error of the patcher, in the patcher's words.
-fn problem(error: &PatchError) -> Problem {
+///
+/// A guest that the operator has paused is not busy, nor does it boot: it stays as it is, and
+/// trying again does not help.
+fn problem(error: &PatchError, state: VmState) -> Problem {
     let (kind, detail) = answer_to(error.kind());
-    Problem::new(kind, error, detail)
+    if state == VmState::Running {
+        return Problem::new(kind, error, detail);
+    }
+    let found = match error {
+        PatchError::Busy { what, .. } => {
+            format!("the guest is paused in the middle of a change ({what})")
+        }
+        PatchError::NotReady(why) => {
+            format!("the guest is paused, and its kernel is not up yet: {why}")
+        }
+        PatchError::NotAtOnce { .. } | PatchError::Module(LinkError::Booting) => {
+            format!("the guest is paused: {error}")
+        }
+        _ => return Problem::new(kind, error, detail),
+    };
+    Problem::new(
+        Kind::Conflict,
+        found,
+        "nothing was changed in the guest; resume it (outpatch resume, or PATCH /vm) first",
+    )
 }
 
 /// The API's kind for each kind of error, and what its reader can do about it. An error that says
@@ -195,7 +223,7 @@ fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
         ),
         ErrorKind::Unsupported => (
             Kind::Unsupported,
-            "the guest runs on as before; patch it from inside, or wait for a later outpatch",
+            "the guest is as before; docs/limits.md lists what outpatch does not support",
         ),
         ErrorKind::NotFound => (Kind::NotFound, "see GET /tasks and GET /patches"),
         ErrorKind::Conflict => (Kind::Conflict, "see GET /patches"),
@@ -240,37 +268,4 @@ fn machine_problem(error: &MachineError) -> Problem {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn errors_keep_the_patchers_words() {
-        let p = problem(&PatchError::NoSuchTask(7));
-        assert_eq!(
-            (p.kind, p.error.as_str()),
-            (Kind::NotFound, "no task with pid 7")
-        );
-        let p = problem(&PatchError::NotReady(introspect::NotReady::NoImage));
-        assert_eq!(p.kind, Kind::Unavailable);
-    }
-
-    #[test]
-    fn what_may_be_tried_again_is_not_answered_as_unsupported() {
-        let busy = PatchError::Busy {
-            what: "tasklist_lock is held for writing".into(),
-            tries: 100,
-        };
-        let not_at_once = PatchError::NotAtOnce {
-            blocker: "77 sleeper in do_wait+0x5".into(),
-            others: 0,
-        };
-        let too_many = PatchError::TooManyTasks { max: 512 };
-        for error in [busy, not_at_once, too_many] {
-            assert_ne!(problem(&error).kind, Kind::Unsupported, "{error}");
-        }
-        let replaced = problem(&PatchError::AnotherKernel("6.1.0-1".into()));
-        assert_eq!(replaced.kind, Kind::Unavailable);
-        assert!(replaced.detail.contains("try again"));
-        assert!(!answer_to(ErrorKind::Unsupported).1.contains("try again"));
-    }
-}
+mod tests;

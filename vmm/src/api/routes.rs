@@ -310,10 +310,14 @@ async fn no_method() -> Problem {
 
 /// Whether the body may be a module: its content type says so, or is missing. A web browser's form
 /// or JSON is not a module.
+///
+/// Media types have no case, and may be followed by parameters (RFC 9110, 8.3.1).
 fn is_module(headers: &HeaderMap) -> bool {
-    headers
-        .get(header::CONTENT_TYPE)
-        .is_none_or(|kind| kind.as_bytes() == b"application/octet-stream")
+    headers.get(header::CONTENT_TYPE).is_none_or(|kind| {
+        let mut parts = kind.as_bytes().split(|byte| *byte == b';');
+        let media_type = parts.next().unwrap_or_default().trim_ascii();
+        media_type.eq_ignore_ascii_case(b"application/octet-stream")
+    })
 }
 
 fn too_large(limit: usize) -> Problem {

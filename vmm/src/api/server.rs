@@ -55,6 +55,9 @@ const MAX_HEAD: usize = 16 << 10;
 /// The most header fields of a request.
 const MAX_HEADERS: usize = 64;
 
+/// How long what a client still sends is received and discarded after the last answer.
+const LINGER: Duration = Duration::from_secs(2);
+
 /// How long answers in progress may take when the VM ends.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -168,7 +171,7 @@ async fn next_connection(
 
 /// Serves one connection to its end.
 async fn serve(
-    stream: UnixStream,
+    mut stream: UnixStream,
     router: Router,
     limits: Limits,
     mut stopped: watch::Receiver<bool>,
@@ -179,18 +182,51 @@ async fn serve(
         .header_read_timeout(limits.head)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = tokio::time::sleep(limits.connection) => return,
-        () = until_stopped(&mut stopped) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+        .serve_connection(TokioIo::new(&mut stream), TowerToHyperService::new(router));
+    let ended = {
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = tokio::time::sleep(limits.connection) => return,
+            () = until_stopped(&mut stopped) => {
+                connection.as_mut().graceful_shutdown();
+                let _ = connection.await;
+                return;
+            }
         }
     };
-    // The client disconnected, or did not send HTTP: no fault of the server.
-    if let Err(error) = ended {
-        tracing::debug!("connection: {error}");
+    match ended {
+        Ok(()) => {}
+        // Such a request is answered, too.
+        Err(error) if error.is_parse() => tracing::debug!("connection: {error}"),
+        // The client disconnected, or sent no request in time: no fault of the server.
+        Err(error) => {
+            tracing::debug!("connection: {error}");
+            return;
+        }
+    }
+    tokio::select! {
+        () = linger(stream) => {}
+        () = tokio::time::sleep(LINGER) => {}
+        () = until_stopped(&mut stopped) => {}
+    }
+}
+
+/// Receives and discards what the client still sends, until it closes the connection.
+///
+/// A request can be answered before its body was received. If the socket were closed then, a client
+/// that still sends the body would get an error (EPIPE), and might not read the answer at all.
+async fn linger(stream: UnixStream) {
+    // The client sees the end of the answers at once.
+    let _ = rustix::net::shutdown(&stream, rustix::net::Shutdown::Write);
+    let mut discarded = [0; 16 << 10];
+    while stream.readable().await.is_ok() {
+        match stream.try_read(&mut discarded) {
+            Ok(0) => return,
+            // A client that sends without a pause must not keep others from being served.
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
     }
 }

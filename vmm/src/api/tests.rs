@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::api::problem::Kind;
 use crate::api::routes::{MAX_MODULE, ROUTES};
 use crate::api::server::Limits;
-use crate::api::testing::{ELF, FakeGuest, Served, module};
+use crate::api::testing::{Answer, ELF, FakeGuest, Served, module};
 
 #[test]
 fn the_vm_is_described_paused_and_resumed() {
@@ -280,6 +280,98 @@ fn bodies_are_limited() {
     }
     served.raw(&bytes).refused(Kind::TooLarge);
     assert!(served.logged().is_empty());
+}
+
+/// The head of a request with a body of this length.
+fn head(method: &str, path: &str, kind: &str, len: usize) -> String {
+    format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n\
+         Content-Length: {len}\r\n\r\n"
+    )
+}
+
+/// Sends all of a long request, as a client does that reads no answer before, and returns the
+/// answer.
+fn sent_to_the_end(served: &Served, head: &str, len: usize) -> Answer {
+    let mut stream = served.connect();
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&vec![b' '; len]).unwrap();
+    Answer::read(&mut stream)
+}
+
+#[test]
+fn a_refused_body_can_be_sent_to_its_end_and_the_answer_read() {
+    let served = Served::plain();
+    let module = "application/octet-stream";
+    let slots: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = served.connect();
+            let head = head("POST", "/checks", module, 1000);
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(100));
+    for len in [72 << 10, 300 << 10, 8 << 20] {
+        for (method, path, kind, refusal) in [
+            ("POST", "/checks", module, Kind::Unavailable),
+            ("POST", "/patches", module, Kind::Unavailable),
+            ("POST", "/patches", "text/plain", Kind::BadRequest),
+            ("POST", "/patches?mode=all", module, Kind::BadRequest),
+            ("POST", "/nowhere", module, Kind::NotFound),
+            ("PUT", "/vm", module, Kind::MethodNotAllowed),
+            ("PATCH", "/vm", "application/json", Kind::TooLarge),
+        ] {
+            let head = head(method, path, kind, len);
+            sent_to_the_end(&served, &head, len).refused(refusal);
+        }
+    }
+    drop(slots);
+    thread::sleep(Duration::from_millis(100));
+    let len = MAX_MODULE + 1;
+    let head = head("POST", "/patches", module, len);
+    sent_to_the_end(&served, &head, len).refused(Kind::TooLarge);
+    assert!(served.logged().is_empty());
+}
+
+#[test]
+fn a_client_that_sends_on_and_on_after_its_answer_is_disconnected() {
+    let served = Served::plain();
+    let mut stream = served.connect();
+    let head = head("POST", "/nowhere", "text/plain", usize::MAX >> 1);
+    stream.write_all(head.as_bytes()).unwrap();
+    let started = Instant::now();
+    while stream.write_all(&[b' '; 1 << 16]).is_ok() {
+        assert!(started.elapsed() < Duration::from_secs(10));
+    }
+    Answer::read(&mut stream).refused(Kind::NotFound);
+}
+
+#[test]
+fn media_types_have_no_case_and_may_have_parameters() {
+    let served = Served::plain();
+    let answer = |kind: &str| {
+        let mut request = head("POST", "/checks", kind, ELF.len());
+        request.insert_str(request.len() - 2, "Connection: close\r\n");
+        served.raw(&[request.as_bytes(), ELF].concat())
+    };
+    for kind in [
+        "application/octet-stream",
+        "Application/Octet-Stream",
+        "APPLICATION/OCTET-STREAM; charset=binary",
+        "application/octet-stream;name=fix.ko",
+        "application/octet-stream ; a=b; c=d",
+    ] {
+        assert_eq!(answer(kind).status, 200, "{kind}");
+    }
+    for kind in [
+        "application/json",
+        "application/octet-streams",
+        "multipart/form-data; boundary=application/octet-stream",
+        "; application/octet-stream",
+    ] {
+        answer(kind).refused(Kind::BadRequest);
+    }
 }
 
 #[test]

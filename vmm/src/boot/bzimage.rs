@@ -80,8 +80,8 @@ pub enum BootError {
     },
     /// The guest's RAM is too small for the kernel and the initrd.
     #[error(
-        "{} MiB of memory is too little: this kernel{} needs at least {} MiB",
-        has / MIB,
+        "{} of memory is too little: this kernel{} needs at least {} MiB",
+        size_of(has),
         if *initrd { " with this initrd" } else { "" },
         needs.div_ceil(MIB)
     )]
@@ -107,6 +107,14 @@ pub enum BootError {
     /// Guest memory is missing at an address that loading writes to.
     #[error("guest memory: {0}")]
     Memory(String),
+}
+
+/// `512 MiB`; less than 1 MiB in KiB.
+fn size_of(bytes: &u64) -> String {
+    match bytes / MIB {
+        0 => format!("{} KiB", bytes / 1024),
+        mib => format!("{mib} MiB"),
+    }
 }
 
 /// A bzImage whose header was checked.
@@ -167,6 +175,23 @@ impl Kernel {
             .load_address()
             .saturating_add(u64::from(self.header.init_size));
         file.max(run)
+    }
+
+    /// Checks that the kernel itself fits in `has` bytes of RAM. With less than 1 MiB there would
+    /// not even be memory for what the guest finds there first, such as the ACPI tables.
+    ///
+    /// # Errors
+    /// [`BootError::TooLittleMemory`].
+    pub fn check_memory(&self, has: u64) -> Result<(), BootError> {
+        let needs = self.end().saturating_add(PAGE_SIZE);
+        if has < needs {
+            return Err(BootError::TooLittleMemory {
+                has,
+                needs,
+                initrd: false,
+            });
+        }
+        Ok(())
     }
 
     /// Writes the kernel, `initrd` and `cmdline` to `memory`, and the zero page with their
@@ -362,9 +387,9 @@ impl Initrd {
 /// Opens a regular file. A directory would open as well, and then fail with a misleading error when
 /// read.
 fn open_file(path: &Path) -> io::Result<File> {
-    let file = File::open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
+    // Opening a pipe would block until another process opens it for writing.
+    if std::fs::metadata(path)?.is_file() {
+        File::open(path)
     } else {
         Err(io::Error::new(
             io::ErrorKind::InvalidInput,

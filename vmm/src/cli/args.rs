@@ -35,12 +35,13 @@ pub struct Waiting {
 }
 
 /// How to wait for a transition, and what to print meanwhile.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct Following {
     /// Return without waiting for the transition to complete.
     #[arg(long, conflicts_with = "timeout")]
     pub no_wait: bool,
-    /// Stop waiting after this time, with exit status 4; the transition continues.
+    /// Stop waiting after this time, with exit status 4; the transition continues. `apply` also
+    /// gives up reading the module after this time, with exit status 1.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     pub timeout: Option<Duration>,
     /// Print a line for each task as it switches, and for every task that blocks the transition.

@@ -153,7 +153,7 @@ Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on
 /// The same for `stop`.
 const EXIT_STATUSES_OF_STOP: &str = "\
 Exit status: 0 done; 1 refused or failed; 2 wrong arguments; 3 no VMM answers on the socket; \
-4 the VMM still answers 15 s after the request.";
+4 the VMM has not ended 15 s after the request.";
 
 /// Runs a command; prints one line on standard error when it fails.
 pub fn run(command: GuestCommand) -> ExitCode {

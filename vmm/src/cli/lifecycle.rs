@@ -39,14 +39,14 @@ fn change(
     Ok(output.line(tone, &word(&vm.state))?)
 }
 
-/// Stops the VM and waits until its VMM does not answer any more.
+/// Stops the VM and waits until its VMM has ended.
 pub fn stop(client: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
     let vm: Vm = client.delete("/vm")?;
     let deadline = Instant::now() + STOP_TIMEOUT;
-    while client.responds() {
+    while !client.has_ended() {
         if Instant::now() >= deadline {
             return Err(CommandError::TimedOut(format!(
-                "the VMM (process {}) was requested to stop and still answers after {} s",
+                "the VMM (process {}) was requested to stop and has not ended after {} s",
                 vm.pid,
                 STOP_TIMEOUT.as_secs()
             )));

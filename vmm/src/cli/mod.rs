@@ -9,7 +9,7 @@ mod error;
 mod inspect;
 mod lifecycle;
 mod module;
-mod output;
+pub mod output;
 mod patches;
 mod progress;
 pub mod run;

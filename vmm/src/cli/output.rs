@@ -46,10 +46,9 @@ pub struct Output<'a> {
 impl Output<'_> {
     /// Standard output; in colour when it is a terminal and `NO_COLOR` is not set.
     pub fn stdout() -> Output<'static> {
-        let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         Output {
             out: Box::new(BufWriter::new(io::stdout().lock())),
-            colour: io::stdout().is_terminal() && !no_colour,
+            colour: in_colour(&io::stdout()),
         }
     }
 
@@ -131,6 +130,12 @@ impl std::fmt::Debug for Output<'_> {
             .field("colour", &self.colour)
             .finish_non_exhaustive()
     }
+}
+
+/// Whether text on this stream is printed in colour: on a terminal, unless `NO_COLOR` is set.
+pub fn in_colour(stream: &impl IsTerminal) -> bool {
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    stream.is_terminal() && !no_colour
 }
 
 /// The width and the alignment of a column.

@@ -2,6 +2,7 @@
 //! `force` and `signal`.
 
 use std::path::Path;
+use std::time::Instant;
 
 use patcher::{PatchPhase, PatchStatus};
 use vmm::api::types::PatchChange;
@@ -9,10 +10,10 @@ use vmm::client::{Client, patch_resource};
 
 use crate::cli::args::{Following, PatchName, Waiting};
 use crate::cli::error::CommandError;
-use crate::cli::module::read_module;
+use crate::cli::module::{READ_TIMEOUT, read_module};
 use crate::cli::output::{Output, Tone};
 use crate::cli::progress::{Outcome, Watch};
-use crate::cli::summary::{patch_line, pending, pending_count, word};
+use crate::cli::summary::{patch_line, pending, pending_count, some_of, word};
 
 /// Applies the module in `file`.
 pub fn apply(
@@ -22,7 +23,10 @@ pub fn apply(
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
-    let module = read_module(file)?;
+    let begin = Instant::now();
+    let timeout = waiting.following.timeout;
+    let module = read_module(file, timeout.unwrap_or(READ_TIMEOUT))?;
+    let reading = begin.elapsed();
     let resource = format!("/patches?mode={}", word(&waiting.mode));
     let started: PatchStatus =
         client
@@ -32,8 +36,12 @@ pub fn apply(
                 source,
             })?;
     let started = signal_after(client, started, waiting)?;
+    let following = Following {
+        timeout: timeout.map(|timeout| timeout.saturating_sub(reading)),
+        ..waiting.following.clone()
+    };
     let target = PatchPhase::Applied;
-    follow(client, started, target, &waiting.following, json, output)
+    follow(client, started, target, &following, json, output)
 }
 
 /// Reverts the patch `name`, or the single one that is applied.
@@ -45,7 +53,16 @@ pub fn revert(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let name = match name {
-        Some(name) => name.as_str().to_owned(),
+        Some(name) => {
+            let patch: PatchStatus = client.get(&patch_resource(name.as_str()))?;
+            if patch.phase == PatchPhase::Reverted {
+                return Err(CommandError::InvalidState(format!(
+                    "{} is already reverted: there is nothing to revert",
+                    patch.name
+                )));
+            }
+            patch.name
+        }
         None => single_patch(&client.get::<Vec<PatchStatus>>("/patches")?)?,
     };
     let change = PatchChange::revert(waiting.mode);
@@ -113,11 +130,13 @@ fn single_patch(patches: &[PatchStatus]) -> Result<String, CommandError> {
         .map(|patch| patch.name.as_str())
         .collect();
     match enabled.as_slice() {
-        [] => Err(CommandError::InvalidState("no patch is applied".to_owned())),
+        [] => Err(CommandError::InvalidState(
+            "no patch is applied: there is nothing to revert".to_owned(),
+        )),
         [name] => Ok((*name).to_owned()),
         names => Err(CommandError::InvalidState(format!(
             "several patches are applied: name one of {}",
-            names.join(", ")
+            some_of(names)
         ))),
     }
 }
@@ -164,7 +183,7 @@ fn follow(
     }
 }
 
-/// `fix: applying vmlinux:cmdline_proc_show`.
+/// `fix: applying vmlinux:cmdline_proc_show`; of many functions a few are named.
 fn heading(patch: &PatchStatus) -> String {
     let functions: Vec<_> = patch
         .functions
@@ -175,36 +194,30 @@ fn heading(patch: &PatchStatus) -> String {
         PatchPhase::Applying | PatchPhase::Applied => "applying",
         PatchPhase::Reverting | PatchPhase::Reverted => "reverting",
     };
-    format!("{}: {phase} {}", patch.name, functions.join(", "))
+    format!("{}: {phase} {}", patch.name, some_of(&functions))
 }
 
 /// Which tasks block a transition that still runs, in one line.
 fn unfinished(patch: &PatchStatus) -> String {
-    /// Tasks that are named; `outpatch status NAME` lists more.
-    const MAX_NAMED: usize = 5;
-    let mut named: Vec<_> = pending(&patch.tasks)
-        .take(MAX_NAMED)
+    let named: Vec<_> = pending(&patch.tasks)
         .map(|task| match &task.blocker {
             Some(blocker) => format!("{} {} ({blocker})", task.pid, task.comm),
             None => format!("{} {}", task.pid, task.comm),
         })
         .collect();
-    if pending(&patch.tasks).count() > named.len() {
-        named.push("…".to_owned());
-    }
     format!(
         "{} is still {}, and the transition continues; {}: {}",
         patch.name,
         word(&patch.phase),
         pending_count(patch),
-        named.join(", ")
+        some_of(&named)
     )
 }
 
 #[cfg(test)]
 mod tests {
     use introspect::TaskKind;
-    use patcher::{PauseReport, TaskReport};
+    use patcher::{FunctionReport, PauseReport, TaskReport};
 
     use super::*;
 
@@ -245,9 +258,30 @@ mod tests {
         let found = single_patch(&[reverted.clone(), one.clone()]).unwrap();
         assert_eq!(found, "fix");
         let none = single_patch(&[reverted]).unwrap_err().to_string();
-        assert_eq!(none, "no patch is applied");
+        assert_eq!(none, "no patch is applied: there is nothing to revert");
         let several = single_patch(&[one, another]).unwrap_err().to_string();
         assert!(several.contains("fix, other"), "{several}");
+    }
+
+    #[test]
+    fn a_patch_of_many_functions_is_announced_in_a_short_line() {
+        let mut large = patch("fix", PatchPhase::Applying, 0);
+        large.functions = (0..200)
+            .map(|number| FunctionReport {
+                object: "vmlinux".into(),
+                name: format!("function_with_a_long_name_{number}"),
+                sympos: 0,
+                patched: true,
+            })
+            .collect();
+        let text = heading(&large);
+        assert!(text.len() < 400, "{text}");
+        assert!(text.ends_with(", and 195 more"), "{text}");
+        let patches: Vec<_> = (0..100)
+            .map(|number| patch(&format!("patch_{number}"), PatchPhase::Applied, 0))
+            .collect();
+        let text = single_patch(&patches).unwrap_err().to_string();
+        assert!(text.len() < 200, "{text}");
     }
 
     #[test]
@@ -256,7 +290,7 @@ mod tests {
         assert!(text.contains("still applying"), "{text}");
         assert!(text.contains("7 tasks pending"), "{text}");
         assert!(
-            text.contains("4 sleeper (in cmdline_proc_show), …"),
+            text.contains("4 sleeper (in cmdline_proc_show), and 2 more"),
             "{text}"
         );
     }

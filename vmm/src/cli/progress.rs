@@ -6,6 +6,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use patcher::{PatchPhase, PatchStatus, TaskReport};
+use vmm::api::types::{Vm, VmState};
 use vmm::client::{Client, patch_resource};
 
 use crate::cli::error::CommandError;
@@ -61,7 +62,11 @@ impl Watch<'_> {
         let mut status = first;
         loop {
             if let Some(output) = output.as_deref_mut() {
-                shown.show(&status, started.elapsed() >= SHOW_BLOCKERS_AFTER, output)?;
+                let blocked = status.transition && started.elapsed() >= SHOW_BLOCKERS_AFTER;
+                if blocked && !shown.pause {
+                    shown.pause = self.show_pause(output)?;
+                }
+                shown.show(&status, blocked, output)?;
             }
             if !status.transition {
                 return Ok(if status.phase == self.target {
@@ -82,12 +87,26 @@ impl Watch<'_> {
                 .get(&format!("{patch}?wait_ms={}", next.as_millis()))?;
         }
     }
+
+    /// Says so if the operator has paused the guest: then it is not the tasks that block. Returns
+    /// whether it is paused.
+    fn show_pause(&self, output: &mut Output<'_>) -> Result<bool, CommandError> {
+        let vm: Vm = self.client.get("/vm")?;
+        if vm.state == VmState::Running {
+            return Ok(false);
+        }
+        let line = "the guest is paused: the transition continues when it runs (outpatch resume)";
+        output.line(Tone::Busy, line)?;
+        Ok(true)
+    }
 }
 
 /// What was shown already.
 #[derive(Debug, Default)]
 struct Shown {
     verbose: bool,
+    /// The guest is paused.
+    pause: bool,
     heading: bool,
     /// Lines on tasks that block the transition; without `verbose` they are [`MAX_LINES`] at most.
     lines: usize,

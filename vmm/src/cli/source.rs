@@ -13,7 +13,7 @@ use vmm::client::Client;
 
 use crate::cli::core_guest::CoreGuest;
 use crate::cli::error::CommandError;
-use crate::cli::module::read_module;
+use crate::cli::module::{READ_TIMEOUT, read_module};
 
 /// Which guest to read, and how to print.
 #[derive(Debug, Args)]
@@ -96,7 +96,7 @@ impl GuestSource {
 
     /// What applying the module in `file` would do.
     pub fn check(&mut self, file: &Path) -> Result<CheckReport, CommandError> {
-        let module = read_module(file)?;
+        let module = read_module(file, READ_TIMEOUT)?;
         match self {
             GuestSource::Live(client) => {
                 let done = client.post_module("/checks", module);

@@ -8,7 +8,7 @@ use vmm::client::{Client, patch_resource};
 use crate::cli::args::PatchName;
 use crate::cli::error::CommandError;
 use crate::cli::output::{Output, Tone};
-use crate::cli::summary::{patch_line, pauses, pending, task_lines, word};
+use crate::cli::summary::{patch_line, pauses, pending, phase, task_lines, word};
 
 /// What `outpatch status --json` prints: two resources in one object.
 #[derive(Serialize)]
@@ -17,8 +17,8 @@ struct Status {
     patches: Vec<PatchStatus>,
 }
 
-/// Shows the patch `name`, with the tasks that have not switched or, when `verbose`, all tasks;
-/// without a name the VM and all patches.
+/// Shows the patch `name`, without a name the VM and all patches; and the tasks that have not
+/// switched in the running transition or, when `verbose`, all tasks.
 pub fn status(
     client: &Client,
     name: Option<&PatchName>,
@@ -39,10 +39,15 @@ pub fn status(
     if json {
         return Ok(output.json(&Status { vm, patches })?);
     }
-    overview(&vm, &patches, output)
+    overview(&vm, &patches, verbose, output)
 }
 
-fn overview(vm: &Vm, patches: &[PatchStatus], output: &mut Output<'_>) -> Result<(), CommandError> {
+fn overview(
+    vm: &Vm,
+    patches: &[PatchStatus],
+    verbose: bool,
+    output: &mut Output<'_>,
+) -> Result<(), CommandError> {
     let cpus = if vm.cpus == 1 { "vCPU" } else { "vCPUs" };
     let kernel = vm.kernel.as_deref().unwrap_or("not found yet");
     let state = format!(
@@ -64,7 +69,7 @@ fn overview(vm: &Vm, patches: &[PatchStatus], output: &mut Output<'_>) -> Result
         .map(|patch| {
             vec![
                 patch.name.clone(),
-                word(&patch.phase),
+                phase(patch),
                 patch.functions.len().to_string(),
                 patch.tasks.len().to_string(),
                 pending(&patch.tasks).count().to_string(),
@@ -72,7 +77,12 @@ fn overview(vm: &Vm, patches: &[PatchStatus], output: &mut Output<'_>) -> Result
             ]
         })
         .collect();
-    Ok(output.table(&heading, &rows)?)
+    output.table(&heading, &rows)?;
+    // One transition runs at a time.
+    for patch in patches.iter().filter(|patch| patch.transition) {
+        task_lines(&patch.tasks, verbose, output)?;
+    }
+    Ok(())
 }
 
 fn one_patch(

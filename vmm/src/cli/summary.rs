@@ -129,6 +129,21 @@ fn milliseconds(us: u64) -> String {
     format!("{}.{:03}", us / 1000, us % 1000)
 }
 
+/// `a, b, c`; of many, the first five and how many more there are: messages have one line, and a
+/// patch has as many functions as it likes.
+pub fn some_of(names: &[impl AsRef<str>]) -> String {
+    const MAX_NAMED: usize = 5;
+    let mut named: Vec<String> = names
+        .iter()
+        .take(MAX_NAMED)
+        .map(|name| name.as_ref().to_owned())
+        .collect();
+    if let Some(more) = names.len().checked_sub(MAX_NAMED).filter(|more| *more > 0) {
+        named.push(format!("and {more} more"));
+    }
+    named.join(", ")
+}
+
 /// The tasks that have not switched.
 pub fn pending(tasks: &[TaskReport]) -> impl Iterator<Item = &TaskReport> {
     tasks.iter().filter(|task| task.switched_by.is_none())
@@ -140,14 +155,27 @@ pub fn pending_count(patch: &PatchStatus) -> String {
     format!("{} pending", count_of(count, "task"))
 }
 
+/// `applied`; `reverted, forced` of a patch that had a forced transition.
+pub fn phase(patch: &PatchStatus) -> String {
+    let phase = word(&patch.phase);
+    match patch.force {
+        true => format!("{phase}, forced"),
+        false => phase,
+    }
+}
+
 /// `fix: applied in 34 ms; 40 tasks switched (by stack); guest paused 3 times, …`, or, while a
 /// transition runs, `fix: applying; 2 tasks pending`.
 pub fn patch_line(patch: &PatchStatus) -> String {
     let (name, phase) = (&patch.name, word(&patch.phase));
     if patch.transition {
-        return format!("{name}: {phase}; {}", pending_count(patch));
+        let forced = if patch.force { ", forced" } else { "" };
+        return format!("{name}: {phase}{forced}; {}", pending_count(patch));
     }
     let mut parts = vec![format!("{name}: {phase} in {} ms", patch.transition_ms)];
+    if patch.force {
+        parts.push("it was forced, so its code is never freed".to_owned());
+    }
     parts.extend(switched(&patch.tasks, "switched"));
     parts.push(pauses(&patch.pauses));
     parts.join("; ")
@@ -271,5 +299,32 @@ mod tests {
         assert!(text.starts_with(start), "{text}");
         let running = patch(PatchPhase::Applying, vec![task(1, None), task(2, None)]);
         assert_eq!(patch_line(&running), "fix: applying; 2 tasks pending");
+    }
+
+    #[test]
+    fn a_forced_patch_is_shown_as_forced_also_when_it_is_reverted() {
+        for patch_phase in [PatchPhase::Applied, PatchPhase::Reverted] {
+            let mut forced = patch(patch_phase, vec![]);
+            forced.force = true;
+            let (line, word) = (patch_line(&forced), word(&patch_phase));
+            let start = format!("fix: {word} in 34 ms; it was forced, so its code is never freed;");
+            assert!(line.starts_with(&start), "{line}");
+            assert_eq!(phase(&forced), format!("{word}, forced"));
+        }
+        let mut running = patch(PatchPhase::Applying, vec![]);
+        running.force = true;
+        assert_eq!(
+            patch_line(&running),
+            "fix: applying, forced; 0 tasks pending"
+        );
+        assert_eq!(phase(&patch(PatchPhase::Applied, vec![])), "applied");
+    }
+
+    #[test]
+    fn of_many_names_a_few_are_printed() {
+        let names = ["a", "b", "c", "d", "e", "f", "g"];
+        assert_eq!(some_of(&names[..5]), "a, b, c, d, e");
+        assert_eq!(some_of(&names), "a, b, c, d, e, and 2 more");
+        assert_eq!(some_of(&names[..0]), "");
     }
 }

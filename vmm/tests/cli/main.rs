@@ -1,8 +1,11 @@
 //! The command line against a VMM with a fake guest: what it prints, where, and its exit status.
 
-use std::os::unix::net::UnixListener;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use vmm::api::testing::{FakeGuest, TempDir, module};
 use vmm::api::{ControlSocket, Limits, Server};
@@ -199,7 +202,17 @@ fn a_patch_is_followed_to_its_end_and_back() {
     assert_eq!(bench.json(&["status", "fix", "--json"])["phase"], "applied");
     assert_eq!(bench.ok(&["revert"]), format!("fix: reverted {summary}"));
     let line = refused(&bench.run(&["revert"]), 1);
-    assert_eq!(line, "outpatch: no patch is applied\n");
+    assert_eq!(
+        line,
+        "outpatch: no patch is applied: there is nothing to revert\n"
+    );
+    for name in ["fix", "fix.ko"] {
+        let line = refused(&bench.run(&["revert", name]), 1);
+        assert_eq!(
+            line,
+            "outpatch: fix is already reverted: there is nothing to revert\n"
+        );
+    }
     let json = bench.json(&["apply", "--json", &module]);
     assert_eq!(json["phase"], "applied");
     let both = bench.json(&["status", "--json"]);
@@ -321,6 +334,15 @@ fn a_transition_is_cancelled_or_forced() {
         (&ended["force"], &ended["phase"]),
         (&true.into(), &"applied".into())
     );
+    let forced = "it was forced, so its code is never freed";
+    let text = bench.ok(&["status", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["revert", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["status", "stuck"]);
+    assert!(text.contains(forced), "{text}");
+    let text = bench.ok(&["status"]);
+    assert!(text.contains("reverted, forced"), "{text}");
 }
 
 #[test]
@@ -366,16 +388,32 @@ fn a_timeout_names_tasks_that_block_and_the_transition_continues() {
          1 task pending: 77 stuck (in cmdline_proc_show+0x5/0x20)\n"
     );
     let shown = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        shown.contains("77 stuck           user    pending      blocked: in cmdline_proc_show"),
-        "{shown}"
-    );
+    let blocked = "77 stuck           user    pending      blocked: in cmdline_proc_show";
+    assert!(shown.contains(blocked), "{shown}");
+    // Also without the patch's name.
+    let status = bench.ok(&["status"]);
+    assert!(status.contains("stuck applying"), "{status}");
+    assert!(status.contains(blocked), "{status}");
+    let all = bench.ok(&["status", "-v"]);
+    assert_eq!(all.lines().count(), status.lines().count() + 2, "{all}");
     assert_eq!(
         bench.json(&["status", "stuck", "--json"])["transition"],
         true
     );
     let reverted = bench.ok(&["revert", "stuck"]);
     assert!(reverted.contains("stuck: reverted"), "{reverted}");
+}
+
+#[test]
+fn a_paused_guest_is_named_as_what_delays_a_transition() {
+    let bench = Bench::with(FakeGuest::stuck());
+    let module = bench.module("fix");
+    bench.ok(&["pause"]);
+    let output = bench.run(&["apply", "--timeout", "1.5", &module]);
+    refused(&output, 4);
+    let shown = String::from_utf8(output.stdout).unwrap();
+    let line = "the guest is paused: the transition continues when it runs (outpatch resume)\n";
+    assert_eq!(shown.matches(line).count(), 1, "{shown}");
 }
 
 #[test]
@@ -442,6 +480,220 @@ fn a_missing_vmm_is_distinguished_from_one_that_refuses() {
         .output()
         .unwrap();
     assert_eq!(no_socket.status.code(), Some(2));
+}
+
+/// The commands that talk to a VMM, with arguments.
+const COMMANDS: [&[&str]; 14] = [
+    &["ps"],
+    &["stack"],
+    &["stack", "1"],
+    &["symbols"],
+    &["dump", "/nowhere/core"],
+    &["status"],
+    &["status", "fix"],
+    &["signal"],
+    &["cancel"],
+    &["force"],
+    &["revert"],
+    &["pause"],
+    &["resume"],
+    &["stop"],
+];
+
+#[test]
+fn every_command_gives_up_on_a_vmm_that_does_not_answer() {
+    let dir = TempDir::new();
+    let module = dir.path().join("fix.ko");
+    std::fs::write(&module, module_bytes()).unwrap();
+    let module = module.to_str().unwrap();
+    let with_module: [&[&str]; 3] = [
+        &["check", module],
+        &["apply", module],
+        &["apply", "--timeout", "1", module],
+    ];
+    let path = dir.path().join("mute.sock");
+    let _listener = UnixListener::bind(&path).unwrap();
+    // And one whose queue of connections is full.
+    let full = dir.path().join("full.sock");
+    let listener = full_listener(&full);
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for args in COMMANDS.into_iter().chain(with_module) {
+            let path = &path;
+            scope.spawn(move || {
+                let line = refused(&outpatch(path, args), 3);
+                let why = format!("nothing in 10 s from process {}", std::process::id());
+                assert!(line.contains(&why), "{args:?}: {line}");
+            });
+        }
+        scope.spawn(|| {
+            let line = refused(&outpatch(&full, &["status"]), 3);
+            assert!(line.contains("nothing in 10 s"), "{line}");
+        });
+    });
+    assert!(started.elapsed() < Duration::from_secs(40));
+    drop(listener);
+}
+
+/// A listener that accepts nothing, and with it the connection that fills its queue.
+fn full_listener(path: &Path) -> (OwnedFd, UnixStream) {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
+    let listener = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    listen(&listener, 0).unwrap();
+    (listener, UnixStream::connect(path).unwrap())
+}
+
+/// Reads one request with its body, as far as it has arrived.
+fn read_request(stream: &mut UnixStream) -> String {
+    let mut bytes = [0; 4096];
+    let len = stream.read(&mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes[..len]).into_owned()
+}
+
+fn answer(status: &str, body: &str) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+#[test]
+fn a_vmm_that_hangs_when_it_is_to_stop_has_not_stopped() {
+    let dir = TempDir::new();
+    let path = dir.path().join("vm.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let vmm = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        read_request(&mut stream);
+        stream.write_all(answer("200 OK", "{}").as_bytes()).unwrap();
+        assert!(read_request(&mut stream).starts_with("DELETE /vm "));
+        let vm = r#"{"state":"running","cpus":1,"memory":0,"pid":42,"kernel":null,
+                     "pauses":{"count":0,"total_us":0,"longest_us":0,
+                               "histogram":[0,0,0,0,0,0,0,0,0,0,0,0,0],"recent":[]}}"#;
+        let accepted = answer("202 Accepted", vm);
+        stream.write_all(accepted.as_bytes()).unwrap();
+        (listener, stream)
+    });
+    let line = refused(&outpatch(&path, &["stop"]), 4);
+    assert!(line.contains("has not ended after 15 s"), "{line}");
+    drop(vmm.join().unwrap());
+}
+
+#[test]
+fn a_refusal_of_a_large_module_is_printed() {
+    let bench = Bench::new();
+    let socket = bench.dir.path().join("vm.sock");
+    // Both places for uploads are taken by clients that send nothing.
+    let slots: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            let head = "POST /checks HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n";
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(100));
+    for len in LARGE {
+        let file = bench.file("large.ko", &padded(len));
+        for command in ["check", "apply"] {
+            let line = refused(&bench.run(&[command, &file]), 1);
+            assert!(line.contains("too many other modules"), "{len}: {line}");
+        }
+    }
+    drop(slots);
+}
+
+/// As a server that closes with the request unread does.
+#[test]
+fn an_answer_is_read_when_the_request_cannot_be_sent_to_its_end() {
+    let dir = TempDir::new();
+    let path = dir.path().join("vm.sock");
+    let file = dir.path().join("large.ko");
+    let listener = UnixListener::bind(&path).unwrap();
+    let vmm = std::thread::spawn(move || {
+        for _ in LARGE {
+            let (mut stream, _) = listener.accept().unwrap();
+            read_request(&mut stream);
+            stream.write_all(answer("200 OK", "{}").as_bytes()).unwrap();
+            assert!(read_request(&mut stream).starts_with("POST /patches"));
+            let problem = r#"{"kind":"unavailable","error":"not now","detail":"later"}"#;
+            let refusal = answer("503 Service Unavailable", problem);
+            stream.write_all(refusal.as_bytes()).unwrap();
+        }
+    });
+    for len in LARGE {
+        std::fs::write(&file, padded(len)).unwrap();
+        let line = refused(&outpatch(&path, &["apply", file.to_str().unwrap()]), 1);
+        assert!(line.ends_with("large.ko: not now; later\n"), "{line}");
+    }
+    vmm.join().unwrap();
+}
+
+/// Lengths of modules, from one that fills the socket's buffers on.
+const LARGE: [usize; 4] = [72 << 10, 300 << 10, 2 << 20, 16 << 20];
+
+/// A module of this length.
+fn padded(len: usize) -> Vec<u8> {
+    let mut bytes = module_bytes();
+    bytes.resize(len, b' ');
+    bytes
+}
+
+fn module_bytes() -> Vec<u8> {
+    module("fix")
+}
+
+#[test]
+fn a_pipe_that_is_not_written_to_does_not_hang_a_command() {
+    let bench = Bench::new();
+    let fifo = bench.dir.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let started = Instant::now();
+    let fifo = fifo.to_str().unwrap();
+    let line = refused(&bench.run(&["apply", "--timeout", "0.5", fifo]), 1);
+    assert!(line.contains("it did not end in 0.5 s"), "{line}");
+    assert!(started.elapsed() < Duration::from_secs(10));
+    let line = refused(&bench.run(&["check", fifo]), 1);
+    assert!(line.contains("it did not end in 30 s"), "{line}");
+    // Other files are large, and must be regular ones.
+    let socket = bench.dir.path().join("run.sock");
+    for args in [&["ps", "--core", fifo][..], &["run", "--kernel", fifo]] {
+        let line = refused(&outpatch(&socket, args), 1);
+        assert!(line.contains("not a regular file"), "{line}");
+    }
+}
+
+#[test]
+fn too_little_memory_is_called_that() {
+    let bench = Bench::new();
+    let mut image = vec![0; 3 * 512 + 4096];
+    for (offset, bytes) in [
+        (0x1f1, &[2][..]),
+        (0x1f4, &256_u32.to_le_bytes()),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 2]),
+        (0x211, &[1]),
+        (0x236, &[1, 0]),
+        (0x258, &(16_u64 << 20).to_le_bytes()),
+        (0x260, &(2_u32 << 20).to_le_bytes()),
+    ] {
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    let kernel = bench.file("bzImage", &image);
+    let socket = bench.dir.path().join("run.sock");
+    for (size, has) in [("64K", "64 KiB"), ("1M", "1 MiB"), ("0", "0 KiB")] {
+        let line = refused(
+            &outpatch(&socket, &["run", "--kernel", &kernel, "--memory", size]),
+            1,
+        );
+        assert_eq!(
+            line,
+            format!("outpatch: {has} of memory is too little: this kernel needs at least 19 MiB\n")
+        );
+    }
 }
 
 #[test]

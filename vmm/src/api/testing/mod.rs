@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 pub use fake_guest::{ELF, FakeGuest, module};
 #[cfg(test)]
-pub(crate) use served::Served;
+pub(crate) use served::{Answer, Served};
 
 /// A directory that is removed when its owner is dropped.
 #[derive(Debug)]

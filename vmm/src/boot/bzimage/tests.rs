@@ -142,6 +142,18 @@ fn load_error(mib: usize, initrd: Option<&Path>, cmdline: &str, name: &str) -> B
 }
 
 #[test]
+fn too_little_memory_for_the_kernel_is_noticed_before_there_is_any() {
+    let file = Scratch::new("tiny", &bzimage());
+    let kernel = Kernel::open(&file.0).unwrap();
+    let line = |has| kernel.check_memory(has).unwrap_err().to_string();
+    let needs = "of memory is too little: this kernel needs at least 19 MiB";
+    assert_eq!(line(64 << 10), format!("64 KiB {needs}"));
+    assert_eq!(line(0), format!("0 KiB {needs}"));
+    assert_eq!(line(18 * MIB), format!("18 MiB {needs}"));
+    kernel.check_memory(19 * MIB).unwrap();
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     assert!(matches!(
         load_error(17, None, "", "small"),

@@ -2,15 +2,20 @@
 //!
 //! This module knows HTTP and the API's types, and nothing of commands. Each request has a
 //! connection of its own: a command sends few requests, and notices with the next one that the VMM
-//! has ended.
+//! has ended. The first request of a connection is always `GET /version`, which a VMM answers at
+//! once, whatever its guest does: so a VMM that does not serve its socket is noticed in seconds,
+//! and one that works on a long operation is not taken for it.
 
+mod stream;
+
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
@@ -19,9 +24,16 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::api::types;
+use crate::client::stream::FullDuplex;
+
+/// How long a VMM may take to accept a connection and to answer what needs no guest.
+const SERVED_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long to wait for an answer: longer than the server lets an operation take.
 const TIMEOUT: Duration = Duration::from_secs(90);
+
+/// The time between two attempts to connect to a socket whose queue of connections is full.
+const CONNECT_AGAIN: Duration = Duration::from_millis(20);
 
 /// The longest answer accepted, in bytes: far more than the stacks of all tasks of a large guest.
 const MAX_ANSWER: usize = 256 << 20;
@@ -133,9 +145,12 @@ impl Client {
         self.request(Method::DELETE, resource, Content::Empty)
     }
 
-    /// Whether a VMM answers.
-    pub fn responds(&self) -> bool {
-        self.get::<types::Version>("/version").is_ok()
+    /// Whether the VMM has ended: no process listens on the socket. A VMM that does not answer has
+    /// not.
+    pub fn has_ended(&self) -> bool {
+        let connected = self.runtime.block_on(UnixStream::connect(&self.path));
+        let error = connected.err().map(|error| self.cannot_open(error));
+        matches!(error, Some(ClientError::NoSocket(_) | ClientError::Gone(_)))
     }
 
     fn request<T: DeserializeOwned>(
@@ -145,10 +160,13 @@ impl Client {
         content: Content,
     ) -> Result<T, ClientError> {
         let answer = async {
-            let exchange = self.exchange(method, resource, content);
+            let stream = self.connect().await?;
+            let process = VmmProcess::of(&stream);
+            let mut served = self.served(stream, &process).await?;
+            let exchange = self.send(&mut served, method, resource, content);
             match tokio::time::timeout(TIMEOUT, exchange).await {
                 Ok(answer) => answer,
-                Err(_) => Err(self.no_answer(format!("no answer in {} s", TIMEOUT.as_secs()))),
+                Err(_) => Err(self.silent(TIMEOUT, &process)),
             }
         };
         let (ok, body) = self.runtime.block_on(answer)?;
@@ -163,16 +181,55 @@ impl Client {
         }
     }
 
-    /// Sends one request; returns whether it succeeded, and the body of the answer.
-    async fn exchange(
+    /// Connects to the socket. A VMM that does not accept connections lets the queue of its socket
+    /// fill up: then this waits, too.
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let deadline = Instant::now() + SERVED_TIMEOUT;
+        loop {
+            match UnixStream::connect(&self.path).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if Instant::now() >= deadline {
+                        return Err(self.silent(SERVED_TIMEOUT, &VmmProcess(None)));
+                    }
+                    tokio::time::sleep(CONNECT_AGAIN).await;
+                }
+                Err(error) => return Err(self.cannot_open(error)),
+            }
+        }
+    }
+
+    /// A connection whose server answers, as it has answered a first request.
+    async fn served(
         &self,
+        stream: UnixStream,
+        process: &VmmProcess,
+    ) -> Result<SendRequest<Full<Bytes>>, ClientError> {
+        let first = async {
+            let (mut sender, connection) = http1::handshake(TokioIo::new(FullDuplex(stream)))
+                .await
+                .map_err(|e| self.no_answer(e))?;
+            // It ends with the sender.
+            tokio::spawn(connection);
+            self.send(&mut sender, Method::GET, "/version", Content::Empty)
+                .await?;
+            sender.ready().await.map_err(|e| self.no_answer(e))?;
+            Ok(sender)
+        };
+        match tokio::time::timeout(SERVED_TIMEOUT, first).await {
+            Ok(sender) => sender,
+            Err(_) => Err(self.silent(SERVED_TIMEOUT, process)),
+        }
+    }
+
+    /// Sends one request; returns whether it succeeded, and the body of the answer.
+    async fn send(
+        &self,
+        sender: &mut SendRequest<Full<Bytes>>,
         method: Method,
         resource: &str,
         content: Content,
     ) -> Result<(bool, Bytes), ClientError> {
-        let stream = UnixStream::connect(&self.path)
-            .await
-            .map_err(|source| self.cannot_open(source))?;
         let request = Request::builder()
             .method(method)
             .uri(resource)
@@ -187,10 +244,6 @@ impl Client {
                 .body(Full::from(Bytes::from(body))),
         };
         let request = request.map_err(|e| self.no_answer(e))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| self.no_answer(e))?;
-        let connection = tokio::spawn(connection);
         let answer = sender
             .send_request(request)
             .await
@@ -203,7 +256,6 @@ impl Client {
                 Some(_) => self.no_answer("its answer is too long"),
                 None => self.no_answer(e),
             })?;
-        connection.abort();
         Ok((ok, body.to_bytes()))
     }
 
@@ -216,12 +268,52 @@ impl Client {
         }
     }
 
+    fn silent(&self, waited: Duration, process: &VmmProcess) -> ClientError {
+        self.no_answer(format!("nothing in {} s{process}", waited.as_secs()))
+    }
+
     fn no_answer(&self, why: impl ToString) -> ClientError {
         ClientError::NoAnswer {
             path: self.path.clone(),
             why: why.to_string(),
         }
     }
+}
+
+/// The process that listens on a socket, as far as it is known.
+struct VmmProcess(Option<i32>);
+
+impl VmmProcess {
+    fn of(stream: &UnixStream) -> VmmProcess {
+        let peer = stream.peer_cred().ok();
+        // A process of another pid namespace has pid 0 here.
+        VmmProcess(peer.and_then(|peer| peer.pid()).filter(|pid| *pid > 0))
+    }
+}
+
+/// Continues the sentence "nothing in 10 s".
+impl fmt::Display for VmmProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(pid) = self.0 else {
+            return Ok(());
+        };
+        match is_stopped(pid) {
+            true => write!(
+                f,
+                "; its process {pid} is stopped: continue it with `fg` in its shell, or with \
+                 `kill -CONT {pid}`"
+            ),
+            false => write!(f, " from process {pid}"),
+        }
+    }
+}
+
+/// Whether a process is stopped by a signal, such as SIGTTOU or SIGSTOP, or by a debugger.
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the name, which is in parentheses and may have any characters.
+    let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+    state.is_some_and(|state| state.starts_with(['T', 't']))
 }
 
 /// The resource of the patch `name`. A character that a module's name cannot have is escaped, so
@@ -243,6 +335,32 @@ pub fn patch_resource(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stopped_process_is_called_stopped() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert_eq!(
+            VmmProcess(Some(pid)).to_string(),
+            format!(" from process {pid}")
+        );
+        let process = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(process, rustix::process::Signal::STOP).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !is_stopped(pid) {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let text = VmmProcess(Some(pid)).to_string();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(text.contains("is stopped"), "{text}");
+        assert!(text.contains(&format!("kill -CONT {pid}")), "{text}");
+        assert_eq!(VmmProcess(None).to_string(), "");
+    }
 
     #[test]
     fn a_name_cannot_leave_its_place_in_the_path() {
