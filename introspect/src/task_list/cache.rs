@@ -266,10 +266,12 @@ impl TaskCache {
     ) -> Result<(), TasksError> {
         let (kernel, memory) = (reader.kernel, reader.memory);
         self.add_idle_tasks(reader)?;
-        let running = on_cpu::assign(kernel, memory, kernel.stack_areas()?, vcpus);
+        let parked = kernel.parked_vcpus(memory, vcpus);
+        let running = on_cpu::assign(kernel, memory, kernel.stack_areas()?, vcpus, &parked);
         self.set_vcpus(reader, &running);
         if let Ok(online) = kernel.percpu.online(memory) {
-            let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();
+            let known = running.len() + parked.len();
+            let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == known;
             self.clear_offline_idle(&online, all_known);
         }
         Ok(())
