@@ -25,6 +25,7 @@ const PHYS_BASE: usize = DATA;
 const BANNER: usize = DATA + 0x20;
 const NR_THREADS: u64 = 0x2_00a0;
 const TOTAL_FORKS: u64 = 0x2_00a8;
+const PANIC_CPU: u64 = 0x2_00c8;
 const LISTS: u64 = 0x2_0300;
 pub const INIT_TASK: u64 = 0x2_1000;
 pub const TABLES: usize = 0x3_0000;
@@ -69,6 +70,8 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("nr_threads", NR_THREADS),
     ("total_forks", TOTAL_FORKS),
     ("modules", 0x2_00b0),
+    ("tainted_mask", 0x2_00c0),
+    ("panic_cpu", PANIC_CPU),
     ("__per_cpu_offset", 0x2_0100),
     ("__cpu_possible_mask", 0x2_0200),
     ("__cpu_online_mask", 0x2_0240),
@@ -257,6 +260,7 @@ fn data(ram: &mut Builder) {
         b"Linux version 6.12.0-made-up (nobody@nowhere) #1\n\0",
     );
     ram.word(at(NR_THREADS as usize), 3);
+    ram.word(at(PANIC_CPU as usize), u32::MAX);
     for cpu in 0..2 {
         let area = PERCPU + 0x4000 * cpu;
         let task = virt(task_at(4 * cpu));

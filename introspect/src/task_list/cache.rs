@@ -179,7 +179,10 @@ impl TaskCache {
         };
         match doubts.iter().position(|doubt| !is_mid_change(doubt)) {
             Some(other) => Err(doubts.swap_remove(other)),
-            None => Ok((cache, doubts)),
+            None => {
+                cache.caches = true;
+                Ok((cache, doubts))
+            }
         }
     }
 
