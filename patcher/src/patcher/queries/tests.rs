@@ -205,28 +205,27 @@ fn a_core_with_a_vcpu_halted_in_the_old_kernel_is_read() {
 }
 
 /// A guest that runs the first kernel, and the second one from the moment that the flag is set.
-fn kexec() -> (
-    Running<impl FnMut(&mut Mutated<'static>, &mut Vec<VcpuRegs>)>,
-    Rc<Cell<bool>>,
-) {
+fn kexec(
+    started: &Rc<Cell<bool>>,
+) -> Running<impl FnMut(&mut Mutated<'static>, &mut Vec<VcpuRegs>)> {
     let (ram, after) = two_kernels();
     let mut before = after.clone();
     before[0].rflags = 1 << 9;
     before[1].online = false;
-    let started = Rc::new(Cell::new(false));
-    let is_started = Rc::clone(&started);
+    let is_started = Rc::clone(started);
     let runs = move |_: &mut Mutated<'static>, vcpus: &mut Vec<VcpuRegs>| {
         vcpus.clone_from(if is_started.get() { &after } else { &before });
     };
     let mut machine = Running::new(&[], runs);
     machine.memory = Mutated::of(ram);
-    (machine, started)
+    machine
 }
 
 #[test]
 fn every_query_finds_the_kernel_that_was_started_later() {
     for query in 0..5 {
-        let (mut machine, started) = kexec();
+        let started = Rc::new(Cell::new(false));
+        let mut machine = kexec(&started);
         let mut patcher = Patcher::new();
         let first = patcher.kernel_in_use(&mut machine).unwrap().release.clone();
         assert_ne!(first, SECOND_RELEASE);
