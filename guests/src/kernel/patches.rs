@@ -69,12 +69,13 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 17] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 18] = patch_sources![
     "callbacks",
     "cmdline",
     "features",
     "getpid",
     "module-object",
+    "dies-with-lock",
     "not-livepatch",
     "pause",
     "kinds",

@@ -18,13 +18,16 @@ const TAINT_DIE: u64 = 1 << 7;
 pub struct EndOfLife {
     /// The guest never runs again: it is in a core file.
     never_runs: bool,
-    /// What the first pause found. All later ones have found the same, or there is none.
+    /// What the first pause found.
     first: Option<Observed>,
-    changed: bool,
+    /// A later pause found that tasks had started or ended.
+    counts_changed: bool,
+    /// A pause found a vCPU that was not halted permanently, or had run since the first one.
+    runs: bool,
 }
 
 /// What does not change in a guest in which nothing happens.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Observed {
     vcpus: Vec<VcpuRegs>,
     /// `total_forks` and `nr_threads`, which change in the sections that hold `tasklist_lock` for
@@ -61,19 +64,20 @@ impl EndOfLife {
             vcpus: vcpus.to_vec(),
             counts: counts(kernel, memory),
         };
-        let Some(first) = &self.first else {
-            self.first = Some(observed);
-            return None;
-        };
-        self.changed |= first.counts != observed.counts || observed.counts.is_none();
-        if self.changed || !is_last {
+        let mut online = vcpus.iter().filter(|vcpu| vcpu.online).peekable();
+        self.runs |= online.peek().is_none()
+            || !online.all(|vcpu| is_halted_permanently(memory.phys(), vcpu));
+        let first = self.first.get_or_insert_with(|| observed.clone());
+        self.runs |= first.vcpus != observed.vcpus;
+        self.counts_changed |= first.counts != observed.counts || observed.counts.is_none();
+        if !is_last {
             return None;
         }
-        let mut online = vcpus.iter().filter(|vcpu| vcpu.online).peekable();
-        let halted = online.peek().is_some()
-            && online.all(|vcpu| is_halted_permanently(memory.phys(), vcpu));
-        if halted && first.vcpus == observed.vcpus {
+        if !self.runs {
             return Some("all vCPUs are halted with interrupts off");
+        }
+        if self.counts_changed {
+            return None;
         }
         (tainted(kernel, memory) & TAINT_DIE != 0)
             .then_some("the guest's kernel had an oops, and then stood still")

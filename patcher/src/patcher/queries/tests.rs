@@ -144,7 +144,7 @@ fn a_guest_that_may_go_on_is_busy() {
     let mut pauses = 0;
     let mut woken = Running::new(&[HELD], move |_, vcpus| {
         pauses += 1;
-        vcpus[0].rax = u64::from(pauses > 20);
+        vcpus[0].rax = u64::from(pauses == 20);
     });
     woken.vcpus[0].halted = true;
     expect_busy(&mut woken);
