@@ -355,20 +355,22 @@ impl Patcher {
     }
 
     /// Forgets the guest's kernel if another one has replaced it; one short pause. If patches are
-    /// lost with it, the next request is refused with that.
-    fn forget_if_replaced<M: Machine>(&mut self, machine: &mut M) -> Result<(), PatchError> {
+    /// lost with it, the next request is refused with that. A guest that cannot be paused, as its
+    /// VM ends, keeps its kernel.
+    fn forget_if_replaced<M: Machine>(&mut self, machine: &mut M) {
         let Some(guest) = &self.guest else {
-            return Ok(());
+            return;
         };
-        let paused = PauseGuard::begin(machine, &mut self.pauses)?;
+        let Ok(paused) = PauseGuard::begin(machine, &mut self.pauses) else {
+            return;
+        };
         let checked = guest.check_running(paused.memory(), &paused.vcpus);
-        paused.resume()?;
+        drop(paused);
         if let Err(error) = checked {
             let had_patches = !self.patches.is_empty();
             let error = self.forget_replaced_kernel(error);
             self.unreported = had_patches.then_some(error);
         }
-        Ok(())
     }
 
     /// Fails once after patches were lost in a call that could not report it.

@@ -222,6 +222,18 @@ fn kexec(
 }
 
 #[test]
+fn patches_that_were_lost_unseen_are_reported_once() {
+    let mut patcher = Patcher::new();
+    patcher.unreported = Some(PatchError::AnotherKernel("6.12.0-made-up".into()));
+    let reported = patcher.tasks(&mut core(&[])).unwrap_err();
+    assert!(
+        matches!(reported, PatchError::AnotherKernel(_)),
+        "{reported}"
+    );
+    patcher.tasks(&mut core(&[])).unwrap();
+}
+
+#[test]
 fn every_query_finds_the_kernel_that_was_started_later() {
     for query in 0..5 {
         let started = Rc::new(Cell::new(false));
