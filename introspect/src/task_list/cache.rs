@@ -150,14 +150,14 @@ impl TaskCache {
     }
 
     /// Reads all tasks as they are, although the lists may be in the middle of a change: in a guest
-    /// that cannot go on, no later moment is better. Also returns each reason why the lists may lack
-    /// a task, or have one that is gone, of which there is none where [`refresh`](Self::refresh)
-    /// would have succeeded. Nothing is cached for the next refresh. Linear in tasks.
+    /// that cannot go on, no later moment is better. Also returns each reason why the lists may
+    /// lack a task, or have one that is gone. There is none where [`refresh`](Self::refresh) would
+    /// have succeeded. Nothing is cached for the next refresh. Linear in tasks.
     ///
     /// The kernel adds and removes list entries such that walks along their `next` pointers, as
     /// here, are possible at any moment (`include/linux/rculist.h: list_add_tail_rcu`,
-    /// `list_del_rcu`): what a lock held means is that a task is on one list and not yet on the
-    /// other, or not yet counted.
+    /// `list_del_rcu`). While the lock is held, a task can be on one list and not on the other, or
+    /// not yet counted.
     ///
     /// # Errors
     /// As those of [`task_list::read`](crate::task_list::read), without [`TasksError::Busy`] and

@@ -2,8 +2,8 @@
 //!
 //! The evidence is in the guest's memory and registers. A guest that is merely slow, as its host is
 //! overloaded, must not be taken for one that has ended, so what is not certain at once is watched
-//! over all attempts. This module knows what shows that a kernel has ended; it must not know what is
-//! read of it.
+//! over all attempts. This module knows what shows that a kernel has ended; it must not know what
+//! is read of it.
 
 use introspect::kernel::is_halted_permanently;
 use introspect::{Kernel, KernelMemory, VcpuRegs};

@@ -53,8 +53,8 @@ pub struct Patcher {
     running: Option<Running>,
     /// The routine that wakes sleepers, once a transition needed it.
     waker: Option<TaskWaker>,
-    /// The guest has started another kernel, and patches were lost with the old one: not reported to
-    /// the operator yet.
+    /// The guest has started another kernel, and patches were lost with the old one. This has not
+    /// been reported to the operator yet.
     unreported: Option<PatchError>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
