@@ -435,6 +435,7 @@ mod tests {
             efer: EFER_LONG_MODE,
             lstar: 0,
             fred_config: None,
+            halted: false,
             ..regs
         };
         assert_eq!(read, expected);
