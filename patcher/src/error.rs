@@ -273,7 +273,9 @@ fn memory_kind(error: &PatchMemoryError) -> ErrorKind {
         PatchMemoryError::TooLarge { .. }
         | PatchMemoryError::AlignmentTooLarge { .. }
         | PatchMemoryError::NoEntry => ErrorKind::Unsupported,
-        PatchMemoryError::NoHiddenWindow { .. } => ErrorKind::Conflict,
+        PatchMemoryError::NoHiddenWindow { .. } | PatchMemoryError::TooMuchKept { .. } => {
+            ErrorKind::Conflict
+        }
         PatchMemoryError::EntryTaken(_)
         | PatchMemoryError::PaddingTaken(_)
         | PatchMemoryError::NotMapped(_) => ErrorKind::Guest,

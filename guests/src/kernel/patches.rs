@@ -69,11 +69,14 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 18] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 22] = patch_sources![
     "callbacks",
     "cmdline",
+    "constant",
+    "exit-work",
     "features",
     "getpid",
+    "init-value",
     "module-object",
     "dies-with-lock",
     "not-livepatch",
@@ -81,6 +84,7 @@ const TEST_PATCHES: [(&str, &str); 18] = patch_sources![
     "kinds",
     "kthread",
     "percpu",
+    "rcu-callback",
     "replacing",
     "two-functions",
     "uname",

@@ -22,7 +22,7 @@ pub struct ReplacedPatch {
     pub name: String,
     /// The memory of its code and stubs.
     pub code: Allocation,
-    /// Its code is never freed, as tasks may stay in it permanently.
+    /// Its code is never freed ([`Patch::keeps_code`]).
     pub stays: bool,
 }
 
@@ -152,6 +152,28 @@ impl Patch {
         }
     }
 
+    /// Whether its code is never freed once the guest has run it: tasks may be in it (forced), or
+    /// the guest may hold the address of one of its functions (a timer, an RCU callback).
+    #[must_use]
+    pub fn keeps_code(&self) -> bool {
+        self.forced || self.image.taken.code.is_some()
+    }
+
+    /// Whether its data is never freed once the guest has run it: its code may use it, or the guest
+    /// may hold an address in it.
+    #[must_use]
+    pub fn keeps_data(&self) -> bool {
+        self.keeps_code() || self.image.taken.data.is_some()
+    }
+
+    /// How many bytes stay in the guest when it is reverted.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        let code = self.code.range.len() + self.table.map_or(0, |table| table.range.len());
+        let data = self.data.map_or(0, |data| data.range.len());
+        u64::from(self.keeps_code()) * code + u64::from(self.keeps_data()) * data
+    }
+
     /// The report of the patch, with its running transition, if there is one.
     #[must_use]
     pub fn status(&self, transition: Option<&Transition>) -> PatchStatus {
@@ -167,6 +189,7 @@ impl Patch {
             force: self.forced,
             replace: self.image.replace,
             signal: transition.is_some_and(Transition::is_signalling),
+            kept_bytes: self.kept_bytes(),
             functions: self
                 .functions
                 .iter()

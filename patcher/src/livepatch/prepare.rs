@@ -329,7 +329,7 @@ fn replaced(other: &Patch) -> ReplacedPatch {
     ReplacedPatch {
         name: other.name().into(),
         code: other.code,
-        stays: other.forced,
+        stays: other.keeps_code(),
     }
 }
 

@@ -42,4 +42,15 @@ pub enum PatchMemoryError {
         "the guest's page tables do not lead to {0}: level2_fixmap_pgt is not where it should be"
     )]
     NotMapped(Gva),
+    /// Reverted patches keep too much memory.
+    #[error(
+        "patches that were reverted keep {kept} bytes in the guest, as it may hold their addresses; \
+         with this one it could be more than the {max} that are allowed; restart the guest"
+    )]
+    TooMuchKept {
+        /// Bytes that are kept.
+        kept: u64,
+        /// The most that are allowed.
+        max: u64,
+    },
 }

@@ -77,6 +77,15 @@ pub enum ModuleError {
     /// The patch has `klp_state`s.
     #[error("the patch has states (struct klp_state): not supported yet")]
     States,
+    /// Its init function does more than outpatch does in its place.
+    #[error(
+        "the module's init function would not run: {0}; only klp_enable_patch of a static patch, \
+         whose result it returns, is supported"
+    )]
+    Init(String),
+    /// Its exit function does something, and outpatch does not run it.
+    #[error("the module's exit function would not run: {0}; only an empty one is supported")]
+    Exit(String),
     /// Two `klp_func`s of the patch replace the same function.
     #[error("the module replaces function {0} twice")]
     Twice(String),
@@ -94,6 +103,8 @@ impl ModuleError {
                 | ModuleError::ModuleTarget(_)
                 | ModuleError::Callbacks(_)
                 | ModuleError::States
+                | ModuleError::Init(_)
+                | ModuleError::Exit(_)
         )
     }
 }

@@ -160,7 +160,7 @@ impl Patcher {
             Direction::Revert => {
                 patch.phase = PatchPhase::Reverted;
                 self.reverted = Some(patch.status(None));
-                self.remove_patch(at);
+                self.remove_patch(at, true);
             }
         }
     }
@@ -180,7 +180,7 @@ impl Patcher {
                 old.phase = PatchPhase::Reverted;
                 self.reverted = Some(old.status(None));
             }
-            self.remove_patch(0);
+            self.remove_patch(0, true);
         }
         if let Some(patch) = self.patches.first_mut() {
             patch
@@ -189,20 +189,27 @@ impl Patcher {
         }
     }
 
-    /// Removes a patch that is no longer in the guest from the list, and frees its memory.
-    pub(super) fn remove_patch(&mut self, at: usize) {
+    /// Removes a patch that is no longer in force from the list, and frees its memory, but for what
+    /// the guest may still use once it `was_run` there.
+    pub(super) fn remove_patch(&mut self, at: usize, was_run: bool) {
         if at >= self.patches.len() {
             return;
         }
         let patch = self.patches.remove(at);
         func_stack::remove(&mut self.patches, &patch);
-        if patch.forced {
-            // Tasks may stay in its code: its memory is never freed, and the unwinder keeps it.
+        if was_run {
+            self.kept_bytes = self.kept_bytes.saturating_add(patch.kept_bytes());
+        }
+        let data = patch.data.filter(|_| !(was_run && patch.keeps_data()));
+        data.into_iter()
+            .for_each(|data| self.patch_memory.free(data));
+        if was_run && patch.keeps_code() {
+            // The unwinder keeps it, too: its code may still be on a stack.
             return;
         }
         self.patch_memory.free(patch.code);
-        let allocations = patch.data.into_iter().chain(patch.table);
-        allocations.for_each(|data| self.patch_memory.free(data));
+        let table = patch.table.into_iter();
+        table.for_each(|table| self.patch_memory.free(table));
         if let Some(guest) = &mut self.guest {
             patch.remove_from(&mut guest.unwinder);
         }

@@ -26,6 +26,7 @@ use crate::livepatch::patch::Patch;
 use crate::livepatch::prepare;
 use crate::machine::Machine;
 use crate::memory::PatchMemory;
+use crate::memory::error::PatchMemoryError;
 use crate::module::{self, LivepatchModule};
 use crate::report::patch::{Mode, PatchPhase, PatchStatus};
 use crate::report::pause::PauseReport;
@@ -35,6 +36,9 @@ use crate::transition::Transition;
 const MAX_TRIES: u32 = 100;
 /// The time between two tries grows from the first to the second of these.
 const TRY_WAIT: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
+
+/// The most bytes that patches may leave in a guest when they are reverted.
+const MAX_KEPT: u64 = 8 << 20;
 
 /// Patches one guest.
 ///
@@ -59,6 +63,8 @@ pub struct Patcher {
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     pauses: PauseReport,
+    /// Bytes of patches that are gone and may still be used by the guest.
+    kept_bytes: u64,
     walks_in_the_pause: bool,
 }
 
@@ -122,12 +128,13 @@ impl Patcher {
         self.patches.push(patch);
         let at = self.patches.len() - 1;
         let started = self
-            .fill_hidden_memory(machine, at)
+            .check_kept_memory()
+            .and_then(|()| self.fill_hidden_memory(machine, at))
             .and_then(|()| self.start(machine, at, Direction::Apply, mode));
         if let Err(error) = started {
             // Where the undo failed, the guest may still lead to the patch.
             if !matches!(error, PatchError::Undo { .. }) {
-                self.remove_patch(at);
+                self.remove_patch(at, false);
             }
             return Err(error);
         }
@@ -390,8 +397,20 @@ impl Patcher {
             // What is hidden there stays, and the new kernel does not see it.
             self.patch_memory = PatchMemory::default();
             self.dummy = None;
+            self.kept_bytes = 0;
         }
         error
+    }
+
+    /// Checks that the patches of the guest do not keep too much memory when they are reverted.
+    fn check_kept_memory(&self) -> Result<(), PatchError> {
+        let patches = self.patches.iter().map(Patch::kept_bytes);
+        let kept = patches.fold(self.kept_bytes, u64::saturating_add);
+        if kept <= MAX_KEPT {
+            return Ok(());
+        }
+        let (kept, max) = (self.kept_bytes, MAX_KEPT);
+        Err(PatchMemoryError::TooMuchKept { kept, max }.into())
     }
 
     /// Fills the hidden memory of patch `at`, and places the dummy patch, before the guest maps

@@ -69,6 +69,9 @@ pub struct PatchStatus {
     pub replace: bool,
     /// Whether outpatch sends the fake signal to the tasks that have not switched.
     pub signal: bool,
+    /// Bytes of the patch that stay in the guest when it is reverted, because the guest may hold
+    /// addresses in them.
+    pub kept_bytes: u64,
     /// The functions that the patch replaces.
     pub functions: Vec<FunctionReport>,
     /// The tasks of the running or the last transition; those that have not switched come first.

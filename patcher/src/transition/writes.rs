@@ -48,7 +48,7 @@ impl StepContext<'_> {
             }
             Direction::Revert => {
                 self.plan_sites(writes, PatchedFunction::to_previous)?;
-                if !self.patch.forced {
+                if !self.patch.keeps_code() {
                     self.patch_memory
                         .plan_clear(memory, self.patch.code, writes)?;
                 }

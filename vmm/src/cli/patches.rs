@@ -217,6 +217,7 @@ mod tests {
             force: false,
             replace: false,
             signal: false,
+            kept_bytes: 0,
             functions: vec![],
             tasks: (0..pending)
                 .map(|pid| TaskReport {

@@ -86,6 +86,13 @@ fn one_patch(
         Tone::Good
     };
     output.line(tone, &patch_line(patch))?;
+    if patch.kept_bytes > 0 {
+        let kept = format!(
+            "keeps {} bytes in the guest when it is reverted: the guest may hold addresses in them",
+            patch.kept_bytes
+        );
+        output.line(Tone::Plain, &kept)?;
+    }
     let functions = patch.functions.iter().map(|function| {
         let state = if function.patched { "new" } else { "previous" };
         let (object, name, sympos) = (&function.object, &function.name, function.sympos);

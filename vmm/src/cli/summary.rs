@@ -184,6 +184,7 @@ mod tests {
             force: false,
             replace: false,
             signal: false,
+            kept_bytes: 0,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),

@@ -2,13 +2,11 @@
 //! relocations.
 //!
 //! The structures are in the module's data, with their pointers as relocations; their layout is the
-//! target kernel's own, from its BTF. The patch is the object that the init function would pass to
-//! `klp_enable_patch`: it is read from that code and checked against the symbols of the right size.
-//! In what it accepts, it follows `kernel/livepatch/core.c: klp_init_patch`.
+//! target kernel's own, from its BTF. The patch is the object that the init function passes to
+//! `klp_enable_patch` ([`init_exit`](crate::module::file::init_exit)). In what it accepts, it follows `kernel/livepatch/core.c: klp_init_patch`.
 
 use std::collections::HashSet;
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Register};
 use object::elf;
 
 use crate::module::error::ModuleError;
@@ -21,10 +19,6 @@ const MAX_SYMBOL_NAME: usize = 512;
 /// The most functions in a patch: more than any cumulative patch has.
 const MAX_FUNCTIONS: usize = 4096;
 const MAX_OBJECTS: usize = 256;
-/// The most calls of `klp_enable_patch`. Modules have one, in the init function.
-const MAX_CALLS: usize = 16;
-/// The most bytes of code that are decoded before such a call.
-const MAX_INIT: usize = 1 << 16;
 
 /// Sizes and offsets of the livepatch structures in the target kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +87,8 @@ pub struct KlpPatch {
     pub functions: Vec<PatchFunction>,
     /// Where its member `mod` is, which the module's loader would set.
     pub(in crate::module) module_pointer: ModuleOffset,
+    /// Where its structures are, with their lengths in bytes.
+    pub(in crate::module) structures: Vec<(ModuleOffset, u64)>,
 }
 
 /// A section of the module and an offset in it.
@@ -111,14 +107,20 @@ impl ModuleOffset {
     }
 }
 
-/// Reads the patch of a module.
+/// Reads the patch of a module, which is at `at`.
 pub(in crate::module) fn read(
     file: &ElfFile,
     placements: &[Placement],
+    at: ModuleOffset,
     layout: &KlpLayout,
 ) -> Result<KlpPatch, ModuleError> {
     let reader = Reader { file, placements };
-    let at = reader.find_patch(layout)?;
+    if !reader.looks_like_patch(at, layout) {
+        return Err(bad(
+            "what its init function passes to klp_enable_patch is not this kernel's \
+             struct klp_patch",
+        ));
+    }
     let states = match layout.patch_states {
         Some(offset) => reader.pointer(at.plus(offset))?,
         None => None,
@@ -131,6 +133,7 @@ pub(in crate::module) fn read(
         .pointer(at.plus(layout.patch_objs))?
         .ok_or_else(|| bad("klp_patch has no objects"))?;
     let mut functions = None;
+    let mut structures = vec![(at, layout.patch_size)];
     for index in 0.. {
         limit("patched objects", index, MAX_OBJECTS)?;
         let object = objects.plus((index as u64).wrapping_mul(layout.object_size));
@@ -145,17 +148,25 @@ pub(in crate::module) fn read(
         }
         reader.refuse_callbacks(object, layout)?;
         let funcs = funcs.ok_or_else(|| bad("an object has no functions"))?;
+        structures.push((object, layout.object_size));
         if functions
-            .replace(reader.functions(funcs, layout)?)
+            .replace((funcs, reader.functions(funcs, layout)?))
             .is_some()
         {
             return Err(bad("two objects are both vmlinux"));
         }
     }
-    let functions = functions.filter(|list| !list.is_empty());
+    let (array, functions) = functions
+        .filter(|(_, list): &(_, Vec<_>)| !list.is_empty())
+        .ok_or_else(|| bad("the patch has no functions"))?;
+    structures.push((
+        array,
+        layout.func_size.saturating_mul(functions.len() as u64),
+    ));
     Ok(KlpPatch {
         replace,
-        functions: functions.ok_or_else(|| bad("the patch has no functions"))?,
+        functions,
+        structures,
         module_pointer: at.plus(layout.patch_mod),
     })
 }
@@ -166,39 +177,6 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The `klp_patch` that the init function registers.
-    fn find_patch(&self, layout: &KlpLayout) -> Result<ModuleOffset, ModuleError> {
-        let enabled = self.enabled_patches()?;
-        let shaped: Vec<ModuleOffset> = self
-            .file
-            .symbols
-            .iter()
-            .filter(|s| s.object && s.size == layout.patch_size)
-            .filter_map(|s| match s.place {
-                Place::Section(section) => Some(ModuleOffset {
-                    section,
-                    offset: s.value,
-                }),
-                _ => None,
-            })
-            .filter(|&at| self.looks_like_patch(at, layout))
-            .collect();
-        match (enabled.as_slice(), shaped.as_slice()) {
-            ([one], _) if self.looks_like_patch(*one, layout) => Ok(*one),
-            ([_], _) => Err(bad(
-                "what its init function passes to klp_enable_patch is not \
-                 this kernel's struct klp_patch",
-            )),
-            ([], [one]) => Ok(*one),
-            ([], []) => Err(bad(
-                "there is no static struct klp_patch of this kernel's size",
-            )),
-            _ => Err(bad(
-                "there are several, and the init function does not show which is enabled",
-            )),
-        }
-    }
-
     fn looks_like_patch(&self, at: ModuleOffset, layout: &KlpLayout) -> bool {
         let fits = self
             .file
@@ -210,75 +188,6 @@ impl Reader<'_> {
             .and_then(|r| self.file.symbol(r.symbol))
             .is_some_and(|s| s.name == "__this_module");
         fits && placed && module && matches!(self.pointer(at.plus(layout.patch_objs)), Ok(Some(_)))
-    }
-
-    /// What the module's code passes to `klp_enable_patch`, where the code shows it.
-    fn enabled_patches(&self) -> Result<Vec<ModuleOffset>, ModuleError> {
-        let mut found = HashSet::new();
-        let mut calls = 0;
-        for (index, section) in self.file.sections.iter().enumerate() {
-            if !section.is_exec() {
-                continue;
-            }
-            for call in &section.relocations {
-                let callee = self.file.symbol(call.symbol);
-                if callee.is_none_or(|s| s.name != "klp_enable_patch") {
-                    continue;
-                }
-                calls += 1;
-                limit("calls of klp_enable_patch", calls, MAX_CALLS)?;
-                found.extend(self.first_argument(index, call.offset));
-            }
-        }
-        let mut found: Vec<ModuleOffset> = found.into_iter().collect();
-        found.sort_unstable();
-        Ok(found)
-    }
-
-    /// The last address loaded into RDI before the call whose operand is at `operand`.
-    fn first_argument(&self, index: usize, operand: u64) -> Option<ModuleOffset> {
-        let section = self.file.section(index)?;
-        let function = self.file.function_at(index, operand)?;
-        let start = usize::try_from(function.value).ok()?;
-        let end = usize::try_from(operand).ok()?;
-        let code = self.file.data(section).get(start..end)?;
-        let code = code.get(..code.len().min(MAX_INIT))?;
-        let mut decoder = Decoder::with_ip(64, code, function.value, DecoderOptions::NONE);
-        let mut last = None;
-        let mut insn = Instruction::default();
-        while decoder.can_decode() {
-            decoder.decode_out(&mut insn);
-            if insn.op0_register().full_register() == Register::RDI {
-                last = Some(insn);
-            }
-        }
-        let last = last.filter(|insn| {
-            matches!(
-                insn.code(),
-                Code::Mov_r64_imm64 | Code::Mov_rm64_imm32 | Code::Mov_r32_imm32 | Code::Lea_r64_m
-            )
-        })?;
-        let first = section
-            .relocations
-            .partition_point(|r| r.offset < last.ip());
-        let relocation = section.relocations.get(first)?;
-        if relocation.offset >= last.next_ip() {
-            return None;
-        }
-        self.operand(relocation, last.next_ip())
-    }
-
-    /// What an instruction's relocated operand refers to. `next` is the end of the instruction,
-    /// from which relative operands count.
-    fn operand(&self, relocation: &Relocation, next: u64) -> Option<ModuleOffset> {
-        let at = self.defined(relocation)?;
-        match relocation.kind {
-            k if k == elf::R_X86_64_PC32.0 => Some(at.plus(next.wrapping_sub(relocation.offset))),
-            k if k == elf::R_X86_64_64.0 || k == elf::R_X86_64_32.0 || k == elf::R_X86_64_32S.0 => {
-                Some(at)
-            }
-            _ => None,
-        }
     }
 
     fn functions(

@@ -1,5 +1,8 @@
 //! [`SectionLayout`]: the offset of each section in the two regions, code and data, that a patch
 //! gets in the guest. It is made before the addresses of the regions are known.
+//!
+//! Read-only data is placed with the data: the guest takes addresses in the padding of its text for
+//! its own text, and hardened usercopy kills a task that copies from there.
 
 use introspect::Gva;
 
@@ -16,11 +19,11 @@ const MAX_ALIGN: u64 = 4096;
 /// How much memory a module needs in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Bytes of code, read-only data and tables.
+    /// Bytes of code.
     pub code: u64,
     /// Alignment that `code` needs; a power of two, at most 4096.
     pub code_align: u64,
-    /// Bytes of data, the last part of which is zeroes; 0 when the module has none.
+    /// Bytes of writable and read-only data; 0 when the module has none.
     pub data: u64,
     /// Alignment that `data` needs; a power of two, at most 4096.
     pub data_align: u64,
@@ -68,8 +71,8 @@ impl SectionLayout {
         let mut data = Cursor::new(MAX_DATA);
         for (pass, region) in [
             (Placement::Text, Region::Code),
-            (Placement::RoData, Region::Code),
             (Placement::Data, Region::Data),
+            (Placement::RoData, Region::Data),
         ] {
             let cursor = match region {
                 Region::Code => &mut code,

@@ -1,19 +1,21 @@
 //! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
 //!
-//! They are read in the order [`elf`], [`modinfo`], [`sections`], [`layout`]; [`klp`] last, as it
-//! needs the layout of the guest kernel's structures. This module otherwise knows nothing of a
-//! guest. Further formats (kpatch-build, klp-build) and module signatures belong here, in files of
-//! their own beside [`klp`].
+//! They are read in the order [`elf`], [`modinfo`], [`sections`], [`layout`], [`init_exit`];
+//! [`klp`] last, as it needs the layout of the guest kernel's structures. This module otherwise
+//! knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
+//! here, in files of their own beside [`klp`].
 
 pub mod elf;
+mod init_exit;
 pub mod klp;
 pub mod layout;
 pub mod modinfo;
+pub mod own_addresses;
 pub mod sections;
 
 use crate::module::KlpPatch;
 use crate::module::error::ModuleError;
-use crate::module::file::klp::KlpLayout;
+use crate::module::file::klp::{KlpLayout, ModuleOffset};
 use crate::module::file::layout::{SectionLayout, Sizes};
 
 /// A livepatch module as parsed from its file, not yet linked for a guest.
@@ -23,6 +25,8 @@ pub struct LivepatchModule {
     pub(in crate::module) info: modinfo::Modinfo,
     pub(in crate::module) placements: Vec<sections::Placement>,
     pub(in crate::module) layout: SectionLayout,
+    /// The patch that its init function enables.
+    enabled: ModuleOffset,
 }
 
 /// Parses a livepatch module.
@@ -43,11 +47,14 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     if let Some(object) = other {
         return Err(ModuleError::ModuleTarget(object.clone()));
     }
+    let enabled = init_exit::enabled_patch(&file)?;
+    init_exit::check_exit(&file)?;
     Ok(LivepatchModule {
         file,
         info,
         placements,
         layout,
+        enabled,
     })
 }
 
@@ -70,6 +77,6 @@ impl LivepatchModule {
     /// [`ModuleError`] when there is no `klp_patch` of that layout, or it needs what is not
     /// supported.
     pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
-        klp::read(&self.file, &self.placements, layout)
+        klp::read(&self.file, &self.placements, self.enabled, layout)
     }
 }

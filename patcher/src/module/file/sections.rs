@@ -13,7 +13,7 @@ use crate::module::file::elf::{ElfFile, Place, Section};
 pub(in crate::module) enum Placement {
     /// Executable, into the code region.
     Text,
-    /// Read-only, into the code region.
+    /// Read-only, into the data region.
     RoData,
     /// Writable, into the data region.
     Data,

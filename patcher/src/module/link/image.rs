@@ -2,6 +2,8 @@
 
 use introspect::{Gva, GvaRange};
 
+use crate::module::file::own_addresses::TakenAddresses;
+
 /// A new function of the patch, linked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkedFunction {
@@ -54,7 +56,9 @@ pub struct Image {
     pub name: String,
     /// Whether it replaces all earlier patches (`klp_patch.replace`).
     pub replace: bool,
-    /// The bytes of the code region: code, then read-only data.
+    /// Which of its own addresses it holds.
+    pub taken: TakenAddresses,
+    /// The bytes of the code region.
     pub code: Vec<u8>,
     /// Address of `code` in the guest.
     pub code_base: Gva,

@@ -10,6 +10,7 @@ use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Relocation, Section};
 use crate::module::file::klp::ModuleOffset;
 use crate::module::file::layout::Region;
+use crate::module::file::own_addresses;
 use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
@@ -208,6 +209,11 @@ impl<'a> Linker<'a> {
         Ok(Image {
             name: self.module.info.name.clone(),
             replace: self.patch.replace,
+            taken: own_addresses::find(
+                &self.module.file,
+                &self.module.placements,
+                &self.patch.structures,
+            ),
             text: self.text_range(),
             functions,
             symbols,

@@ -77,13 +77,10 @@ fn the_init_function_shows_which_patch_is_enabled() {
     );
     let module = parse(&ko.bytes()).unwrap();
     assert_eq!(module.patch(&layouts().klp).unwrap().functions.len(), 1);
-    // Neither shows it: the code passes something unknown, and there are two structures.
-    ko.get(".init.text").relocations.remove(0);
-    assert!(matches!(module_error(&ko), ModuleError::Klp(_)));
-    // By the symbol alone, when there is one structure.
+    // The code passes something unknown: not even one structure of the right size will do.
     let mut ko = sample();
     ko.get(".init.text").relocations.remove(0);
-    assert!(linked(&ko, &FakeKernel::new()).is_ok());
+    assert!(matches!(module_error(&ko), ModuleError::Init(_)));
     // By the code alone, when symbols are stripped.
     let mut ko = sample();
     ko.symbols.retain(|s| s.name != "patch");
@@ -95,4 +92,118 @@ fn the_init_function_shows_which_patch_is_enabled() {
     init.data[..7].copy_from_slice(&[0x48, 0x8d, 0x3d, 0, 0, 0, 0]);
     init.relocations[0] = (3, PC32, ".data".into(), PATCH as i64 - 4);
     assert!(linked(&ko, &FakeKernel::new()).is_ok());
+}
+
+/// The error for a module whose init function has this code before the sample's own.
+fn init_error(code: &[u8], relocation: Option<(u64, u32, &str, i64)>) -> String {
+    let mut ko = sample();
+    ko.undefined("__mutex_init", UNDEFINED);
+    let init = ko.get(".init.text");
+    for relocation in &mut init.relocations {
+        relocation.0 += code.len() as u64;
+    }
+    init.data.splice(0..0, code.iter().copied());
+    if let Some((at, kind, symbol, addend)) = relocation {
+        init.relocations
+            .insert(0, (at, kind, symbol.into(), addend));
+    }
+    for symbol in &mut ko.symbols {
+        if symbol.name == "init_module" {
+            symbol.size += code.len() as u64;
+        }
+    }
+    module_error(&ko).to_string()
+}
+
+#[test]
+fn an_init_function_that_does_more_is_refused_by_what_it_does() {
+    for (code, relocation, told) in [
+        // call __mutex_init
+        (
+            &[0xe8, 0, 0, 0, 0][..],
+            Some((1, PLT32, "__mutex_init", -4)),
+            "it calls __mutex_init",
+        ),
+        // movb $1, patch+24(%rip)
+        (
+            &[0xc6, 0x05, 0, 0, 0, 0, 1],
+            Some((2, PC32, ".data", PATCH as i64 + 24 - 5)),
+            "it stores to patch",
+        ),
+        // movl $4242, limit(%rip)
+        (
+            &[0xc7, 0x05, 0, 0, 0, 0, 0x92, 0x10, 0, 0],
+            Some((2, PC32, ".bss", -8)),
+            "it stores to .bss",
+        ),
+        // mov %rax, (%rcx)
+        (
+            &[0x48, 0x89, 0x01],
+            None,
+            "it stores to memory at init_module+0x0",
+        ),
+        // test %eax, %eax; je
+        (
+            &[0x85, 0xc0, 0x74, 0x02],
+            None,
+            "it branches at init_module+0x2",
+        ),
+        // mov $-19, %eax; ret
+        (
+            &[0xb8, 0xed, 0xff, 0xff, 0xff, 0xc3],
+            None,
+            "it does not call klp_enable_patch",
+        ),
+        // cli
+        (
+            &[0xfa],
+            None,
+            "it has a special instruction at init_module+0x0",
+        ),
+    ] {
+        let error = init_error(code, relocation);
+        assert!(error.contains(told), "{error}");
+    }
+    // What does nothing that lasts: endbr64, a frame, a load.
+    let harmless = [
+        0xf3, 0x0f, 0x1e, 0xfa, 0x55, 0x48, 0x89, 0xe5, 0x5d, 0x48, 0x8b, 0x01,
+    ];
+    let mut ko = sample();
+    let init = ko.get(".init.text");
+    init.relocations
+        .iter_mut()
+        .for_each(|r| r.0 += harmless.len() as u64);
+    init.data.splice(0..0, harmless);
+    let size = init.data.len() as u64;
+    ko.symbols
+        .iter_mut()
+        .filter(|s| s.name == "init_module")
+        .for_each(|s| s.size = size);
+    assert!(parse(&ko.bytes()).is_ok());
+}
+
+#[test]
+fn an_exit_function_that_does_anything_is_refused() {
+    let with_exit = |code: &[u8], relocation: Option<&str>| {
+        let mut ko = sample();
+        ko.undefined("del_timer_sync", UNDEFINED);
+        let exit = ko.section(".exit.text", AX, code);
+        if let Some(symbol) = relocation {
+            exit.relocations = vec![(1, PLT32, symbol.into(), -4)];
+        }
+        ko.symbol("cleanup_module", ".exit.text", 0, code.len() as u64, FUNC);
+        ko
+    };
+    let jump = [0xe9, 0, 0, 0, 0];
+    assert!(parse(&with_exit(&[0xc3], None).bytes()).is_ok());
+    assert!(parse(&with_exit(&jump, Some("__x86_return_thunk")).bytes()).is_ok());
+    let error = module_error(&with_exit(&jump, Some("del_timer_sync")));
+    assert!(matches!(&error, ModuleError::Exit(what) if what == "it calls del_timer_sync"));
+}
+
+#[test]
+fn a_module_without_an_init_function_is_refused() {
+    let mut ko = sample();
+    ko.symbols.retain(|s| s.name != "init_module");
+    assert!(matches!(module_error(&ko), ModuleError::Init(_)));
 }

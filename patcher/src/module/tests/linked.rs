@@ -34,8 +34,8 @@ fn a_module_with_every_table_is_linked() {
     let code = code(&image);
     assert_eq!(code[..5], [0x0f, 0x1f, 0x44, 0, 0], "fentry is a NOP");
     let string = i32::from_le_bytes(code[8..12].try_into().unwrap());
-    let string = Gva(i64::from(string).cast_unsigned()).since(image.code_base);
-    assert!(image.code[usize::try_from(string).unwrap()..].starts_with(b"hello\0"));
+    let string = Gva(i64::from(string).cast_unsigned()).since(image.data_base);
+    assert!(image.data[usize::try_from(string).unwrap()..].starts_with(b"hello\0"));
     assert_eq!(operand_target(&image, 13), KERNEL + 0x300, "call puts");
     assert_eq!(code[17..20], [0x0f, 0x01, 0xcb], "stac");
     assert_eq!(
@@ -67,7 +67,7 @@ fn a_module_with_every_table_is_linked() {
     assert_eq!(at(PATCH), 0, "klp_patch.mod stays empty");
     assert_eq!(at(PATCH + 8), LOAD_AT.data.0 + OBJECTS);
     assert_eq!(at(FUNCTIONS + 8), LOAD_AT.code.0);
-    assert!(image.data[image.data.len() - 100..].iter().all(|&b| b == 0));
+    assert!(image.data[328..428].iter().all(|&b| b == 0));
     assert_eq!(
         image.symbol_at(LOAD_AT.code.add(28)).unwrap().name,
         "new_victim"
@@ -291,4 +291,45 @@ fn exports_are_used_by_the_kernels_rules() {
     let mut ko = sample();
     ko.modinfo("import_ns", Some("SPACE"));
     assert!(linked(&ko, &target).is_ok());
+}
+
+#[test]
+fn addresses_that_the_guest_may_keep_are_found() {
+    let taken = |change: &dyn Fn(&mut Ko)| {
+        let mut ko = sample();
+        change(&mut ko);
+        linked(&ko, &FakeKernel::new()).unwrap().taken
+    };
+    // The sample passes a string to puts, and its klp_patch has pointers to its own code and data.
+    let plain = taken(&|_| {});
+    assert_eq!(plain.code, None);
+    assert_eq!(plain.data.as_deref(), Some(".rodata.str1.1"));
+    // An access is no taking: mov string(,%rax,1),%rdi is not even long enough to tell, so a load of
+    // a variable takes the place of the string: mov limit(%rip),%rdi.
+    let load = taken(&|ko| {
+        let text = ko.get(".text");
+        text.data[5..12].copy_from_slice(&[0x48, 0x8b, 0x3d, 0, 0, 0, 0]);
+        text.relocations[1] = (8, PC32, ".bss".into(), -4);
+    });
+    assert_eq!((load.code, load.data), (None, None));
+    // lea of a function of its own, as for call_rcu.
+    let lea = taken(&|ko| {
+        let text = ko.get(".text");
+        text.data[5..12].copy_from_slice(&[0x48, 0x8d, 0x3d, 0, 0, 0, 0]);
+        text.relocations[1] = (8, PC32, ".text".into(), -4);
+    });
+    assert_eq!(lea.code.as_deref(), Some("new_victim"));
+    assert_eq!(lea.data, None);
+    // A table of operations in its data.
+    let table = taken(&|ko| {
+        ko.get(".data")
+            .relocations
+            .push((312, R64, ".text".into(), 0))
+    });
+    assert_eq!(table.code.as_deref(), Some("new_victim"));
+    // A direct call of its own function.
+    let call = taken(&|ko| {
+        ko.get(".text").relocations[2] = (13, PLT32, ".text".into(), -4);
+    });
+    assert_eq!(call.code, None);
 }

@@ -15,7 +15,7 @@ use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 /// The patches that are built for every kernel with headers.
-const PATCHES: [&str; 17] = [
+const PATCHES: [&str; 21] = [
     "livepatch-sample",
     "cmdline",
     "getpid",
@@ -33,6 +33,10 @@ const PATCHES: [&str; 17] = [
     "percpu",
     "module-object",
     "features",
+    "init-value",
+    "exit-work",
+    "constant",
+    "rcu-callback",
 ];
 
 /// The kernel's own modules that every guest gets, with the modules that they depend on: small,

@@ -11,7 +11,7 @@ use crate::harness::fixture::Fixture;
 use crate::harness::scenario::{Scenario, is_all_requested};
 use crate::introspection::core_dumps;
 use crate::patching::{
-    apply_revert, blocked_tasks, dry_run, generations, modes, patch_stack, refusals,
+    apply_revert, blocked_tasks, dry_run, generations, modes, patch_memory, patch_stack, refusals,
 };
 use crate::vmm::machine;
 
@@ -30,7 +30,7 @@ struct Check {
 
 /// All checks, in this order: the first needs a guest that has not been patched yet (a core file
 /// does not show which memory patches have taken), and the last leaves code in the guest.
-static CHECKS: [Check; 9] = [
+static CHECKS: [Check; 10] = [
     Check {
         name: "dry_run::predicts_apply",
         run: dry_run::predicts_apply,
@@ -72,6 +72,12 @@ static CHECKS: [Check; 9] = [
         run: patch_stack::newest_is_in_force,
         plain: &["7.3"],
         more: &["6.1", "6.12"],
+    },
+    Check {
+        name: "patch_memory::outlives_the_revert",
+        run: patch_memory::outlives_the_revert,
+        plain: &["6.1", "6.12"],
+        more: &["7.3"],
     },
     Check {
         name: "blocked_tasks::sleepers_in_the_function",

@@ -11,6 +11,7 @@ pub mod insmod;
 pub mod locks;
 pub mod modes;
 pub mod no_livepatch;
+pub mod patch_memory;
 pub mod patch_stack;
 pub mod refusals;
 pub mod soak;

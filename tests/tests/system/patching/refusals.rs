@@ -74,6 +74,16 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
             kernel.patch("module-object")?,
             "module",
         ),
+        (
+            "an init function that sets a value",
+            kernel.patch("init-value")?,
+            "it stores to limit",
+        ),
+        (
+            "an exit function that waits",
+            kernel.patch("exit-work")?,
+            "it calls rcu_barrier",
+        ),
         ("code that warns", kernel.patch("features")?, "__bug_table"),
         (
             "no such file",

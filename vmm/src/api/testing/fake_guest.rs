@@ -344,6 +344,7 @@ impl Control for FakeGuest {
             force: false,
             replace: false,
             signal: false,
+            kept_bytes: 0,
             functions: vec![FunctionReport {
                 object: "vmlinux".into(),
                 name: "cmdline_proc_show".into(),
