@@ -44,6 +44,7 @@
 //! | [`Kernel::find`] | nothing: what it keeps does not change once the guest runs | nothing: a guest that is still booting is refused with [`NotReady`] | linear in the kernel's image and types: tens of ms in a release build |
 //! | [`task_list::read`] | `tasklist_lock`, otherwise [`TasksError::Busy`] | a name that is being changed (`comm` is written in pieces); state, flags and patch state are those of the pause, and no lock protects them in the guest either | linear in tasks |
 //! | [`TaskCache::refresh`] | as [`task_list::read`] | as [`task_list::read`] | a comparison for each unchanged task |
+//! | [`TaskCache::read_in_mid_change`] | nothing | which tasks there are, for the reasons that it returns; otherwise as [`task_list::read`] | linear in tasks |
 //! | [`modules::list`] | RCU only | nothing; a module that is being formed or freed is omitted, as the guest omits it | linear in modules |
 //! | [`modules::Module::symbols`] | RCU only | nothing for a module of the same pause; anything for one of an earlier pause | n log n in its symbols |
 //! | [`modules_and_runtime`] | RCU only | nothing, except that `ftrace_mod_maps` is omitted | n log n in all symbols of modules |

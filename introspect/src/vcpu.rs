@@ -56,6 +56,9 @@ pub struct VcpuRegs {
     /// Whether the vCPU has been started. If not, it waits for INIT/SIPI and its registers say
     /// nothing about the kernel.
     pub online: bool,
+    /// Whether the vCPU waits in HLT for an interrupt. False, too, where that is not known: in core
+    /// files of QEMU, for example.
+    pub halted: bool,
     /// Whether the vCPU runs a nested guest or is in SMM: these registers are then not those of the
     /// guest's kernel.
     pub foreign: bool,

@@ -102,6 +102,7 @@ pub use patcher::Patcher;
 pub use report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 pub use report::patch::{FunctionReport, Mode, PatchPhase, PatchStatus};
 pub use report::pause::{PAUSE_BOUNDS_US, PauseLength, PauseReport};
+pub use report::reading::Reading;
 pub use report::stack::{NamedFrame, TaskStack};
 pub use report::task::{SwitchedBy, TaskReport};
 pub use x86::EncodeError;

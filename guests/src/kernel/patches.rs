@@ -69,7 +69,7 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 21] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 22] = patch_sources![
     "callbacks",
     "cmdline",
     "constant",
@@ -78,6 +78,7 @@ const TEST_PATCHES: [(&str, &str); 21] = patch_sources![
     "getpid",
     "init-value",
     "module-object",
+    "dies-with-lock",
     "not-livepatch",
     "pause",
     "kinds",

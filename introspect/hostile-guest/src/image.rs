@@ -21,8 +21,11 @@ pub const SYSCALL: u64 = 0x600;
 const UPDATE: u64 = 0x700;
 const FILL: u64 = 0x8000;
 pub const DATA: usize = 0x2_0000;
+const PHYS_BASE: usize = DATA;
+const BANNER: usize = DATA + 0x20;
 const NR_THREADS: u64 = 0x2_00a0;
 const TOTAL_FORKS: u64 = 0x2_00a8;
+const PANIC_CPU: u64 = 0x2_00c8;
 const LISTS: u64 = 0x2_0300;
 pub const INIT_TASK: u64 = 0x2_1000;
 pub const TABLES: usize = 0x3_0000;
@@ -67,6 +70,8 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("nr_threads", NR_THREADS),
     ("total_forks", TOTAL_FORKS),
     ("modules", 0x2_00b0),
+    ("tainted_mask", 0x2_00c0),
+    ("panic_cpu", PANIC_CPU),
     ("__per_cpu_offset", 0x2_0100),
     ("__cpu_possible_mask", 0x2_0200),
     ("__cpu_online_mask", 0x2_0240),
@@ -195,6 +200,42 @@ pub fn build() -> Vec<u8> {
     ram.0
 }
 
+/// The physical address at which the second of [`two_kernels`] has its memory.
+pub const SECOND: usize = RAM;
+/// The release of the second of [`two_kernels`].
+pub const SECOND_RELEASE: &str = "6.13.0-made-up";
+
+/// Memory with two kernels: the second one at the same virtual addresses and other physical ones,
+/// as after a kexec that leaves the first one in memory.
+pub fn two_kernels() -> Vec<u8> {
+    let mut ram = Builder(build());
+    let mut second = Builder(build());
+    let tables = IMAGE + TABLES;
+    for at in (tables..tables + 0x5000)
+        .step_by(8)
+        .chain([IMAGE + PHYS_BASE])
+    {
+        let word = u64::from_le_bytes(second.0[at..at + 8].try_into().expect("eight bytes"));
+        if word != 0 {
+            second.long(at, word.wrapping_add(SECOND as u64));
+        }
+    }
+    second.put(IMAGE + BANNER + 14, SECOND_RELEASE.as_bytes());
+    // The first kernel has halted in `schedule`.
+    ram.put(IMAGE + 0x10f, &[0xf4]);
+    ram.0.extend(second.0);
+    ram.0
+}
+
+/// The vCPUs of [`two_kernels`]: the first one is halted with interrupts off in the first kernel,
+/// and the second one runs the second kernel, as its CPU 0.
+pub fn vcpus_of_two_kernels() -> Vec<VcpuRegs> {
+    let mut all = [vcpus(), vcpus()].concat();
+    all[1].index = 1;
+    all[1].cr3 += SECOND as u64;
+    all
+}
+
 /// The kernel's page tables: the image and the direct map, each one large page.
 fn page_tables(ram: &mut Builder) {
     let at = |n: usize| IMAGE + TABLES + 0x1000 * n;
@@ -215,10 +256,11 @@ fn data(ram: &mut Builder) {
     );
     ram.word(at(0x2_0010), 2);
     ram.put(
-        at(0x2_0020),
+        at(BANNER),
         b"Linux version 6.12.0-made-up (nobody@nowhere) #1\n\0",
     );
     ram.word(at(NR_THREADS as usize), 3);
+    ram.word(at(PANIC_CPU as usize), u32::MAX);
     for cpu in 0..2 {
         let area = PERCPU + 0x4000 * cpu;
         let task = virt(task_at(4 * cpu));

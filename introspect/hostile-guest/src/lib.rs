@@ -196,6 +196,14 @@ pub fn tasks(data: &[u8]) -> usize {
     let reader = kernel().memory(&memory);
     let found = introspect::task_list::read(kernel(), &reader, &image::vcpus());
     let vcpus = image::vcpus();
+    // What may be in the middle of a change is read the same where nothing shows that it is.
+    match TaskCache::read_in_mid_change(kernel(), &reader, &vcpus) {
+        Ok((cache, doubts)) if doubts.is_empty() => {
+            let tasks = cache.tasks().iter().map(|cached| &cached.task);
+            assert!(found.iter().flatten().eq(tasks), "{found:?}");
+        }
+        _ => assert!(found.is_err(), "refused only where it could be read"),
+    }
     let mut cache = TaskCache::new();
     let refresh = |cache: &mut TaskCache, memory: &dyn PhysMemory| {
         cache.refresh(kernel(), unwinder(), &kernel().memory(memory), &vcpus)

@@ -30,6 +30,7 @@ const EFER_LONG_MODE: u64 = EFER_LME | EFER_LMA;
 const ONLINE: u32 = 1 << 0;
 const FOREIGN: u32 = 1 << 1;
 const FRED: u32 = 1 << 2;
+const HALTED: u32 = 1 << 3;
 
 /// Why a note cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -136,6 +137,7 @@ pub(crate) fn parse_outpatch(desc: &[u8]) -> Result<VcpuRegs, NoteError> {
         regs.fred_config = (flags & FRED != 0).then_some(fred_config);
         regs.online = flags & ONLINE != 0;
         regs.foreign = flags & FOREIGN != 0;
+        regs.halted = flags & HALTED != 0;
         Some(regs)
     };
     parse().ok_or(NoteError::Short { found: desc.len() })
@@ -359,7 +361,8 @@ fn outpatch_note(regs: &VcpuRegs) -> Vec<u8> {
     let flag = |set: bool, flag| if set { flag } else { 0 };
     let flags = flag(regs.online, ONLINE)
         | flag(regs.foreign, FOREIGN)
-        | flag(regs.fred_config.is_some(), FRED);
+        | flag(regs.fred_config.is_some(), FRED)
+        | flag(regs.halted, HALTED);
     let mut body = Vec::new();
     body.extend_from_slice(&regs.index.to_le_bytes());
     body.extend_from_slice(&flags.to_le_bytes());
@@ -394,6 +397,7 @@ mod tests {
             idt_limit: 0xfff,
             fred_config: Some(0x77),
             online: true,
+            halted: true,
             ..VcpuRegs::default()
         };
         let mut value = 0x1000;
@@ -431,6 +435,7 @@ mod tests {
             efer: EFER_LONG_MODE,
             lstar: 0,
             fred_config: None,
+            halted: false,
             ..regs
         };
         assert_eq!(read, expected);

@@ -10,6 +10,7 @@
 use vm_memory::GuestAddress;
 
 use crate::addr::{Gva, GvaRange};
+use crate::kernel::in_use::is_halted_permanently;
 use crate::memory::PhysMemory;
 use crate::memory::kernel::KernelMemory;
 use crate::memory::paging::AddressSpace;
@@ -54,10 +55,14 @@ impl Candidate {
 }
 
 /// Every place that the vCPUs' registers lead to, the most likely first, each once; empty early in
-/// boot.
+/// boot. vCPUs that are halted permanently may be in a kernel that another one has replaced: they
+/// count only if there are no others.
 pub(crate) fn candidates(phys: &dyn PhysMemory, vcpus: &[VcpuRegs]) -> Vec<Candidate> {
     let mut found: Vec<Candidate> = Vec::new();
-    for regs in vcpus.iter().filter(|regs| regs.online && !regs.foreign) {
+    let online = vcpus.iter().filter(|regs| regs.online && !regs.foreign);
+    let (halted, awake): (Vec<_>, Vec<_>) =
+        online.partition(|regs| is_halted_permanently(phys, regs));
+    for regs in if awake.is_empty() { halted } else { awake } {
         let Some(space) = AddressSpace::of_vcpu(regs) else {
             continue;
         };

@@ -4,6 +4,7 @@
 //! This module puts the parts together and cross-checks them. How each part is found is the
 //! business of its own module.
 
+mod in_use;
 mod kallsyms_search;
 mod klp;
 mod layout;
@@ -25,6 +26,7 @@ use crate::symbols::kallsyms::KallsymsError;
 use crate::symbols::{Symbol, SymbolError, Symbols};
 use crate::vcpu::VcpuRegs;
 
+pub use in_use::is_halted_permanently;
 pub use klp::{KlpError, KlpState};
 pub use layout::{
     ExportsLayout, Extent, Layout, LockLayout, LockWord, ModuleLayout, ModuleMemoryLayout,
@@ -164,6 +166,9 @@ impl Kernel {
     /// during the call, as long as one of the page tables that their registers name remains. Linear
     /// in the image: hundreds of milliseconds for a stock kernel.
     ///
+    /// Where the guest has started another kernel (kexec), that one is found as long as a vCPU runs
+    /// it: vCPUs that are halted permanently count only if there are no others.
+    ///
     /// # Errors
     /// [`FindError::NotReady`] when the guest has not booted; any other when its kernel is not
     /// understood.
@@ -225,39 +230,6 @@ impl Kernel {
             layout,
             current,
         })
-    }
-
-    /// Whether the guest still runs this kernel, of this boot, as far as can be seen: a guest can
-    /// start another one by itself (kexec). The old one may then lie unchanged in memory, but no
-    /// vCPU enters it again. A few reads, no lock.
-    #[must_use]
-    pub fn is_running(&self, memory: &KernelMemory<'_>, vcpus: &[VcpuRegs]) -> bool {
-        let same_boot = self
-            .boot_canary
-            .is_none_or(|(at, canary)| memory.u64(at) == Ok(canary));
-        let banner = self.symbols.address("linux_banner").ok();
-        let banner = banner.and_then(|at| memory.cstr(at, MAX_BANNER).ok());
-        let mut online = vcpus.iter().filter(|vcpu| vcpu.online && !vcpu.foreign);
-        same_boot
-            && banner.is_some_and(|banner| banner.trim_end() == self.banner)
-            && online.all(|vcpu| self.may_be_run_by(memory, vcpu))
-    }
-
-    /// Whether a vCPU's system calls enter this kernel, and its page tables map this image, where
-    /// they map one at all.
-    fn may_be_run_by(&self, memory: &KernelMemory<'_>, vcpu: &VcpuRegs) -> bool {
-        let entry = self.symbols.address("entry_SYSCALL_64");
-        // Early in boot and with FRED there is no system call entry, and the vCPU says nothing.
-        let enters = vcpu.lstar == 0 || entry.is_ok_and(|entry| entry.0 == vcpu.lstar);
-        let Some(space) = AddressSpace::of_vcpu(vcpu) else {
-            return enters;
-        };
-        let mut images = [space.kernel_half(), space]
-            .into_iter()
-            .filter_map(|space| space.translate(memory.phys(), self.base).ok())
-            .map(|mapping| mapping.gpa)
-            .peekable();
-        enters && (images.peek().is_none() || images.any(|image| image == self.phys))
     }
 
     /// The kernel's virtual memory. Valid for one pause.

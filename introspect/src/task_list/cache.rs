@@ -149,6 +149,43 @@ impl TaskCache {
         }
     }
 
+    /// Reads all tasks as they are, although the lists may be in the middle of a change: in a guest
+    /// that cannot go on, no later moment is better. Also returns each reason why the lists may
+    /// lack a task, or have one that is gone. There is none where [`refresh`](Self::refresh) would
+    /// have succeeded. Nothing is cached for the next refresh. Linear in tasks.
+    ///
+    /// The kernel adds and removes list entries such that walks along their `next` pointers, as
+    /// here, are possible at any moment (`include/linux/rculist.h: list_add_tail_rcu`,
+    /// `list_del_rcu`). While the lock is held, a task can be on one list and not on the other, or
+    /// not yet counted.
+    ///
+    /// # Errors
+    /// As those of [`task_list::read`](crate::task_list::read), without [`TasksError::Busy`] and
+    /// [`TasksError::Miscounted`].
+    pub fn read_in_mid_change(
+        kernel: &Kernel,
+        memory: &KernelMemory<'_>,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(TaskCache, Vec<TasksError>), TasksError> {
+        let mut cache = TaskCache::uncached();
+        let reader = TaskReader::new(kernel, memory);
+        let mut doubts = Vec::new();
+        doubts.extend(TaskCounts::read(kernel, memory).err());
+        cache.walk_lists(&reader, &Fingerprint::new(kernel, memory))?;
+        doubts.extend(check_count(kernel, memory, cache.listed).err());
+        cache.add_unlisted(&reader, vcpus)?;
+        let is_mid_change = |doubt: &TasksError| {
+            matches!(doubt, TasksError::Busy(_) | TasksError::Miscounted { .. })
+        };
+        match doubts.iter().position(|doubt| !is_mid_change(doubt)) {
+            Some(other) => Err(doubts.swap_remove(other)),
+            None => {
+                cache.caches = true;
+                Ok((cache, doubts))
+            }
+        }
+    }
+
     /// As [`refresh`](Self::refresh), without any check of the cached stacks.
     pub(crate) fn list_tasks(
         &mut self,
@@ -218,13 +255,26 @@ impl TaskCache {
         let fingerprint = Fingerprint::new(kernel, memory);
         if self.counts != counts || !self.revalidate(&reader, &fingerprint)? {
             self.walk_lists(&reader, &fingerprint)?;
+            check_count(kernel, memory, self.listed)?;
             self.counts = counts;
         }
-        self.add_idle_tasks(&reader)?;
-        let running = on_cpu::assign(kernel, memory, kernel.stack_areas()?, vcpus);
-        self.set_vcpus(&reader, &running);
+        self.add_unlisted(&reader, vcpus)
+    }
+
+    /// Adds the tasks that are on no list, and assigns tasks to vCPUs.
+    fn add_unlisted(
+        &mut self,
+        reader: &TaskReader<'_, '_>,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), TasksError> {
+        let (kernel, memory) = (reader.kernel, reader.memory);
+        self.add_idle_tasks(reader)?;
+        let parked = kernel.parked_vcpus(memory, vcpus);
+        let running = on_cpu::assign(kernel, memory, kernel.stack_areas()?, vcpus, &parked);
+        self.set_vcpus(reader, &running);
         if let Ok(online) = kernel.percpu.online(memory) {
-            let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == running.len();
+            let known = running.len() + parked.len();
+            let all_known = vcpus.iter().filter(|vcpu| vcpu.online).count() == known;
             self.clear_offline_idle(&online, all_known);
         }
         Ok(())
@@ -286,7 +336,7 @@ impl TaskCache {
             }
         }
         self.listed = self.entries.len();
-        check_count(reader.kernel, reader.memory, self.listed)
+        Ok(())
     }
 
     /// Adds the other threads of a process, all around their list. The walk begins at the first

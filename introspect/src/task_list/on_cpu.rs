@@ -3,7 +3,8 @@
 //! The GS base of a vCPU says which CPU it is, and that CPU's `current_task` says which task it
 //! runs. Both are accepted only if the stack pointer agrees: in the middle of a context switch it
 //! is on another task's stack. A vCPU whose task is not certain is left out; that task then counts
-//! as running with registers that are not known.
+//! as running with registers that are not known. A vCPU that is halted permanently in another
+//! kernel runs no task of this one.
 
 use std::collections::HashMap;
 
@@ -29,10 +30,11 @@ pub(crate) fn assign(
     memory: &KernelMemory<'_>,
     areas: &StackAreas,
     vcpus: &[VcpuRegs],
+    parked: &[u32],
 ) -> Vec<RunningTask> {
     let found: Vec<RunningTask> = vcpus
         .iter()
-        .filter(|vcpu| vcpu.online && !vcpu.foreign)
+        .filter(|vcpu| vcpu.online && !vcpu.foreign && !parked.contains(&vcpu.index))
         .filter_map(|vcpu| task_of(kernel, memory, areas, vcpu))
         .collect();
     only_unique(found)

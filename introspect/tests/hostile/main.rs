@@ -24,7 +24,9 @@ use hostile_guest::mutate::{Mutated, PARTS};
 mod changing;
 mod cores;
 mod largest;
+mod mid_change;
 mod task_cache;
+mod two_kernels;
 
 /// Offsets in `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the synthetic BTF
 /// has them.

@@ -3,6 +3,7 @@
 //! This module only reads. It must not know what is written to the guest.
 
 pub mod code_set;
+pub mod end_of_life;
 pub mod kernel_info;
 pub mod pause;
 pub mod symbolize;
@@ -13,7 +14,7 @@ use std::collections::HashSet;
 use introspect::modules;
 use introspect::task_list::TaskCache;
 use introspect::unwind::Unwinder;
-use introspect::{Kernel, PhysMemory, VcpuRegs};
+use introspect::{Kernel, PhysMemory, TasksError, VcpuRegs};
 
 use crate::error::{PatchError, StepError};
 use crate::guest::code_set::CodeSet;
@@ -22,6 +23,10 @@ use crate::guest::pause::PauseGuard;
 use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::report::pause::PauseReport;
+
+/// Why a guest cannot be patched in which a kernel was started with fewer CPUs.
+const PARKED: &str = "patching a guest that has started another kernel with fewer CPUs (kexec): \
+                      the other vCPUs are still halted in the old kernel";
 
 /// One guest's kernel.
 #[derive(Debug)]
@@ -79,11 +84,24 @@ impl Guest {
         self.info.as_ref().map_err(Clone::clone)
     }
 
-    /// Reads the tasks of the paused guest.
+    /// Reads the tasks of the paused guest, for a change of it.
     ///
     /// # Errors
     /// [`StepError::Busy`] if its task lists are being changed.
     pub fn view<'a>(
+        &'a mut self,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<GuestView<'a>, StepError> {
+        self.check_can_change(memory, vcpus)?;
+        self.view_for_query(memory, vcpus)
+    }
+
+    /// As [`view`](Self::view), for a query: vCPUs may be halted in a kernel that was replaced.
+    ///
+    /// # Errors
+    /// [`StepError::Busy`] if its task lists are being changed.
+    pub fn view_for_query<'a>(
         &'a mut self,
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
@@ -97,6 +115,49 @@ impl Guest {
             ..
         } = self;
         GuestView::new(kernel, unwinder, task_cache, memory, vcpus)
+    }
+
+    /// Reads the tasks of a guest that cannot go on, for a query, although its task lists may be in
+    /// the middle of a change. Also returns what shows that they are.
+    ///
+    /// # Errors
+    /// [`StepError::Failed`] if the lists are corrupt.
+    pub fn view_in_mid_change<'a>(
+        &'a mut self,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> Result<(GuestView<'a>, Vec<TasksError>), StepError> {
+        self.check_running(memory, vcpus)?;
+        self.refresh_modules(memory);
+        let own = self.kernel.memory(memory);
+        let (cache, doubts) = TaskCache::read_in_mid_change(&self.kernel, &own, vcpus)?;
+        self.task_cache = cache;
+        let view = GuestView::of_cache(
+            &self.kernel,
+            &self.unwinder,
+            &self.task_cache,
+            memory,
+            vcpus,
+        );
+        Ok((view, doubts))
+    }
+
+    /// Checks that the guest still runs this kernel, and that all its vCPUs do. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::AnotherKernel`] if it runs another one, and [`PatchError::Unsupported`] if
+    /// vCPUs are halted in another one.
+    pub fn check_can_change(
+        &self,
+        memory: &dyn PhysMemory,
+        vcpus: &[VcpuRegs],
+    ) -> Result<(), PatchError> {
+        self.check_running(memory, vcpus)?;
+        let own = self.kernel.memory(memory);
+        match self.kernel.parked_vcpus(&own, vcpus).is_empty() {
+            true => Ok(()),
+            false => Err(PatchError::Unsupported(PARKED)),
+        }
     }
 
     /// Checks that the guest still runs this kernel. Only while paused.

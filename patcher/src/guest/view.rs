@@ -46,17 +46,30 @@ impl<'a> GuestView<'a> {
         memory: &'a dyn PhysMemory,
         vcpus: &'a [VcpuRegs],
     ) -> Result<GuestView<'a>, StepError> {
-        let memory = kernel.memory(memory);
-        task_cache.refresh(kernel, unwinder, &memory, vcpus)?;
-        Ok(GuestView {
+        task_cache.refresh(kernel, unwinder, &kernel.memory(memory), vcpus)?;
+        Ok(GuestView::of_cache(
+            kernel, unwinder, task_cache, memory, vcpus,
+        ))
+    }
+
+    /// The tasks in `task_cache`, which were read in this pause.
+    #[must_use]
+    pub fn of_cache(
+        kernel: &'a Kernel,
+        unwinder: &'a Unwinder,
+        task_cache: &'a TaskCache,
+        memory: &'a dyn PhysMemory,
+        vcpus: &'a [VcpuRegs],
+    ) -> GuestView<'a> {
+        GuestView {
             kernel,
-            memory,
+            memory: kernel.memory(memory),
             task_cache,
             unwinder,
             vcpus,
             walked: Cell::new(0),
             descriptions: RefCell::default(),
-        })
+        }
     }
 
     /// Every task, with its stack if that is cached. A task's number is its position here.

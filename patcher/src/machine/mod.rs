@@ -42,6 +42,11 @@ pub trait Machine {
     /// The guest's memory.
     fn memory(&self) -> &Self::Memory;
 
+    /// Whether the guest never runs again, as one in a core file: trying again shows the same.
+    fn never_runs(&self) -> bool {
+        false
+    }
+
     /// Stops every vCPU outside guest mode, with no I/O exit pending. Nests: each `pause` needs its
     /// own [`resume`](Self::resume).
     ///

@@ -30,6 +30,10 @@ impl<M: PhysMemory> Machine for ReadOnlyMachine<M> {
         &self.memory
     }
 
+    fn never_runs(&self) -> bool {
+        true
+    }
+
     fn pause(&mut self) -> Result<(), MachineError> {
         Ok(())
     }
@@ -86,6 +90,10 @@ impl<M: Machine> Machine for DryRunMachine<'_, M> {
 
     fn memory(&self) -> &M::Memory {
         self.machine.memory()
+    }
+
+    fn never_runs(&self) -> bool {
+        self.machine.never_runs()
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -57,6 +57,9 @@ pub struct Patcher {
     running: Option<Running>,
     /// The routine that wakes sleepers, once a transition needed it.
     waker: Option<TaskWaker>,
+    /// The guest has started another kernel, and patches were lost with the old one. This has not
+    /// been reported to the operator yet.
+    unreported: Option<PatchError>,
     /// The last patch that was reverted.
     reverted: Option<PatchStatus>,
     /// Forced patches that were reverted before that: their code is still in the guest.
@@ -202,8 +205,11 @@ impl Patcher {
         Ok(())
     }
 
-    fn position(&self, name: &str) -> Result<usize, PatchError> {
+    fn position(&mut self, name: &str) -> Result<usize, PatchError> {
         let found = self.patches.iter().position(|patch| patch.name() == name);
+        if found.is_none() {
+            self.report_lost_patches()?;
+        }
         found.ok_or_else(|| PatchError::NoSuchPatch(name.into()))
     }
 
@@ -327,6 +333,7 @@ impl Patcher {
         machine: &mut M,
         file: &[u8],
     ) -> Result<LivepatchModule, PatchError> {
+        self.report_lost_patches()?;
         self.check_no_transition()?;
         let module = module::parse(file)?;
         let name = module.name();
@@ -355,7 +362,7 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
-        if let Err(error) = guest.check_running(paused.memory(), &paused.vcpus) {
+        if let Err(error) = guest.check_can_change(paused.memory(), &paused.vcpus) {
             drop(paused);
             return Err(self.forget_replaced_kernel(error));
         }
@@ -366,6 +373,30 @@ impl Patcher {
             return Err(PatchError::LoadedInGuest(name.into()));
         }
         Ok(())
+    }
+
+    /// Forgets the guest's kernel if another one has replaced it; one short pause. If patches are
+    /// lost with it, the next request is refused with that. A guest that cannot be paused, as its
+    /// VM ends, keeps its kernel.
+    fn forget_if_replaced<M: Machine>(&mut self, machine: &mut M) {
+        let Some(guest) = &self.guest else {
+            return;
+        };
+        let Ok(paused) = PauseGuard::begin(machine, &mut self.pauses) else {
+            return;
+        };
+        let checked = guest.check_running(paused.memory(), &paused.vcpus);
+        drop(paused);
+        if let Err(error) = checked {
+            let had_patches = !self.patches.is_empty();
+            let error = self.forget_replaced_kernel(error);
+            self.unreported = had_patches.then_some(error);
+        }
+    }
+
+    /// Fails once after patches were lost in a call that could not report it.
+    fn report_lost_patches(&mut self) -> Result<(), PatchError> {
+        self.unreported.take().map_or(Ok(()), Err)
     }
 
     /// Forgets a guest that runs another kernel, with all that was done to the old one. Other

@@ -7,17 +7,19 @@ use std::time::Duration;
 
 use introspect::modules;
 use introspect::task_list::TaskCache;
-use introspect::{KallsymsEntry, Kernel, Stack, Task, VcpuRegs};
+use introspect::{KallsymsEntry, Kernel, Stack, Task, TasksError, VcpuRegs};
 
-use crate::error::PatchError;
+use crate::error::{PatchError, StepError};
+use crate::guest::end_of_life::EndOfLife;
 use crate::guest::pause::PauseGuard;
 use crate::guest::symbolize::{LoadedModules, Symbolizer};
 use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::patcher::dry_run::DryRun;
-use crate::patcher::{Patcher, no_kernel, retry_while_busy};
+use crate::patcher::{MAX_TRIES, Patcher, no_kernel, retry_while_busy};
 use crate::report::check::CheckReport;
 use crate::report::pause::PauseReport;
+use crate::report::reading::Reading;
 use crate::report::stack::TaskStack;
 
 impl Patcher {
@@ -25,7 +27,7 @@ impl Patcher {
     ///
     /// # Errors
     /// [`PatchError`].
-    pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<Task>, PatchError> {
+    pub fn tasks<M: Machine>(&mut self, machine: &mut M) -> Result<Reading<Vec<Task>>, PatchError> {
         self.observe(machine, |view| Ok(view.tasks().cloned().collect()))
     }
 
@@ -37,32 +39,42 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         pid: i32,
-    ) -> Result<TaskStack, PatchError> {
-        let (task, stack, loaded) = self.observe(machine, |view| {
+    ) -> Result<Reading<TaskStack>, PatchError> {
+        let read = self.observe(machine, |view| {
             let mut each = view.cached().iter();
             let cached = each.find(|cached| cached.task.pid == pid);
             let cached = cached.ok_or(PatchError::NoSuchTask(pid))?;
             let stack = view.stack(cached).into_owned();
             Ok((cached.task.clone(), stack, view.loaded_modules()))
         })?;
-        Ok(self.symbolizer(loaded)?.stack(&task, &stack))
+        let (task, stack, loaded) = read.value;
+        Ok(Reading {
+            value: self.symbolizer(loaded)?.stack(&task, &stack),
+            warning: read.warning,
+        })
     }
 
     /// The stacks of all tasks, all read in one pause.
     ///
     /// # Errors
     /// [`PatchError`].
-    pub fn stacks<M: Machine>(&mut self, machine: &mut M) -> Result<Vec<TaskStack>, PatchError> {
-        let (stacks, loaded) = self.observe(machine, |view| {
+    pub fn stacks<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Reading<Vec<TaskStack>>, PatchError> {
+        let read = self.observe(machine, |view| {
             let stacks = view.stacks().into_iter().map(Cow::into_owned);
             let each: Vec<(Task, Stack)> = view.tasks().cloned().zip(stacks).collect();
             Ok((each, view.loaded_modules()))
         })?;
+        let (stacks, loaded) = read.value;
         let symbolizer = self.symbolizer(loaded)?;
         let each = stacks.iter();
-        Ok(each
-            .map(|(task, stack)| symbolizer.stack(task, stack))
-            .collect())
+        let value = each.map(|(task, stack)| symbolizer.stack(task, stack));
+        Ok(Reading {
+            value: value.collect(),
+            warning: read.warning,
+        })
     }
 
     fn symbolizer(&self, loaded: LoadedModules) -> Result<Symbolizer<'_>, PatchError> {
@@ -83,9 +95,18 @@ impl Patcher {
         &mut self,
         machine: &mut M,
     ) -> Result<Vec<KallsymsEntry>, PatchError> {
+        self.in_use(machine, Patcher::symbols_once)
+    }
+
+    fn symbols_once<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<Vec<KallsymsEntry>, PatchError> {
         self.guest(machine)?;
+        let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
-        let kernel = &self.guest.as_ref().ok_or_else(no_kernel)?.kernel;
+        guest.check_running(paused.memory(), &paused.vcpus)?;
+        let kernel = &guest.kernel;
         let others = modules::modules_and_runtime(kernel, &kernel.memory(paused.memory()));
         paused.resume()?;
         let others = others?;
@@ -96,6 +117,17 @@ impl Patcher {
             module: None,
         });
         Ok(core.chain(others).collect())
+    }
+
+    /// The guest's kernel, after a check in a short pause that the guest still runs it: it can
+    /// start another one by itself (kexec), which is then found. If patches were lost with the old
+    /// one, the next query or change reports that.
+    ///
+    /// # Errors
+    /// [`PatchError::NotReady`] early in boot, also in that of another kernel.
+    pub fn kernel_in_use<M: Machine>(&mut self, machine: &mut M) -> Result<&Kernel, PatchError> {
+        self.forget_if_replaced(machine);
+        self.kernel(machine)
     }
 
     /// Holds the guest paused while `work` reads its memory and registers. Returns what `work`
@@ -109,7 +141,7 @@ impl Patcher {
         machine: &mut M,
         work: impl FnOnce(Option<&Kernel>, &M::Memory, &[VcpuRegs]) -> T,
     ) -> Result<(T, Duration), PatchError> {
-        if let Err(error) = self.guest(machine) {
+        if let Err(error) = self.kernel_in_use(machine) {
             tracing::debug!(%error, "the guest is paused without its kernel being known");
         }
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
@@ -119,21 +151,35 @@ impl Patcher {
         Ok((done, length))
     }
 
-    /// Runs `query` in one short pause, and tries again while the guest is busy.
+    /// Runs `query` in one short pause, and tries again while the guest is busy. A guest that is
+    /// busy and cannot go on is read as it is, with a warning.
     fn observe<M: Machine, T>(
         &mut self,
         machine: &mut M,
         query: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
+    ) -> Result<Reading<T>, PatchError> {
+        self.in_use(machine, |patcher, machine| {
+            patcher.observe_once(machine, &query)
+        })
+    }
+
+    /// Runs `query` on the kernel in use: again, if it fails as the guest has started another one.
+    /// If patches are lost, that is reported instead.
+    fn in_use<M: Machine, T>(
+        &mut self,
+        machine: &mut M,
+        query: impl Fn(&mut Patcher, &mut M) -> Result<T, PatchError>,
     ) -> Result<T, PatchError> {
+        self.report_lost_patches()?;
         let had_patches = !self.patches.is_empty();
-        match self.observe_once(machine, &query) {
+        match query(self, machine) {
             Err(error @ PatchError::AnotherKernel(_)) => {
                 let error = self.forget_replaced_kernel(error);
                 if had_patches {
                     return Err(error);
                 }
                 // There were no patches to lose: the new kernel answers the query.
-                self.observe_once(machine, &query)
+                query(self, machine)
             }
             result => result,
         }
@@ -143,21 +189,35 @@ impl Patcher {
         &mut self,
         machine: &mut M,
         query: impl Fn(&GuestView<'_>) -> Result<T, PatchError>,
-    ) -> Result<T, PatchError> {
+    ) -> Result<Reading<T>, PatchError> {
         self.guest(machine)?;
         let Patcher { guest, pauses, .. } = self;
         let guest = guest.as_mut().ok_or_else(no_kernel)?;
+        let mut end = EndOfLife::new(machine.never_runs());
+        let mut tries = 0;
         retry_while_busy(|| {
+            tries += 1;
             // A task's name can be changed by another task, which no counter shows: a query reads
             // all tasks again.
             guest.task_cache = TaskCache::new();
             let mut paused = PauseGuard::begin(machine, pauses)?;
-            let (result, tasks, walked) = {
-                let view = guest.view(paused.memory(), &paused.vcpus)?;
-                (query(&view), view.cached().len(), view.walked())
+            let (memory, vcpus) = (paused.memory(), &paused.vcpus);
+            let run = |view: &GuestView<'_>| (query(view), view.cached().len(), view.walked());
+            let viewed = guest.view_for_query(memory, vcpus);
+            let viewed = viewed.map(|view| (run(&view), None));
+            let ((result, tasks, walked), warning) = match viewed {
+                Err(StepError::Busy(what)) => {
+                    let (kernel, is_last) = (&guest.kernel, tries >= MAX_TRIES);
+                    let reason = end.reason(kernel, &kernel.memory(memory), vcpus, is_last);
+                    let reason = reason.ok_or(StepError::Busy(what))?;
+                    let (view, doubts) = guest.view_in_mid_change(memory, vcpus)?;
+                    (run(&view), warning(reason, &doubts))
+                }
+                viewed => viewed?,
             };
             paused.note(tasks, walked);
-            Ok(result?)
+            let value = result?;
+            Ok(Reading { value, warning })
         })
     }
 
@@ -196,3 +256,18 @@ impl Patcher {
         Ok(dry_run.report(&tasks, step, meter))
     }
 }
+
+/// What to tell of tasks that were read in the middle of a change, in a guest that cannot go on for
+/// this reason; `None` if nothing speaks against them.
+fn warning(reason: &str, doubts: &[TasksError]) -> Option<String> {
+    let doubts: Vec<String> = doubts.iter().map(ToString::to_string).collect();
+    (!doubts.is_empty()).then(|| {
+        format!(
+            "{}, and {reason}: tasks may be missing here, or be listed although they have ended",
+            doubts.join(", ")
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 pub mod check;
 pub mod patch;
 pub mod pause;
+pub mod reading;
 pub mod stack;
 pub mod task;
 pub mod transition;

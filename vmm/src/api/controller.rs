@@ -49,8 +49,8 @@ impl Controller {
 
 impl Control for Controller {
     fn vm(&mut self) -> types::Vm {
-        // Without a pause once the kernel is known; while the guest boots there is none.
-        let kernel = self.patcher.kernel(&mut self.machine).ok();
+        // While the guest boots there is none, also while another kernel boots that it has started.
+        let kernel = self.patcher.kernel_in_use(&mut self.machine).ok();
         let kernel = kernel.map(|kernel| kernel.release.clone());
         types::Vm {
             state: match self.vm.state() {
@@ -83,7 +83,7 @@ impl Control for Controller {
             .patcher
             .tasks(&mut self.machine)
             .map_err(|error| self.problem(&error))?;
-        Ok(tasks.iter().map(types::Task::from).collect())
+        Ok(types::Task::of_reading(tasks))
     }
 
     fn stack(&mut self, pid: i32) -> Result<types::TaskStack, Problem> {
@@ -91,7 +91,7 @@ impl Control for Controller {
             .patcher
             .stack(&mut self.machine, pid)
             .map_err(|error| self.problem(&error))?;
-        Ok(stack.into())
+        Ok(types::TaskStack::of_reading(stack))
     }
 
     fn stacks(&mut self) -> Result<Vec<types::TaskStack>, Problem> {
@@ -99,7 +99,7 @@ impl Control for Controller {
             .patcher
             .stacks(&mut self.machine)
             .map_err(|error| self.problem(&error))?;
-        Ok(stacks.into_iter().map(types::TaskStack::from).collect())
+        Ok(types::TaskStack::list_of_reading(stacks))
     }
 
     fn symbols(&mut self) -> Result<Vec<types::Symbol>, Problem> {

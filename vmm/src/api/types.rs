@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use introspect::{PatchState, TaskKind, Verdict};
-use patcher::{Mode, PauseReport};
+use patcher::{Mode, PauseReport, Reading};
 use serde::{Deserialize, Serialize};
 
 /// The answer of `GET /version`.
@@ -196,6 +196,10 @@ pub struct Task {
     pub patch_state: Option<i32>,
     /// The name, at most 15 bytes.
     pub comm: String,
+    /// Why tasks may be missing from this answer, or be in it although they have ended: the guest
+    /// cannot go on, and was in the middle of a change. The same in every task of an answer.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub warning: Option<String>,
 }
 
 /// The answer of `GET /tasks/{pid}/stack`, and an element of `GET /stacks`.
@@ -266,7 +270,43 @@ impl From<&introspect::Task> for Task {
                 PatchState::Invalid(raw) => raw,
             }),
             comm: task.comm.clone(),
+            warning: None,
         }
+    }
+}
+
+impl Task {
+    /// The answer for tasks as they were read.
+    pub fn of_reading(read: Reading<Vec<introspect::Task>>) -> Vec<Task> {
+        let Reading { value, warning } = read;
+        let with_warning = |task| Task {
+            warning: warning.clone(),
+            ..Task::from(task)
+        };
+        value.iter().map(with_warning).collect()
+    }
+}
+
+impl TaskStack {
+    /// The answer for a stack as it was read.
+    pub fn of_reading(read: Reading<patcher::TaskStack>) -> TaskStack {
+        let mut stack = TaskStack::from(read.value);
+        stack.task.warning = read.warning;
+        stack
+    }
+
+    /// The answer for stacks as they were read.
+    pub fn list_of_reading(read: Reading<Vec<patcher::TaskStack>>) -> Vec<TaskStack> {
+        let Reading { value, warning } = read;
+        let stacks = value.into_iter();
+        stacks
+            .map(|value| {
+                TaskStack::of_reading(Reading {
+                    value,
+                    warning: warning.clone(),
+                })
+            })
+            .collect()
     }
 }
 

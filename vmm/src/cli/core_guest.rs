@@ -40,20 +40,21 @@ impl CoreGuest {
     pub fn tasks(&mut self) -> Result<Vec<Task>, CommandError> {
         let tasks = self.patcher.tasks(&mut self.machine);
         let tasks = tasks.map_err(|error| self.failed(error))?;
-        Ok(tasks.iter().map(Task::from).collect())
+        Ok(Task::of_reading(tasks))
     }
 
     /// One task's stack.
     pub fn stack(&mut self, pid: i32) -> Result<TaskStack, CommandError> {
         let stack = self.patcher.stack(&mut self.machine, pid);
-        Ok(stack.map_err(|error| self.failed(error))?.into())
+        let stack = stack.map_err(|error| self.failed(error))?;
+        Ok(TaskStack::of_reading(stack))
     }
 
     /// Every task's stack.
     pub fn stacks(&mut self) -> Result<Vec<TaskStack>, CommandError> {
         let stacks = self.patcher.stacks(&mut self.machine);
         let stacks = stacks.map_err(|error| self.failed(error))?;
-        Ok(stacks.into_iter().map(TaskStack::from).collect())
+        Ok(TaskStack::list_of_reading(stacks))
     }
 
     /// What applying a module, read from `file`, would do.

@@ -1,12 +1,26 @@
 //! `outpatch ps`, `stack` and `symbols`: what a running guest, or one in a core file, has in
 //! memory.
 
+use std::collections::BTreeSet;
+
 use vmm::api::types::{Task, TaskStack};
 
 use crate::cli::error::CommandError;
-use crate::cli::output::{Output, Tone};
+use crate::cli::output::{Output, Tone, printable};
 use crate::cli::source::GuestSource;
 use crate::cli::summary::word;
+
+/// Prints on standard error what the answer warns of: each warning once.
+fn warn<'t>(tasks: impl IntoIterator<Item = &'t Task>) {
+    for warning in warnings(tasks) {
+        eprintln!("outpatch: warning: {}", printable(warning));
+    }
+}
+
+fn warnings<'t>(tasks: impl IntoIterator<Item = &'t Task>) -> BTreeSet<&'t str> {
+    let warnings = tasks.into_iter().map(|task| task.warning.as_deref());
+    warnings.flatten().collect()
+}
 
 /// Prints the tasks, one a line.
 pub fn ps(
@@ -15,6 +29,7 @@ pub fn ps(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let tasks = guest.tasks()?;
+    warn(&tasks);
     if json {
         return Ok(output.json(&tasks)?);
     }
@@ -48,6 +63,7 @@ pub fn stack(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let stack = guest.stack(pid)?;
+    warn([&stack.task]);
     if json {
         return Ok(output.json(&stack)?);
     }
@@ -62,6 +78,7 @@ pub fn stacks(
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
     let stacks = guest.stacks()?;
+    warn(stacks.iter().map(|stack| &stack.task));
     if json {
         return Ok(output.json(&stacks)?);
     }
@@ -151,6 +168,7 @@ mod tests {
                 cpu: Some(0),
                 patch_state: Some(-1),
                 comm: "init".into(),
+                warning: None,
             },
             reliable: true,
             reason: None,
@@ -181,6 +199,17 @@ mod tests {
         stack.reliable = false;
         stack.reason = Some("more than 100 frames".into());
         assert_eq!(verdict(&stack).1, "unreliable: more than 100 frames");
+    }
+
+    #[test]
+    fn a_warning_is_given_once() {
+        let mut tasks = vec![sleeping().task; 3];
+        assert!(warnings(&tasks).is_empty());
+        for task in &mut tasks {
+            task.warning = Some("tasklist_lock is held for writing".into());
+        }
+        let once: Vec<_> = warnings(&tasks).into_iter().collect();
+        assert_eq!(once, ["tasklist_lock is held for writing"]);
     }
 
     #[test]

@@ -116,6 +116,7 @@ pub fn capture(vcpu: &VcpuFd, index: u32) -> Result<VcpuRegs, RegsError> {
     captured.idt_limit = sregs.idt.limit;
     captured.fred_config = fred_config;
     captured.online = mp_state == KVM_MP_STATE_RUNNABLE || mp_state == KVM_MP_STATE_HALTED;
+    captured.halted = mp_state == KVM_MP_STATE_HALTED;
     captured.foreign = nested || events.smi.smm != 0;
     Ok(captured)
 }

@@ -7,6 +7,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use hostile_guest::{cores, image};
+use introspect::VcpuRegs;
+use introspect::core_dump::notes;
 use vmm::api::testing::{FakeGuest, TempDir, module};
 use vmm::api::{ControlSocket, Limits, Server};
 
@@ -167,6 +170,65 @@ fn a_dump_goes_to_an_absolute_path() {
     let here = std::env::current_dir().unwrap().join("a");
     let made = bench.json(&["dump", "a", "--json"]);
     assert_eq!(made["path"], here.to_str().unwrap());
+}
+
+#[test]
+fn what_is_read_of_a_dead_guest_has_one_warning() {
+    let bench = Bench::with(FakeGuest::dead());
+    for command in [&["ps"][..], &["stack"], &["stack", "1"]] {
+        let output = bench.run(command);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let warning = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(warning, "outpatch: warning: tasklist_lock is?held\n");
+        let plain = Bench::new().ok(command);
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), plain);
+    }
+    let output = bench.run(&["ps", "--json"]);
+    let tasks: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(tasks[1]["warning"], "tasklist_lock is\nheld");
+    assert!(!output.stderr.is_empty());
+}
+
+/// A core file of the synthetic guest with this memory and these vCPUs.
+fn made_up_core(bench: &Bench, memory: &[u8], vcpus: &[VcpuRegs]) -> String {
+    let notes = notes::encode(vcpus, None);
+    let memory = (cores::PT_LOAD, 0, memory.len() as u64, memory);
+    let content = cores::bytes(&[(cores::PT_NOTE, 0, 0, &notes), memory]);
+    bench.file("guest.core", &content)
+}
+
+#[test]
+fn a_core_is_read_although_a_lock_is_held_in_it() {
+    let bench = Bench::new();
+    let mut memory = hostile_guest::ram().to_vec();
+    // The writer's byte of tasklist_lock.
+    memory[image::IMAGE + 0x2_0090] = 0xff;
+    let core = made_up_core(&bench, &memory, &image::vcpus());
+    for command in [&["ps"][..], &["stack"], &["stack", "1"]] {
+        let output = bench.run(&[command, &["--core", &core, "--json"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let warning = String::from_utf8(output.stderr).unwrap();
+        let start = "outpatch: warning: tasklist_lock is held for writing";
+        assert!(warning.starts_with(start), "{warning}");
+        assert_eq!(warning.lines().count(), 1, "{warning}");
+        let answer = String::from_utf8(output.stdout).unwrap();
+        assert!(answer.contains("tasklist_lock is held"), "{answer}");
+    }
+    // No lock matters for these.
+    let symbols = bench.ok(&["symbols", "--core", &core]);
+    assert!(symbols.contains(" schedule\n"));
+}
+
+#[test]
+fn the_kernel_in_use_is_the_one_in_a_core_of_two() {
+    let bench = Bench::new();
+    let (memory, vcpus) = (image::two_kernels(), image::vcpus_of_two_kernels());
+    let core = made_up_core(&bench, &memory, &vcpus);
+    for command in [&["ps"][..], &["stack"], &["stack", "1"], &["symbols"]] {
+        bench.ok(&[command, &["--core", &core]].concat());
+    }
+    let tasks = bench.json(&["ps", "--core", &core, "--json"]);
+    assert_eq!(tasks[0]["vcpu"], 1, "{tasks}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::harness::scenario::Scenario;
 use crate::harness::shared_guest;
-use crate::introspection::{differential, flavours, symbols};
+use crate::introspection::{dead_guests, differential, flavours, symbols};
 use crate::patching::{
     apply_revert, fault_injection, guest_tools, insmod, no_livepatch, refusals, soak, task_kinds,
     versus_klp,
@@ -10,7 +10,7 @@ use crate::patching::{
 use crate::vmm::machine;
 
 /// The modules, in the order in which their scenarios start.
-const MODULES: [fn() -> Vec<Scenario>; 14] = [
+const MODULES: [fn() -> Vec<Scenario>; 15] = [
     machine::scenarios,
     symbols::scenarios,
     flavours::scenarios,
@@ -23,6 +23,7 @@ const MODULES: [fn() -> Vec<Scenario>; 14] = [
     task_kinds::scenarios,
     soak::scenarios,
     guest_tools::scenarios,
+    dead_guests::scenarios,
     apply_revert::scenarios,
     differential::scenarios,
 ];

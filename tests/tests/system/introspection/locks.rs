@@ -8,7 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use introspect::{
-    CoreFile, Gva, Kernel, OutOfBounds, PhysMemory, TasksError, Unwinder, modules, task_list,
+    CoreFile, Gva, Kernel, OutOfBounds, PhysMemory, TaskCache, TasksError, Unwinder, modules,
+    task_list,
 };
 use vm_memory::GuestAddress;
 
@@ -92,6 +93,15 @@ pub fn readers_report_busy(path: &Path) -> Result<()> {
             other.map(|tasks| tasks.len())
         ),
     }
+    // In a guest that cannot go on, the lists are read all the same.
+    let memory = kernel.memory(&overlay);
+    let (cache, doubts) = TaskCache::read_in_mid_change(&kernel, &memory, core.vcpus())?;
+    ensure!(
+        matches!(doubts.as_slice(), [TasksError::Busy("tasklist_lock")]),
+        "{doubts:?}"
+    );
+    let as_is = cache.tasks().len();
+    ensure!(as_is == plain, "in mid-change {as_is} tasks, not {plain}");
     let overlay = Overlay::new(&core, &kernel, lock, &words.reader.to_le_bytes())?;
     let shared = task_list::read(&kernel, &kernel.memory(&overlay), core.vcpus())?.len();
     ensure!(shared == plain, "with a reader {shared} tasks, not {plain}");

@@ -2,6 +2,7 @@
 //! files.
 
 pub mod core_dumps;
+pub mod dead_guests;
 pub mod differential;
 pub mod flavours;
 pub mod locks;

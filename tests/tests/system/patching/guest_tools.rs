@@ -42,7 +42,7 @@ pub fn scenarios() -> Vec<Scenario> {
         );
     }
     let kexec = Scenario::new("guest_tools::kexec_in_mid_transition", kexec);
-    all.push(kexec.prepare(prepare_kexec));
+    all.push(kexec.prepare(|assets| prepare_kexec(assets, KEXEC_GENERATION)));
     all
 }
 
@@ -256,34 +256,38 @@ fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
 
 /// The generation of the guest that starts another kernel of the same generation.
 const KEXEC_GENERATION: Generation = Generation::V6_12;
-/// The name of its kernel among the assets.
-const KEXEC: &str = "6.12-kexec";
 /// How long a guest may take from one kernel to the shell of the next.
-const KEXEC_LIMIT: Duration = Duration::from_secs(120);
+pub const KEXEC_LIMIT: Duration = Duration::from_secs(120);
+
+/// The name of the kernel of a guest that can start another one, among the assets.
+pub fn kexec_kernel(generation: Generation) -> String {
+    format!("{generation}-kexec")
+}
 
 /// On the host: adds a kernel whose guest has the kernel in its own files, too.
-fn prepare_kexec(assets: &mut Assets) -> Result<()> {
-    let plain = assets.kernels.get(&KEXEC_GENERATION.to_string());
+pub fn prepare_kexec(assets: &mut Assets, generation: Generation) -> Result<()> {
+    let plain = assets.kernels.get(&generation.to_string());
     let initrd = plain
         .context("no kernel of this generation")?
         .initrd
         .clone();
     let kernel = PreparedKernel::prepare(KernelSpec {
-        generation: KEXEC_GENERATION,
+        generation,
         flavour: Flavour::Cloud,
-        patches: &["pause"],
+        patches: &["pause", "dies-with-lock"],
         modules: &[],
         boot: Some(&initrd),
     })?;
-    assets.kernels.insert(KEXEC.to_owned(), kernel);
+    assets.kernels.insert(kexec_kernel(generation), kernel);
     Ok(())
 }
 
 /// A guest that starts another kernel loses the patches of the old one, which is reported; the new
 /// kernel can be patched.
 fn kexec(fixture: &Fixture) -> Result<()> {
-    let patch = fixture.kernel(KEXEC)?.patch("pause")?;
-    fixture.with(fixture.boot(KEXEC, 2, "")?, |guest| {
+    let name = kexec_kernel(KEXEC_GENERATION);
+    let patch = fixture.kernel(&name)?.patch("pause")?;
+    fixture.with(fixture.boot(&name, 2, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
         guest.sh("sleeper 10 & sleep 1")?;
         stays_blocked(guest, &outpatch, patch)?;

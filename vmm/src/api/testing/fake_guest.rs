@@ -36,6 +36,8 @@ pub struct FakeGuest {
     stuck: bool,
     /// The VM refuses to stop.
     unstoppable: bool,
+    /// Its kernel has panicked with a lock held.
+    dead: bool,
     /// Tasks besides the two, which switch and block as `stuck` does.
     sleepers: u16,
 }
@@ -52,6 +54,15 @@ impl FakeGuest {
     pub fn stuck() -> FakeGuest {
         FakeGuest {
             stuck: true,
+            ..FakeGuest::default()
+        }
+    }
+
+    /// A guest whose kernel has panicked with a lock held.
+    #[must_use]
+    pub fn dead() -> FakeGuest {
+        FakeGuest {
+            dead: true,
             ..FakeGuest::default()
         }
     }
@@ -100,6 +111,11 @@ impl FakeGuest {
         named.into_iter().chain(sleepers).collect()
     }
 
+    fn with_warning(&self, task: types::Task) -> types::Task {
+        let warning = self.dead.then(|| "tasklist_lock is\nheld".to_owned());
+        types::Task { warning, ..task }
+    }
+
     /// The patch `name`, which must be in transition.
     fn in_transition(&mut self, name: &str) -> Result<&mut PatchStatus, Problem> {
         let mut patches = self.patches.iter_mut();
@@ -132,6 +148,7 @@ fn task(pid: i32, comm: &str) -> types::Task {
         cpu: Some(0),
         patch_state: Some(-1),
         comm: comm.into(),
+        warning: None,
     }
 }
 
@@ -211,7 +228,8 @@ impl Control for FakeGuest {
     fn tasks(&mut self) -> Result<Vec<types::Task>, Problem> {
         std::thread::sleep(self.slowness);
         self.note("tasks");
-        Ok(vec![task(1, "init"), task(77, "evil\x1b[2J")])
+        let tasks = [task(1, "init"), task(77, "evil\x1b[2J")];
+        Ok(tasks.map(|task| self.with_warning(task)).into())
     }
 
     fn stack(&mut self, pid: i32) -> Result<types::TaskStack, Problem> {
@@ -225,7 +243,7 @@ impl Control for FakeGuest {
             scheduler,
         };
         Ok(types::TaskStack {
-            task: task(1, "init"),
+            task: self.with_warning(task(1, "init")),
             reliable: true,
             reason: None,
             frames: vec![
@@ -237,7 +255,7 @@ impl Control for FakeGuest {
 
     fn stacks(&mut self) -> Result<Vec<types::TaskStack>, Problem> {
         let unreliable = types::TaskStack {
-            task: task(77, "evil\x1b[2J"),
+            task: self.with_warning(task(77, "evil\x1b[2J")),
             reliable: false,
             reason: Some("no rule for this code".into()),
             frames: vec![],

@@ -36,7 +36,8 @@ fn every_kind_of_error_is_described_with_its_status() {
 fn every_field_of_an_answer_is_described() {
     let mut all = BTreeSet::new();
     // In one guest all tasks switch, in the other none: their reports have different fields.
-    for guest in [FakeGuest::default(), FakeGuest::stuck()] {
+    // A third one is read with a warning.
+    for guest in [FakeGuest::default(), FakeGuest::stuck(), FakeGuest::dead()] {
         let served = Served::new(guest, Limits::default());
         served.send("POST", "/patches?wait_ms=500", ELF);
         for route in ROUTES.iter().filter(|r| r.path != "/metrics") {
@@ -58,7 +59,7 @@ fn every_field_of_an_answer_is_described() {
         let refused = served.send("GET", "/nowhere", b"");
         assert_words("error not-found", fields(&refused.json()));
     }
-    for sometimes in ["blocker", "since_ms", "after_ms"] {
+    for sometimes in ["blocker", "since_ms", "after_ms", "warning"] {
         assert!(all.contains(sometimes), "{sometimes} is in no answer");
     }
 }
