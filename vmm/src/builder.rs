@@ -15,7 +15,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::acpi;
-use crate::boot::bzimage::Kernel;
+use crate::boot::bzimage::{Initrd, Kernel};
 use crate::boot::reset_vector;
 use crate::boot::vcpu_state;
 use crate::config::{MAX_CPUS, VmConfig};
@@ -63,11 +63,13 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
         .ok()
         .filter(|cpus| (1..=MAX_CPUS).contains(&u32::from(*cpus)))
         .ok_or(RunError::Cpus(config.cpus))?;
+    // First, as a wrong file costs nothing to detect.
     let mut kernel = Kernel::open(&config.kernel)?;
+    let initrd = config.initrd.as_deref().map(Initrd::open).transpose()?;
     let kvm = open_kvm()?;
     check_serving()?;
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;
-    let entry = load_guest(&vm, &mut kernel, config)?;
+    let entry = load_guest(&vm, &mut kernel, initrd, &config.cmdline)?;
     set_registers(&vcpus, entry)?;
 
     let stdout = duplicate_stream(io::stdout())?;
@@ -106,11 +108,16 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
 }
 
 /// Writes to guest memory all that the guest finds there when it starts; the kernel's entry point.
-fn load_guest(vm: &Vm, kernel: &mut Kernel, config: &VmConfig) -> Result<GuestAddress, RunError> {
+fn load_guest(
+    vm: &Vm,
+    kernel: &mut Kernel,
+    initrd: Option<Initrd>,
+    cmdline: &str,
+) -> Result<GuestAddress, RunError> {
     let ram = vm.memory().ram();
     let rsdp = acpi::write_tables(ram, vm.cpus())?;
     reset_vector::write(ram)?;
-    let entry = kernel.load(ram, config.initrd.as_deref(), &config.cmdline, rsdp)?;
+    let entry = kernel.load(ram, initrd, cmdline, rsdp)?;
     vcpu_state::write_boot_tables(ram)?;
     Ok(entry)
 }
