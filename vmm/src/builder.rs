@@ -71,8 +71,19 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;
     let entry = load_guest(&vm, &mut kernel, initrd, &config.cmdline)?;
     set_registers(&vcpus, entry)?;
+    assemble(vm, vcpus, duplicate_stream(io::stdout())?)
+}
 
-    let stdout = duplicate_stream(io::stdout())?;
+/// Connects `vm` and its `vcpus`, whose memory and registers are set, with devices and threads.
+/// The console's output goes to `stdout`.
+///
+/// # Errors
+/// [`RunError`]: the host refuses something.
+pub fn assemble(
+    vm: Vm,
+    vcpus: Vec<(VcpuFd, ImmediateExit)>,
+    stdout: OwnedFd,
+) -> Result<BuiltVm, RunError> {
     let (output, writer) =
         Output::start(stdout).map_err(|e| RunError::Host("the console thread", e))?;
     let input_taken = eventfd()?;

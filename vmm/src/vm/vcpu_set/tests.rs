@@ -21,7 +21,7 @@ use crate::vm::handle::VmHandle;
 use crate::vm::shared::{Shared, VmState};
 use crate::vm::{Vm, open_kvm};
 
-const CODE: u64 = 0x1000;
+pub(crate) const CODE: u64 = 0x1000;
 const RAM: u64 = 2 << 20;
 const SOON: Duration = Duration::from_secs(20);
 
@@ -150,7 +150,8 @@ impl Guest {
     }
 }
 
-fn real_mode(vcpu: &VcpuFd, index: u64) {
+/// Starts `vcpu` in real mode at [`CODE`], with `index` in BX.
+pub(crate) fn real_mode(vcpu: &VcpuFd, index: u64) {
     let mut sregs = vcpu.get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
