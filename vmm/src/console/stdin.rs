@@ -1,9 +1,9 @@
 //! Sends our standard input to the guest's console, on the event loop.
 //!
 //! Input that the guest has not taken yet must not be lost, must not grow without bound, and must
-//! not make the event loop spin. A pipe or a file is not read further while much input waits. A
-//! terminal is always read, because Ctrl-A x must reach us even when the guest has stopped reading;
-//! what else is typed then is lost, as on a serial line.
+//! not make the event loop spin: while much input waits, no more is read. Of a terminal more is
+//! read ahead than of a pipe or a file, because Ctrl-A x must reach us also after pasted text that
+//! the guest does not take.
 //!
 //! A terminal is read, and its modes are set, only while this process is in its foreground.
 
@@ -21,8 +21,10 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::console::terminal::{Keys, RawTerminal};
 use crate::devices::legacy::serial::Com1;
 
-/// When this many bytes wait for the guest, no more are read.
+/// When this many bytes from a pipe or a file wait for the guest, no more are read.
 const MAX_WAITING: usize = 4096;
+/// The same for a terminal.
+const MAX_WAITING_TYPED: usize = 1 << 20;
 /// How many bytes are read at once.
 const CHUNK: usize = 1024;
 /// How often a process in the background checks whether it is in the foreground: a shell's `fg`
@@ -125,6 +127,15 @@ impl<W: Write> Stdin<W> {
             .is_none_or(|terminal| terminal.raw.in_foreground())
     }
 
+    /// How many bytes may wait for the guest before no more are read.
+    fn max_waiting(&self) -> usize {
+        if self.terminal.is_some() {
+            MAX_WAITING_TYPED
+        } else {
+            MAX_WAITING
+        }
+    }
+
     fn com1(&self) -> MutexGuard<'_, Com1<W>> {
         self.com1.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -183,10 +194,7 @@ impl<W: Write> Stdin<W> {
         {
             tracing::error!("Ctrl-A x is lost: {e}");
         }
-        let mut com1 = self.com1();
-        if self.terminal.is_none() || com1.waiting() < MAX_WAITING {
-            com1.send(&guest);
-        }
+        self.com1().send(&guest);
         true
     }
 
@@ -258,8 +266,11 @@ impl<W: Write> MutEventSubscriber for Stdin<W> {
             self.follow_foreground(ops);
         } else if !self.read() {
             self.unwatch(ops, InputState::Ended);
-        } else if self.terminal.is_none() && self.com1().waiting() >= MAX_WAITING {
+        } else if self.com1().waiting() >= self.max_waiting() {
             self.unwatch(ops, InputState::Held);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
