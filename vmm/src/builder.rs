@@ -26,6 +26,7 @@ use crate::devices::legacy::power::{self, Power};
 use crate::devices::legacy::serial::{self, Com1};
 use crate::devices::{Bus, Buses};
 use crate::error::RunError;
+use crate::vm::console_stall;
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::shared::{Shared, VmState};
 use crate::vm::vcpu::{ExitReporter, ExitedVcpu};
@@ -106,6 +107,8 @@ pub fn assemble(
         state: Mutex::new(VmState::Running),
         stop: duplicate_event(&stop)?,
     });
+    console_stall::start(&shared, &output)
+        .map_err(|e| RunError::Host("the console's second thread", e))?;
     Ok(BuiltVm {
         shared,
         com1,

@@ -10,7 +10,8 @@
 //! - The thread that called [`run_vm`] runs the event loop: standard input, signals, and the events
 //!   that end the guest.
 //! - One thread ends the process some time after a signal, if it hangs (`signals.rs`).
-//! - One thread writes the guest's output to standard output (`console/output.rs`).
+//! - One thread writes the guest's output to standard output (`console/output.rs`), and one pauses
+//!   the guest while that is not read (`vm/console_stall.rs`).
 //! - The control socket's [`Server`](api::Server) has threads of its own, which use the machine
 //!   through a [`VmHandle`] and a [`VmMachine`].
 //!

@@ -46,6 +46,16 @@ const ECHO: &[u8] = &[
     b'e', b'a', b'd', b'y', b'!',
 ];
 
+/// Switches kvmclock on, prints "R", and then "S" whenever PVCLOCK_GUEST_STOPPED is set there:
+/// mov ecx, MSR_KVM_SYSTEM_TIME_NEW ; mov eax, 0x3001 ; xor edx, edx ; wrmsr ; mov dx, 0x3f8
+/// mov al, 'R' ; out dx, al ; next: test byte [0x301d], 2 ; jz next ; and byte [0x301d], 0xfd
+/// mov al, 'S' ; out dx, al ; jmp next
+const CLOCK: &[u8] = &[
+    0x66, 0xb9, 0x01, 0x4d, 0x56, 0x4b, 0x66, 0xb8, 0x01, 0x30, 0x00, 0x00, 0x66, 0x31, 0xd2, 0x0f,
+    0x30, 0xba, 0xf8, 0x03, 0xb0, b'R', 0xee, 0xf6, 0x06, 0x1d, 0x30, 0x02, 0x74, 0xf9, 0x80, 0x26,
+    0x1d, 0x30, 0xfd, 0xb0, b'S', 0xee, 0xeb, 0xef,
+];
+
 #[test]
 #[ignore = "the program that the other tests start"]
 fn child() {
@@ -60,6 +70,7 @@ fn child() {
         "spin" => SPIN,
         "print-and-power-off" => PRINT_AND_POWER_OFF,
         "echo" => ECHO,
+        "clock" => CLOCK,
         other => panic!("no program {other}"),
     };
     let (vm, vcpus) = Vm::new(&open_kvm().unwrap(), 2 << 20, 1).unwrap();
@@ -308,4 +319,25 @@ fn a_job_of_timeout_is_not_stopped() {
     session.type_in(b"typed\n");
     session.wait_for("status=124.");
     assert!(is_cooked(&session.terminal));
+}
+
+#[test]
+fn the_guest_is_notified_when_the_process_was_stopped() {
+    let mut process = Process::start("clock", Stdio::null(), Stdio::piped());
+    let mut stdout = process.0.stdout.take().unwrap();
+    let text = Arc::<Mutex<String>>::default();
+    let printed = Arc::clone(&text);
+    thread::spawn(move || {
+        let mut byte = [0];
+        while stdout.read(&mut byte).unwrap_or(0) == 1 {
+            printed.lock().unwrap().push(byte[0].into());
+        }
+    });
+    wait_until("R", || text.lock().unwrap().contains('R'));
+    thread::sleep(Duration::from_millis(100));
+    process.signal(Signal::STOP);
+    thread::sleep(Duration::from_millis(1500));
+    assert!(!text.lock().unwrap().contains('S'));
+    process.signal(Signal::CONT);
+    wait_until("S", || text.lock().unwrap().contains('S'));
 }
