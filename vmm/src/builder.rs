@@ -15,7 +15,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::acpi;
-use crate::boot::bzimage::Kernel;
+use crate::boot::bzimage::{Initrd, Kernel};
 use crate::boot::reset_vector;
 use crate::boot::vcpu_state;
 use crate::config::{MAX_CPUS, VmConfig};
@@ -26,6 +26,7 @@ use crate::devices::legacy::power::{self, Power};
 use crate::devices::legacy::serial::{self, Com1};
 use crate::devices::{Bus, Buses};
 use crate::error::RunError;
+use crate::vm::console_stall;
 use crate::vm::kvm_run::ImmediateExit;
 use crate::vm::shared::{Shared, VmState};
 use crate::vm::vcpu::{ExitReporter, ExitedVcpu};
@@ -63,15 +64,28 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
         .ok()
         .filter(|cpus| (1..=MAX_CPUS).contains(&u32::from(*cpus)))
         .ok_or(RunError::Cpus(config.cpus))?;
+    // First, as a wrong file costs nothing to detect.
     let mut kernel = Kernel::open(&config.kernel)?;
     kernel.check_memory(config.memory)?;
+    let initrd = config.initrd.as_deref().map(Initrd::open).transpose()?;
     let kvm = open_kvm()?;
     check_serving()?;
     let (vm, vcpus) = Vm::new(&kvm, config.memory, cpus)?;
-    let entry = load_guest(&vm, &mut kernel, config)?;
+    let entry = load_guest(&vm, &mut kernel, initrd, &config.cmdline)?;
     set_registers(&vcpus, entry)?;
+    assemble(vm, vcpus, duplicate_stream(io::stdout())?)
+}
 
-    let stdout = duplicate_stream(io::stdout())?;
+/// Connects `vm` and its `vcpus`, whose memory and registers are set, with devices and threads.
+/// The console's output goes to `stdout`.
+///
+/// # Errors
+/// [`RunError`]: the host refuses something.
+pub fn assemble(
+    vm: Vm,
+    vcpus: Vec<(VcpuFd, ImmediateExit)>,
+    stdout: OwnedFd,
+) -> Result<BuiltVm, RunError> {
     let (output, writer) =
         Output::start(stdout).map_err(|e| RunError::Host("the console thread", e))?;
     let input_taken = eventfd()?;
@@ -94,6 +108,8 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
         state: Mutex::new(VmState::Running),
         stop: duplicate_event(&stop)?,
     });
+    console_stall::start(&shared, &output)
+        .map_err(|e| RunError::Host("the console's second thread", e))?;
     Ok(BuiltVm {
         shared,
         com1,
@@ -107,11 +123,16 @@ pub fn build(config: &VmConfig) -> Result<BuiltVm, RunError> {
 }
 
 /// Writes to guest memory all that the guest finds there when it starts; the kernel's entry point.
-fn load_guest(vm: &Vm, kernel: &mut Kernel, config: &VmConfig) -> Result<GuestAddress, RunError> {
+fn load_guest(
+    vm: &Vm,
+    kernel: &mut Kernel,
+    initrd: Option<Initrd>,
+    cmdline: &str,
+) -> Result<GuestAddress, RunError> {
     let ram = vm.memory().ram();
     let rsdp = acpi::write_tables(ram, vm.cpus())?;
     reset_vector::write(ram)?;
-    let entry = kernel.load(ram, config.initrd.as_deref(), &config.cmdline, rsdp)?;
+    let entry = kernel.load(ram, initrd, cmdline, rsdp)?;
     vcpu_state::write_boot_tables(ram)?;
     Ok(entry)
 }

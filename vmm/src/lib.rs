@@ -9,7 +9,9 @@
 //!   and a signal from any other thread (`vm/vcpu_set.rs`).
 //! - The thread that called [`run_vm`] runs the event loop: standard input, signals, and the events
 //!   that end the guest.
-//! - One thread writes the guest's output to standard output (`console/output.rs`).
+//! - One thread ends the process some time after a signal, if it hangs (`signals.rs`).
+//! - One thread writes the guest's output to standard output (`console/output.rs`), and one pauses
+//!   the guest while that is not read (`vm/console_stall.rs`).
 //! - The control socket's [`Server`](api::Server) has threads of its own, which use the machine
 //!   through a [`VmHandle`] and a [`VmMachine`].
 //!
@@ -29,7 +31,8 @@
 //!
 //! # What is exported, and who uses it
 //!
-//! - For the command line: [`run_vm`] with its configuration and result, [`api`] and [`client`].
+//! - For the command line: [`run_vm`] with its configuration and result, [`end_on_signals`],
+//!   [`api`] and [`client`].
 //! - For a program that patches a guest in its own process, as the tests do: [`VmHandle`], the
 //!   operator's handle, and [`VmMachine`], which implements [`patcher::Machine`].
 //! - For tests that load a core file into memory as [`run_vm`] maps a guest's RAM:
@@ -54,6 +57,7 @@ mod vm;
 pub use config::{BadSize, MAX_CPUS, VmConfig, parse_size};
 pub use error::RunError;
 pub use run::{ExitKind, run_vm};
+pub use signals::end_on_signals;
 pub use vm::handle::VmHandle;
 pub use vm::machine::VmMachine;
 pub use vm::memslots::prefer_large_pages;

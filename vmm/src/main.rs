@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -33,7 +34,10 @@ fn main() -> ExitCode {
         Err(error) => return usage_error(&error),
     };
     let result = match cli.command {
-        Command::Run(args) => cli::run::run(args),
+        // Not for the other commands, which hold nothing: the default action ends them at once.
+        Command::Run(args) => vmm::end_on_signals()
+            .context("cannot set up signal handling")
+            .and_then(|()| cli::run::run(args)),
         Command::Guest(command) => return cli::commands::run(command),
     };
     result.unwrap_or_else(|error| {

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::error::Error;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -17,19 +17,22 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::builder::{build, duplicate_event, duplicate_stream};
+use crate::builder::{BuiltVm, build, duplicate_event, duplicate_stream};
 use crate::config::VmConfig;
 use crate::console::output::Output;
 use crate::console::stdin::Stdin;
-use crate::console::terminal::RawTerminal;
 use crate::error::RunError;
 use crate::signals;
 use crate::vm::handle::VmHandle;
 use crate::vm::vcpu::{ExitReason, ExitedVcpu};
 
 /// How long the last output may take to be written when the user or a signal ends the guest. When
-/// the guest ended by itself, the wait has no limit: its last output is often the reason.
-const LAST_OUTPUT: Duration = Duration::from_secs(2);
+/// the guest ended by itself, the wait has no limit, as its last output is often the reason; but
+/// the user or a signal can end it. Shorter than the time after which `signals` ends the process.
+const LAST_OUTPUT: Duration = Duration::from_secs(1);
+
+/// How often the unlimited wait checks whether the last output is written, in milliseconds.
+const LAST_OUTPUT_CHECK: i32 = 20;
 
 /// How a guest ended that did not crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,39 +62,66 @@ pub fn run_vm<G, E>(
 where
     E: Into<Box<dyn Error + Send + Sync>>,
 {
+    // Before the guest is built, so that a signal that comes meanwhile is not lost.
+    let signal = signals::event().map_err(signal_error)?;
     let built = build(config)?;
     let attached = before_start(&VmHandle::new(Arc::clone(&built.shared)))
         .map_err(|e| RunError::BeforeStart(e.into()))?;
+    run_built(built, duplicate_stream(io::stdin())?, signal, attached)
+}
 
-    let signal = signals::catch().map_err(|e| RunError::Host("signal handling", e))?;
+fn signal_error(error: io::Error) -> RunError {
+    RunError::Host("signal handling", error)
+}
+
+/// Runs `built` until its guest ends, with `stdin` as its console's input. `signal` is written to
+/// for each signal that ends the process; `attached` is dropped when the vCPUs have ended.
+fn run_built<G>(
+    built: BuiltVm,
+    stdin: OwnedFd,
+    signal: EventFd,
+    attached: G,
+) -> Result<ExitKind, RunError> {
     let stdin = Stdin::new(
-        duplicate_stream(io::stdin())?,
+        stdin,
         built.com1,
         built.input_taken,
         duplicate_event(&built.stop)?,
-    );
-    let outcome = Rc::new(RefCell::new(None));
-    let events = ExitEvents {
+        signals::continued().map_err(signal_error)?,
+    )
+    .map_err(|e| RunError::Host("the terminal", e))?;
+    if let Some(restore) = stdin.restorer() {
+        signals::before_forced_end(restore);
+    }
+    let first = Rc::new(RefCell::new(None));
+    let exit_events = ExitEvents {
         exits: built.exits,
         exit_event: built.exit_event,
         stop: built.stop,
         signal,
-        outcome: Rc::clone(&outcome),
+        outcome: Rc::clone(&first),
     };
-    let terminal =
-        RawTerminal::enter(io::stdin()).map_err(|e| RunError::Host("the terminal", e))?;
+    let mut events = EventLoop::new().map_err(RunError::EventLoop)?;
+    events.add_subscriber(Box::new(exit_events));
+    events.add_subscriber(Box::new(stdin));
     built.shared.vcpus.resume()?;
-    let outcome = serve(stdin, events, &outcome);
+    let mut outcome = wait_for_end(&mut events, &first);
     built.shared.vcpus.end();
     drop(attached);
-    let limited = matches!(
-        outcome,
-        Ok(RunOutcome::Exit(ExitKind::Stopped | ExitKind::Signal(_)))
-    );
-    let written = built
-        .output
-        .drain(limited.then(|| Instant::now() + LAST_OUTPUT));
-    drop(terminal);
+    let written = match &outcome {
+        Ok(RunOutcome::Exit(ExitKind::PowerOff | ExitKind::Reset) | RunOutcome::Crash(_)) => {
+            let interrupted = wait_for_output(&mut events, &first, &built.output)?;
+            if let (Some(ExitKind::Signal(signal)), Ok(RunOutcome::Exit(kind))) =
+                (interrupted, &mut outcome)
+            {
+                *kind = ExitKind::Signal(signal);
+            }
+            interrupted.is_none()
+        }
+        Ok(RunOutcome::Exit(_)) | Err(_) => built.output.drain(Some(Instant::now() + LAST_OUTPUT)),
+    };
+    // Restores the terminal.
+    drop(events);
     if !written {
         tracing::warn!("standard output is not read: the guest's last output is lost");
     }
@@ -108,22 +138,40 @@ enum RunOutcome {
     Crash(Box<ExitedVcpu>),
 }
 
-/// Runs the event loop until `outcome` is set.
-fn serve(
-    stdin: Stdin<Output>,
-    exit_events: ExitEvents,
-    outcome: &RefCell<Option<RunOutcome>>,
+type EventLoop = EventManager<Box<dyn MutEventSubscriber>>;
+
+/// Runs the event loop until the guest ends or is to end.
+fn wait_for_end(
+    events: &mut EventLoop,
+    first: &RefCell<Option<RunOutcome>>,
 ) -> Result<RunOutcome, RunError> {
-    let mut events =
-        EventManager::<Box<dyn MutEventSubscriber>>::new().map_err(RunError::EventLoop)?;
-    events.add_subscriber(Box::new(exit_events));
-    events.add_subscriber(Box::new(stdin));
     loop {
         events.run().map_err(RunError::EventLoop)?;
-        if let Some(outcome) = outcome.borrow_mut().take() {
+        if let Some(outcome) = first.borrow_mut().take() {
             return Ok(outcome);
         }
     }
+}
+
+/// Runs the event loop until all of `output` is written. Ctrl-A x and signals still work: the
+/// reader may never read. Returns which of them has ended the wait.
+fn wait_for_output(
+    events: &mut EventLoop,
+    first: &RefCell<Option<RunOutcome>>,
+    output: &Output,
+) -> Result<Option<ExitKind>, RunError> {
+    while !output.drain(Some(Instant::now())) {
+        events
+            .run_with_timeout(LAST_OUTPUT_CHECK)
+            .map_err(RunError::EventLoop)?;
+        // Other vCPUs may report their end, too: it changes nothing.
+        if let Some(RunOutcome::Exit(kind @ (ExitKind::Stopped | ExitKind::Signal(_)))) =
+            first.borrow_mut().take()
+        {
+            return Ok(Some(kind));
+        }
+    }
+    Ok(None)
 }
 
 /// All events that end a guest, as a subscriber of the event loop. The first event decides.
@@ -146,6 +194,10 @@ impl MutEventSubscriber for ExitEvents {
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        if self.outcome.borrow().is_some() {
+            // Left unread, it is reported again: it may end the wait for the last output.
+            return;
+        }
         let outcome = if events.fd() == self.exit_event.as_raw_fd() {
             let _ = self.exit_event.read();
             self.exits
@@ -163,9 +215,9 @@ impl MutEventSubscriber for ExitEvents {
             let _ = self.signal.read();
             Some(RunOutcome::Exit(ExitKind::Signal(signals::last())))
         };
-        let mut first = self.outcome.borrow_mut();
-        if first.is_none() {
-            *first = outcome;
-        }
+        *self.outcome.borrow_mut() = outcome;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -61,6 +61,17 @@ impl Console {
         String::from_utf8_lossy(&state.bytes).into_owned()
     }
 
+    /// Reads nothing for `time`, but for a chunk or two.
+    pub fn stall(&self, time: Duration) {
+        // The thread that reads must store what it has read.
+        let _state = self
+            .printed
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        thread::sleep(time);
+    }
+
     /// Types `text` on the console.
     ///
     /// # Errors

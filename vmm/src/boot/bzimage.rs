@@ -202,11 +202,10 @@ impl Kernel {
     pub fn load(
         &mut self,
         memory: &GuestMemoryMmap,
-        initrd: Option<&Path>,
+        initrd: Option<Initrd>,
         cmdline: &str,
         rsdp: GuestAddress,
     ) -> Result<GuestAddress, BootError> {
-        let initrd = initrd.map(Initrd::open).transpose()?;
         let initrd_at = self.place_initrd(memory, initrd.as_ref())?;
         self.write_cmdline(memory, cmdline)?;
         let loaded = self.write_kernel(memory)?;
@@ -346,14 +345,18 @@ fn setup_size(header: &setup_header) -> u64 {
 
 /// An initrd file. Its contents are not checked: only the kernel knows their format.
 #[derive(Debug)]
-struct Initrd {
+pub struct Initrd {
     path: PathBuf,
     file: File,
     len: u64,
 }
 
 impl Initrd {
-    fn open(path: &Path) -> Result<Initrd, BootError> {
+    /// Opens an initrd.
+    ///
+    /// # Errors
+    /// [`BootError::File`].
+    pub fn open(path: &Path) -> Result<Initrd, BootError> {
         let open = || {
             let mut file = open_file(path)?;
             let len = file.seek(SeekFrom::End(0))?;
@@ -384,10 +387,10 @@ impl Initrd {
     }
 }
 
-/// Opens a regular file. A directory would open as well, and then fail with a misleading error when
-/// read.
+/// Opens a regular file. The type is checked before the file is opened: the open of a FIFO waits for
+/// a process that writes to it, and some devices act on being opened. A directory would open as
+/// well, and then fail with a misleading error when read.
 fn open_file(path: &Path) -> io::Result<File> {
-    // Opening a pipe would block until another process opens it for writing.
     if std::fs::metadata(path)?.is_file() {
         File::open(path)
     } else {

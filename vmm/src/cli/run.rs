@@ -8,6 +8,9 @@ use vmm::{ExitKind, VmConfig, parse_size};
 
 /// Boot a guest with its serial console on this terminal; Ctrl-A x stops it.
 ///
+/// In the background of a terminal (`&`, `timeout`) the guest runs without input; after `fg` the
+/// terminal is its console.
+///
 /// Exit status: 0 when the guest powered off or reset itself (it is not started again), or was
 /// stopped by Ctrl-A x or through the control socket; 128 + N when signal N stopped it; 1 when it
 /// could not be started, or ended with a triple fault or an internal error of KVM; 2 for wrong

@@ -2,8 +2,9 @@
 //!
 //! A vCPU thread must never wait in `write(2)`, for example to a pipe that is not read: it could
 //! not be paused there. So vCPU threads only append to a buffer, and a separate thread writes it.
-//! When the buffer is full, the vCPU waits where it can be paused ([`Output::is_full`]). When the
-//! reader has gone, output is discarded, as on a serial line with nothing plugged in.
+//! When the buffer is full, the vCPU waits where it can be paused ([`Output::is_full`]); when it
+//! stays full, the whole machine is paused ([`Output::wait_until_stalled`]). When the reader has
+//! gone, output is discarded, as on a serial line with nothing plugged in.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,19 +36,29 @@ struct Shared {
     work: Condvar,
     /// Notified when the writer has written the whole buffer.
     idle: Condvar,
-    /// A copy of `state.buffer.len() >= FULL`, read after each I/O exit without the lock.
+    /// Notified when the buffer has become full or is no longer full, or no more output will come.
+    full_changed: Condvar,
+    /// A copy of [`State::is_full`], read after each I/O exit without the lock.
     full: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct State {
     buffer: Vec<u8>,
+    /// How often the writer has taken the buffer's contents.
+    taken: u64,
     /// The writer has taken bytes that are not all written yet.
     writing: bool,
     /// No more output will come.
     closed: bool,
     /// The reader has gone; output is discarded.
     dead: bool,
+}
+
+impl State {
+    fn is_full(&self) -> bool {
+        self.buffer.len() >= FULL
+    }
 }
 
 impl Output {
@@ -74,6 +85,45 @@ impl Output {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.full.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the buffer is full and its contents have not been taken for `after`. False: no
+    /// more output will come.
+    #[must_use]
+    pub fn wait_until_stalled(&self, after: Duration) -> bool {
+        let mut state = self.shared.lock();
+        while !state.closed {
+            if !state.is_full() {
+                state = self
+                    .shared
+                    .full_changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let taken = state.taken;
+            let (next, waited) = self
+                .shared
+                .full_changed
+                .wait_timeout_while(state, after, |state| {
+                    !state.closed && state.is_full() && state.taken == taken
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                return true;
+            }
+            state = next;
+        }
+        false
+    }
+
+    /// Waits until the buffer is not full, or no more output will come.
+    pub fn wait_until_not_full(&self) {
+        drop(
+            self.shared
+                .full_changed
+                .wait_while(self.shared.lock(), |state| !state.closed && state.is_full()),
+        );
     }
 
     /// Waits until all output so far is written or `deadline` passes. True: all is written.
@@ -109,10 +159,11 @@ impl Write for Output {
         let mut state = self.shared.lock();
         if !state.dead {
             let was_empty = state.buffer.is_empty();
+            let was_full = state.is_full();
             state.buffer.extend_from_slice(bytes);
-            self.shared
-                .full
-                .store(state.buffer.len() >= FULL, Ordering::Relaxed);
+            if !was_full && state.is_full() {
+                self.shared.set_full(true);
+            }
             if was_empty && !state.writing {
                 self.shared.work.notify_one();
             }
@@ -128,6 +179,12 @@ impl Write for Output {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Called with `state` locked.
+    fn set_full(&self, full: bool) {
+        self.full.store(full, Ordering::Relaxed);
+        self.full_changed.notify_all();
     }
 
     fn write_out(&self, to: &OwnedFd) {
@@ -154,12 +211,18 @@ impl Shared {
                 thread::sleep(GATHER);
             }
             taken.clear();
-            std::mem::swap(&mut self.lock().buffer, &mut taken);
-            self.full.store(false, Ordering::Relaxed);
+            let mut state = self.lock();
+            std::mem::swap(&mut state.buffer, &mut taken);
+            state.taken += 1;
+            self.set_full(false);
+            drop(state);
             if let Err(e) = write_all(to, &taken) {
                 let mut state = self.lock();
                 state.dead = true;
                 state.buffer.clear();
+                // It may have been full again: no vCPU may wait for a reader that has gone.
+                self.set_full(false);
+                drop(state);
                 tracing::warn!(
                     "standard output is gone ({e}); the guest's output is discarded from here on"
                 );
@@ -196,6 +259,7 @@ impl Drop for OutputWriter {
     fn drop(&mut self) {
         self.output.shared.lock().closed = true;
         self.output.shared.work.notify_one();
+        self.output.shared.full_changed.notify_all();
         // A thread that is stuck in write(2) cannot be joined. A caller that needs all output to be
         // written has called `drain`.
         if self
@@ -214,6 +278,23 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    /// Writes until the writer waits in a write and the buffer is full. Returns how much.
+    fn fill(output: &mut Output) -> usize {
+        let mut sent = 0;
+        loop {
+            while !output.is_full() {
+                output.write_all(&[b'x'; 1000]).unwrap();
+                sent += 1000;
+                assert!(sent < 100 << 20, "the socket swallows everything");
+            }
+            // A writer that was only not scheduled takes the buffer now.
+            thread::sleep(Duration::from_millis(100));
+            if output.is_full() {
+                return sent;
+            }
+        }
+    }
 
     #[test]
     fn all_arrives_in_order_before_drain_returns() {
@@ -239,13 +320,7 @@ mod tests {
     fn a_reader_that_does_not_read_fills_the_buffer_and_then_gets_all_of_it() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (mut output, writer) = Output::start(ours.into()).unwrap();
-        let mut sent = 0_usize;
-        while !output.is_full() {
-            output.write_all(&[b'x'; 1000]).unwrap();
-            sent += 1000;
-            thread::sleep(Duration::from_micros(200));
-            assert!(sent < 100 << 20, "the socket swallows everything");
-        }
+        let sent = fill(&mut output);
         assert!(!output.drain(Some(Instant::now() + Duration::from_millis(50))));
         let reader = thread::spawn(move || {
             let mut all = Vec::new();
@@ -256,6 +331,23 @@ mod tests {
         assert!(!output.is_full());
         drop(writer);
         assert_eq!(reader.join().unwrap(), sent);
+    }
+
+    #[test]
+    fn a_reader_that_leaves_after_a_stall_holds_no_vcpu() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut output, writer) = Output::start(ours.into()).unwrap();
+        fill(&mut output);
+        assert!(output.wait_until_stalled(Duration::from_millis(50)));
+        drop(theirs);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while output.is_full() {
+            assert!(Instant::now() < deadline, "it stays full");
+            thread::sleep(Duration::from_millis(1));
+        }
+        output.wait_until_not_full();
+        drop(writer);
+        assert!(!output.wait_until_stalled(Duration::ZERO));
     }
 
     #[test]

@@ -1,26 +1,35 @@
 //! Sends our standard input to the guest's console, on the event loop.
 //!
 //! Input that the guest has not taken yet must not be lost, must not grow without bound, and must
-//! not make the event loop spin. A pipe or a file is not read further while much input waits. A
-//! terminal is always read, because Ctrl-A x must reach us even when the guest has stopped reading;
-//! what else is typed then is lost, as on a serial line.
+//! not make the event loop spin: while much input waits, no more is read. Of a terminal more is
+//! read ahead than of a pipe or a file, because Ctrl-A x must reach us also after pasted text that
+//! the guest does not take.
+//!
+//! A terminal is read, and its modes are set, only while this process is in its foreground.
 
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use rustix::io::Errno;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
-use crate::console::terminal::Keys;
+use crate::console::terminal::{Keys, RawTerminal};
 use crate::devices::legacy::serial::Com1;
 
-/// When this many bytes wait for the guest, no more are read.
+/// When this many bytes from a pipe or a file wait for the guest, no more are read.
 const MAX_WAITING: usize = 4096;
+/// The same for a terminal.
+const MAX_WAITING_TYPED: usize = 1 << 20;
 /// How many bytes are read at once.
 const CHUNK: usize = 1024;
+/// How often a process in the background checks whether it is in the foreground: a shell's `fg`
+/// does not report that to a job that is running.
+const FOREGROUND_CHECK: Duration = Duration::from_millis(200);
 
 /// Whether the input is read, and how the event loop waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,17 +38,29 @@ enum InputState {
     Watched,
     /// Not watched while input waits for the guest.
     Held,
+    /// Not watched while the terminal belongs to another process group.
+    Background,
     /// A regular file or similar, which epoll refuses because it is always readable.
     AlwaysReady,
     /// The input has ended.
     Ended,
 }
 
+/// An input that is a terminal.
+struct TerminalInput {
+    raw: RawTerminal,
+    /// Written to when the process runs again after it was stopped.
+    continued: EventFd,
+    /// Expires after [`FOREGROUND_CHECK`] while this process is in the background. It is never
+    /// read, which could block: setting it takes the event.
+    check: TimerFd,
+}
+
 /// The subscriber of the event loop that sends standard input to COM1.
 pub struct Stdin<W: Write> {
     input: OwnedFd,
     state: InputState,
-    terminal: bool,
+    terminal: Option<TerminalInput>,
     keys: Keys,
     com1: Arc<Mutex<Com1<W>>>,
     /// Written to by COM1 when the guest has taken all its input.
@@ -58,15 +79,30 @@ impl<W: Write> std::fmt::Debug for Stdin<W> {
 
 impl<W: Write> Stdin<W> {
     /// Reads `input` for `com1`, which writes to `taken` when the guest has taken all its input.
-    /// Writes to `quit` when the user types Ctrl-A x.
+    /// Writes to `quit` when the user types Ctrl-A x. Switches a terminal to raw mode until this is
+    /// dropped; `continued` is written to when the process runs again after it was stopped.
+    ///
+    /// # Errors
+    /// When a terminal cannot be switched, or the process is out of file descriptors.
     pub fn new(
         input: OwnedFd,
         com1: Arc<Mutex<Com1<W>>>,
         taken: EventFd,
         quit: EventFd,
-    ) -> Stdin<W> {
-        let terminal = rustix::termios::isatty(&input);
-        Stdin {
+        continued: EventFd,
+    ) -> io::Result<Stdin<W>> {
+        let terminal = match RawTerminal::open(&input)? {
+            None => None,
+            Some(raw) => {
+                raw.enter()?;
+                Some(TerminalInput {
+                    raw,
+                    continued,
+                    check: TimerFd::new()?,
+                })
+            }
+        };
+        Ok(Stdin {
             input,
             state: InputState::Held,
             terminal,
@@ -74,6 +110,29 @@ impl<W: Write> Stdin<W> {
             com1,
             taken,
             quit,
+        })
+    }
+
+    /// A function that restores the terminal's modes, as dropping this does. `None`: the input is
+    /// not a terminal.
+    pub fn restorer(&self) -> Option<impl Fn() + Send + 'static> {
+        self.terminal
+            .as_ref()
+            .map(|terminal| terminal.raw.restorer())
+    }
+
+    fn in_foreground(&self) -> bool {
+        self.terminal
+            .as_ref()
+            .is_none_or(|terminal| terminal.raw.in_foreground())
+    }
+
+    /// How many bytes may wait for the guest before no more are read.
+    fn max_waiting(&self) -> usize {
+        if self.terminal.is_some() {
+            MAX_WAITING_TYPED
+        } else {
+            MAX_WAITING
         }
     }
 
@@ -120,6 +179,8 @@ impl<W: Write> Stdin<W> {
             Ok(0) => return false,
             Ok(count) => count,
             Err(Errno::INTR | Errno::AGAIN) => return true,
+            // The terminal was taken from us just before the read.
+            Err(Errno::IO) if !self.in_foreground() => return true,
             Err(e) => {
                 tracing::warn!("standard input: {e}");
                 return false;
@@ -133,11 +194,46 @@ impl<W: Write> Stdin<W> {
         {
             tracing::error!("Ctrl-A x is lost: {e}");
         }
-        let mut com1 = self.com1();
-        if !self.terminal || com1.waiting() < MAX_WAITING {
-            com1.send(&guest);
-        }
+        self.com1().send(&guest);
         true
+    }
+
+    /// Whether `fd` is one of those after which [`follow_foreground`](Self::follow_foreground) is
+    /// called.
+    fn is_foreground_event(&mut self, fd: RawFd) -> bool {
+        let Some(terminal) = &mut self.terminal else {
+            return false;
+        };
+        if fd == terminal.continued.as_raw_fd() {
+            let _ = terminal.continued.read();
+            return true;
+        }
+        fd == terminal.check.as_raw_fd()
+    }
+
+    /// Takes the terminal if this process is in its foreground, and leaves it alone otherwise.
+    fn follow_foreground(&mut self, ops: &mut EventOps) {
+        let Some(terminal) = &mut self.terminal else {
+            return;
+        };
+        let foreground = terminal.raw.enter().unwrap_or_else(|e| {
+            tracing::warn!("the terminal cannot be switched to raw mode: {e}");
+            true
+        });
+        let checks = if foreground {
+            terminal.check.clear()
+        } else {
+            terminal.check.reset(FOREGROUND_CHECK, None)
+        };
+        if let Err(e) = checks {
+            tracing::warn!("the terminal's foreground cannot be followed: {e}");
+        }
+        match (foreground, self.state) {
+            (true, InputState::Background) => self.watch(ops),
+            (false, InputState::Watched) => self.unwatch(ops, InputState::Background),
+            (false, InputState::Held) => self.state = InputState::Background,
+            _ => {}
+        }
     }
 }
 
@@ -146,7 +242,16 @@ impl<W: Write> MutEventSubscriber for Stdin<W> {
         if let Err(e) = ops.add(Events::new(&self.taken, EventSet::IN)) {
             tracing::warn!("console input may stall: {e:?}");
         }
-        self.watch(ops);
+        let Some(terminal) = &self.terminal else {
+            return self.watch(ops);
+        };
+        for fd in [terminal.continued.as_raw_fd(), terminal.check.as_raw_fd()] {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                tracing::warn!("the terminal's foreground cannot be followed: {e:?}");
+            }
+        }
+        self.state = InputState::Background;
+        self.follow_foreground(ops);
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -155,12 +260,17 @@ impl<W: Write> MutEventSubscriber for Stdin<W> {
             match self.state {
                 InputState::Held => self.watch(ops),
                 InputState::AlwaysReady => self.read_always_ready(),
-                InputState::Watched | InputState::Ended => {}
+                InputState::Watched | InputState::Background | InputState::Ended => {}
             }
+        } else if self.is_foreground_event(events.fd()) || !self.in_foreground() {
+            self.follow_foreground(ops);
         } else if !self.read() {
             self.unwatch(ops, InputState::Ended);
-        } else if !self.terminal && self.com1().waiting() >= MAX_WAITING {
+        } else if self.com1().waiting() >= self.max_waiting() {
             self.unwatch(ops, InputState::Held);
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@
 //! This module knows KVM; it must not know what the guest runs, how it was loaded, or which devices
 //! it has (it is given their buses).
 
+pub mod console_stall;
 pub mod cpuid;
 pub mod error;
 pub mod handle;

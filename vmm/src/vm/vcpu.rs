@@ -103,9 +103,10 @@ impl ExitReporter {
 
 /// How often a vCPU that waits for free space in the output buffer checks it.
 const OUTPUT_RETRY: Duration = Duration::from_millis(2);
-/// After a pause of at least this length the guest is notified (`KVM_KVMCLOCK_CTRL`), so that its
-/// watchdogs do not take the pause for a lockup. It is not notified of shorter ones: a notification
-/// resets the guest's watchdogs, which would then never detect a real lockup.
+/// When a vCPU was held outside the guest for at least this long, the guest is notified
+/// (`KVM_KVMCLOCK_CTRL`), so that its watchdogs do not take that for a lockup. It is not notified
+/// of shorter times: a notification resets the guest's watchdogs, which would then never detect a
+/// real lockup.
 const NOTIFY_GUEST_AFTER: Duration = Duration::from_secs(1);
 /// How many exits in a row the completion of one I/O instruction may take. String instructions take
 /// several; none takes this many.
@@ -115,7 +116,7 @@ const MAX_COMPLETION_EXITS: u32 = 1 << 16;
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     Running,
-    Paused { since: Instant },
+    Paused,
     Exited,
     Quit,
 }
@@ -142,6 +143,12 @@ pub struct Vcpu {
     exits: ExitReporter,
     /// An I/O exit was answered and the instruction has not completed.
     io_pending: bool,
+    /// When the vCPU was last known to be in the guest. `None`: it has not run yet.
+    left_guest: Option<Instant>,
+    /// `KVM_RUN` was interrupted, and `left_guest` is when it was called. A command explains the
+    /// interruption: the vCPU was in the guest until then. Without a command the whole process was
+    /// stopped (SIGSTOP) and continued, and it is unknown when.
+    interrupted: bool,
 }
 
 impl Vcpu {
@@ -162,22 +169,31 @@ impl Vcpu {
             commands,
             exits,
             io_pending: false,
+            left_guest: None,
+            interrupted: false,
         }
     }
 
     /// The body of the thread. It starts paused, and returns on [`Command::Quit`] or when no sender
     /// of commands is left.
     pub fn run(mut self) {
-        let mut state = State::Paused {
-            since: Instant::now(),
-        };
+        let mut state = State::Paused;
         while state != State::Quit {
             // Clear first, then check for commands: see `ImmediateExit`.
             self.exit.clear();
             if let Some(command) = self.next_command(&state) {
                 state = self.execute(command, state);
             } else if state == State::Running && !self.output.is_full() {
-                match self.enter() {
+                self.notify_guest_if_held();
+                let entered = Instant::now();
+                let result = self.enter();
+                self.interrupted = matches!(result, RunResult::Interrupted);
+                self.left_guest = Some(if self.interrupted {
+                    entered
+                } else {
+                    Instant::now()
+                });
+                match result {
                     RunResult::Interrupted => self.io_pending = false,
                     RunResult::AnsweredIo => self.io_pending = true,
                     RunResult::Exited(reason) => {
@@ -209,10 +225,25 @@ impl Vcpu {
         }
     }
 
+    /// Notifies the guest when this vCPU was held outside of it for long, for whichever reason: a
+    /// pause, a console that is not read, a device that answered late, or the host.
+    fn notify_guest_if_held(&self) {
+        if self
+            .left_guest
+            .is_some_and(|left| left.elapsed() >= NOTIFY_GUEST_AFTER)
+        {
+            // EINVAL only means that this vCPU does not use kvmclock.
+            let _ = self.fd.kvmclock_ctrl();
+        }
+    }
+
     fn execute(&mut self, command: Command, state: State) -> State {
         match (command, state) {
             (Command::Quit, _) => State::Quit,
             (Command::Pause(stopped), State::Running) => {
+                if std::mem::take(&mut self.interrupted) {
+                    self.left_guest = Some(Instant::now());
+                }
                 let state = self.complete_io();
                 self.answer(&stopped);
                 state
@@ -221,13 +252,7 @@ impl Vcpu {
                 self.answer(&stopped);
                 state
             }
-            (Command::Resume, State::Paused { since }) => {
-                if since.elapsed() >= NOTIFY_GUEST_AFTER {
-                    // EINVAL only means that this vCPU does not use kvmclock.
-                    let _ = self.fd.kvmclock_ctrl();
-                }
-                State::Running
-            }
+            (Command::Resume, State::Paused) => State::Running,
             (Command::Resume, state) => state,
         }
     }
@@ -254,18 +279,15 @@ impl Vcpu {
     /// `complete_userspace_io`), which does nothing else when `immediate_exit` is set. An
     /// instruction with several parts (string I/O, MMIO across pages) causes an exit for each part.
     fn complete_io(&mut self) -> State {
-        let paused = State::Paused {
-            since: Instant::now(),
-        };
         if !self.io_pending {
-            return paused;
+            return State::Paused;
         }
         self.exit.set();
         for _ in 0..MAX_COMPLETION_EXITS {
             match self.enter() {
                 RunResult::Interrupted => {
                     self.io_pending = false;
-                    return paused;
+                    return State::Paused;
                 }
                 RunResult::AnsweredIo => {}
                 RunResult::Exited(reason) => {
@@ -274,7 +296,7 @@ impl Vcpu {
                 }
             }
         }
-        paused
+        State::Paused
     }
 
     fn report(&mut self, reason: ExitReason) {

@@ -282,4 +282,4 @@ impl Drop for Vcpus {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

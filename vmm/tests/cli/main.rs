@@ -1,5 +1,7 @@
 //! The command line against a VMM with a fake guest: what it prints, where, and its exit status.
 
+mod run;
+
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -68,7 +68,7 @@ fn kernel_initrd_and_command_line_go_where_the_zero_page_says() {
     let entry = kernel
         .load(
             &memory,
-            Some(&initrd.0),
+            Some(Initrd::open(&initrd.0).unwrap()),
             "console=ttyS0 quiet",
             GuestAddress(0xe_0000),
         )
@@ -135,6 +135,7 @@ fn wrong_files_are_named_and_distinguished() {
 
 fn load_error(mib: usize, initrd: Option<&Path>, cmdline: &str, name: &str) -> BootError {
     let file = Scratch::new(name, &bzimage());
+    let initrd = initrd.map(|path| Initrd::open(path).unwrap());
     Kernel::open(&file.0)
         .unwrap()
         .load(&memory(mib), initrd, cmdline, GuestAddress(0))
@@ -173,12 +174,7 @@ fn what_does_not_fit_is_refused() {
         load_error(32, None, "a\0b", "nul"),
         BootError::BadCommandLine
     ));
-    let missing = message(load_error(
-        32,
-        Some(Path::new("/no/such/initrd")),
-        "",
-        "noinitrd",
-    ));
+    let missing = message(Initrd::open(Path::new("/no/such/initrd")).unwrap_err());
     assert!(
         missing.starts_with("cannot read initrd /no/such/initrd: "),
         "{missing}"

@@ -17,11 +17,12 @@ use crate::devices::legacy::i8042::I8042;
 use crate::devices::legacy::power::Power;
 use crate::devices::legacy::serial::Com1;
 use crate::devices::{Bus, Buses, Device, Effect};
+use crate::vm::console_stall;
 use crate::vm::handle::VmHandle;
 use crate::vm::shared::{Shared, VmState};
 use crate::vm::{Vm, open_kvm};
 
-const CODE: u64 = 0x1000;
+pub(crate) const CODE: u64 = 0x1000;
 const RAM: u64 = 2 << 20;
 const SOON: Duration = Duration::from_secs(20);
 
@@ -104,6 +105,7 @@ impl Guest {
             state: Mutex::new(VmState::Running),
             stop: event(),
         });
+        console_stall::start(&shared, &output).unwrap();
         Guest {
             shared,
             reports,
@@ -150,7 +152,8 @@ impl Guest {
     }
 }
 
-fn real_mode(vcpu: &VcpuFd, index: u64) {
+/// Starts `vcpu` in real mode at [`CODE`], with `index` in BX.
+pub(crate) fn real_mode(vcpu: &VcpuFd, index: u64) {
     let mut sregs = vcpu.get_sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
@@ -324,6 +327,46 @@ fn a_guest_whose_output_is_not_read_can_be_paused_and_loses_nothing() {
             .copied()
             .eq((0..=255_u8).cycle().take(first.len()))
     );
+}
+
+/// Each vCPU switches its kvmclock on, at 0x3000 + 0x40 * BX. Then vCPU 0 prints without end,
+/// and the others count in the byte at 0x2000:
+/// mov ecx, MSR_KVM_SYSTEM_TIME_NEW ; mov ax, bx ; shl ax, 6 ; or ax, 0x3001 ; xor edx, edx
+/// wrmsr ; test bx, bx ; jnz count ; mov dx, 0x3f8 ; next: mov al, cl ; out dx, al ; inc cx
+/// jmp next ; count: inc byte [0x2000] ; jmp count
+const PRINT_WITH_CLOCK: &[u8] = &[
+    0x66, 0xb9, 0x01, 0x4d, 0x56, 0x4b, 0x89, 0xd8, 0xc1, 0xe0, 0x06, 0x0d, 0x01, 0x30, 0x66, 0x31,
+    0xd2, 0x0f, 0x30, 0x85, 0xdb, 0x75, 0x09, 0xba, 0xf8, 0x03, 0x88, 0xc8, 0xee, 0x41, 0xeb, 0xfa,
+    0xfe, 0x06, 0x00, 0x20, 0xeb, 0xfa,
+];
+
+#[test]
+fn a_console_that_is_not_read_holds_all_vcpus_and_each_notifies_its_guest() {
+    let guest = Guest::new(PRINT_WITH_CLOCK, 2, 2);
+    // `pvclock_vcpu_time_info.flags`, PVCLOCK_GUEST_STOPPED.
+    let notified = |vcpu: u64| guest.byte(0x3000 + 0x40 * vcpu + 29) & 2 != 0;
+    let counts = || {
+        let before = guest.byte(0x2000);
+        thread::sleep(Duration::from_millis(50));
+        guest.byte(0x2000) != before
+    };
+    guest.resume();
+    let deadline = Instant::now() + SOON;
+    while !guest.output.is_full() {
+        assert!(Instant::now() < deadline, "the buffer never fills");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(counts(), "a short wait holds only the vCPU that prints");
+    while counts() {
+        assert!(Instant::now() < deadline, "the other vCPU is not held");
+    }
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!((notified(0), notified(1)), (false, false));
+    let mut console = guest.console.try_clone().unwrap();
+    thread::spawn(move || std::io::copy(&mut console, &mut std::io::sink()));
+    while !(notified(0) && notified(1) && counts()) {
+        assert!(Instant::now() < deadline, "{} {}", notified(0), notified(1));
+    }
 }
 
 #[test]
