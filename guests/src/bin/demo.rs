@@ -63,6 +63,7 @@ fn outside() -> Result<ExitCode> {
         modules: &[],
         boot: None,
     })?;
+    kernel.patch(PATCH_FILE)?;
     let file = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
     fs::write(&file, serde_json::to_vec(&Plan { outpatch, kernel })?)
         .with_context(|| file.display().to_string())?;

@@ -1,9 +1,8 @@
-//! Our own small static programs in C, which the host's gcc compiles. They are cached by their
+//! Our own small static programs in C, which the gcc of the host's packages compiles. They are cached by their
 //! source.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use crate::host::cache::{At, Cache, CacheError, fingerprint};
 use crate::host::error::ToolError;
@@ -89,10 +88,9 @@ pub fn build(cache: &Cache, program: &Program) -> Result<PathBuf, ProgramError> 
     let source = staging.path().join("program.c");
     let binary = staging.path().join("program");
     fs::write(&source, program.text).at(&source)?;
-    let output = Command::new("gcc")
+    let output = tools::builder("gcc", staging.path(), None)
         .args(["-static", "-O2", "-Wall", "-Werror", "-o"])
         .args([&binary, &source])
-        .stdin(Stdio::null())
         .output()
         .at(Path::new("gcc"))?;
     if !output.status.success() {
