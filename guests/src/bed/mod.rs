@@ -13,6 +13,7 @@
 mod command_spec;
 mod error;
 mod files;
+mod host_check;
 mod machine;
 mod native;
 mod nested;
@@ -131,8 +132,21 @@ impl Bed {
         }
     }
 
+    /// Makes sure that a bed can run on this host, before anything is fetched or built.
+    ///
+    /// # Errors
+    /// When it cannot, with what to do about it.
+    pub fn check(&self) -> Result<(), BedError> {
+        host_check::check(&Cache::open()?)?;
+        match self.probe {
+            Probe::Native { .. } => Ok(()),
+            Probe::Nested { .. } => machine::check_sockets(),
+        }
+    }
+
     /// Fetches and builds all files that a bed needs, without starting it.
     pub fn prepare(&self) -> Result<(), BedError> {
+        self.check()?;
         if matches!(self.probe, Probe::Nested { .. }) {
             BedFiles::fetch(&Cache::open()?)?;
         }

@@ -52,6 +52,7 @@ fn main() -> ExitCode {
 fn outside() -> Result<ExitCode> {
     let bed = Bed::new();
     println!("KVM: {}", bed.probe());
+    bed.check()?;
     let bar = spinner("building outpatch");
     let outpatch = build_outpatch()?;
     bar.finish_and_clear();

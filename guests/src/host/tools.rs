@@ -21,6 +21,12 @@ const PROXIES: [&str; 5] = [
     "no_proxy",
 ];
 
+/// What a static program in C is compiled with, each with its Debian package.
+pub(crate) const COMPILER: [(&str, &str); 2] = [
+    ("gcc", "gcc"),
+    ("/usr/lib/x86_64-linux-gnu/libc.a", "libc6-dev"),
+];
+
 /// The path of a program that a package of the host installed.
 pub fn find(name: &str) -> Option<PathBuf> {
     // Joining an absolute path to a folder gives that path.

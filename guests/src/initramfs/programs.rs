@@ -43,6 +43,12 @@ pub const BED_INIT: Program = Program {
     text: include_str!("../../programs/bed-init.c"),
 };
 
+/// What is preloaded into the file server of the nested test bed.
+pub const BED_SERVER: Program = Program {
+    name: "bed-server",
+    text: include_str!("../../programs/bed-server.c"),
+};
+
 /// The programs that every guest's initramfs has in `/bin`.
 pub const GUEST_PROGRAMS: [Program; 7] = [
     Program {
@@ -77,19 +83,37 @@ pub const GUEST_PROGRAMS: [Program; 7] = [
 
 /// Compiles a program, or finds it in the cache. Returns its path.
 pub fn build(cache: &Cache, program: &Program) -> Result<PathBuf, ProgramError> {
+    compile(cache, program, "", &["-static"])
+}
+
+/// Compiles a library that is loaded into programs of the host, or finds it in the cache. Returns
+/// its path, which ends in `.so`.
+pub fn build_library(cache: &Cache, library: &Program) -> Result<PathBuf, ProgramError> {
+    compile(cache, library, ".so", &["-shared", "-fPIC"])
+}
+
+fn compile(
+    cache: &Cache,
+    program: &Program,
+    extension: &str,
+    kind: &[&str],
+) -> Result<PathBuf, ProgramError> {
     let name = program.name;
     let hash = fingerprint([program.text.as_bytes()]);
-    let path = cache.root().join(format!("programs/{name}-{hash}"));
+    let path = cache
+        .root()
+        .join(format!("programs/{name}-{hash}{extension}"));
     if path.is_file() {
         return Ok(path);
     }
-    tools::require(&[("gcc", "gcc libc6-dev")])?;
+    tools::require(&tools::COMPILER)?;
     let staging = cache.stage()?;
     let source = staging.path().join("program.c");
     let binary = staging.path().join("program");
     fs::write(&source, program.text).at(&source)?;
     let output = tools::builder("gcc", staging.path(), None)
-        .args(["-static", "-O2", "-Wall", "-Werror", "-o"])
+        .args(kind)
+        .args(["-O2", "-Wall", "-Werror", "-o"])
         .args([&binary, &source])
         .output()
         .at(Path::new("gcc"))?;

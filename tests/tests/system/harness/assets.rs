@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow};
+use guests::bed::Bed;
 use guests::drive::build_outpatch;
 use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
@@ -75,6 +76,7 @@ impl Assets {
     }
 
     fn make() -> Result<Assets> {
+        Bed::new().check()?;
         let (mut kernels, mut missing) = (BTreeMap::new(), BTreeMap::new());
         for generation in Generation::ALL {
             // Debian has headers, and a compiler that works with them, for these.
