@@ -274,7 +274,7 @@ fn write_moved(text: &str, from: &Path, to: &Path, path: &Path) {
 #[test]
 fn an_ordinary_user_has_a_bed_that_outlasts_a_walk_over_many_files_and_patches_a_guest() {
     // More than the descriptors that the file server has here.
-    const FILES: usize = 24_000;
+    const FILES: usize = 8_000;
     let home = Folder::new("user, with a space");
     if is_root() {
         bed().prepare().unwrap();
@@ -289,9 +289,15 @@ fn an_ordinary_user_has_a_bed_that_outlasts_a_walk_over_many_files_and_patches_a
         fs::write(folder.join(number.to_string()), b"").unwrap();
     }
     fs::write(home.0.join("last"), "the last\n").unwrap();
+    // QEMU's options end at a comma, and the address of a socket has 107 bytes at most.
+    let temporary = home.0.join("temporary, ".repeat(12));
     fs::create_dir_all(&out).unwrap();
+    fs::create_dir_all(&temporary).unwrap();
     if is_root() {
-        let owned = Command::new("chown").arg("65534:65534").arg(&out).status();
+        let owned = Command::new("chown")
+            .arg("65534:65534")
+            .args([&out, &temporary])
+            .status();
         assert!(owned.unwrap().success());
     }
     // Not run from the folder that cargo made, which that user may not be able to read.
@@ -308,6 +314,7 @@ fn an_ordinary_user_has_a_bed_that_outlasts_a_walk_over_many_files_and_patches_a
         .args(["run", "--nested", "--limit", "300", "--writable"])
         .arg(&out)
         .args(["--", "sh", "-c", script])
+        .env("TMPDIR", &temporary)
         .current_dir(&home.0)
         .stdin(Stdio::null())
         .output()

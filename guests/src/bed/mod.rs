@@ -7,7 +7,9 @@
 //!
 //! In the nested bed the file tree is read-only, except the folders that the caller names as
 //! writable. `/tmp` and `/var/tmp` show the host's files; what is written there stays in the bed
-//! and is discarded with it. A bed that dies is distinguished from a command that fails:
+//! and is discarded with it. `TMPDIR` is not passed on, unless the command sets it. The bed runs as
+//! any user, and in it the command is root, but has of the host's files what that user has. A bed
+//! that dies is distinguished from a command that fails:
 //! [`BedError::Died`] is never the command's result, and [`counts`] says how often it happened.
 
 mod command_spec;
