@@ -11,6 +11,7 @@
 #include <glob.h>
 #include <net/if.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -247,12 +248,13 @@ static void loopback_up(void)
 
 /*
  * The command, as guests/src/bed/command_spec.rs encodes it: NUL-terminated strings "key=value", in
- * this order: tty, rows, cols, cwd, writable..., arg..., env...
+ * this order: tty, rows, cols, cwd, writable..., arg..., env..., files
  */
 struct spec {
 	int tty;
 	struct winsize window;
 	char *cwd;
+	long files;
 	char **args, **env;
 };
 
@@ -280,9 +282,55 @@ static void read_spec(struct spec *spec, char *data, uint32_t size)
 			spec->args[args++] = at + 4;
 		else if (!strncmp(at, "env=", 4))
 			spec->env[env++] = at + 4;
+		else if (!strncmp(at, "files=", 6))
+			spec->files = atol(at + 6);
 	}
 	if (!args)
 		fail("no command");
+}
+
+/*
+ * The host's file server has a descriptor for each file that this kernel knows, and the host limits
+ * their number. Starts a process that has the kernel forget files before that limit is reached.
+ * Files in use are not forgotten, nor are those of the bed's own file systems in memory: when many
+ * are left, the next time is when a quarter of the limit has been added.
+ */
+static void start_keeper(long limit)
+{
+	enum { MOST_PER_SECOND = 20000 };
+	struct sched_param first = { .sched_priority = 1 };
+	int count = open("/proc/sys/fs/inode-nr", O_RDONLY | O_CLOEXEC);
+	int drop = open("/proc/sys/vm/drop_caches", O_WRONLY | O_CLOEXEC);
+	long next = limit;
+	pid_t pid = fork();
+
+	if (count < 0 || drop < 0 || pid < 0)
+		fail("the limit of files");
+	if (pid) {
+		close(count);
+		close(drop);
+		return;
+	}
+	close(port);
+	(void)!pwrite(drop, "4", 1, 0);	/* does not log each time */
+	/* A busy command must not keep this process waiting. */
+	sched_setscheduler(0, SCHED_FIFO, &first);
+	for (;;) {
+		char text[64] = "";
+		long known, wait;
+
+		(void)!pread(count, text, sizeof(text) - 1, 0);
+		known = atol(text);
+		if (known >= next) {
+			if (pwrite(drop, "2", 1, 0) < 0)	/* dentries and inodes */
+				fprintf(stderr, "bed-init: drop_caches: %s\n", strerror(errno));
+			(void)!pread(count, text, sizeof(text) - 1, 0);
+			known = atol(text);
+			next = known + limit / 4 > limit ? known + limit / 4 : limit;
+		}
+		wait = (next - known) * (1000000 / MOST_PER_SECOND) / 2;
+		usleep(wait < 10000 ? 10000 : wait > 2000000 ? 2000000 : wait);
+	}
 }
 
 static void run_child(struct spec *spec, const char *pts, int in, int out, int err)
@@ -513,6 +561,7 @@ int main(void)
 	sethostname("bed", 3);
 	if (chroot("/host") || chdir("/"))
 		fail("chroot");
+	start_keeper(spec.files);
 	if (spec.tty) {
 		int number = -1, unlock = 0;
 

@@ -3,6 +3,7 @@
 //!
 //! They start real nested beds, also on hosts whose own KVM runs stock kernels.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -11,6 +12,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guests::bed::{Bed, BedError, counts};
+use guests::drive::build_outpatch;
+use guests::host::cache::Cache;
+use guests::kernel::patches::SAMPLE;
+use guests::kernel::prepared::{KernelSpec, PreparedKernel};
+use guests::kernel::{Flavour, Generation};
+use serde_json::Value;
 
 /// More than any of these commands takes on a busy host.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -165,6 +172,166 @@ fn signal(name: &str, pid: u32) {
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+/// A program with its arguments, run as another user when this process is root: a user with groups
+/// that it may not leave, and who may have few files open.
+fn as_ordinary_user(program: &Path, home: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid=65534", "--regid=65534", "--groups=65534,4,24"])
+        .args(["prlimit", "--nofile=1024:4096", "--"])
+        .arg(program)
+        .env("HOME", home)
+        .env_remove("OUTPATCH_CACHE")
+        .env_remove("XDG_CACHE_HOME");
+    command
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Gives that user a cache with what a bed needs from `from`, which is this user's.
+fn copy_bed_files(from: &Path, home: &Path) {
+    let cache = home.join(".cache/outpatch");
+    fs::create_dir_all(cache.join("packages")).unwrap();
+    let index = fs::read_to_string(from.join("packages.json")).unwrap();
+    let index: BTreeMap<String, Value> = serde_json::from_str(&index).unwrap();
+    let needed = ["qemu-", "seabios", "linux-image-6.12"];
+    let mut roots: Vec<PathBuf> = index
+        .iter()
+        .filter(|(name, _)| needed.iter().any(|start| name.starts_with(start)))
+        .filter(|(name, _)| !name.contains(":"))
+        .map(|(_, package)| PathBuf::from(package["root"].as_str().unwrap()))
+        .collect();
+    fs::create_dir_all(cache.join("libraries")).unwrap();
+    for entry in fs::read_dir(from.join("libraries")).unwrap().flatten() {
+        let text = fs::read_to_string(entry.path()).unwrap();
+        let list: Vec<Value> = serde_json::from_str(&text).unwrap();
+        roots.extend(
+            list.iter()
+                .map(|p| PathBuf::from(p["root"].as_str().unwrap())),
+        );
+        write_moved(
+            &text,
+            from,
+            &cache,
+            &cache.join("libraries").join(entry.file_name()),
+        );
+    }
+    let text = serde_json::to_string(&index).unwrap();
+    write_moved(&text, from, &cache, &cache.join("packages.json"));
+    roots.sort_unstable();
+    roots.dedup();
+    let copied = Command::new("cp")
+        .arg("-a")
+        .args(&roots)
+        .arg(cache.join("packages"))
+        .status()
+        .unwrap();
+    assert!(copied.success());
+    let owned = Command::new("chown")
+        .args(["-R", "65534:65534"])
+        .arg(home)
+        .status();
+    assert!(owned.unwrap().success());
+}
+
+/// Writes what the demo needs in the bed into `home`, with the files themselves.
+fn write_plan(home: &Path) {
+    let copy = |file: &Path, name: &str| {
+        let copy = home.join(name);
+        fs::copy(file, &copy).unwrap();
+        copy
+    };
+    let mut kernel = PreparedKernel::prepare(KernelSpec {
+        generation: Generation::V6_12,
+        flavour: Flavour::Cloud,
+        patches: &[SAMPLE],
+        modules: &[],
+        boot: None,
+    })
+    .unwrap();
+    kernel.bzimage = copy(&kernel.bzimage, "bzimage");
+    kernel.initrd = copy(&kernel.initrd, "initrd");
+    let patch = copy(Path::new(kernel.patch(SAMPLE).unwrap()), "sample.ko");
+    kernel.patches.insert(SAMPLE.to_owned(), Ok(patch));
+    let outpatch = copy(&build_outpatch().unwrap(), "outpatch");
+    let plan = serde_json::json!({ "outpatch": outpatch, "kernel": kernel });
+    fs::write(home.join("plan.json"), plan.to_string()).unwrap();
+}
+
+/// Writes an index of packages for a cache that has moved.
+fn write_moved(text: &str, from: &Path, to: &Path, path: &Path) {
+    let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+    fs::write(path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn an_ordinary_user_has_a_bed_that_outlasts_a_walk_over_many_files_and_patches_a_guest() {
+    // More than the descriptors that the file server has here.
+    const FILES: usize = 8_000;
+    let home = Folder::new("user, with a space");
+    if is_root() {
+        bed().prepare().unwrap();
+        copy_bed_files(Cache::open().unwrap().root(), &home.0);
+    }
+    let (tree, out) = (home.0.join("tree"), home.0.join("out"));
+    for number in 0..FILES {
+        let folder = tree.join((number / 1000).to_string());
+        if number % 1000 == 0 {
+            fs::create_dir_all(&folder).unwrap();
+        }
+        fs::write(folder.join(number.to_string()), b"").unwrap();
+    }
+    fs::write(home.0.join("last"), "the last\n").unwrap();
+    // QEMU's options end at a comma, and the address of a socket has 107 bytes at most.
+    let temporary = home.0.join("temporary, ".repeat(12));
+    fs::create_dir_all(&out).unwrap();
+    fs::create_dir_all(&temporary).unwrap();
+    if is_root() {
+        let owned = Command::new("chown")
+            .arg("65534:65534")
+            .args([&out, &temporary])
+            .status();
+        assert!(owned.unwrap().success());
+    }
+    // Not run from the folder that cargo made, which that user may not be able to read.
+    let program = home.0.join("bed program");
+    fs::copy(env!("CARGO_BIN_EXE_bed"), &program).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_demo"), home.0.join("demo")).unwrap();
+    write_plan(&home.0);
+    let script = r#"
+        find tree -type f -size -1 | wc -l; cat last
+        cat /proc/sys/fs/inode-nr >&2
+        mkdir out/folder && echo kept > out/folder/file && chmod 600 out/folder/file
+        exec ./demo --inside plan.json"#;
+    let output = as_ordinary_user(&program, &home.0)
+        .args(["run", "--nested", "--limit", "300", "--writable"])
+        .arg(&out)
+        .args(["--", "sh", "-c", script])
+        .env("TMPDIR", &temporary)
+        .current_dir(&home.0)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let walked = format!("{FILES}\nthe last\n");
+    assert!(stdout.starts_with(&walked), "{stdout}{stderr}");
+    assert!(
+        stdout.contains("Reverted, in the guest"),
+        "{stdout}{stderr}"
+    );
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert_eq!(
+        fs::read_to_string(out.join("folder/file")).unwrap(),
+        "kept\n"
+    );
 }
 
 #[test]

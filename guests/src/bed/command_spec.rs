@@ -24,12 +24,7 @@ pub(super) fn encode(
     terminal: Option<(u16, u16)>,
 ) -> Result<Vec<u8>, BedError> {
     let mut spec = Vec::new();
-    let mut put = |key: &str, value: &OsStr| {
-        spec.extend_from_slice(key.as_bytes());
-        spec.push(b'=');
-        spec.extend_from_slice(value.as_bytes());
-        spec.push(0);
-    };
+    let mut put = |key: &str, value: &OsStr| put(&mut spec, key, value);
     let number = |n: u16| n.to_string();
     if let Some((rows, columns)) = terminal {
         put("tty", OsStr::new("1"));
@@ -65,6 +60,10 @@ pub(super) fn encode(
             None => environment.remove(name),
         };
     }
+    // The host's folder for temporary files is read-only in the bed, unless it is `/tmp`.
+    if !command.get_envs().any(|(name, _)| name == "TMPDIR") {
+        environment.remove(OsStr::new("TMPDIR"));
+    }
     environment.insert(INSIDE.into(), "1".into());
     for (name, value) in environment {
         let mut pair = name;
@@ -73,4 +72,16 @@ pub(super) fn encode(
         put("env", &pair);
     }
     Ok(spec)
+}
+
+/// Adds how many of the host's files the bed may know at once.
+pub(super) fn put_max_files(spec: &mut Vec<u8>, files: u64) {
+    put(spec, "files", OsStr::new(&files.to_string()));
+}
+
+fn put(spec: &mut Vec<u8>, key: &str, value: &OsStr) {
+    spec.extend_from_slice(key.as_bytes());
+    spec.push(b'=');
+    spec.extend_from_slice(value.as_bytes());
+    spec.push(0);
 }

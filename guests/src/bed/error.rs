@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::debian::error::PackageError;
 use crate::host::cache::CacheError;
+use crate::host::error::ToolError;
 use crate::initramfs::programs::ProgramError;
 use crate::kernel::KernelError;
 use crate::kernel::modules::ModuleError;
@@ -11,6 +12,9 @@ use crate::kernel::modules::ModuleError;
 /// Why the bed has no exit status of the command.
 #[derive(Debug, thiserror::Error)]
 pub enum BedError {
+    /// A program is missing on this host.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
     /// A Debian package could not be fetched.
     #[error(transparent)]
     Package(#[from] PackageError),

@@ -26,6 +26,9 @@ pub(super) struct BedFiles {
     pub(super) qemu: Qemu,
     /// The virtiofs server.
     pub(super) server: PathBuf,
+    /// The name of the library that is preloaded into it, in one of its libraries' folders: a path
+    /// with a space in it would be two.
+    pub(super) server_preload: OsString,
     pub(super) server_libraries: OsString,
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
@@ -38,10 +41,17 @@ impl BedFiles {
         let server = packages.fetch("qemu-system-common", SERVER_SUITES)?;
         let kernel = Kernel::fetch(cache, Generation::V6_12, Flavour::Cloud)?;
         let initramfs = initramfs(cache, &kernel)?;
+        let preload = programs::build_library(cache, &programs::BED_SERVER)?;
+        let mut libraries = packages.fetch_libraries(&[&server], LIBRARY_SUITE)?;
+        if !libraries.is_empty() {
+            libraries.push(":");
+        }
+        libraries.push(preload.parent().unwrap_or(cache.root()));
         Ok(BedFiles {
             qemu: Qemu::fetch(cache)?,
             server: server.root.join("usr/lib/qemu/virtiofsd"),
-            server_libraries: packages.fetch_libraries(&[&server], LIBRARY_SUITE)?,
+            server_preload: preload.file_name().unwrap_or_default().to_owned(),
+            server_libraries: libraries,
             kernel: kernel.bzimage,
             initramfs,
         })

@@ -6,9 +6,9 @@
 //! port.
 
 use std::collections::VecDeque;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::bed::error::BedError;
 use crate::bed::files::BedFiles;
-use crate::external::qemu::{DEATH_SIGNAL, with_death_signal, with_libraries};
+use crate::external::qemu::with_death_signal;
 use crate::host::cache::At;
 
 /// An AMD CPU with SVM. Features that QEMU's emulation lacks are disabled by name, as it prints
@@ -30,8 +30,18 @@ const CPU: &str = "EPYC,+svm,+npt,-fxsr-opt,-misalignsse,-osvw,-topoext,-nrip-sa
 /// How many bytes of the output of both processes and the bed's kernel are kept, for the case that
 /// the bed dies.
 const MAX_TAIL: usize = 16 << 10;
+/// A limit on the files of the host that a bed knows at once, so that several beds do not use up
+/// the host's descriptors.
+const MAX_FILES: u64 = 100_000;
+/// How many files a bed knows at once if the server's limit is unknown.
+const MIN_FILES: u64 = 400;
 /// How long QEMU may take to connect to the port's socket.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+
+/// The socket of the file server, in the folder of the sockets.
+const TREE: &str = "tree";
+/// The socket of the virtio port, in the folder of the sockets.
+const PORT: &str = "port";
 
 /// How large the emulated machine is.
 #[derive(Debug, Clone, Copy)]
@@ -69,10 +79,30 @@ impl SocketFolder {
     }
 }
 
+impl SocketFolder {
+    /// A socket of this name. The folder's own path may be longer than a socket's address can be.
+    fn listen(&self, name: &str) -> Result<UnixListener, BedError> {
+        let folder = File::open(&self.0).at(&self.0)?;
+        let short = format!("/proc/self/fd/{}/{name}", folder.as_raw_fd());
+        Ok(UnixListener::bind(short).at(&self.0)?)
+    }
+}
+
 impl Drop for SocketFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Makes sure that the two processes can have sockets.
+pub(super) fn check_sockets() -> Result<(), BedError> {
+    let made = SocketFolder::create().and_then(|folder| folder.listen(PORT));
+    made.map(drop).map_err(|e| {
+        BedError::Setup(format!(
+            "no sockets in the folder for temporary files: {e}; \
+             run `export TMPDIR=FOLDER` with a folder that you may write"
+        ))
+    })
 }
 
 /// Deletes the folders of processes that were killed between creating one and connecting.
@@ -95,11 +125,9 @@ fn remove_stale() {
 impl Machine {
     pub(super) fn start(files: &BedFiles, size: MachineSize) -> Result<Machine, BedError> {
         let folder = SocketFolder::create()?;
-        let (tree, port) = (folder.0.join("tree"), folder.0.join("port"));
-        let tree_listener = UnixListener::bind(&tree).at(&tree)?;
-        let port_listener = UnixListener::bind(&port).at(&port)?;
+        let (tree_listener, port_listener) = (folder.listen(TREE)?, folder.listen(PORT)?);
         let mut server = spawn(server_command(files, tree_listener.into()))?;
-        let mut qemu = match spawn(qemu_command(files, size, &tree, &port)) {
+        let mut qemu = match spawn(qemu_command(files, size, &folder.0)) {
             Ok(qemu) => qemu,
             Err(e) => {
                 end(&mut server);
@@ -136,6 +164,20 @@ impl Machine {
                 )))
             }
         }
+    }
+
+    /// How many of the host's files the bed may know at once: the server has one descriptor for
+    /// each, and some that are open. What the bed still knows when it forgets all others must fit,
+    /// too, so this is half of the server's limit.
+    pub(super) fn max_files(&self) -> u64 {
+        let limits = fs::read_to_string(format!("/proc/{}/limits", self.server.id()));
+        let limit = limits.ok().and_then(|text| {
+            let line = text
+                .lines()
+                .find_map(|l| l.strip_prefix("Max open files"))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        });
+        limit.map_or(MIN_FILES, |limit| limit / 2).min(MAX_FILES)
     }
 
     /// Stops the bed. Returns QEMU's exit status, if it had ended by itself, and the last lines of
@@ -185,17 +227,8 @@ fn spawn(mut command: Command) -> Result<Child, BedError> {
 }
 
 fn server_command(files: &BedFiles, listener: OwnedFd) -> Command {
-    let mut command = if rustix::process::geteuid().is_root() {
-        with_death_signal(&files.server, &files.server_libraries)
-    } else {
-        // The server needs chroot(2), which only root may use: in a user namespace we are root.
-        let mut command = Command::new("unshare");
-        command
-            .args(["--user", "--map-root-user", "--", "setpriv"])
-            .args(DEATH_SIGNAL)
-            .arg(&files.server);
-        with_libraries(command, &files.server_libraries)
-    };
+    let mut command = with_death_signal(&files.server, &files.server_libraries);
+    command.env("LD_PRELOAD", &files.server_preload);
     command
         .args([
             "--fd=0",
@@ -212,8 +245,10 @@ fn server_command(files: &BedFiles, listener: OwnedFd) -> Command {
     command
 }
 
-fn qemu_command(files: &BedFiles, size: MachineSize, tree: &Path, port: &Path) -> Command {
+/// QEMU runs in the folder of the sockets: in their paths, a comma would end the option.
+fn qemu_command(files: &BedFiles, size: MachineSize, sockets: &Path) -> Command {
     let mut command = files.qemu.command();
+    command.current_dir(sockets);
     let memory = size.memory_mib;
     command
         // An HPET would replace the PIT: see `tick` in `guests/programs/bed-init.c`.
@@ -233,11 +268,11 @@ fn qemu_command(files: &BedFiles, size: MachineSize, tree: &Path, port: &Path) -
             "chardev:console",
         ])
         .arg("-chardev")
-        .arg(format!("socket,id=tree,path={}", tree.display()))
+        .arg(format!("socket,id=tree,path={TREE}"))
         .args(["-device", "vhost-user-fs-pci,chardev=tree,tag=host"])
         // QEMU connects this after the tree: once it is connected, both are.
         .arg("-chardev")
-        .arg(format!("socket,id=port,path={}", port.display()))
+        .arg(format!("socket,id=port,path={PORT}"))
         .args(["-device", "virtio-serial-pci"])
         .args(["-device", "virtserialport,chardev=port,name=bed"])
         .arg("-kernel")

@@ -7,12 +7,15 @@
 //!
 //! In the nested bed the file tree is read-only, except the folders that the caller names as
 //! writable. `/tmp` and `/var/tmp` show the host's files; what is written there stays in the bed
-//! and is discarded with it. A bed that dies is distinguished from a command that fails:
+//! and is discarded with it. `TMPDIR` is not passed on, unless the command sets it. The bed runs as
+//! any user, and in it the command is root, but has of the host's files what that user has. A bed
+//! that dies is distinguished from a command that fails:
 //! [`BedError::Died`] is never the command's result, and [`counts`] says how often it happened.
 
 mod command_spec;
 mod error;
 mod files;
+mod host_check;
 mod machine;
 mod native;
 mod nested;
@@ -131,8 +134,21 @@ impl Bed {
         }
     }
 
+    /// Makes sure that a bed can run on this host, before anything is fetched or built.
+    ///
+    /// # Errors
+    /// When it cannot, with what to do about it.
+    pub fn check(&self) -> Result<(), BedError> {
+        host_check::check(&Cache::open()?)?;
+        match self.probe {
+            Probe::Native { .. } => Ok(()),
+            Probe::Nested { .. } => machine::check_sockets(),
+        }
+    }
+
     /// Fetches and builds all files that a bed needs, without starting it.
     pub fn prepare(&self) -> Result<(), BedError> {
+        self.check()?;
         if matches!(self.probe, Probe::Nested { .. }) {
             BedFiles::fetch(&Cache::open()?)?;
         }

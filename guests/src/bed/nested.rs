@@ -75,12 +75,14 @@ struct Session {
 impl Session {
     /// Starts a bed and the command in it. Returns once the command is about to run.
     fn start(bed: &Bed, command: &Command, terminal: bool) -> Result<Session, BedError> {
+        bed.check()?;
         let files = BedFiles::fetch(&Cache::open()?)?;
         let size = terminal.then(|| terminal::size().unwrap_or(DEFAULT_TERMINAL_SIZE));
-        let spec = command_spec::encode(command, &bed.writable, size)?;
+        let mut spec = command_spec::encode(command, &bed.writable, size)?;
         let started = Instant::now();
         stats::add_started();
         let machine = Machine::start(&files, bed.size)?;
+        command_spec::put_max_files(&mut spec, machine.max_files());
         let mut port = &machine.port;
         let ready = port
             .set_read_timeout(Some(START_LIMIT))

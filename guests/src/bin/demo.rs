@@ -52,6 +52,7 @@ fn main() -> ExitCode {
 fn outside() -> Result<ExitCode> {
     let bed = Bed::new();
     println!("KVM: {}", bed.probe());
+    bed.check()?;
     let bar = spinner("building outpatch");
     let outpatch = build_outpatch()?;
     bar.finish_and_clear();
@@ -63,6 +64,7 @@ fn outside() -> Result<ExitCode> {
         modules: &[],
         boot: None,
     })?;
+    kernel.patch(PATCH_FILE)?;
     let file = env::temp_dir().join(format!("outpatch-demo-{}.json", std::process::id()));
     fs::write(&file, serde_json::to_vec(&Plan { outpatch, kernel })?)
         .with_context(|| file.display().to_string())?;

@@ -218,11 +218,8 @@ impl Apt {
             }
             .into());
         }
-        let mut command = Command::new(name);
-        command
-            .env("APT_CONFIG", self.folder.join("apt.conf"))
-            .env("LC_ALL", "C.UTF-8")
-            .stdin(Stdio::null());
+        let mut command = tools::downloader(name);
+        command.env("APT_CONFIG", self.folder.join("apt.conf"));
         Ok(command)
     }
 
@@ -324,7 +321,7 @@ fn sources(mirrors: &Mirrors) -> String {
 
 /// The host's own `Acquire` options (proxies, timeouts, clock checks), as lines of an `apt.conf`.
 fn host_acquire_options() -> String {
-    let dump = Command::new("apt-config")
+    let dump = tools::downloader("apt-config")
         .args(["dump", "Acquire"])
         .output();
     let dump = dump.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());

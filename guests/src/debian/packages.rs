@@ -339,7 +339,7 @@ fn unpack_part(mut from: Command, pattern: &str, tree: &Path, tick: impl FnMut()
     fs::create_dir_all(tree).at(tree)?;
     let command_line = tools::command_line(&from);
     let mut printing = from.stdout(Stdio::piped()).spawn().at(tree)?;
-    let mut tar = Command::new("tar");
+    let mut tar = tools::downloader("tar");
     tar.arg("-C").arg(tree).args(["-x", "--wildcards", pattern]);
     tar.stdin(printing.stdout.take().map_or(Stdio::null(), Stdio::from));
     let unpacked = run(tar, tick);

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::debian::error::PackageError;
 use crate::debian::packages::{Package, Packages};
 use crate::host::cache::{At, Cache, CacheError, fingerprint, link_tree};
+use crate::host::tools;
 
 /// The folders of a package that can have libraries.
 const LIBRARY_FOLDERS: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
@@ -20,7 +21,7 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 /// A limit on the library packages that are fetched; the programs need fewer.
 const MAX_LIBRARIES: usize = 64;
 /// Part of the cached toolchains' names: increase it when the scripts change.
-const WRAPPER_VERSION: &[u8] = b"1";
+const WRAPPER_VERSION: &[u8] = b"2";
 
 /// The loader and libraries that run programs of another Debian.
 #[derive(Debug, Clone)]
@@ -105,8 +106,8 @@ impl ForeignRuntime {
         let script = format!(
             "#!/bin/sh\n\
              exec {} --library-path {} --argv0 \"$0\" \"$(dirname \"$0\")/{name}\" \"$@\"\n",
-            self.loader.display(),
-            self.libraries,
+            tools::shell_word(&self.loader.display().to_string()),
+            tools::shell_word(&self.libraries),
         );
         fs::write(program, script).at(program)?;
         fs::set_permissions(program, fs::Permissions::from_mode(0o755)).at(program)

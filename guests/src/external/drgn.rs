@@ -26,7 +26,9 @@ impl Drgn {
     /// # Errors
     /// When Python or pip is missing and cannot be installed, or the download fails.
     pub fn fetch(cache: &Cache) -> Result<Drgn, PackageError> {
-        tools::require(&[("python3", "python3"), ("pip3", "python3-pip")])?;
+        if !["python3", "pip3"].into_iter().all(tools::is_in_path) {
+            tools::require(&[("python3", "python3"), ("pip3", "python3-pip")])?;
+        }
         let packages = cache
             .root()
             .join(format!("drgn/{VERSION}-{}", python_tag()?));

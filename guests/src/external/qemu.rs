@@ -67,7 +67,7 @@ impl Qemu {
 
 /// The command for `program`, which is killed when the thread that starts it ends.
 pub(crate) fn with_death_signal(program: &Path, libraries: &OsStr) -> Command {
-    let mut command = Command::new("setpriv");
+    let mut command = tools::system("setpriv");
     command.args(DEATH_SIGNAL).arg(program);
     with_libraries(command, libraries)
 }

@@ -1,9 +1,8 @@
-//! Our own small static programs in C, which the host's gcc compiles. They are cached by their
+//! Our own small static programs in C, which the gcc of the host's packages compiles. They are cached by their
 //! source.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use crate::host::cache::{At, Cache, CacheError, fingerprint};
 use crate::host::error::ToolError;
@@ -44,6 +43,12 @@ pub const BED_INIT: Program = Program {
     text: include_str!("../../programs/bed-init.c"),
 };
 
+/// What is preloaded into the file server of the nested test bed.
+pub const BED_SERVER: Program = Program {
+    name: "bed-server",
+    text: include_str!("../../programs/bed-server.c"),
+};
+
 /// The programs that every guest's initramfs has in `/bin`.
 pub const GUEST_PROGRAMS: [Program; 7] = [
     Program {
@@ -78,21 +83,38 @@ pub const GUEST_PROGRAMS: [Program; 7] = [
 
 /// Compiles a program, or finds it in the cache. Returns its path.
 pub fn build(cache: &Cache, program: &Program) -> Result<PathBuf, ProgramError> {
+    compile(cache, program, "", &["-static"])
+}
+
+/// Compiles a library that is loaded into programs of the host, or finds it in the cache. Returns
+/// its path, which ends in `.so`.
+pub fn build_library(cache: &Cache, library: &Program) -> Result<PathBuf, ProgramError> {
+    compile(cache, library, ".so", &["-shared", "-fPIC"])
+}
+
+fn compile(
+    cache: &Cache,
+    program: &Program,
+    extension: &str,
+    kind: &[&str],
+) -> Result<PathBuf, ProgramError> {
     let name = program.name;
     let hash = fingerprint([program.text.as_bytes()]);
-    let path = cache.root().join(format!("programs/{name}-{hash}"));
+    let path = cache
+        .root()
+        .join(format!("programs/{name}-{hash}{extension}"));
     if path.is_file() {
         return Ok(path);
     }
-    tools::require(&[("gcc", "gcc libc6-dev")])?;
+    tools::require(&tools::COMPILER)?;
     let staging = cache.stage()?;
     let source = staging.path().join("program.c");
     let binary = staging.path().join("program");
     fs::write(&source, program.text).at(&source)?;
-    let output = Command::new("gcc")
-        .args(["-static", "-O2", "-Wall", "-Werror", "-o"])
+    let output = tools::builder("gcc", staging.path(), None)
+        .args(kind)
+        .args(["-O2", "-Wall", "-Werror", "-o"])
         .args([&binary, &source])
-        .stdin(Stdio::null())
         .output()
         .at(Path::new("gcc"))?;
     if !output.status.success() {

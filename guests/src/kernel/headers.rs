@@ -73,7 +73,7 @@ impl Headers {
         for name in other_parts(&parts) {
             parts.push(packages.fetch(&name, suites)?);
         }
-        let place = cache.root().join("headers").join(release);
+        let place = cache.for_make()?.root().join("headers").join(release);
         let own = format!("usr/src/linux-headers-{release}");
         let foreign_suite = kernel.generation.foreign_suite();
         if !place.is_dir() {
@@ -119,7 +119,7 @@ fn layout(kernel: &Kernel, what: &'static str) -> HeadersError {
     }
 }
 
-/// Merges the packages in the folder `place`.
+/// Merges the packages in the folder `place`, which is in the part of the cache for make.
 fn assemble(
     cache: &Cache,
     kernel: &Kernel,
@@ -127,7 +127,7 @@ fn assemble(
     own: &str,
     place: &Path,
 ) -> Result<(), HeadersError> {
-    let staging = cache.stage()?;
+    let staging = cache.for_make()?.stage()?;
     for part in parts {
         link_tree(&part.root, staging.path())?;
     }

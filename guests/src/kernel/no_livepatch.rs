@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
@@ -47,6 +47,7 @@ pub fn prepare(generation: Generation, patches: &[&str]) -> Result<PreparedKerne
     let source = Packages::new(&cache).fetch(&name, generation.suites())?;
     let hash = fingerprint([source.version.as_bytes(), CONFIG.as_bytes()]);
     let tree = cache
+        .for_make()?
         .root()
         .join(format!("no-livepatch/{generation}-{hash}"));
     if !tree.is_dir() {
@@ -65,7 +66,7 @@ pub fn prepare(generation: Generation, patches: &[&str]) -> Result<PreparedKerne
     for name in patches {
         let module = patches::build_against(&cache, (release, &hash), &headers, name)?;
         initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
-        built.insert((*name).to_owned(), module);
+        built.insert((*name).to_owned(), Ok(module));
     }
     Ok(PreparedKernel {
         release: release.to_owned(),
@@ -82,9 +83,9 @@ fn build(cache: &Cache, archive: &Path, tree: &Path) -> Result<()> {
         return Ok(());
     }
     let bar = progress::spinner("building a kernel without CONFIG_LIVEPATCH");
-    let staging = cache.stage()?;
+    let staging = cache.for_make()?.stage()?;
     let folder = staging.path();
-    let mut unpack = Command::new("tar");
+    let mut unpack = tools::builder("tar", folder, None);
     unpack
         .arg("-xJf")
         .arg(archive)
@@ -103,9 +104,8 @@ fn build(cache: &Cache, archive: &Path, tree: &Path) -> Result<()> {
 
 fn make(folder: &Path) -> Command {
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut command = Command::new("make");
+    let mut command = tools::builder("make", folder, None);
     command.arg(format!("-j{jobs}")).arg("-C").arg(folder);
-    command.env_remove("MAKEFLAGS").env_remove("MAKELEVEL");
     command
 }
 
@@ -133,10 +133,7 @@ fn check_config(path: &Path) -> Result<()> {
 
 fn run(command: &mut Command) -> Result<()> {
     let command_line = tools::command_line(command);
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| command_line.clone())?;
+    let output = command.output().with_context(|| command_line.clone())?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     let mut last: Vec<&str> = stderr.lines().rev().take(12).collect();
     last.reverse();

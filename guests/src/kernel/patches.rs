@@ -6,7 +6,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use crate::host::cache::{At, Cache, CacheError, fingerprint};
 use crate::host::error::ToolError;
@@ -168,6 +167,7 @@ fn build_all(
         .flat_map(|(n, t)| [n.as_bytes(), t.as_bytes()]);
     let others = [target.version.as_bytes(), KLP_PUBLIC_HEADER.as_bytes()];
     let hash = fingerprint(texts.chain(others));
+    let cache = &cache.for_make()?;
     let place = cache.root().join("patches").join(target.release).join(hash);
     if place.is_dir() {
         return Ok(place);
@@ -207,7 +207,7 @@ fn build_all(
 fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError> {
     let bar = progress::spinner(&format!("building patches for {release}"));
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut command = Command::new("make");
+    let mut command = tools::builder("make", work, headers.compiler.as_deref());
     command
         .arg(format!("-j{jobs}"))
         .arg("-C")
@@ -215,15 +215,13 @@ fn make(release: &str, headers: &Headers, work: &Path) -> Result<(), PatchError>
         .arg(format!("M={}", work.display()))
         // One of the patches calls a function that does not exist: loading it must be refused.
         .arg("KBUILD_MODPOST_WARN=1")
-        .arg("modules")
-        .env_remove("MAKEFLAGS")
-        .env_remove("MAKELEVEL")
-        .env("LD_LIBRARY_PATH", tools::library_path(&headers.libraries))
-        .env("PATH", tools::path_with(headers.compiler.as_deref()))
-        .stdin(Stdio::null());
-    if tools::find("pahole").is_none() {
-        // The BTF of the module's own types, which is not needed to load it.
-        command.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
+        // No BTF of the module's own types, which is not needed to load it: a host has no pahole,
+        // or one that does not know the options that this kernel's scripts give it.
+        .arg("CONFIG_DEBUG_INFO_BTF_MODULES=")
+        .arg("PAHOLE=false")
+        .arg("modules");
+    if !headers.libraries.is_empty() {
+        command.env("LD_LIBRARY_PATH", &headers.libraries);
     }
     let output = command.output().at(Path::new("make"))?;
     bar.finish_and_clear();

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 
 use crate::host::cache::Cache;
@@ -43,16 +43,17 @@ pub struct PreparedKernel {
     /// The path of the initramfs, which has the patches in `/lib/patches` and the kernel's modules
     /// in `/lib/modules`.
     pub initrd: PathBuf,
-    /// The paths of the patches built for this kernel, by name.
-    pub patches: BTreeMap<String, PathBuf>,
+    /// The paths of the patches built for this kernel, by name, or why one was not built.
+    pub patches: BTreeMap<String, std::result::Result<PathBuf, String>>,
 }
 
 impl PreparedKernel {
     /// Fetches the newest stock kernel that fits `spec` and builds its patches and initramfs, or
-    /// finds them in the cache.
+    /// finds them in the cache. A kernel whose patches cannot be built serves callers that need none:
+    /// the cause is the error of [`patch`](Self::patch).
     ///
     /// # Errors
-    /// When a package cannot be fetched or a patch cannot be built.
+    /// When a package cannot be fetched or a program cannot be built.
     pub fn prepare(spec: KernelSpec<'_>) -> Result<PreparedKernel> {
         let cache = Cache::open()?;
         let kernel = Kernel::fetch(&cache, spec.generation, spec.flavour)?;
@@ -80,9 +81,20 @@ impl PreparedKernel {
     fn of(cache: &Cache, kernel: Kernel, spec: KernelSpec<'_>) -> Result<PreparedKernel> {
         let mut initramfs = Initramfs::new();
         let mut built = BTreeMap::new();
+        // All patches but the sample are built at once, so one cause is that of each.
+        let mut causes: BTreeMap<bool, String> = BTreeMap::new();
         for name in spec.patches {
-            let module = patches::build(cache, &kernel, name)?;
-            initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), &module);
+            let is_sample = *name == patches::SAMPLE;
+            let module = match causes.get(&is_sample) {
+                Some(cause) => Err(cause.clone()),
+                None => patches::build(cache, &kernel, name).map_err(|e| e.to_string()),
+            };
+            match &module {
+                Ok(path) => {
+                    initramfs = initramfs.with_file(&format!("/lib/patches/{name}.ko"), path);
+                }
+                Err(cause) => drop(causes.insert(is_sample, cause.clone())),
+            }
             built.insert((*name).to_owned(), module);
         }
         let mut files = String::new();
@@ -110,12 +122,38 @@ impl PreparedKernel {
     /// The path of the patch `name`, as an argument for the command line.
     ///
     /// # Errors
-    /// When the patch was not in the [`KernelSpec`].
+    /// When the patch was not in the [`KernelSpec`], or could not be built.
     pub fn patch(&self, name: &str) -> Result<&str> {
         let path = self
             .patches
             .get(name)
-            .with_context(|| format!("no patch {name} for {}", self.release))?;
+            .with_context(|| format!("no patch {name} for {}", self.release))?
+            .as_ref()
+            .map_err(|cause| anyhow!("no patch {name} for {}: {cause}", self.release))?;
         path.to_str().context("the patch's path is not UTF-8")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_of_a_patch_that_was_not_built_reaches_the_bed() {
+        let kernel = PreparedKernel {
+            release: "9.9".to_owned(),
+            bzimage: PathBuf::new(),
+            initrd: PathBuf::new(),
+            patches: BTreeMap::from([
+                ("good".to_owned(), Ok(PathBuf::from("/good.ko"))),
+                ("bad".to_owned(), Err("no compiler".to_owned())),
+            ]),
+        };
+        let text = serde_json::to_string(&kernel).unwrap();
+        let inside: PreparedKernel = serde_json::from_str(&text).unwrap();
+        assert_eq!(inside.patch("good").unwrap(), "/good.ko");
+        let error = inside.patch("bad").unwrap_err().to_string();
+        assert_eq!(error, "no patch bad for 9.9: no compiler");
+        assert!(inside.patch("other").is_err());
     }
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::{Result, anyhow};
+use guests::bed::Bed;
 use guests::drive::build_outpatch;
 use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
@@ -52,6 +53,8 @@ pub struct Assets {
     /// Kernels by name: each generation's cloud flavour under the generation ("6.1"), and those
     /// that the scenario added.
     pub kernels: BTreeMap<String, PreparedKernel>,
+    /// Why kernels are missing, by the same name: only the scenarios that need one fail.
+    pub missing: BTreeMap<String, String>,
     /// The `vmlinux` with debugging information of the kernels that a scenario added with it, by
     /// the same name.
     pub vmlinux: BTreeMap<String, PathBuf>,
@@ -65,8 +68,20 @@ impl Assets {
         made.as_ref().map_err(|error| anyhow!(error.clone()))
     }
 
+    /// The kernel of this name: a generation, or what the scenario added.
+    pub fn kernel(&self, name: &str) -> Result<&PreparedKernel> {
+        self.kernels.get(name).ok_or_else(|| {
+            let cause = self.missing.get(name);
+            anyhow!(
+                "no kernel {name}: {}",
+                cause.map_or("no scenario added it", |c| c)
+            )
+        })
+    }
+
     fn make() -> Result<Assets> {
-        let mut kernels = BTreeMap::new();
+        Bed::new().check()?;
+        let (mut kernels, mut missing) = (BTreeMap::new(), BTreeMap::new());
         for generation in Generation::ALL {
             // Debian has headers, and a compiler that works with them, for these.
             let patches: &[&str] = match generation {
@@ -80,11 +95,16 @@ impl Assets {
                 modules: &MODULES,
                 boot: None,
             };
-            kernels.insert(generation.to_string(), PreparedKernel::prepare(order)?);
+            let name = generation.to_string();
+            match PreparedKernel::prepare(order) {
+                Ok(kernel) => drop(kernels.insert(name, kernel)),
+                Err(error) => drop(missing.insert(name, format!("{error:#}"))),
+            }
         }
         Ok(Assets {
             binary: build_outpatch()?,
             kernels,
+            missing,
             vmlinux: BTreeMap::new(),
         })
     }

@@ -31,8 +31,7 @@ impl Fixture {
 
     /// The kernel of this name: a generation, or what the scenario added.
     pub fn kernel(&self, name: &str) -> Result<&PreparedKernel> {
-        let kernel = self.assets.kernels.get(name);
-        kernel.with_context(|| format!("no kernel {name}"))
+        self.assets.kernel(name)
     }
 
     /// A folder that the host sees as well.

@@ -84,7 +84,7 @@ fn blocked_by(core: &Path, module: &[u8]) -> Result<Option<String>> {
 
 /// On the host: tries every sequence in the core file.
 fn all_sequences(assets: &Assets, folder: &Path, generation: &str) -> Result<()> {
-    let kernel = assets.kernels.get(generation).context("no such kernel")?;
+    let kernel = assets.kernel(generation)?;
     let core = CoreFile::open(&folder.join(CORE))?;
     let mut guest = CoreGuest {
         machine: FaultMachine::new(CoreMachine::load(&core)?),
