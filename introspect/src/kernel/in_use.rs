@@ -4,38 +4,14 @@
 //! A kernel that is started with fewer CPUs (`maxcpus=`, `nr_cpus=`) leaves the other vCPUs where
 //! the old kernel halted them with interrupts off (`arch/x86/kernel/process.c: stop_this_cpu`,
 //! `arch/x86/kernel/reboot.c: crash_nmi_callback`). Their registers lead to the old kernel, and say
-//! nothing about the kernel in use. This module knows which vCPUs run a kernel, and which are
-//! halted permanently; it must not know what is in a kernel.
+//! nothing about the kernel in use. This module knows which vCPUs run a kernel; it must not know
+//! what is in a kernel.
 
-use crate::addr::Gva;
+use crate::kernel::halted::is_halted_permanently;
 use crate::kernel::{Kernel, MAX_BANNER};
-use crate::memory::PhysMemory;
 use crate::memory::kernel::KernelMemory;
 use crate::memory::paging::AddressSpace;
 use crate::vcpu::VcpuRegs;
-
-/// RFLAGS.IF: interrupts are on.
-const RFLAGS_IF: u64 = 1 << 9;
-/// The instruction HLT.
-const HLT: u8 = 0xf4;
-
-/// Whether a vCPU is halted in the kernel with interrupts off: only an NMI, an SMI or an INIT makes
-/// it continue, or another vCPU that releases a spinlock for which it waits
-/// (`arch/x86/kernel/kvm.c: kvm_wait`). A read of one byte, unless the registers say that it is
-/// halted.
-///
-/// Registers from a core file may not say so (`VcpuRegs::halted`). Then it counts as halted when
-/// the instruction before the next one is HLT.
-#[must_use]
-pub fn is_halted_permanently(phys: &dyn PhysMemory, vcpu: &VcpuRegs) -> bool {
-    let can_be = vcpu.online && !vcpu.foreign && vcpu.cpl == 0 && vcpu.rflags & RFLAGS_IF == 0;
-    let at_hlt = || {
-        let space = AddressSpace::of_vcpu(vcpu)?;
-        let memory = KernelMemory::new(phys, space);
-        memory.u8(Gva(vcpu.rip).sub(1)).ok()
-    };
-    can_be && (vcpu.halted || at_hlt() == Some(HLT))
-}
 
 impl Kernel {
     /// Whether the guest still runs this kernel, of this boot, as far as can be seen: a guest can

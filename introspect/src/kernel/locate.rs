@@ -10,7 +10,7 @@
 use vm_memory::GuestAddress;
 
 use crate::addr::{Gva, GvaRange};
-use crate::kernel::in_use::is_halted_permanently;
+use crate::kernel::halted::is_halted_permanently;
 use crate::memory::PhysMemory;
 use crate::memory::kernel::KernelMemory;
 use crate::memory::paging::AddressSpace;

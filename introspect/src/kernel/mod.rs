@@ -4,6 +4,7 @@
 //! This module puts the parts together and cross-checks them. How each part is found is the
 //! business of its own module.
 
+mod halted;
 mod in_use;
 mod kallsyms_search;
 mod klp;
@@ -26,7 +27,7 @@ use crate::symbols::kallsyms::KallsymsError;
 use crate::symbols::{Symbol, SymbolError, Symbols};
 use crate::vcpu::VcpuRegs;
 
-pub use in_use::is_halted_permanently;
+pub use halted::is_halted_permanently;
 pub use klp::{KlpError, KlpState};
 pub use layout::{
     ExportsLayout, Extent, Layout, LockLayout, LockWord, ModuleLayout, ModuleMemoryLayout,
