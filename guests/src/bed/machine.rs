@@ -168,7 +168,8 @@ impl Machine {
 
     /// How many of the host's files the bed may know at once: the server has one descriptor for
     /// each, and some that are open. What the bed still knows when it forgets all others must fit,
-    /// too, so this is half of the server's limit.
+    /// too, and a busy server closes descriptors later than it opens them, so this is a quarter of
+    /// the server's limit.
     pub(super) fn max_files(&self) -> u64 {
         let limits = fs::read_to_string(format!("/proc/{}/limits", self.server.id()));
         let limit = limits.ok().and_then(|text| {
@@ -177,7 +178,7 @@ impl Machine {
                 .find_map(|l| l.strip_prefix("Max open files"))?;
             line.split_whitespace().next()?.parse::<u64>().ok()
         });
-        limit.map_or(MIN_FILES, |limit| limit / 2).min(MAX_FILES)
+        limit.map_or(MIN_FILES, |limit| limit / 4).min(MAX_FILES)
     }
 
     /// Stops the bed. Returns QEMU's exit status, if it had ended by itself, and the last lines of
