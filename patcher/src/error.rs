@@ -30,6 +30,8 @@ pub enum ErrorKind {
     /// The request does not fit the present state: the patch is applied already, a transition is
     /// running, the function's ftrace site is in use.
     Conflict,
+    /// The guest's kernel has ended: it can only be read.
+    Ended,
     /// The guest was in the middle of a change for as long as it was tried, or has started another
     /// kernel. Try again.
     Busy,
@@ -75,6 +77,10 @@ pub enum PatchError {
          old one ({0}); repeat the request"
     )]
     AnotherKernel(String),
+
+    /// The guest's kernel has panicked: it never runs a task again.
+    #[error("the guest's kernel has panicked, so it cannot be changed")]
+    Panicked,
 
     /// The guest holds a lock, or is doing something, that makes a change unsafe now.
     #[error("guest still busy after {tries} attempts ({what}); try again")]
@@ -229,6 +235,7 @@ impl PatchError {
             PatchError::Machine(_) | PatchError::Undo { .. } => ErrorKind::Machine,
             PatchError::NotReady(_) => ErrorKind::NotReady,
             PatchError::Guest(_) => ErrorKind::Guest,
+            PatchError::Panicked => ErrorKind::Ended,
             PatchError::AnotherKernel(_)
             | PatchError::Busy { .. }
             | PatchError::TooManyTasks { .. } => ErrorKind::Busy,

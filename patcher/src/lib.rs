@@ -98,7 +98,7 @@ pub use machine::read_only::ReadOnlyMachine;
 pub use machine::{Machine, MachineError};
 pub use memory::error::PatchMemoryError;
 pub use module::{LinkError, ModuleError, TargetError};
-pub use patcher::Patcher;
+pub use patcher::{KernelInUse, Patcher};
 pub use report::check::{AllocationReport, CheckReport, FoundFunction, FoundSymbol};
 pub use report::patch::{FunctionReport, Mode, PatchPhase, PatchStatus};
 pub use report::pause::{PAUSE_BOUNDS_US, PauseLength, PauseReport};

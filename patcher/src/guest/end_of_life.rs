@@ -86,7 +86,8 @@ impl EndOfLife {
 
 /// Whether the kernel is in `kernel/panic.c: panic`, from which it does not return: the other CPUs
 /// are stopped, whatever they hold.
-fn has_panicked(kernel: &Kernel, memory: &KernelMemory<'_>) -> bool {
+#[must_use]
+pub fn has_panicked(kernel: &Kernel, memory: &KernelMemory<'_>) -> bool {
     let panic_cpu = kernel.symbols.address("panic_cpu").ok();
     let cpu = panic_cpu.and_then(|at| memory.u32(at).ok());
     cpu.is_some_and(|cpu| cpu != PANIC_CPU_INVALID)

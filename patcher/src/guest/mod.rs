@@ -18,6 +18,7 @@ use introspect::{Kernel, PhysMemory, TasksError, VcpuRegs};
 
 use crate::error::{PatchError, StepError};
 use crate::guest::code_set::CodeSet;
+use crate::guest::end_of_life::has_panicked;
 use crate::guest::kernel_info::KernelInfo;
 use crate::guest::pause::PauseGuard;
 use crate::guest::view::GuestView;
@@ -157,6 +158,17 @@ impl Guest {
         match self.kernel.parked_vcpus(&own, vcpus).is_empty() {
             true => Ok(()),
             false => Err(PatchError::Unsupported(PARKED)),
+        }
+    }
+
+    /// Checks that the guest's kernel has not panicked. Only while paused.
+    ///
+    /// # Errors
+    /// [`PatchError::Panicked`].
+    pub fn check_not_panicked(&self, memory: &dyn PhysMemory) -> Result<(), PatchError> {
+        match has_panicked(&self.kernel, &self.kernel.memory(memory)) {
+            true => Err(PatchError::Panicked),
+            false => Ok(()),
         }
     }
 

@@ -269,6 +269,7 @@ impl Patcher {
         }
         let signalling = transition.is_signalling();
         let mut paused = PauseGuard::begin(machine, meter)?;
+        guest.check_not_panicked(paused.memory())?;
         let mut mapping = WriteBatch::new();
         let (step, tasks, walked) = {
             let view = guest.view(paused.memory(), &paused.vcpus)?;

@@ -11,6 +11,8 @@ mod drive;
 mod dry_run;
 mod queries;
 
+pub use queries::KernelInUse;
+
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -354,17 +356,22 @@ impl Patcher {
         Err(PatchError::InTransition(name))
     }
 
-    /// A module of the guest's own with that name would patch the same functions.
+    /// A module of the guest's own with that name would patch the same functions. A guest whose
+    /// kernel has panicked is refused as well, but not a core file of one.
     fn check_not_loaded<M: Machine>(
         &mut self,
         machine: &mut M,
         name: &str,
     ) -> Result<(), PatchError> {
         let guest = self.guest.as_mut().ok_or_else(no_kernel)?;
+        let never_runs = machine.never_runs();
         let paused = PauseGuard::begin(machine, &mut self.pauses)?;
         if let Err(error) = guest.check_can_change(paused.memory(), &paused.vcpus) {
             drop(paused);
             return Err(self.forget_replaced_kernel(error));
+        }
+        if !never_runs {
+            guest.check_not_panicked(paused.memory())?;
         }
         // The prewalk of the first step needs to know the modules.
         guest.refresh_modules(paused.memory());
@@ -377,21 +384,24 @@ impl Patcher {
 
     /// Forgets the guest's kernel if another one has replaced it; one short pause. If patches are
     /// lost with it, the next request is refused with that. A guest that cannot be paused, as its
-    /// VM ends, keeps its kernel.
-    fn forget_if_replaced<M: Machine>(&mut self, machine: &mut M) {
+    /// VM ends, keeps its kernel. Returns whether the kernel has panicked.
+    fn forget_if_replaced<M: Machine>(&mut self, machine: &mut M) -> bool {
         let Some(guest) = &self.guest else {
-            return;
+            return false;
         };
         let Ok(paused) = PauseGuard::begin(machine, &mut self.pauses) else {
-            return;
+            return false;
         };
         let checked = guest.check_running(paused.memory(), &paused.vcpus);
+        let panicked = guest.check_not_panicked(paused.memory()).is_err();
         drop(paused);
         if let Err(error) = checked {
             let had_patches = !self.patches.is_empty();
             let error = self.forget_replaced_kernel(error);
             self.unreported = had_patches.then_some(error);
+            return false;
         }
+        panicked
     }
 
     /// Fails once after patches were lost in a call that could not report it.

@@ -22,6 +22,15 @@ use crate::report::pause::PauseReport;
 use crate::report::reading::Reading;
 use crate::report::stack::TaskStack;
 
+/// The kernel that a guest runs.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelInUse<'a> {
+    /// The kernel.
+    pub kernel: &'a Kernel,
+    /// It has panicked, and never runs a task again.
+    pub panicked: bool,
+}
+
 impl Patcher {
     /// Every task of the guest, all read in one pause.
     ///
@@ -125,9 +134,13 @@ impl Patcher {
     ///
     /// # Errors
     /// [`PatchError::NotReady`] early in boot, also in that of another kernel.
-    pub fn kernel_in_use<M: Machine>(&mut self, machine: &mut M) -> Result<&Kernel, PatchError> {
-        self.forget_if_replaced(machine);
-        self.kernel(machine)
+    pub fn kernel_in_use<M: Machine>(
+        &mut self,
+        machine: &mut M,
+    ) -> Result<KernelInUse<'_>, PatchError> {
+        let panicked = self.forget_if_replaced(machine);
+        let kernel = self.kernel(machine)?;
+        Ok(KernelInUse { kernel, panicked })
     }
 
     /// Holds the guest paused while `work` reads its memory and registers. Returns what `work`

@@ -29,7 +29,7 @@ pub trait Control: Send + 'static {
     /// The VM and its state.
     fn vm(&mut self) -> types::Vm;
     /// Pauses or resumes the guest; does nothing when it already has that state.
-    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem>;
+    fn set_state(&mut self, state: types::RequestedState) -> Result<(), Problem>;
     /// Requests the end of the VM, which may come after this returns.
     fn stop(&mut self) -> Result<(), Problem>;
     /// All tasks.

@@ -50,12 +50,14 @@ impl Controller {
 impl Control for Controller {
     fn vm(&mut self) -> types::Vm {
         // While the guest boots there is none, also while another kernel boots that it has started.
-        let kernel = self.patcher.kernel_in_use(&mut self.machine).ok();
-        let kernel = kernel.map(|kernel| kernel.release.clone());
+        let found = self.patcher.kernel_in_use(&mut self.machine).ok();
+        let panicked = found.as_ref().is_some_and(|found| found.panicked);
+        let kernel = found.map(|found| found.kernel.release.clone());
         types::Vm {
             state: match self.vm.state() {
-                VmState::Running => types::VmState::Running,
                 VmState::Paused => types::VmState::Paused,
+                VmState::Running if panicked => types::VmState::Panicked,
+                VmState::Running => types::VmState::Running,
             },
             cpus: self.vm.cpus(),
             memory: self.vm.memory_size(),
@@ -65,10 +67,10 @@ impl Control for Controller {
         }
     }
 
-    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem> {
+    fn set_state(&mut self, state: types::RequestedState) -> Result<(), Problem> {
         let done = match state {
-            types::VmState::Running => self.vm.resume(),
-            types::VmState::Paused => self.vm.pause(),
+            types::RequestedState::Running => self.vm.resume(),
+            types::RequestedState::Paused => self.vm.pause(),
         };
         done.map_err(|error| machine_problem(&error))
     }
@@ -227,6 +229,10 @@ fn answer_to(kind: ErrorKind) -> (Kind, &'static str) {
         ),
         ErrorKind::NotFound => (Kind::NotFound, "see GET /tasks and GET /patches"),
         ErrorKind::Conflict => (Kind::Conflict, "see GET /patches"),
+        ErrorKind::Ended => (
+            Kind::Conflict,
+            "it can still be read (outpatch ps, stack, dump); start the guest again to patch it",
+        ),
         ErrorKind::Busy => (
             Kind::Unavailable,
             "nothing was changed in the guest; try again in a moment",

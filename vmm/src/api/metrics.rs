@@ -43,7 +43,7 @@ pub(super) fn render(vm: &Vm, patches: &[PatchStatus]) -> String {
     metric(
         "vm_running",
         "gauge",
-        "1: the guest runs; 0: the operator has paused it.",
+        "1: the guest runs; 0: the operator has paused it, or its kernel has panicked.",
         u8::from(vm.state == VmState::Running).to_string(),
     );
     metric(

@@ -18,13 +18,25 @@ pub struct Version {
     pub version: String,
 }
 
-/// Whether the operator lets the guest run. Short pauses that outpatch needs do not count.
+/// Whether the guest runs. Short pauses that outpatch needs do not count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmState {
     /// The vCPUs run.
     Running,
     /// The vCPUs are stopped until the operator resumes them.
+    Paused,
+    /// The vCPUs run, but the guest's kernel has panicked.
+    Panicked,
+}
+
+/// What the operator can set [`VmState`] to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RequestedState {
+    /// Let the vCPUs run.
+    Running,
+    /// Stop the vCPUs.
     Paused,
 }
 
@@ -50,7 +62,7 @@ pub struct Vm {
 #[serde(deny_unknown_fields)]
 pub struct VmChange {
     /// The state that the guest is to have.
-    pub state: VmState,
+    pub state: RequestedState,
 }
 
 /// The query of `POST /patches`.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmm::api::types::{Vm, VmChange, VmState};
+use vmm::api::types::{RequestedState, Vm, VmChange, VmState};
 use vmm::client::Client;
 
 use crate::cli::error::CommandError;
@@ -14,17 +14,17 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Pauses the vCPUs.
 pub fn pause(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
-    change(c, VmState::Paused, json, output)
+    change(c, RequestedState::Paused, json, output)
 }
 
 /// Resumes the vCPUs.
 pub fn resume(c: &Client, json: bool, output: &mut Output<'_>) -> Result<(), CommandError> {
-    change(c, VmState::Running, json, output)
+    change(c, RequestedState::Running, json, output)
 }
 
 fn change(
     client: &Client,
-    state: VmState,
+    state: RequestedState,
     json: bool,
     output: &mut Output<'_>,
 ) -> Result<(), CommandError> {
@@ -35,6 +35,7 @@ fn change(
     let tone = match vm.state {
         VmState::Running => Tone::Good,
         VmState::Paused => Tone::Busy,
+        VmState::Panicked => Tone::Bad,
     };
     Ok(output.line(tone, &word(&vm.state))?)
 }

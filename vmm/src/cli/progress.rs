@@ -88,14 +88,17 @@ impl Watch<'_> {
         }
     }
 
-    /// Says so if the operator has paused the guest: then it is not the tasks that block. Returns
-    /// whether it is paused.
+    /// Says so if the guest does not run: then it is not the tasks that block. Returns whether it
+    /// does not.
     fn show_pause(&self, output: &mut Output<'_>) -> Result<bool, CommandError> {
         let vm: Vm = self.client.get("/vm")?;
-        if vm.state == VmState::Running {
-            return Ok(false);
-        }
-        let line = "the guest is paused: the transition continues when it runs (outpatch resume)";
+        let line = match vm.state {
+            VmState::Running => return Ok(false),
+            VmState::Paused => {
+                "the guest is paused: the transition continues when it runs (outpatch resume)"
+            }
+            VmState::Panicked => "the guest's kernel has panicked: the transition never completes",
+        };
         output.line(Tone::Busy, line)?;
         Ok(true)
     }

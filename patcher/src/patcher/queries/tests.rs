@@ -170,6 +170,25 @@ fn a_guest_that_cannot_go_on_is_read_with_a_warning() {
 }
 
 #[test]
+fn a_guest_that_has_panicked_is_known_as_one_and_not_changed() {
+    let mut patcher = Patcher::new();
+    let mut machine = Running::new(&[(variable("panic_cpu"), 0)], quiet);
+    // The first call finds the kernel, and each later one looks at it.
+    for found in [false, true] {
+        let state = patcher.kernel_in_use(&mut machine).unwrap();
+        assert_eq!(state.panicked, found);
+    }
+    let guest = patcher.guest.as_ref().unwrap();
+    let refused = guest.check_not_panicked(machine.memory()).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Ended, "{refused}");
+    let mut up = Running::new(&[], quiet);
+    let mut patcher = Patcher::new();
+    for _ in 0..2 {
+        assert!(!patcher.kernel_in_use(&mut up).unwrap().panicked);
+    }
+}
+
+#[test]
 fn corrupt_lists_are_an_error_in_a_core_too() {
     let back = (image::task_at(2) + 72, image::virt(image::task_at(1) + 72));
     let error = warnings(&mut core(&[HELD, back])).unwrap_err();
@@ -187,7 +206,7 @@ fn a_core_with_a_vcpu_halted_in_the_old_kernel_is_read() {
     let mut machine = ReadOnlyMachine::new(Mutated::of(ram), vcpus.clone());
     assert_eq!(warnings(&mut machine).unwrap(), [None, None, None]);
     let mut patcher = Patcher::new();
-    let kernel = patcher.kernel_in_use(&mut machine).unwrap();
+    let kernel = patcher.kernel_in_use(&mut machine).unwrap().kernel;
     assert_eq!(kernel.release, SECOND_RELEASE);
     // It is only read.
     let guest = patcher.guest.as_ref().unwrap();
@@ -239,14 +258,19 @@ fn every_query_finds_the_kernel_that_was_started_later() {
         let started = Rc::new(Cell::new(false));
         let mut machine = kexec(&started);
         let mut patcher = Patcher::new();
-        let first = patcher.kernel_in_use(&mut machine).unwrap().release.clone();
+        let first = patcher
+            .kernel_in_use(&mut machine)
+            .unwrap()
+            .kernel
+            .release
+            .clone();
         assert_ne!(first, SECOND_RELEASE);
         started.set(true);
         match query {
             0 => drop(patcher.tasks(&mut machine).unwrap()),
             1 => drop(patcher.stacks(&mut machine).unwrap()),
             2 => drop(patcher.symbols(&mut machine).unwrap()),
-            3 => drop(patcher.kernel_in_use(&mut machine).unwrap()),
+            3 => assert!(!patcher.kernel_in_use(&mut machine).unwrap().panicked),
             _ => drop(patcher.hold(&mut machine, |kernel, _, _| {
                 assert_eq!(kernel.unwrap().release, SECOND_RELEASE);
             })),

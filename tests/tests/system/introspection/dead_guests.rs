@@ -69,10 +69,24 @@ fn died_with_a_lock(fixture: &Fixture, generation: Generation) -> Result<()> {
     let sleepers = sleepers.filter(|stack| stack["task"]["state"] == "S");
     let reliable = sleepers.filter(|stack| stack["reliable"] == true).count();
     ensure!(reliable >= 10, "{reliable} reliable stacks: {stacks}");
-    // What would change the guest is refused as before.
+    // What would change the guest is refused, and not with "try again".
+    ensure_state(&outpatch, "panicked")?;
     let patch = fixture.kernel(&kernel)?.patch("pause")?;
-    let line = outpatch.refused(&["apply", patch])?;
-    println!("{line}");
+    for command in ["apply", "check"] {
+        let line = outpatch.refused(&[command, patch])?;
+        ensure!(line.contains("has panicked"), "{line}");
+        ensure!(!line.contains("again in a moment"), "{line}");
+    }
+    outpatch.ok(&["pause"])?;
+    ensure_state(&outpatch, "paused")?;
+    outpatch.ok(&["resume"])?;
+    ensure_state(&outpatch, "panicked")?;
+    Ok(())
+}
+
+fn ensure_state(outpatch: &Outpatch, state: &str) -> Result<()> {
+    let status = outpatch.json(&["status"])?;
+    ensure!(status["vm"]["state"] == state, "{status}");
     Ok(())
 }
 

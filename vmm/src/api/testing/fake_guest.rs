@@ -210,8 +210,8 @@ impl Control for FakeGuest {
         }
     }
 
-    fn set_state(&mut self, state: types::VmState) -> Result<(), Problem> {
-        self.paused = state == types::VmState::Paused;
+    fn set_state(&mut self, state: types::RequestedState) -> Result<(), Problem> {
+        self.paused = state == types::RequestedState::Paused;
         self.note(format!("{state:?}"));
         Ok(())
     }
