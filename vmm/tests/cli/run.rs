@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use vmm::api::testing::TempDir;
 
+use crate::{Bench, outpatch, refused};
+
 /// Runs `outpatch run`, which must end by itself.
 fn run(args: &[&str]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_outpatch"))
@@ -65,4 +67,43 @@ fn a_fifo_for_a_kernel_or_an_initrd_is_refused_at_once() {
         assert_eq!(output.status.code(), Some(1));
         assert!(!socket.exists());
     }
+}
+
+#[test]
+fn too_little_memory_is_called_that() {
+    let bench = Bench::new();
+    let mut image = vec![0; 3 * 512 + 4096];
+    for (offset, bytes) in [
+        (0x1f1, &[2][..]),
+        (0x1f4, &256_u32.to_le_bytes()),
+        (0x1fe, &[0x55, 0xaa]),
+        (0x202, b"HdrS"),
+        (0x206, &[0x0f, 2]),
+        (0x211, &[1]),
+        (0x236, &[1, 0]),
+        (0x258, &(16_u64 << 20).to_le_bytes()),
+        (0x260, &(2_u32 << 20).to_le_bytes()),
+    ] {
+        image[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    let kernel = bench.file("bzImage", &image);
+    let socket = bench.dir.path().join("run.sock");
+    for (size, has) in [("64K", "64 KiB"), ("1M", "1 MiB"), ("0", "0 KiB")] {
+        let line = refused(
+            &outpatch(&socket, &["run", "--kernel", &kernel, "--memory", size]),
+            1,
+        );
+        assert_eq!(
+            line,
+            format!("outpatch: {has} of memory is too little: this kernel needs at least 19 MiB\n")
+        );
+    }
+}
+
+#[test]
+fn a_second_vmm_does_not_take_the_socket() {
+    let bench = Bench::new();
+    let line = refused(&bench.run(&["run", "--kernel", "/nowhere"]), 1);
+    assert!(line.contains("is in use by a running VMM"), "{line}");
+    assert_eq!(bench.ok(&["resume"]), "running\n");
 }
