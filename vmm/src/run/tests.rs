@@ -195,7 +195,7 @@ fn ctrl_a_x_ends_the_wait_for_output_that_is_not_read() {
     let stdin = terminal.try_clone().unwrap();
     let mut process = Process::start("print-and-power-off", stdin, Stdio::piped());
     process.wait_for_vcpus(false);
-    assert!(!is_cooked(&terminal));
+    wait_until("raw mode", || !is_cooked(&terminal));
     user.write_all(b"\x01x").unwrap();
     assert_eq!(process.status_within(PROMPT), Some(0));
     assert!(is_cooked(&terminal));
