@@ -95,6 +95,10 @@ pub enum PatchError {
     #[error(transparent)]
     Module(#[from] LinkError),
 
+    /// The patch is refused for several reasons.
+    #[error("the patch is refused for {} reasons: {}", .0.len(), listed(.0))]
+    Several(Vec<PatchError>),
+
     /// The guest lacks what the request needs.
     #[error("{0} (not supported yet)")]
     Unsupported(&'static str),
@@ -215,6 +219,20 @@ pub enum StepError {
     Failed(PatchError),
 }
 
+/// The first of the reasons for which a patch is refused, numbered.
+fn listed(reasons: &[PatchError]) -> String {
+    const SHOWN: usize = 20;
+    let shown: Vec<String> = (1..)
+        .zip(reasons.iter().take(SHOWN))
+        .map(|(number, reason)| format!("({number}) {reason}"))
+        .collect();
+    let more = match reasons.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    format!("{}{more}", shown.join("; "))
+}
+
 fn and_more(count: &usize) -> String {
     match count {
         0 => String::new(),
@@ -228,6 +246,26 @@ pub fn unexpected(what: impl Into<String>) -> PatchError {
 }
 
 impl PatchError {
+    /// The error of a patch that is refused for these reasons, of which there is at least one.
+    pub(crate) fn of_reasons(mut reasons: Vec<PatchError>) -> PatchError {
+        match reasons.pop() {
+            None => PatchError::Internal("a patch was refused without a reason"),
+            Some(only) if reasons.is_empty() => only,
+            Some(last) => {
+                reasons.push(last);
+                PatchError::Several(reasons)
+            }
+        }
+    }
+
+    /// Whether the reason is the patch itself, so that it is worth telling what else is.
+    pub(crate) fn is_of_patch(&self) -> bool {
+        matches!(
+            self,
+            PatchError::Module(_) | PatchError::Site { .. } | PatchError::Several(_)
+        )
+    }
+
     /// What sort of failure this is.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -241,6 +279,7 @@ impl PatchError {
             | PatchError::TooManyTasks { .. } => ErrorKind::Busy,
             PatchError::Unsupported(_) => ErrorKind::Unsupported,
             PatchError::Module(error) => link_kind(error),
+            PatchError::Several(reasons) => kind_of_all(reasons),
             PatchError::Site { source, .. } => site_kind(source),
             PatchError::Memory(error) => memory_kind(error),
             PatchError::Encode(EncodeError::OutOfReach { .. }) => ErrorKind::Unsupported,
@@ -257,8 +296,24 @@ impl PatchError {
     }
 }
 
+/// The kind of the reason that no other attempt removes, if there is one.
+fn kind_of_all(reasons: &[PatchError]) -> ErrorKind {
+    let kinds: Vec<ErrorKind> = reasons.iter().map(PatchError::kind).collect();
+    let lasting = [
+        ErrorKind::BadPatch,
+        ErrorKind::Unsupported,
+        ErrorKind::Guest,
+        ErrorKind::Conflict,
+    ];
+    let first = lasting.into_iter().find(|kind| kinds.contains(kind));
+    first
+        .or(kinds.first().copied())
+        .unwrap_or(ErrorKind::Internal)
+}
+
 fn link_kind(error: &LinkError) -> ErrorKind {
     match error {
+        LinkError::Used { source, .. } => link_kind(source),
         LinkError::Booting => ErrorKind::NotReady,
         LinkError::Target(_) => ErrorKind::Guest,
         LinkError::Dropped { .. } | LinkError::StaticKey { .. } => ErrorKind::Unsupported,

@@ -68,7 +68,7 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 22] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 23] = patch_sources![
     "callbacks",
     "cmdline",
     "constant",
@@ -79,6 +79,7 @@ const TEST_PATCHES: [(&str, &str); 22] = patch_sources![
     "module-object",
     "dies-with-lock",
     "not-livepatch",
+    "obstacles",
     "pause",
     "kinds",
     "kthread",

@@ -48,9 +48,7 @@ pub fn prepare_patch<M: Machine>(
     let kernel = &guest.kernel;
     let (klp, functions) = {
         let memory = kernel.memory(machine.memory());
-        let klp = module.patch(&GuestTarget::new(kernel, &memory).klp_layout()?)?;
-        let functions = find_functions(kernel, &memory, &info, &klp, others)?;
-        (klp, functions)
+        resolve(kernel, &memory, &info, module, others)?
     };
     let mut allocated = Vec::new();
     let count = functions.len() as u64;
@@ -71,6 +69,41 @@ pub fn prepare_patch<M: Machine>(
             .for_each(|allocation| patch_memory.free(allocation));
     }
     built
+}
+
+/// Reads the patch of `module` and finds its functions.
+///
+/// # Errors
+/// [`PatchError`]: if the patch is refused, with every reason for it.
+fn resolve(
+    kernel: &Kernel,
+    memory: &KernelMemory<'_>,
+    info: &KernelInfo,
+    module: &LivepatchModule,
+    others: &[Patch],
+) -> Result<(KlpPatch, Vec<PatchedFunction>), PatchError> {
+    let target = GuestTarget::new(kernel, memory);
+    module::check_version(module, &target)?;
+    let mut refusals = module.refusals().to_vec();
+    let klp = module.patch(&target.klp_layout()?, &mut refusals);
+    let klp = klp.unwrap_or_else(|error| {
+        refusals.push(error);
+        KlpPatch::default()
+    });
+    let mut reasons: Vec<PatchError> = refusals.into_iter().map(PatchError::from).collect();
+    let functions = find_functions(kernel, memory, info, &klp, others, &mut reasons)?;
+    if reasons.is_empty() {
+        return Ok((klp, functions));
+    }
+    let examined = module::examine(module, &klp, &target).into_iter();
+    let examined = examined.map(PatchError::from);
+    let new = examined.filter(|error| {
+        let text = error.to_string();
+        reasons.iter().all(|reason| reason.to_string() != text)
+    });
+    let new: Vec<PatchError> = new.collect();
+    reasons.extend(new);
+    Err(PatchError::of_reasons(reasons))
 }
 
 /// Allocates memory for a module of these sizes with this many functions. `allocated` gets every
@@ -190,8 +223,12 @@ fn build<M: Machine>(
             klp,
             &GuestTarget::new(&guest.kernel, &memory),
             bases,
-        )?
+        )
     };
+    let image = image.map_err(|errors| {
+        let reasons = errors.into_iter().map(PatchError::from);
+        PatchError::of_reasons(reasons.collect())
+    })?;
     let stubs_start = code_base.add(allocations.stubs_at);
     let stubs = GvaRange::new(stubs_start, stubs_start.add(allocations.stubs_len));
     let source = allocations.source;
@@ -222,20 +259,30 @@ fn build<M: Machine>(
 
 /// The functions that `patch` replaces, each with its entry, followed by those whose calls it makes
 /// reach the original again (`kernel/livepatch/core.c: klp_add_nops`). The addresses of the new
-/// functions and of the stubs are not set yet.
+/// functions and of the stubs are not set yet. `reasons` gets an error for each function that cannot
+/// be patched.
 fn find_functions(
     kernel: &Kernel,
     memory: &KernelMemory<'_>,
     info: &KernelInfo,
     patch: &KlpPatch,
     others: &[Patch],
+    reasons: &mut Vec<PatchError>,
 ) -> Result<Vec<PatchedFunction>, PatchError> {
     let mut functions: Vec<PatchedFunction> = Vec::new();
     for function in &patch.functions {
         let name = (function.old_name.as_str(), function.sympos);
-        let found = find_function(kernel, memory, info, name, others)?;
+        let found = match find_function(kernel, memory, info, name, others) {
+            Ok(found) => found,
+            Err(error) if error.is_of_patch() => {
+                reasons.push(error);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         if functions.iter().any(|other| other.site.at == found.site.at) {
-            return Err(ModuleError::Twice(found.name).into());
+            reasons.push(ModuleError::Twice(found.name).into());
+            continue;
         }
         functions.push(found);
     }

@@ -26,6 +26,12 @@ pub enum ModuleError {
     /// The file is an ELF file, but no x86-64 module.
     #[error("not an x86-64 kernel module: {0}")]
     WrongElf(&'static str),
+    /// The module's symbol table was removed.
+    #[error(
+        "the module has no symbol table, as after strip -s: give the module as it was built, or \
+         use strip --strip-debug"
+    )]
+    Stripped,
     /// A table or a section extends past the end of the file, or a value in it is invalid.
     #[error("the module file is truncated or damaged: {0}")]
     Damaged(String),
@@ -56,12 +62,12 @@ pub enum ModuleError {
     #[error("modules made by {0} are not supported yet: only a static struct klp_patch is read")]
     Format(&'static str),
     /// The module has a section that its loader must act on, which is not supported yet.
-    #[error("section {section}{} is not supported yet: {why}", at(.function))]
+    #[error("section {section}{} is not supported yet: {why}", for_functions(.functions))]
     Section {
         /// Name of the section.
         section: String,
-        /// A function that needs it, if one is known.
-        function: Option<String>,
+        /// The functions that need it, as far as they are known.
+        functions: Vec<String>,
         /// What the section is for.
         why: &'static str,
     },
@@ -110,11 +116,16 @@ impl ModuleError {
     }
 }
 
-fn at(function: &Option<String>) -> String {
-    function
-        .as_ref()
-        .map(|name| format!(" (for function {name})"))
-        .unwrap_or_default()
+/// The first functions of a list, for a message.
+fn for_functions(functions: &[String]) -> String {
+    const SHOWN: usize = 3;
+    let (shown, rest) = functions.split_at(functions.len().min(SHOWN));
+    match (shown, rest.len()) {
+        ([], _) => String::new(),
+        ([one], _) => format!(" (for function {one})"),
+        (shown, 0) => format!(" (for functions {})", shown.join(", ")),
+        (shown, more) => format!(" (for functions {} and {more} more)", shown.join(", ")),
+    }
 }
 
 /// Why the guest's kernel does not have, or does not show, what linking needs of it.
@@ -221,24 +232,34 @@ pub enum LinkError {
         count: usize,
     },
     /// Code or data refers to a part of the module that is not placed in the guest.
-    #[error(
-        "{section}+{offset:#x} refers to {to}, which is not placed in the guest: not supported yet"
-    )]
+    #[error("{at} refers to {to}, which {}: not supported yet", dropped(.section))]
     Dropped {
-        /// Name of the section with the reference.
-        section: String,
-        /// Offset of the reference in it.
-        offset: u64,
+        /// The place of the reference: an offset in a function, an object or a section.
+        at: String,
         /// The symbol or section that it refers to.
         to: String,
+        /// Name of the section that it is in.
+        section: String,
+    },
+    /// A livepatch symbol is code or data of the kernel's that is freed after boot.
+    #[error(
+        "symbol {0} is init code or data of the guest kernel (__init, __initdata), which was freed \
+         after boot"
+    )]
+    InitSymbol(String),
+    /// A symbol that the module uses cannot be had.
+    #[error("{source} (used by {user})")]
+    Used {
+        /// A function or an object that uses it.
+        user: String,
+        /// Why not.
+        source: Box<LinkError>,
     },
     /// A relocation cannot be applied.
-    #[error("relocation at {section}+{offset:#x}: {why}")]
+    #[error("relocation at {at}: {why}")]
     Relocation {
-        /// Name of the section that it changes.
-        section: String,
-        /// The offset in it.
-        offset: u64,
+        /// The place that it changes: an offset in a function, an object or a section.
+        at: String,
         /// What is wrong with it.
         why: String,
     },
@@ -291,6 +312,24 @@ impl LinkError {
         let why = why.into();
         LinkError::Table { section, why }
     }
+}
+
+/// What a section is of which nothing is placed in the guest.
+fn dropped(section: &str) -> String {
+    let is = match section {
+        ".init.text" => "is init code, which the kernel frees once a module is loaded",
+        ".init.data" | ".init.rodata" => {
+            "is init data, which the kernel frees once a module is loaded"
+        }
+        ".exit.text" => "is exit code, which is not placed in the guest",
+        ".exit.data" => "is exit data, which is not placed in the guest",
+        ".gnu.linkonce.this_module" => {
+            "is the module's struct module (THIS_MODULE), and the guest has none"
+        }
+        "" => "is not placed in the guest",
+        other => return format!("is in section {other}, which is not placed in the guest"),
+    };
+    is.to_owned()
 }
 
 fn other_version(module: &str, kernel: &str, symbol: Option<&str>) -> String {

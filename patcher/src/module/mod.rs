@@ -19,5 +19,5 @@ pub use file::layout::{LoadAddresses, Sizes};
 pub use file::{LivepatchModule, parse};
 pub use kernel::guest::GuestTarget;
 pub use link::image::Image;
-pub use link::link;
 pub use link::resolve::resolve_function;
+pub use link::{check_version, examine, link};

@@ -352,7 +352,7 @@ fn symbols(
 ) -> Result<(SectionIndex, Vec<Symbol>), ModuleError> {
     let symtab = table.symbols(LE, bytes, elf::SHT_SYMTAB).map_err(damaged)?;
     if symtab.is_empty() {
-        return Err(ModuleError::Damaged("it has no symbol table".into()));
+        return Err(ModuleError::Stripped);
     }
     limit("symbols", symtab.len(), MAX_SYMBOLS)?;
     let strings = table

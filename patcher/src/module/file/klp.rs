@@ -79,14 +79,14 @@ pub struct PatchFunction {
 }
 
 /// What a module patches (`struct klp_patch`). All of it is in `vmlinux`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KlpPatch {
     /// Atomic replace: this patch takes the place of all earlier ones.
     pub replace: bool,
     /// The functions, in the module's order.
     pub functions: Vec<PatchFunction>,
     /// Where its member `mod` is, which the module's loader would set.
-    pub(in crate::module) module_pointer: ModuleOffset,
+    pub(in crate::module) module_pointer: Option<ModuleOffset>,
     /// Where its structures are, with their lengths in bytes.
     pub(in crate::module) structures: Vec<(ModuleOffset, u64)>,
 }
@@ -107,12 +107,14 @@ impl ModuleOffset {
     }
 }
 
-/// Reads the patch of a module, which is at `at`.
+/// Reads the patch of a module, which is at `at`. `refusals` gets what it needs that is not
+/// supported.
 pub(in crate::module) fn read(
     file: &ElfFile,
     placements: &[Placement],
     at: ModuleOffset,
     layout: &KlpLayout,
+    refusals: &mut Vec<ModuleError>,
 ) -> Result<KlpPatch, ModuleError> {
     let reader = Reader { file, placements };
     if !reader.looks_like_patch(at, layout) {
@@ -126,13 +128,14 @@ pub(in crate::module) fn read(
         None => None,
     };
     if states.is_some() {
-        return Err(ModuleError::States);
+        refusals.push(ModuleError::States);
     }
     let replace = reader.bytes::<1>(at.plus(layout.patch_replace))? != [0];
     let objects = reader
         .pointer(at.plus(layout.patch_objs))?
         .ok_or_else(|| bad("klp_patch has no objects"))?;
     let mut functions = None;
+    let mut other_objects = false;
     let mut structures = vec![(at, layout.patch_size)];
     for index in 0.. {
         limit("patched objects", index, MAX_OBJECTS)?;
@@ -143,10 +146,12 @@ pub(in crate::module) fn read(
         if name.is_none() && funcs.is_none() {
             break;
         }
+        refusals.extend(reader.callbacks(object, layout));
         if let Some(name) = name {
-            return Err(ModuleError::ModuleTarget(reader.string(name)?));
+            refusals.push(ModuleError::ModuleTarget(reader.string(name)?));
+            other_objects = true;
+            continue;
         }
-        reader.refuse_callbacks(object, layout)?;
         let funcs = funcs.ok_or_else(|| bad("an object has no functions"))?;
         structures.push((object, layout.object_size));
         if functions
@@ -156,18 +161,20 @@ pub(in crate::module) fn read(
             return Err(bad("two objects are both vmlinux"));
         }
     }
-    let (array, functions) = functions
-        .filter(|(_, list): &(_, Vec<_>)| !list.is_empty())
-        .ok_or_else(|| bad("the patch has no functions"))?;
-    structures.push((
-        array,
-        layout.func_size.saturating_mul(functions.len() as u64),
-    ));
+    let functions = match functions.filter(|(_, list): &(_, Vec<_>)| !list.is_empty()) {
+        Some((array, functions)) => {
+            let len = layout.func_size.saturating_mul(functions.len() as u64);
+            structures.push((array, len));
+            functions
+        }
+        None if other_objects => Vec::new(),
+        None => return Err(bad("the patch has no functions")),
+    };
     Ok(KlpPatch {
         replace,
         functions,
         structures,
-        module_pointer: at.plus(layout.patch_mod),
+        module_pointer: Some(at.plus(layout.patch_mod)),
     })
 }
 
@@ -229,11 +236,8 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    fn refuse_callbacks(
-        &self,
-        object: ModuleOffset,
-        layout: &KlpLayout,
-    ) -> Result<(), ModuleError> {
+    /// The refusal of an object that has callbacks.
+    fn callbacks(&self, object: ModuleOffset, layout: &KlpLayout) -> Option<ModuleError> {
         let mut names = Vec::new();
         for (offset, name) in layout.object_callbacks {
             if let Some(callback) = self.relocation(object.plus(offset)) {
@@ -244,11 +248,7 @@ impl Reader<'_> {
                 names.push(format!("{name}{function}"));
             }
         }
-        if names.is_empty() {
-            Ok(())
-        } else {
-            Err(ModuleError::Callbacks(names.join(", ")))
-        }
+        (!names.is_empty()).then(|| ModuleError::Callbacks(names.join(", ")))
     }
 
     fn relocation(&self, at: ModuleOffset) -> Option<&Relocation> {

@@ -10,8 +10,11 @@ mod init_exit;
 pub mod klp;
 pub mod layout;
 pub mod modinfo;
+pub mod names;
 pub mod own_addresses;
 pub mod sections;
+
+use std::collections::BTreeSet;
 
 use crate::module::KlpPatch;
 use crate::module::error::ModuleError;
@@ -25,36 +28,50 @@ pub struct LivepatchModule {
     pub(in crate::module) info: modinfo::Modinfo,
     pub(in crate::module) placements: Vec<sections::Placement>,
     pub(in crate::module) layout: SectionLayout,
-    /// The patch that its init function enables.
-    enabled: ModuleOffset,
+    /// The patch that its init function enables; `None` if that cannot be seen.
+    enabled: Option<ModuleOffset>,
+    /// Every reason that the file itself gives for which the module is refused.
+    refusals: Vec<ModuleError>,
 }
 
-/// Parses a livepatch module.
+/// Parses a livepatch module. What it needs that is not supported is noted, so that all of it can be
+/// told at once: [`LivepatchModule::refusals`].
 ///
 /// # Errors
-/// [`ModuleError`] for a file that is not a livepatch module, or needs what is not supported.
+/// [`ModuleError`] for a file that is not a livepatch module.
 pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     let file = elf::ElfFile::parse(bytes)?;
     if file.find(".gnu.linkonce.this_module").is_none() {
         return Err(ModuleError::WrongElf("it has no struct module"));
     }
     let info = modinfo::Modinfo::read(&file)?;
-    let placements = sections::placements(&file)?;
-    let layout = SectionLayout::new(&file.sections, &placements)?;
-    let other = (file.sections.iter())
-        .flat_map(|section| section.klp_relocations.keys())
-        .find(|object| *object != "vmlinux");
-    if let Some(object) = other {
-        return Err(ModuleError::ModuleTarget(object.clone()));
+    let mut refusals = Vec::new();
+    if !info.depends.is_empty() {
+        refusals.push(ModuleError::Dependencies(info.depends.clone()));
     }
-    let enabled = init_exit::enabled_patch(&file)?;
-    init_exit::check_exit(&file)?;
+    let placements = sections::placements(&file, &names::Names::new(&file), &mut refusals);
+    let layout = SectionLayout::new(&file.sections, &placements)?;
+    let objects: BTreeSet<&String> = (file.sections.iter())
+        .flat_map(|section| section.klp_relocations.keys())
+        .filter(|object| *object != "vmlinux")
+        .collect();
+    refusals.extend(objects.into_iter().cloned().map(ModuleError::ModuleTarget));
+    let known_format = |refusal: &ModuleError| matches!(refusal, ModuleError::Format(_));
+    let enabled = match refusals.iter().any(known_format) {
+        // Its init function belongs to the format.
+        true => None,
+        false => init_exit::enabled_patch(&file)
+            .map_err(|error| refusals.push(error))
+            .ok(),
+    };
+    refusals.extend(init_exit::check_exit(&file).err());
     Ok(LivepatchModule {
         file,
         info,
         placements,
         layout,
         enabled,
+        refusals,
     })
 }
 
@@ -71,12 +88,26 @@ impl LivepatchModule {
         self.layout.sizes
     }
 
-    /// Its `klp_patch`, read with the layout of the target kernel.
+    /// Every reason that the file itself gives for which the module is refused.
+    #[must_use]
+    pub fn refusals(&self) -> &[ModuleError] {
+        &self.refusals
+    }
+
+    /// Its `klp_patch`, read with the layout of the target kernel. It is empty if what the init
+    /// function enables is not known, which is one of [`refusals`](Self::refusals). `refusals` gets
+    /// what the patch needs that is not supported.
     ///
     /// # Errors
-    /// [`ModuleError`] when there is no `klp_patch` of that layout, or it needs what is not
-    /// supported.
-    pub fn patch(&self, layout: &KlpLayout) -> Result<KlpPatch, ModuleError> {
-        klp::read(&self.file, &self.placements, self.enabled, layout)
+    /// [`ModuleError`] when there is no `klp_patch` of that layout.
+    pub fn patch(
+        &self,
+        layout: &KlpLayout,
+        refusals: &mut Vec<ModuleError>,
+    ) -> Result<KlpPatch, ModuleError> {
+        match self.enabled {
+            Some(at) => klp::read(&self.file, &self.placements, at, layout, refusals),
+            None => Ok(KlpPatch::default()),
+        }
     }
 }

@@ -12,6 +12,8 @@ pub(in crate::module) struct Modinfo {
     pub name: String,
     pub vermagic: String,
     pub license: String,
+    /// The modules that it depends on, separated by commas.
+    pub depends: String,
     /// Symbol namespaces that the module imports.
     pub namespaces: Vec<String>,
 }
@@ -32,10 +34,6 @@ impl Modinfo {
         if first("livepatch").is_none() {
             return Err(ModuleError::NotLivepatch);
         }
-        let depends = first("depends").unwrap_or_default();
-        if !depends.is_empty() {
-            return Err(ModuleError::Dependencies(depends));
-        }
         let name = first("name")
             .filter(|name| {
                 !name.is_empty()
@@ -48,6 +46,7 @@ impl Modinfo {
         Ok(Modinfo {
             name,
             vermagic: first("vermagic").ok_or(ModuleError::Modinfo("vermagic"))?,
+            depends: first("depends").unwrap_or_default(),
             license: first("license").unwrap_or_else(|| "unspecified".into()),
             namespaces: all("import_ns"),
         })

@@ -6,7 +6,8 @@
 //! silently dropped would misbehave later.
 
 use crate::module::error::ModuleError;
-use crate::module::file::elf::{ElfFile, Place, Section};
+use crate::module::file::elf::{ElfFile, Section};
+use crate::module::file::names::Names;
 
 /// Where a section goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +21,8 @@ pub(in crate::module) enum Placement {
     /// Not placed in the guest: init and exit code, information for the loader, tables that need no
     /// action.
     Dropped,
+    /// Not supported, so that the module is refused.
+    Refused,
 }
 
 /// Sections that may hold functions.
@@ -142,45 +145,46 @@ fn within(name: &str, prefix: &str) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The placement of each section, by index.
-pub(in crate::module) fn placements(file: &ElfFile) -> Result<Vec<Placement>, ModuleError> {
-    formats(file)?;
-    file.sections
-        .iter()
-        .map(|section| {
-            placement(section).map_err(|why| ModuleError::Section {
-                section: section.name.clone(),
-                function: first_user(file, section),
-                why,
-            })
-        })
-        .collect()
-}
-
-/// Refuses the formats of other tools, which are recognized by their sections.
-fn formats(file: &ElfFile) -> Result<(), ModuleError> {
-    for (section, tool) in [
-        (".kpatch.funcs", "kpatch-build"),
-        (".init.klp_objects", "klp-build"),
-        (".init.klp_funcs", "klp-build"),
-    ] {
-        if file.find(section).is_some() {
-            return Err(ModuleError::Format(tool));
-        }
-    }
-    Ok(())
-}
-
-/// The function that the first entry of a table refers to, for messages.
-fn first_user(file: &ElfFile, table: &Section) -> Option<String> {
-    table.relocations.iter().find_map(|relocation| {
-        let symbol = file.symbol(relocation.symbol)?;
-        let Place::Section(section) = symbol.place else {
-            return None;
+/// The placement of each section, by index. `refusals` gets an error for each section that is not
+/// supported, and one for the format of a tool that is not read.
+pub(in crate::module) fn placements(
+    file: &ElfFile,
+    names: &Names<'_>,
+    refusals: &mut Vec<ModuleError>,
+) -> Vec<Placement> {
+    let format = format_of(file);
+    refusals.extend(format.map(ModuleError::Format));
+    let sections = file.sections.iter().enumerate();
+    let place = |(index, section): (usize, &Section)| {
+        let why = match placement(section) {
+            Ok(placement) => return placement,
+            Err(why) => why,
         };
-        let offset = symbol.value.wrapping_add_signed(relocation.addend);
-        Some(file.function_at(section, offset)?.name.clone())
-    })
+        let of_format = FORMATS
+            .iter()
+            .any(|(_, prefix)| section.name.starts_with(prefix));
+        if format.is_none() || !of_format {
+            refusals.push(ModuleError::Section {
+                section: section.name.clone(),
+                functions: names.users(index, section),
+                why,
+            });
+        }
+        Placement::Refused
+    };
+    sections.map(place).collect()
+}
+
+/// The formats of other tools, and how the names of their own sections begin.
+const FORMATS: &[(&str, &str)] = &[("kpatch-build", ".kpatch."), ("klp-build", ".init.klp_")];
+
+/// The tool whose format the file has, if it is one that is not read.
+fn format_of(file: &ElfFile) -> Option<&'static str> {
+    let mut formats = FORMATS.iter();
+    let has = |prefix: &str| file.sections.iter().any(|s| s.name.starts_with(prefix));
+    formats
+        .find(|(_, prefix)| has(prefix))
+        .map(|(tool, _)| *tool)
 }
 
 #[cfg(test)]

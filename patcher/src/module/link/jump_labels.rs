@@ -39,7 +39,10 @@ pub(in crate::module) fn apply<T: TargetKernel + ?Sized>(
         return Err(LinkError::Booting);
     }
     for offset in offsets {
-        apply_one(linker, target, table, offset)?;
+        match apply_one(linker, target, table, offset) {
+            Err(error @ LinkError::StaticKey { .. }) => linker.refusals.add(error),
+            result => result?,
+        }
     }
     Ok(())
 }

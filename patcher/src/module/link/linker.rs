@@ -1,6 +1,8 @@
 //! The [`Linker`]: copies a module's sections to their places and applies the relocations in them
 //! (`arch/x86/kernel/module.c: __apply_relocate_add`).
 
+use std::collections::HashSet;
+
 use introspect::{Gva, GvaRange};
 use object::elf;
 
@@ -14,6 +16,7 @@ use crate::module::file::own_addresses;
 use crate::module::file::sections::Placement;
 use crate::module::kernel::Layouts;
 use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
+use crate::module::link::refusals::Refusals;
 use crate::module::link::symbols::{Symbols, Value};
 use crate::module::link::table::Table;
 use crate::x86::{CALL, NOP5};
@@ -26,6 +29,10 @@ pub(in crate::module) struct Linker<'a> {
     pub symbols: Symbols,
     pub code: Buffer,
     pub data: Buffer,
+    /// Why the module is refused, as far as it has been examined.
+    pub refusals: Refusals<'a>,
+    /// The symbols that are not placed in the guest and that were found to be referred to.
+    pub refused: HashSet<usize>,
 }
 
 impl<'a> Linker<'a> {
@@ -78,17 +85,25 @@ impl<'a> Linker<'a> {
             offset: relocation.offset,
         };
         // klp_patch.mod: nothing reads this copy of the structure, and there is no struct module.
-        if relocation.kind == elf::R_X86_64_NONE.0 || field == self.patch.module_pointer {
+        let is_module_pointer = Some(field) == self.patch.module_pointer;
+        if relocation.kind == elf::R_X86_64_NONE.0 || is_module_pointer {
             return Ok(());
         }
         let at = base.add(relocation.offset);
         if self.is_fentry(relocation) {
-            return self.replace_fentry(section, relocation, at);
+            return self.replace_fentry(field, at);
         }
-        let value = self.value(section, relocation)?;
+        let value = match self.symbols.value(relocation.symbol) {
+            Value::At(address) => address.offset(relocation.addend),
+            Value::Refused => return Ok(()),
+            Value::Dropped => {
+                self.refuse_dropped(field, section, relocation);
+                return Ok(());
+            }
+        };
+        let names = self.refusals.names();
         let wrong = |why: String| LinkError::Relocation {
-            section: section.name.clone(),
-            offset: relocation.offset,
+            at: names.place(field.section, field.offset),
             why,
         };
         let name = || {
@@ -123,12 +138,7 @@ impl<'a> Linker<'a> {
 
     /// Replaces `call __fentry__` with the NOP that ftrace would put there. The guest's ftrace does
     /// not know of this site.
-    fn replace_fentry(
-        &mut self,
-        section: &Section,
-        relocation: &Relocation,
-        at: Gva,
-    ) -> Result<(), LinkError> {
+    fn replace_fentry(&mut self, field: ModuleOffset, at: Gva) -> Result<(), LinkError> {
         let place = self.code.get_mut(at.sub(1), NOP5.len());
         match place {
             Some(place) if place == [CALL, 0, 0, 0, 0] => {
@@ -136,23 +146,38 @@ impl<'a> Linker<'a> {
                 Ok(())
             }
             _ => Err(LinkError::Relocation {
-                section: section.name.clone(),
-                offset: relocation.offset,
+                at: self.place(field),
                 why: "a use of __fentry__ that is not a call".into(),
             }),
         }
     }
 
-    /// The sum of a relocation's symbol and addend.
-    fn value(&self, section: &Section, relocation: &Relocation) -> Result<Gva, LinkError> {
-        match self.symbols.value(relocation.symbol) {
-            Value::At(address) => Ok(address.offset(relocation.addend)),
-            Value::Dropped => Err(LinkError::Dropped {
-                section: section.name.clone(),
-                offset: relocation.offset,
-                to: self.module.describe(relocation.symbol),
-            }),
+    /// Notes a reference to a part of the module that is not placed in the guest: the first one to
+    /// each symbol.
+    fn refuse_dropped(&mut self, field: ModuleOffset, section: &Section, relocation: &Relocation) {
+        let file = &self.module.file;
+        let target = file.symbol(relocation.symbol).map(|s| s.place);
+        let in_section = match target {
+            Some(Place::Section(index)) => file.section(index).map(|s| s.name.clone()),
+            _ => None,
+        };
+        let in_section = in_section.unwrap_or_default();
+        // Which of its data is the klp_patch is not known if its init function is not.
+        let is_module = in_section == ".gnu.linkonce.this_module";
+        let may_be_patch = self.patch.module_pointer.is_none() && !section.is_exec() && is_module;
+        if may_be_patch || !self.refusals.wanted() || !self.refused.insert(relocation.symbol) {
+            return;
         }
+        self.refusals.add(LinkError::Dropped {
+            at: self.place(field),
+            to: self.module.describe(relocation.symbol),
+            section: in_section,
+        });
+    }
+
+    /// A place in the module, for messages.
+    fn place(&self, field: ModuleOffset) -> String {
+        self.refusals.names().place(field.section, field.offset)
     }
 
     /// The table in the section `name`; `None` when the module has none.
@@ -174,7 +199,7 @@ impl<'a> Linker<'a> {
         }
         Ok(match self.symbols.value(relocation.symbol) {
             Value::At(address) => Some(address.offset(relocation.addend)),
-            Value::Dropped => None,
+            Value::Dropped | Value::Refused => None,
         })
     }
 

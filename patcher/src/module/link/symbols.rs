@@ -10,8 +10,10 @@ use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::{Place, Symbol, limit};
 use crate::module::file::layout::{LoadAddresses, Region};
+use crate::module::file::sections::Placement;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::modversions::Modversions;
+use crate::module::link::refusals::Refusals;
 
 /// The most undefined symbols: each costs a search in guest memory.
 const MAX_UNDEFINED: usize = 8192;
@@ -23,6 +25,8 @@ pub(in crate::module) enum Value {
     At(Gva),
     /// None: it is in a part of the module that is not placed in the guest.
     Dropped,
+    /// None, and the module is refused for it.
+    Refused,
 }
 
 /// The addresses of a module's sections and the values of its symbols, by index.
@@ -32,11 +36,13 @@ pub(in crate::module) struct Symbols {
 }
 
 impl Symbols {
+    /// `refusals` gets an error for each symbol that cannot be had.
     pub fn resolve<T: TargetKernel + ?Sized>(
         module: &LivepatchModule,
         target: &T,
         modversions: &Modversions<'_>,
         load_at: &LoadAddresses,
+        refusals: &mut Refusals<'_>,
     ) -> Result<Symbols, LinkError> {
         let sections: Vec<Option<Gva>> = module
             .layout
@@ -58,11 +64,12 @@ impl Symbols {
                 // The null symbol.
                 Place::Undefined if index == 0 => Value::At(Gva(0)),
                 Place::Undefined => {
-                    Value::At(undefined_value(module, target, modversions, symbol)?)
+                    let value = undefined_value(module, target, modversions, symbol);
+                    refusals.value(index, value)?
                 }
                 Place::Absolute => Value::At(Gva(symbol.value)),
                 Place::Livepatch => match symbol.name.strip_prefix(".klp.sym.") {
-                    Some(name) => Value::At(livepatch_value(target, name)?),
+                    Some(name) => refusals.value(index, livepatch_value(target, name))?,
                     // Tombstones of klp-build: they have names and are never used.
                     None => Value::Dropped,
                 },
@@ -75,6 +82,9 @@ impl Symbols {
                 }
                 Place::Section(section) => match sections.get(section) {
                     Some(Some(base)) => Value::At(base.add(symbol.value)),
+                    _ if module.placements.get(section) == Some(&Placement::Refused) => {
+                        Value::Refused
+                    }
                     _ => Value::Dropped,
                 },
             });
@@ -131,7 +141,16 @@ fn livepatch_value<T: TargetKernel + ?Sized>(target: &T, full: &str) -> Result<G
         Some((object, name, position.parse::<u64>().ok()?))
     });
     match parts {
-        Some(("vmlinux", name, sympos)) => pick(&target.symbols(name), name, sympos),
+        Some(("vmlinux", name, sympos)) => {
+            let found = pick(&target.symbols(name), name, sympos)?;
+            let init = (target.symbol("__init_begin"), target.symbol("__init_end"));
+            match init {
+                (Some(begin), Some(end)) if (begin..end).contains(&found) => {
+                    Err(LinkError::InitSymbol(name.to_owned()))
+                }
+                _ => Ok(found),
+            }
+        }
         Some((object, ..)) => Err(ModuleError::ModuleTarget(object.to_owned()).into()),
         None => {
             Err(ModuleError::Damaged(format!("livepatch symbol {full} has no position")).into())

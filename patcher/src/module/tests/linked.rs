@@ -251,8 +251,23 @@ fn klp_relocations_are_resolved_in_the_kernels_symbols() {
     target.symbols.insert("hidden".into(), hidden);
     let image = linked(&ko, &target).unwrap();
     assert_eq!(operand_target(&image, 13), KERNEL + 0x2000);
+    let used = |source| LinkError::Used {
+        user: "new_victim".into(),
+        source: Box::new(source),
+    };
+    // The kernel has freed its init code and data.
+    let init = [("__init_begin", 0x2000), ("__init_end", 0x3000)];
+    for (name, offset) in init {
+        target.symbols.insert(name.into(), vec![KERNEL + offset]);
+    }
+    let freed = LinkError::InitSymbol("hidden".into());
+    assert_eq!(error(&ko, &target), used(freed));
     target.symbols.insert("hidden".into(), vec![KERNEL]);
-    assert!(matches!(error(&ko, &target), LinkError::NotFound { .. }));
+    let missing = LinkError::NotFound {
+        name: "hidden".into(),
+        sympos: 2,
+    };
+    assert_eq!(error(&ko, &target), used(missing));
     ko.get(".text").klp_relocations[0].0 = ".klp.rela.ext4..text".into();
     assert_eq!(module_error(&ko), ModuleError::ModuleTarget("ext4".into()));
 }
@@ -272,22 +287,31 @@ fn weak_symbols_that_are_not_there_are_null() {
 fn exports_are_used_by_the_kernels_rules() {
     let mut target = FakeKernel::new();
     target.exports.remove("puts");
+    let used = |source| LinkError::Used {
+        user: "new_victim".into(),
+        source: Box::new(source),
+    };
     assert_eq!(
         error(&sample(), &target),
-        LinkError::UnknownSymbol("puts".into())
+        used(LinkError::UnknownSymbol("puts".into()))
     );
     let mut target = FakeKernel::new();
     target.exports.get_mut("puts").unwrap().gpl_only = true;
     assert!(linked(&sample(), &target).is_ok());
     let mut ko = sample();
     ko.modinfo("license", Some("Proprietary"));
-    assert!(matches!(error(&ko, &target), LinkError::GplOnly { .. }));
+    let gpl_only = LinkError::GplOnly {
+        symbol: "puts".into(),
+        license: "Proprietary".into(),
+    };
+    assert_eq!(error(&ko, &target), used(gpl_only));
     let mut target = FakeKernel::new();
     target.exports.get_mut("puts").unwrap().namespace = Some("SPACE".into());
-    assert!(matches!(
-        error(&sample(), &target),
-        LinkError::Namespace { .. }
-    ));
+    let namespace = LinkError::Namespace {
+        symbol: "puts".into(),
+        namespace: "SPACE".into(),
+    };
+    assert_eq!(error(&sample(), &target), used(namespace));
     let mut ko = sample();
     ko.modinfo("import_ns", Some("SPACE"));
     assert!(linked(&ko, &target).is_ok());

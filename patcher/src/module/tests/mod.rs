@@ -16,8 +16,28 @@ fn linked_at(
     target: &FakeKernel,
     load_at: LoadAddresses,
 ) -> Result<Image, LinkError> {
-    let patch = module.patch(&target.layouts.klp)?;
-    link(module, &patch, target, load_at)
+    all_errors(module, target, load_at).map_err(|errors| errors[0].clone())
+}
+
+/// As `apply` does it: every reason for which the module is refused, if it is.
+fn all_errors(
+    module: &LivepatchModule,
+    target: &FakeKernel,
+    load_at: LoadAddresses,
+) -> Result<Image, Vec<LinkError>> {
+    check_version(module, target).map_err(|error| vec![error])?;
+    let mut refusals = module.refusals().to_vec();
+    let patch = module.patch(&target.layouts.klp, &mut refusals);
+    let patch = patch.unwrap_or_else(|error| {
+        refusals.push(error);
+        KlpPatch::default()
+    });
+    let mut errors: Vec<LinkError> = refusals.into_iter().map(LinkError::from).collect();
+    if errors.is_empty() {
+        return link(module, &patch, target, load_at);
+    }
+    errors.extend(examine(module, &patch, target));
+    Err(errors)
 }
 
 fn error(ko: &Ko, target: &FakeKernel) -> LinkError {

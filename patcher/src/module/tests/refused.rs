@@ -102,19 +102,72 @@ fn formats_and_sections_that_are_not_supported_are_named() {
     let mut ko = sample();
     ko.section("__ex_table", A, &[0; 12]).relocations = vec![(0, PC32, ".text".into(), 12)];
     let ModuleError::Section {
-        section, function, ..
+        section, functions, ..
     } = module_error(&ko)
     else {
         panic!("an exception table");
     };
     assert_eq!(section, "__ex_table");
-    assert_eq!(function.as_deref(), Some("new_victim"));
+    assert_eq!(functions, ["new_victim"]);
     for name in [".data..percpu", "__bug_table", "__mystery"] {
         let mut ko = sample();
         ko.section(name, WA, &[0; 8]);
         let message = module_error(&ko).to_string();
         assert!(message.contains(name), "{message}");
     }
+}
+
+#[test]
+fn every_reason_is_told_at_once() {
+    let mut ko = sample();
+    ko.modinfo("depends", Some("virtio_net"));
+    ko.section("__bug_table", WA, &[0; 24]).relocations = vec![
+        (0, PC32, ".text".into(), 12),
+        (12, PC32, ".text".into(), 14),
+    ];
+    // A reference to a table that is refused is not told once more.
+    ko.get(".data")
+        .relocations
+        .push((0, R64, "__bug_table".into(), 0));
+    ko.get(".data")
+        .relocations
+        .push((8, R64, ".init.text".into(), 4));
+    let mut target = FakeKernel::new();
+    target.exports.remove("puts");
+    let module = parse(&ko.bytes()).unwrap();
+    let errors = all_errors(&module, &target, LOAD_AT).unwrap_err();
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    let expected = [
+        "the module depends on other modules (virtio_net)",
+        "section __bug_table (for function new_victim)",
+        "unknown symbol puts: the guest kernel does not export it (used by new_victim)",
+        ".data+0x8 refers to .init.text, which is init code",
+    ];
+    assert_eq!(texts.len(), expected.len(), "{texts:?}");
+    for (text, expected) in texts.iter().zip(expected) {
+        assert!(text.starts_with(expected), "{text}");
+    }
+    // Of a module for another kernel, only that is told.
+    ko.modinfo("vermagic", Some("9.9-test SMP preempt modversions "));
+    let module = parse(&ko.bytes()).unwrap();
+    let errors = all_errors(&module, &target, LOAD_AT).unwrap_err();
+    assert!(
+        matches!(&errors[..], [LinkError::Vermagic { .. }]),
+        "{errors:?}"
+    );
+}
+
+#[test]
+fn a_file_without_symbols_is_called_stripped() {
+    let mut bytes = sample().bytes();
+    let table = u64::from_le_bytes(bytes[40..48].try_into().unwrap());
+    let table = usize::try_from(table).unwrap();
+    for header in bytes[table..].chunks_exact_mut(64) {
+        if header[4] == 2 {
+            header[4] = 1; // SHT_SYMTAB becomes SHT_PROGBITS
+        }
+    }
+    assert_eq!(parse(&bytes).unwrap_err(), ModuleError::Stripped);
 }
 
 #[test]

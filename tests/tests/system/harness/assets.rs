@@ -16,7 +16,7 @@ use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 /// The patches that are built for every kernel with headers.
-const PATCHES: [&str; 21] = [
+const PATCHES: [&str; 22] = [
     "livepatch-sample",
     "cmdline",
     "getpid",
@@ -35,6 +35,7 @@ const PATCHES: [&str; 21] = [
     "module-object",
     "features",
     "init-value",
+    "obstacles",
     "exit-work",
     "constant",
     "rcu-callback",

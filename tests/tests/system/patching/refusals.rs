@@ -11,6 +11,20 @@ use guests::drive::{Guest, Reply, one_line_refusal};
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 
+/// What is told, all at once, of a patch with obstacles of many kinds.
+const OBSTACLES: [&str; 9] = [
+    "the patch is refused for 9 reasons",
+    "section .data..percpu (for function new_cmdline_proc_show) is not supported yet",
+    "section __bug_table (for function new_cmdline_proc_show) is not supported yet",
+    "the module's init function would not run: it stores to",
+    "the module's exit function would not run: it calls _printk",
+    "callbacks (pre_patch = pre_patch)",
+    "the guest kernel has no symbol outpatch_no_such_function",
+    "unknown symbol outpatch_no_such_export: the guest kernel does not export it (used by \
+     new_cmdline_proc_show)",
+    "refers to __this_module, which is the module's struct module (THIS_MODULE)",
+];
+
 pub fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("refusals::command_line", command_line)]
 }
@@ -29,6 +43,7 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         b"this is not an ELF file, it is a line of text\n",
     )?;
     let empty = write(&folder, "empty.ko", b"")?;
+    let stripped = stripped(&folder, &good)?;
     let outpatch = guest.outpatch().clone();
     outpatch.ok(&["ps"])?;
     let before = outpatch.json(&["status"])?;
@@ -37,6 +52,7 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         ("not an ELF", text.as_str(), "ELF"),
         ("an empty file", empty.as_str(), "empty.ko"),
         ("a truncated file", truncated.as_str(), "truncated"),
+        ("a stripped file", stripped.as_str(), "strip -s"),
         ("a file cut in its header", header.as_str(), "header.ko"),
         (
             "not a livepatch",
@@ -99,6 +115,11 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
         );
         println!("{generation}: {what}: {line}");
     }
+    let line = outpatch.refused(&["apply", kernel.patch("obstacles")?])?;
+    for expected in OBSTACLES {
+        ensure!(line.contains(expected), "{expected:?} is not in {line:?}");
+    }
+    println!("{generation}: {line}");
     let status = outpatch.json(&["status"])?;
     ensure!(
         status["patches"] == before["patches"],
@@ -118,6 +139,14 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
     outpatch.refused(&["apply", kernel.patch("livepatch-sample")?])?;
     outpatch.ok(&["revert", "livepatch_sample"])?;
     guest.expect_unharmed(&log)
+}
+
+/// The module without its symbols, as `strip -s` leaves it.
+fn stripped(folder: &Path, module: &[u8]) -> Result<String> {
+    let path = write(folder, "stripped.ko", module)?;
+    let status = Command::new("strip").args(["-s", &path]).status()?;
+    ensure!(status.success(), "strip: {status}");
+    Ok(path)
 }
 
 fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {

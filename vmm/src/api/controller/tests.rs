@@ -125,13 +125,13 @@ fn what_is_not_supported_is_unprocessable() {
     let at = Gva(0xffff_ffff_8100_0000);
     let section = ModuleError::Section {
         section: "__bug_table".into(),
-        function: None,
+        functions: Vec::new(),
         why: "it has WARN or BUG",
     };
     let dropped = LinkError::Dropped {
-        section: ".text".into(),
-        offset: 0x73,
+        at: "new+0x73".into(),
         to: "__this_module".into(),
+        section: ".gnu.linkonce.this_module".into(),
     };
     let key = LinkError::StaticKey {
         function: "new".into(),
