@@ -203,6 +203,13 @@ impl Unwinder {
         self.code.remove_transient(range);
     }
 
+    /// The name of the module or the added region whose code an address is in.
+    #[must_use]
+    pub fn region_name(&self, ip: Gva) -> Option<&str> {
+        let (_, region) = self.code.region(ip)?;
+        Some(&region.name)
+    }
+
     /// The encoding of this kernel's unwind data; modules built for the kernel have the same.
     #[must_use]
     pub fn encoding(&self) -> OrcEncoding {

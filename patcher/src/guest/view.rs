@@ -7,14 +7,15 @@
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::fmt::Write as _;
 
 use introspect::task_list::{CachedTask, TaskCache};
 use introspect::unwind::Unwinder;
-use introspect::{Frame, Gva, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs};
+use introspect::{
+    Frame, Gva, GvaRange, Kernel, KernelMemory, PatchState, PhysMemory, Stack, Task, VcpuRegs,
+};
 
 use crate::error::StepError;
-use crate::guest::code_set::CodeSet;
+use crate::guest::code_set::{CodeName, CodeSet};
 use crate::guest::symbolize::{self, LoadedModules};
 
 /// The tasks of a paused guest.
@@ -28,9 +29,9 @@ pub struct GuestView<'a> {
     vcpus: &'a [VcpuRegs],
     /// How many stacks were walked.
     walked: Cell<usize>,
-    /// The description of each address that blocks, with the name of its code range: thousands of
-    /// tasks can sleep at the same address.
-    descriptions: RefCell<HashMap<Gva, (String, String)>>,
+    /// The description of each address that blocks, with its code range: thousands of tasks can
+    /// sleep at the same address.
+    descriptions: RefCell<HashMap<Gva, (GvaRange, String)>>,
 }
 
 impl<'a> GuestView<'a> {
@@ -183,23 +184,26 @@ impl<'a> GuestView<'a> {
         Ok(())
     }
 
-    /// The range and symbol that `frame` is in; `name` is that of the range.
+    /// The place of `frame`, which is in `range`, the code of this name.
     #[must_use]
-    pub fn describe_frame(&self, frame: &Frame, name: &str) -> String {
+    pub fn describe_frame(&self, frame: &Frame, range: GvaRange, name: &CodeName) -> String {
         let mut descriptions = self.descriptions.borrow_mut();
         let known = descriptions.get(&frame.ip);
-        if let Some((_, text)) = known.filter(|(range, _)| range == name) {
+        if let Some((_, text)) = known.filter(|(other, _)| *other == range) {
             return text.clone();
         }
-        let mut text = format!("in {name}");
-        if let Some((symbol, offset)) = self.kernel.symbolize(frame.ip) {
-            if symbol.name != name {
-                let _ = write!(text, " ({}+{offset:#x})", symbol.name);
-            } else {
-                let _ = write!(text, "+{offset:#x}");
-            }
-        }
-        descriptions.insert(frame.ip, (name.to_owned(), text.clone()));
+        let offset = frame.ip.since(range.start);
+        let text = match name {
+            CodeName::Function { name, patch } => format!("in {name}+{offset:#x} [{patch}]"),
+            CodeName::Stubs(patch) => format!("in the entry stubs of {patch}"),
+            CodeName::Patch(patch) => format!("in the code of {patch}"),
+            CodeName::Kernel(name) => match self.kernel.symbolize(frame.ip) {
+                Some((symbol, offset)) if symbol.name == name => format!("in {name}+{offset:#x}"),
+                Some((symbol, offset)) => format!("in {name} ({}+{offset:#x})", symbol.name),
+                None => format!("in {name}"),
+            },
+        };
+        descriptions.insert(frame.ip, (range, text.clone()));
         text
     }
 
@@ -207,14 +211,11 @@ impl<'a> GuestView<'a> {
     #[must_use]
     pub fn describe_unreliable(&self, stack: &Stack, reason: &str) -> String {
         let last = stack.frames.last().map_or(Gva::NULL, |frame| frame.ip);
-        match self.kernel.symbolize(last) {
-            Some((symbol, offset)) => {
-                format!(
-                    "unreliable stack: {reason}, after {}+{offset:#x}",
-                    symbol.name
-                )
-            }
-            None => format!("unreliable stack: {reason}"),
-        }
+        let after = match (self.unwinder.region_name(last), self.kernel.symbolize(last)) {
+            (Some(region), _) => format!(", after a frame in [{region}]"),
+            (None, Some((symbol, offset))) => format!(", after {}+{offset:#x}", symbol.name),
+            (None, None) => String::new(),
+        };
+        format!("unreliable stack: {reason}{after}")
     }
 }

@@ -6,7 +6,7 @@ use introspect::unwind::RegionId;
 use introspect::unwind::Unwinder;
 use introspect::{Gva, GvaRange};
 
-use crate::guest::code_set::CodeSet;
+use crate::guest::code_set::{CodeName, CodeSet};
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::{PatchedFunction, Target};
 use crate::memory::Allocation;
@@ -100,10 +100,10 @@ impl Patch {
         let mut code = CodeSet::new();
         for function in &self.functions {
             for part in function.code_to_leave() {
-                code.add(*part, function.name.clone());
+                code.add(*part, CodeName::Kernel(function.name.clone()));
             }
         }
-        code.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        code.add(self.stubs, CodeName::Stubs(self.name().into()));
         code
     }
 
@@ -113,15 +113,17 @@ impl Patch {
         let mut code = CodeSet::new();
         for function in self.image.symbols.iter().filter(|symbol| symbol.function) {
             let range = GvaRange::new(function.address, function.address.add(function.size));
-            code.add(range, format!("{} of {}", function.name, self.name()));
+            let name = function.name.clone();
+            let patch = self.name().into();
+            code.add(range, CodeName::Function { name, patch });
         }
         for function in &self.functions {
             for part in function.restored_original() {
-                code.add(*part, function.name.clone());
+                code.add(*part, CodeName::Kernel(function.name.clone()));
             }
         }
         // The rest of its memory: no frame may be in its read-only data either.
-        code.add(self.code.range, self.name());
+        code.add(self.code.range, CodeName::Patch(self.name().into()));
         code
     }
 
@@ -129,7 +131,7 @@ impl Patch {
     #[must_use]
     pub fn stub_code(&self) -> CodeSet {
         let mut code = CodeSet::new();
-        code.add(self.stubs, format!("the entry stubs of {}", self.name()));
+        code.add(self.stubs, CodeName::Stubs(self.name().into()));
         code
     }
 
@@ -139,7 +141,7 @@ impl Patch {
     pub fn replaced_code(&self) -> CodeSet {
         let mut code = CodeSet::new();
         for old in self.replaces.iter().filter(|old| !old.stays) {
-            code.add(old.code.range, old.name.clone());
+            code.add(old.code.range, CodeName::Patch(old.name.clone()));
         }
         code
     }

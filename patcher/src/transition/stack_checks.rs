@@ -45,8 +45,8 @@ impl<'a> GuestView<'a> {
         if let Verdict::Unreliable(reason) = &stack.verdict {
             return StackCheck::Unknown(self.describe_unreliable(&stack, &reason.to_string()));
         }
-        if let Some((frame, name)) = code.first_frame_in(&stack) {
-            return StackCheck::Blocked(self.describe_frame(frame, name));
+        if let Some((frame, (range, name))) = code.first_frame_in(&stack) {
+            return StackCheck::Blocked(self.describe_frame(frame, *range, name));
         }
         match self.vcpu_of(&cached.task) {
             Some(vcpu) if vcpu.cpl == 3 => StackCheck::Clear(SwitchedBy::UserMode),

@@ -8,7 +8,7 @@ use introspect::{PatchState, Task};
 
 use crate::error::{PatchError, StepError};
 use crate::ftrace::site::SiteError;
-use crate::guest::code_set::CodeSet;
+use crate::guest::code_set::{CodeName, CodeSet};
 use crate::livepatch::direction::Direction;
 use crate::livepatch::func::PatchedFunction;
 use crate::report::task::SwitchedBy;
@@ -186,7 +186,7 @@ impl StepContext<'_> {
     pub(super) fn switching_code(&self) -> CodeSet {
         let mut code = CodeSet::new();
         for (range, name) in self.info.klp.iter().flat_map(|klp| &klp.switching) {
-            code.add(*range, *name);
+            code.add(*range, CodeName::Kernel((*name).into()));
         }
         code
     }

@@ -5,10 +5,11 @@ use std::rc::Rc;
 
 use hostile_guest::image::{self, COUNTS, SECOND_RELEASE, vcpus_of_two_kernels};
 use hostile_guest::mutate::Mutated;
-use introspect::{Gva, VcpuRegs};
+use introspect::{Frame, Gva, GvaRange, VcpuRegs};
 use vm_memory::GuestAddress;
 
 use crate::error::{ErrorKind, PatchError};
+use crate::guest::code_set::CodeName;
 use crate::machine::read_only::ReadOnlyMachine;
 use crate::machine::{Machine, MachineError};
 use crate::patcher::Patcher;
@@ -185,6 +186,40 @@ fn a_guest_that_has_panicked_is_known_as_one_and_not_changed() {
     let mut patcher = Patcher::new();
     for _ in 0..2 {
         assert!(!patcher.kernel_in_use(&mut up).unwrap().panicked);
+    }
+}
+
+#[test]
+fn frames_of_a_patch_are_named_by_it() {
+    let machine = core(&[]);
+    let vcpus = image::vcpus();
+    let mut patcher = Patcher::new();
+    patcher.tasks(&mut core(&[])).unwrap();
+    let guest = patcher.guest.as_mut().unwrap();
+    let view = guest.view_for_query(machine.memory(), &vcpus).unwrap();
+    let patch = || "fix".to_owned();
+    let name = "new_pause".to_owned();
+    let names = [
+        (
+            CodeName::Function {
+                name,
+                patch: patch(),
+            },
+            "in new_pause+0x1a [fix]",
+        ),
+        (CodeName::Stubs(patch()), "in the entry stubs of fix"),
+        (CodeName::Patch(patch()), "in the code of fix"),
+    ];
+    // In the padding of the kernel's text, where the kernel's last symbol is the nearest.
+    let start = Gva(image::BASE + 0x8000);
+    for ((name, expected), at) in names.into_iter().zip((0..).step_by(0x100)) {
+        let range = GvaRange::new(start.add(at), start.add(at + 0x100));
+        let frame = Frame {
+            ip: range.start.add(0x1a),
+            sp: Gva::NULL,
+            exact: false,
+        };
+        assert_eq!(view.describe_frame(&frame, range, &name), expected);
     }
 }
 
