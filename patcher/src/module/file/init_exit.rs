@@ -20,21 +20,32 @@ const MAX_FUNCTION: usize = 1 << 16;
 /// Tables by which the kernel changes code when it loads a module, or later.
 const CODE_TABLES: &[&str] = &["__jump_table", ".altinstructions", ".static_call_sites"];
 
-/// The patch that the module's init function passes to `klp_enable_patch`.
-///
-/// # Errors
-/// [`ModuleError::Init`] when the function does anything else, or does not exist.
-pub(in crate::module) fn enabled_patch(file: &ElfFile) -> Result<ModuleOffset, ModuleError> {
-    let init = function(file, "init_module").ok_or_else(|| {
-        ModuleError::Init("it has none, so that nothing enables the patch".into())
-    })?;
-    let walk = Walk::new(file, init, true).and_then(Walk::run);
-    match walk.map_err(ModuleError::Init)? {
-        Some(patch) => Ok(patch),
-        None => Err(ModuleError::Init(
-            "it does not call klp_enable_patch".into(),
-        )),
+/// The patch that the module's init function passes to `klp_enable_patch`, as far as it can be seen.
+/// `refusals` gets [`ModuleError::Init`] when the function does anything else, or does not exist:
+/// then the patch only serves to tell what else is refused.
+pub(in crate::module) fn enabled_patch(
+    file: &ElfFile,
+    refusals: &mut Vec<ModuleError>,
+) -> Option<ModuleOffset> {
+    let mut refuse = |problem: &str| refusals.push(ModuleError::Init(problem.to_owned()));
+    let Some(init) = function(file, "init_module") else {
+        refuse("it has none, so that nothing enables the patch");
+        return None;
+    };
+    let mut walk = match Walk::new(file, init, true) {
+        Ok(walk) => walk,
+        Err(problem) => {
+            refuse(&problem);
+            return None;
+        }
+    };
+    walk.run();
+    match (&walk.problem, walk.enabled) {
+        (Some(problem), _) => refuse(problem),
+        (None, Some(_)) => {}
+        (None, None) => refuse("it does not call klp_enable_patch"),
     }
+    walk.enabled
 }
 
 /// Checks that the module's exit function does nothing. A module without one is fine: it cannot be
@@ -46,8 +57,9 @@ pub(in crate::module) fn check_exit(file: &ElfFile) -> Result<(), ModuleError> {
     let Some(exit) = function(file, "cleanup_module") else {
         return Ok(());
     };
-    let walk = Walk::new(file, exit, false).and_then(Walk::run);
-    walk.map(drop).map_err(ModuleError::Exit)
+    let mut walk = Walk::new(file, exit, false).map_err(ModuleError::Exit)?;
+    walk.run();
+    walk.problem.map_or(Ok(()), |it| Err(ModuleError::Exit(it)))
 }
 
 fn function<'a>(file: &'a ElfFile, name: &str) -> Option<&'a Symbol> {
@@ -68,6 +80,8 @@ struct Walk<'a> {
     argument: Option<ModuleOffset>,
     /// What was passed to `klp_enable_patch`.
     enabled: Option<ModuleOffset>,
+    /// The first thing that it does and may not.
+    problem: Option<String>,
 }
 
 impl<'a> Walk<'a> {
@@ -108,30 +122,38 @@ impl<'a> Walk<'a> {
             enables,
             argument: None,
             enabled: None,
+            problem: None,
         })
     }
 
-    /// The patch that is enabled, if any is.
-    fn run(mut self) -> Result<Option<ModuleOffset>, String> {
+    /// Follows the function to its first return. After something that it may not do, its code is
+    /// read on from one instruction to the next, to see what it enables.
+    fn run(&mut self) {
         let mut decoder = Decoder::with_ip(64, self.code, self.start, DecoderOptions::NONE);
         let mut registers = InstructionInfoFactory::new();
         let mut insn = Instruction::default();
         while decoder.can_decode() {
             decoder.decode_out(&mut insn);
-            match insn.flow_control() {
-                FlowControl::Next => self.next(&insn, &mut registers)?,
-                FlowControl::Call => self.call(&insn)?,
+            let done = match insn.flow_control() {
+                FlowControl::Next => self.next(&insn, &mut registers),
+                FlowControl::Call => self.call(&insn),
                 FlowControl::UnconditionalBranch => {
-                    if self.target(&insn) != Some("__x86_return_thunk") {
-                        self.call(&insn)?;
+                    let returns = self.target(&insn) == Some("__x86_return_thunk");
+                    let done = if returns { Ok(()) } else { self.call(&insn) };
+                    if done.is_ok() {
+                        return;
                     }
-                    return Ok(self.enabled);
+                    done
                 }
-                FlowControl::Return => return Ok(self.enabled),
-                _ => return Err(format!("it branches at {}", self.place(&insn))),
+                FlowControl::Return => return,
+                _ => Err(format!("it branches at {}", self.place(&insn))),
+            };
+            if let Err(problem) = done {
+                self.problem.get_or_insert(problem);
             }
         }
-        Err("its code does not end with a return".into())
+        let endless = || "its code does not end with a return".into();
+        self.problem.get_or_insert_with(endless);
     }
 
     /// An instruction that leads to the next: it may compute, but not store.
@@ -194,7 +216,11 @@ impl<'a> Walk<'a> {
                 self.enabled = Some(argument.ok_or("what it enables cannot be seen in its code")?);
                 Ok(())
             }
-            Some(name) => Err(format!("it calls {name}")),
+            Some(name) => {
+                // A function leaves nothing of its arguments in the registers.
+                self.argument = None;
+                Err(format!("it calls {name}"))
+            }
             None => Err(format!("it branches at {}", self.place(insn))),
         }
     }

@@ -60,9 +60,7 @@ pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     let enabled = match refusals.iter().any(known_format) {
         // Its init function belongs to the format.
         true => None,
-        false => init_exit::enabled_patch(&file)
-            .map_err(|error| refusals.push(error))
-            .ok(),
+        false => init_exit::enabled_patch(&file, &mut refusals),
     };
     refusals.extend(init_exit::check_exit(&file).err());
     Ok(LivepatchModule {
@@ -105,9 +103,14 @@ impl LivepatchModule {
         layout: &KlpLayout,
         refusals: &mut Vec<ModuleError>,
     ) -> Result<KlpPatch, ModuleError> {
-        match self.enabled {
-            Some(at) => klp::read(&self.file, &self.placements, at, layout, refusals),
-            None => Ok(KlpPatch::default()),
+        let Some(at) = self.enabled else {
+            return Ok(KlpPatch::default());
+        };
+        let init = |refusal: &ModuleError| matches!(refusal, ModuleError::Init(_));
+        match klp::read(&self.file, &self.placements, at, layout, refusals) {
+            // An init function that is not understood may have enabled something else.
+            Err(_) if self.refusals.iter().any(init) => Ok(KlpPatch::default()),
+            read => read,
         }
     }
 }
