@@ -13,11 +13,11 @@ use crate::harness::scenario::Scenario;
 
 /// What is told, all at once, of a patch with obstacles of many kinds.
 const OBSTACLES: [&str; 9] = [
-    "the patch is refused for 9 reasons",
+    "the patch is refused for 8 reasons",
     "section .data..percpu (for function new_cmdline_proc_show) is not supported yet",
     "section __bug_table (for function new_cmdline_proc_show) is not supported yet",
     "the module's init function would not run: it stores to",
-    "the module's exit function would not run: it calls _printk",
+    "the module's exit function would not run: it calls",
     "callbacks (pre_patch = pre_patch)",
     "the guest kernel has no symbol outpatch_no_such_function",
     "unknown symbol outpatch_no_such_export: the guest kernel does not export it (used by \
