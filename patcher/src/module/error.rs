@@ -17,9 +17,14 @@ pub enum ModuleError {
         /// The limit, in bytes.
         max: usize,
     },
-    /// The module is compressed, with this tool.
-    #[error("the module is compressed with {0}: unpack it first")]
-    Compressed(&'static str),
+    /// The module is compressed, and cannot be unpacked.
+    #[error("the module is compressed with {format} and cannot be unpacked: {why}")]
+    Compression {
+        /// The format.
+        format: &'static str,
+        /// What the decoder says.
+        why: String,
+    },
     /// The file is not an ELF file.
     #[error("not an ELF file, so not a kernel module")]
     NotElf,

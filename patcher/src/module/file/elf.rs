@@ -286,15 +286,6 @@ impl ElfFile {
 }
 
 fn check_header(bytes: &[u8]) -> Result<&elf::FileHeader64<LE>, ModuleError> {
-    for (magic, what) in [
-        (&[0xfd, b'7', b'z', b'X', b'Z', 0][..], "xz"),
-        (&[0x1f, 0x8b][..], "gzip"),
-        (&[0x28, 0xb5, 0x2f, 0xfd][..], "zstd"),
-    ] {
-        if bytes.starts_with(magic) {
-            return Err(ModuleError::Compressed(what));
-        }
-    }
     if !bytes.starts_with(b"\x7fELF") {
         return Err(ModuleError::NotElf);
     }

@@ -1,10 +1,11 @@
 //! The `.ko` file: its ELF sections and symbols, its `.modinfo`, its `klp_patch`.
 //!
-//! They are read in the order [`elf`], [`modinfo`], [`sections`], [`layout`], [`init_exit`];
+//! They are read in the order `compression`, [`elf`], [`modinfo`], [`sections`], [`layout`], [`init_exit`];
 //! [`klp`] last, as it needs the layout of the guest kernel's structures. This module otherwise
 //! knows nothing of a guest. Further formats (kpatch-build, klp-build) and module signatures belong
 //! here, in files of their own beside [`klp`].
 
+mod compression;
 pub mod elf;
 mod init_exit;
 pub mod klp;
@@ -40,7 +41,7 @@ pub struct LivepatchModule {
 /// # Errors
 /// [`ModuleError`] for a file that is not a livepatch module.
 pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
-    let file = elf::ElfFile::parse(bytes)?;
+    let file = elf::ElfFile::parse(&compression::unpack(bytes, elf::MAX_FILE)?)?;
     if file.find(".gnu.linkonce.this_module").is_none() {
         return Err(ModuleError::WrongElf("it has no struct module"));
     }

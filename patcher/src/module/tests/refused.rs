@@ -50,7 +50,7 @@ fn files_that_are_not_livepatches_are_refused() {
     assert!(matches!(parse(b"#!/bin/sh\n"), Err(ModuleError::NotElf)));
     assert!(matches!(
         parse(b"\xfd7zXZ\0rest"),
-        Err(ModuleError::Compressed("xz"))
+        Err(ModuleError::Compression { format: "xz", .. })
     ));
     assert!(matches!(parse(b"\x7fELF"), Err(ModuleError::Damaged(_))));
     let good = sample().bytes();

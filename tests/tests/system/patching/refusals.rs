@@ -128,8 +128,8 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
     outpatch.refused(&["revert", "no_such_patch"])?;
     outpatch.refused(&["stack", "99999"])?;
     guest.expect_unharmed(&log)?;
-    // After all this a good patch still applies.
-    outpatch.ok(&["apply", kernel.patch("livepatch-sample")?])?;
+    // After all this a good patch still applies, compressed as distributions ship modules.
+    outpatch.ok(&["apply", &compressed(&folder, &good)?])?;
     ensure!(
         guest
             .sh("cat /proc/cmdline")?
@@ -147,6 +147,13 @@ fn stripped(folder: &Path, module: &[u8]) -> Result<String> {
     let status = Command::new("strip").args(["-s", &path]).status()?;
     ensure!(status.success(), "strip: {status}");
     Ok(path)
+}
+
+fn compressed(folder: &Path, module: &[u8]) -> Result<String> {
+    let path = write(folder, "good.ko", module)?;
+    let status = Command::new("gzip").args(["-f", &path]).status()?;
+    ensure!(status.success(), "gzip: {status}");
+    Ok(path + ".gz")
 }
 
 fn write(folder: &Path, name: &str, content: &[u8]) -> Result<String> {
