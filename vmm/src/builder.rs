@@ -90,7 +90,8 @@ pub fn assemble(
         Output::start(stdout).map_err(|e| RunError::Host("the console thread", e))?;
     let input_taken = eventfd()?;
     let irq = vm.irq_line(serial::GSI)?;
-    let com1 = Com1::new(irq, output.clone(), duplicate_event(&input_taken)?);
+    let com1 = Com1::new(irq, output.clone(), duplicate_event(&input_taken)?)
+        .map_err(|e| RunError::Host("the console's timer", e))?;
     let com1 = Arc::new(Mutex::new(com1));
     let buses = Arc::new(buses(com1.clone()));
     let (reports, exits) = channel();

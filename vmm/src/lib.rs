@@ -7,8 +7,8 @@
 //!
 //! - One thread per vCPU runs `KVM_RUN` and answers I/O exits (`vm/vcpu.rs`). It stops on a command
 //!   and a signal from any other thread (`vm/vcpu_set.rs`).
-//! - The thread that called [`run_vm`] runs the event loop: standard input, signals, and the events
-//!   that end the guest.
+//! - The thread that called [`run_vm`] runs the event loop: standard input, the serial port's
+//!   transmitter, signals, and the events that end the guest.
 //! - One thread ends the process some time after a signal, if it hangs (`signals.rs`).
 //! - One thread writes the guest's output to standard output (`console/output.rs`), and one pauses
 //!   the guest while that is not read (`vm/console_stall.rs`).

@@ -21,6 +21,7 @@ use crate::builder::{BuiltVm, build, duplicate_event, duplicate_stream};
 use crate::config::VmConfig;
 use crate::console::output::Output;
 use crate::console::stdin::Stdin;
+use crate::console::transmit::Transmit;
 use crate::error::RunError;
 use crate::signals;
 use crate::vm::handle::VmHandle;
@@ -82,6 +83,7 @@ fn run_built<G>(
     signal: EventFd,
     attached: G,
 ) -> Result<ExitKind, RunError> {
+    let transmit = Transmit::new(Arc::clone(&built.com1), built.output.clone());
     let stdin = Stdin::new(
         stdin,
         built.com1,
@@ -104,6 +106,7 @@ fn run_built<G>(
     let mut events = EventLoop::new().map_err(RunError::EventLoop)?;
     events.add_subscriber(Box::new(exit_events));
     events.add_subscriber(Box::new(stdin));
+    events.add_subscriber(Box::new(transmit));
     built.shared.vcpus.resume()?;
     let mut outcome = wait_for_end(&mut events, &first);
     built.shared.vcpus.end();

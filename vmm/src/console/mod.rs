@@ -6,3 +6,4 @@
 pub mod output;
 pub mod stdin;
 pub mod terminal;
+pub mod transmit;

@@ -2,7 +2,8 @@
 //!
 //! A vCPU thread must never wait in `write(2)`, for example to a pipe that is not read: it could
 //! not be paused there. So vCPU threads only append to a buffer, and a separate thread writes it.
-//! When the buffer is full, the vCPU waits where it can be paused ([`Output::is_full`]); when it
+//! When much is in it, a guest that prints with interrupts gets none ([`Output::has_room`]).
+//! When it is full all the same, vCPUs wait where they can be paused ([`Output::is_full`]); when it
 //! stays full, the whole machine is paused ([`Output::wait_until_stalled`]). When the reader has
 //! gone, output is discarded, as on a serial line with nothing plugged in.
 
@@ -18,6 +19,10 @@ use rustix::io::Errno;
 
 /// When this many bytes wait to be written, vCPUs that print must wait.
 const FULL: usize = 64 << 10;
+
+/// When this many bytes wait to be written, a guest that prints with interrupts gets none. Its
+/// other work goes on, and what its kernel prints without interrupts still fits.
+const NO_MORE_ROOM: usize = 32 << 10;
 
 /// How long the writer lets output gather after the first byte. A serial port gives its bytes one
 /// by one; a wakeup and a system call for each would cost more than the guest's printing.
@@ -85,6 +90,12 @@ impl Output {
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.shared.full.load(Ordering::Relaxed)
+    }
+
+    /// Whether the guest may go on printing without a vCPU that must wait soon.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.shared.lock().buffer.len() < NO_MORE_ROOM
     }
 
     /// Waits until the buffer is full and its contents have not been taken for `after`. False: no

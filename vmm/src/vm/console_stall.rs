@@ -1,10 +1,12 @@
 //! Pauses the machine while the console's output is not read.
 //!
-//! A vCPU that prints waits outside the guest while the output buffer is full, and any other waits
-//! there when it next leaves the guest. Those that stay in the guest soon wait for one that is
-//! outside: for a lock that it holds, for its answer to an interrupt, for the end of an RCU grace
-//! period. After some 20 seconds the guest would report lockups and stalls. So after a short time
-//! all are held, as by a pause, and each notifies its guest when it runs again.
+//! While the output is not read, a program that prints waits in the guest (`console/transmit.rs`),
+//! but the kernel's own messages do not wait. A vCPU that prints them waits outside the guest while
+//! the output buffer is full, and any other waits there when it next leaves the guest. Those that
+//! stay in the guest soon wait for one that is outside: for a lock that it holds, for its answer to
+//! an interrupt, for the end of an RCU grace period. After some 20 seconds the guest would report
+//! lockups and stalls. So after a short time all are held, as by a pause, and each notifies its
+//! guest when it runs again.
 //!
 //! This module knows the output and pauses; it must not know consoles.
 

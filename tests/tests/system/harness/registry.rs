@@ -7,11 +7,12 @@ use crate::patching::{
     apply_revert, fault_injection, guest_tools, insmod, no_livepatch, refusals, soak, task_kinds,
     versus_klp,
 };
-use crate::vmm::machine;
+use crate::vmm::{console, machine};
 
 /// The modules, in the order in which their scenarios start.
-const MODULES: [fn() -> Vec<Scenario>; 15] = [
+const MODULES: [fn() -> Vec<Scenario>; 16] = [
     machine::scenarios,
+    console::scenarios,
     symbols::scenarios,
     flavours::scenarios,
     refusals::scenarios,

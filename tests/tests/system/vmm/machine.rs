@@ -18,7 +18,6 @@ pub fn scenarios() -> Vec<Scenario> {
             )
         })
         .into();
-    all.push(Scenario::new("machine::console_stall", console_stall));
     all.push(Scenario::new(
         "machine::each_end_has_its_status",
         exit_statuses,
@@ -57,37 +56,6 @@ fn console_and_cpus(fixture: &Fixture, generation: &str, cpus: u32) -> Result<()
             );
         }
         Ok(())
-    })
-}
-
-/// How long its console is not read: longer than the guest prints before it is held, and then
-/// longer than its watchdogs wait (20 s).
-const STALL: Duration = Duration::from_secs(75);
-/// How many lines of 1000 bytes it prints: more than the pipe and the VMM's buffers hold. It sleeps
-/// after each: a console that always has more to print would itself be a lockup.
-const STALL_LINES: usize = 220;
-
-/// A console that is not read holds the guest and does not harm it: nothing that it prints is lost,
-/// and no watchdog reports a lockup or a stall.
-fn console_stall(fixture: &Fixture) -> Result<()> {
-    let guest = fixture.boot("6.12", 2, "softlockup_panic=1")?;
-    fixture.with(guest, |guest| {
-        let log = guest.dmesg()?;
-        guest.console().type_in(&format!(
-            "x=0123456789; x=$x$x$x$x$x; x=$x$x$x$x$x; x=$x$x$x$x; i=0; \
-             while [ $i -lt {STALL_LINES} ]; do echo $x; i=$((i+1)); sleep 0.05; done; \
-             echo end-of-flood\n"
-        ))?;
-        guest.console().stall(STALL);
-        let text = guest
-            .console()
-            .wait_for("end-of-flood", Duration::from_secs(120))?;
-        let lines = text.lines().filter(|line| line.len() == 1000).count();
-        ensure!(
-            lines == STALL_LINES,
-            "{lines} of {STALL_LINES} lines arrived"
-        );
-        guest.expect_unharmed(&log)
     })
 }
 

@@ -26,7 +26,7 @@ impl Bench {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let (user, program) = pty();
         let (taken, quit) = (event(), event());
-        let com1 = Com1::new(event(), Vec::new(), taken.try_clone().unwrap());
+        let com1 = Com1::new(event(), Vec::new(), taken.try_clone().unwrap()).unwrap();
         let com1 = Arc::new(Mutex::new(com1));
         let stdin = Stdin::new(
             program.try_clone().unwrap(),

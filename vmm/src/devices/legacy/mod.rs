@@ -5,3 +5,4 @@ pub mod cmos;
 pub mod i8042;
 pub mod power;
 pub mod serial;
+pub mod transmitter;

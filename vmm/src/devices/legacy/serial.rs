@@ -1,13 +1,18 @@
 //! COM1: vm-superio's UART, and what that leaves to its user: a queue of input that waits until the
-//! guest can take it.
+//! guest can take it, and a transmitter that takes its time ([`Transmitter`]).
+//!
+//! The UART inside never has the transmitter's interrupt enabled. The bits of that interrupt and of
+//! the empty transmitter are the [`Transmitter`]'s, the rest of each register is the UART's.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::legacy::transmitter::Transmitter;
 use crate::devices::{Device, Effect};
 
 /// First port.
@@ -17,16 +22,29 @@ pub const PORTS: u16 = 8;
 /// The interrupt line.
 pub const GSI: u32 = 4;
 
-/// The interrupt identification register, its value for no interrupt, and its bit for received
-/// data.
+/// The data register, and the interrupt enable register with its bits for received data and for an
+/// empty transmitter. While the line control register's bit for it is set, both are the baud rate's
+/// divisor.
+const DATA: u8 = 0;
+const IER: u8 = 1;
+const IER_RECEIVED_DATA: u8 = 1;
+const IER_TRANSMITTER_EMPTY: u8 = 2;
+const LCR: u8 = 3;
+const LCR_DIVISOR: u8 = 0x80;
+/// The interrupt identification register: the mask of its reason, and the reasons, of which
+/// received data goes first.
 const IIR: u8 = 2;
+const IIR_REASON: u8 = 0x0f;
 const IIR_NONE: u8 = 1;
+const IIR_TRANSMITTER_EMPTY: u8 = 2;
 const IIR_RECEIVED_DATA: u8 = 4;
-/// The line status register, and its bit for received data.
+/// The modem control register's bit for loopback: what is written is received, not transmitted.
+const MCR: u8 = 4;
+const MCR_LOOPBACK: u8 = 0x10;
+/// The line status register, and its bits for received data and for an empty transmitter.
 const LSR: u8 = 5;
 const LSR_DATA_READY: u8 = 1;
-/// The bit of the interrupt enable register for received data.
-const IER_RECEIVED_DATA: u8 = 1;
+const LSR_TRANSMITTER_EMPTY: u8 = 0x60;
 
 /// The UART's interrupt line: an eventfd on whose writes KVM raises an edge-triggered interrupt.
 #[derive(Debug)]
@@ -44,6 +62,7 @@ impl Trigger for IrqLine {
 #[derive(Debug)]
 pub struct Com1<W: Write> {
     uart: Serial<IrqLine, NoEvents, W>,
+    transmitter: Transmitter,
     /// Input that did not fit in the UART's FIFO, or that came before the guest enabled reception.
     waiting: VecDeque<u8>,
     /// Written to when `waiting` has become empty.
@@ -53,12 +72,26 @@ pub struct Com1<W: Write> {
 impl<W: Write> Com1<W> {
     /// A UART that prints to `out`, raises `irq`, and writes to `taken` when the guest has taken
     /// all its input.
-    pub fn new(irq: EventFd, out: W, taken: EventFd) -> Com1<W> {
-        Com1 {
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn new(irq: EventFd, out: W, taken: EventFd) -> io::Result<Com1<W>> {
+        Ok(Com1 {
+            transmitter: Transmitter::new(irq.try_clone()?)?,
             uart: Serial::new(IrqLine(irq), out),
             waiting: VecDeque::new(),
             taken,
-        }
+        })
+    }
+
+    /// Readable when [`check_transmitter`](Self::check_transmitter) is due. It must not be read.
+    pub fn transmitter_timer(&self) -> RawFd {
+        self.transmitter.timer()
+    }
+
+    /// Lets the guest print on, if it is time and the output has room for more.
+    pub fn check_transmitter(&mut self, output_has_room: bool) {
+        self.transmitter.check(output_has_room);
     }
 
     /// Queues `bytes` for the guest, and moves as many to the FIFO as it takes now.
@@ -73,18 +106,57 @@ impl<W: Write> Com1<W> {
         self.waiting.len()
     }
 
+    fn read_register(&mut self, offset: u8) -> u8 {
+        let value = match offset {
+            IIR => return self.identify(),
+            _ => self.uart.read(offset),
+        };
+        match offset {
+            IER if self.transmitter.is_enabled() && !self.has_divisor() => {
+                value | IER_TRANSMITTER_EMPTY
+            }
+            LSR if !self.transmitter.is_empty() => value & !LSR_TRANSMITTER_EMPTY,
+            _ => value,
+        }
+    }
+
+    fn write_register(&mut self, offset: u8, byte: u8) {
+        let is_divisor = offset <= IER && self.has_divisor();
+        let for_uart = match offset {
+            IER if !is_divisor => byte & !IER_TRANSMITTER_EMPTY,
+            _ => byte,
+        };
+        if let Err(e) = self.uart.write(offset, for_uart) {
+            tracing::warn!("COM1: {e}");
+        }
+        match offset {
+            IER if !is_divisor => self.transmitter.enable(byte & IER_TRANSMITTER_EMPTY != 0),
+            DATA if !is_divisor && self.uart.read(MCR) & MCR_LOOPBACK == 0 => {
+                self.transmitter.written();
+            }
+            _ => {}
+        }
+    }
+
+    fn has_divisor(&mut self) -> bool {
+        self.uart.read(LCR) & LCR_DIVISOR != 0
+    }
+
     /// The reason for the interrupt. vm-superio withdraws received data as the reason when the
     /// first byte is read, a real UART when the last byte is read. A driver that stops after some
     /// number of bytes and reads the reason again (`8250_port.c: serial8250_rx_chars`, at 256)
     /// would never read the rest.
     fn identify(&mut self) -> u8 {
-        let identity = self.uart.read(IIR);
+        let fifo_bits = self.uart.read(IIR) & !IIR_REASON;
         // The cheap check comes first: `state()` copies, and most interrupts are for output.
         let has_data = self.uart.read(LSR) & LSR_DATA_READY != 0;
         if has_data && self.uart.state().interrupt_enable & IER_RECEIVED_DATA != 0 {
-            identity & !IIR_NONE | IIR_RECEIVED_DATA
+            fifo_bits | IIR_RECEIVED_DATA
+        } else if self.transmitter.has_interrupt() {
+            self.transmitter.acknowledge();
+            fifo_bits | IIR_TRANSMITTER_EMPTY
         } else {
-            identity
+            fifo_bits | IIR_NONE
         }
     }
 
@@ -115,10 +187,7 @@ impl<W: Write + Send> Device for Com1<W> {
             return data.fill(0xff);
         };
         for byte in data {
-            *byte = match offset {
-                IIR => self.identify(),
-                _ => self.uart.read(offset),
-            };
+            *byte = self.read_register(offset);
         }
         if !self.waiting.is_empty() {
             self.feed();
@@ -132,9 +201,7 @@ impl<W: Write + Send> Device for Com1<W> {
             return Effect::None;
         };
         for &byte in data {
-            if let Err(e) = self.uart.write(offset, byte) {
-                tracing::warn!("COM1: {e}");
-            }
+            self.write_register(offset, byte);
         }
         if !self.waiting.is_empty() {
             self.feed();
@@ -144,84 +211,4 @@ impl<W: Write + Send> Device for Com1<W> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DATA: u64 = 0;
-    const IER: u64 = 1;
-    const IIR: u64 = 2;
-    const LSR: u64 = 5;
-
-    fn com1() -> (Com1<Vec<u8>>, EventFd, EventFd) {
-        let fd = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let (irq, taken) = (fd(), fd());
-        (
-            Com1::new(
-                irq.try_clone().unwrap(),
-                Vec::new(),
-                taken.try_clone().unwrap(),
-            ),
-            irq,
-            taken,
-        )
-    }
-
-    fn read(com1: &mut Com1<Vec<u8>>, offset: u64) -> u8 {
-        let mut data = [0];
-        com1.read(offset, &mut data);
-        data[0]
-    }
-
-    #[test]
-    fn early_input_waits_for_the_driver_and_none_is_lost() {
-        let (mut com1, irq, taken) = com1();
-        let input: Vec<u8> = (0..200).collect();
-        com1.send(&input);
-        assert_eq!(read(&mut com1, LSR) & 1, 0, "nothing to read yet");
-        read(&mut com1, DATA);
-        assert_eq!(
-            com1.waiting(),
-            200,
-            "the driver's clearing read takes nothing"
-        );
-        com1.write(IER, &[IER_RECEIVED_DATA]);
-        assert_eq!(irq.read().unwrap(), 1);
-        let mut got = Vec::new();
-        while read(&mut com1, LSR) & 1 == 1 {
-            got.push(read(&mut com1, DATA));
-        }
-        assert_eq!(got, input);
-        assert_eq!(taken.read().unwrap(), 1);
-    }
-
-    /// As Linux does it (`8250_port.c: serial8250_handle_irq`): it reads the reason, and then the
-    /// data, up to a number of bytes.
-    #[test]
-    fn a_driver_that_stops_and_reads_the_reason_again_gets_all() {
-        for len in 250..=600_usize {
-            let (mut com1, irq, _) = com1();
-            com1.write(IER, &[IER_RECEIVED_DATA]);
-            let input: Vec<u8> = (0..=u8::MAX).cycle().take(len).collect();
-            com1.send(&input);
-            let mut got = Vec::new();
-            while irq.read().is_ok() {
-                while read(&mut com1, IIR) & IIR_NONE == 0 {
-                    for _ in 0..256 {
-                        if read(&mut com1, LSR) & 1 == 0 {
-                            break;
-                        }
-                        got.push(read(&mut com1, DATA));
-                    }
-                }
-            }
-            assert_eq!(got, input);
-        }
-    }
-
-    #[test]
-    fn a_string_write_prints_every_byte() {
-        let (mut com1, _, _) = com1();
-        com1.write(DATA, b"hello");
-        assert_eq!(com1.uart.writer(), b"hello");
-    }
-}
+mod tests;

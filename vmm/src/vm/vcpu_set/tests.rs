@@ -83,7 +83,7 @@ impl Guest {
         let (ours, console) = UnixStream::pair().unwrap();
         let (output, writer) = Output::start(ours.into()).unwrap();
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let com1 = Com1::new(vm.irq_line(4).unwrap(), output.clone(), event());
+        let com1 = Com1::new(vm.irq_line(4).unwrap(), output.clone(), event()).unwrap();
         let pio = Bus::default()
             .with(0x3f8, 8, Arc::new(Mutex::new(com1)))
             .with(0x60, 5, Arc::new(Mutex::new(I8042)))
