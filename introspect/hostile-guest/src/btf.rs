@@ -96,6 +96,7 @@ pub fn section() -> Vec<u8> {
     module(&mut w, &basic);
     runtime_code(&mut w, &basic);
     stacks(&mut w, &basic);
+    tracers(&mut w, &basic);
     locks(&mut w, &basic);
     w.values(
         "system_states",
@@ -114,6 +115,7 @@ fn task(w: &mut Writer, basic: &Basic) {
     let info = w.structure("thread_info", 24, &[("flags", long, 0), ("cpu", word, 16)]);
     let thread = w.structure("thread_struct", 8, &[("sp", long, 0)]);
     let comm = w.array(byte, 16);
+    let hooks = w.structure("llist_head", 8, &[("first", long, 0)]);
     let members = [
         ("thread_info", info, 0),
         ("__state", word, 24),
@@ -133,8 +135,11 @@ fn task(w: &mut Writer, basic: &Basic) {
         ("comm", comm, 160),
         ("thread", thread, 176),
         ("start_time", long, 184),
+        ("rethooks", hooks, 192),
+        ("ret_stack", long, 200),
+        ("curr_ret_stack", word, 208),
     ];
-    w.structure("task_struct", 192, &members);
+    w.structure("task_struct", 216, &members);
     w.structure("signal_struct", 16, &[("thread_head", list, 0)]);
 }
 
@@ -210,6 +215,20 @@ fn stacks(w: &mut Writer, basic: &Basic) {
         ("estacks", exceptions, 0x2000),
     ];
     w.structure("cpu_entry_area", 0xa000, &area);
+}
+
+/// The records of return addresses that tracers have replaced.
+fn tracers(w: &mut Writer, basic: &Basic) {
+    let long = basic.long;
+    let link = w.structure("llist_node", 8, &[("next", long, 0)]);
+    let node = [
+        ("llist", link, 16),
+        ("ret_addr", long, 32),
+        ("frame", long, 40),
+    ];
+    w.structure("rethook_node", 48, &node);
+    let entry = [("ret", long, 0), ("func", long, 8), ("retp", long, 16)];
+    w.structure("ftrace_ret_stack", 24, &entry);
 }
 
 fn locks(w: &mut Writer, basic: &Basic) {

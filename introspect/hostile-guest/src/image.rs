@@ -19,6 +19,9 @@ pub const DIRECT: u64 = 0xffff_8880_0000_0000;
 pub const FORK: u64 = 0x400;
 pub const SYSCALL: u64 = 0x600;
 const UPDATE: u64 = 0x700;
+/// The trampoline of the function graph tracer, and that of kretprobes.
+pub const GRAPH: u64 = 0x580;
+pub const HOOK: u64 = 0x5c0;
 const FILL: u64 = 0x8000;
 pub const DATA: usize = 0x2_0000;
 const PHYS_BASE: usize = DATA;
@@ -55,6 +58,8 @@ const SYMBOLS: &[(&str, u64)] = &[
     ("vfs_read", 0x300),
     ("ret_from_fork_asm", FORK),
     ("vfs_write", 0x500),
+    ("return_to_handler", GRAPH),
+    ("arch_rethook_trampoline", HOOK),
     ("entry_SYSCALL_64", SYSCALL),
     ("klp_update_patch_state", UPDATE),
     ("__sched_text_start", 0x780),
@@ -170,6 +175,12 @@ pub const COUNTS: [Part; 2] = [
 pub fn module_at(n: usize) -> usize {
     MODULES + 0x1000 * n
 }
+
+/// The physical address of the `struct rethook_node` of task 3: a kretprobe has replaced the return
+/// address of the outermost function on its stack.
+pub const RETHOOK: usize = TASKS + 0x8400;
+/// The physical address of the `ret_stack` of task 4: the function graph tracer has done the same.
+pub const RET_STACK: usize = TASKS + 0x8800;
 
 /// The physical address of the head of the list of modules.
 pub const MODULES_HEAD: usize = IMAGE + 0x2_00b0;
@@ -293,7 +304,8 @@ fn orc(ram: &mut Builder, at: usize, text: usize, entries: &[(u64, [u8; 6])]) {
 }
 
 /// `init_task`; a kernel thread that has never run; a process in a system call, with a second
-/// thread in a module; an idle task.
+/// thread in a module; an idle task. A kretprobe has replaced a return address of the second thread,
+/// and the function graph tracer one of the idle task.
 fn tasks(ram: &mut Builder) {
     let stack = |n: usize| match n {
         0 => IMAGE + INIT_STACK as usize,
@@ -330,8 +342,8 @@ fn tasks(ram: &mut Builder) {
     for (n, below, words) in [
         (1, 0x100, &[BASE + FORK][..]),
         (2, 192, &[BASE + 0x110, BASE + SYSCALL + 4]),
-        (3, 0x80, &[virt(MODULE_TEXT) + 0x10, kthread_entry]),
-        (4, 0x80, &[BASE + 0x110, kthread_entry]),
+        (3, 0x80, &[virt(MODULE_TEXT) + 0x10, BASE + HOOK]),
+        (4, 0x80, &[BASE + 0x110, BASE + GRAPH]),
     ] {
         ram.long(task_at(n) + 176, virt(top(n) - below));
         for (i, word) in words.iter().enumerate() {
@@ -339,6 +351,14 @@ fn tasks(ram: &mut Builder) {
         }
     }
     ram.long(top(2) - 168 + 0x88, 0x33);
+    ram.long(task_at(3) + 192, virt(RETHOOK + 16));
+    ram.long(RETHOOK + 32, kthread_entry);
+    ram.long(RETHOOK + 40, virt(top(3) - 0x80 + 16));
+    ram.long(task_at(4) + 200, virt(RET_STACK));
+    ram.word(task_at(4) + 208, 4);
+    ram.long(RET_STACK, kthread_entry);
+    ram.long(RET_STACK + 16, virt(top(4) - 0x80 + 16));
+    ram.long(RET_STACK + 24, 1 << 12 | 1 << 10 | 3);
 }
 
 fn modules(ram: &mut Builder) {

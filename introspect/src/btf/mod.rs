@@ -202,6 +202,20 @@ impl Btf {
         self.member(path).map(|member| member.field())
     }
 
+    /// Whether the member that a path leads to is a pointer to the structure or union named `name`.
+    ///
+    /// # Errors
+    /// [`BtfError`], with the type or the member that is missing.
+    pub fn points_to(&self, path: &str, name: &str) -> Result<bool, BtfError> {
+        let member = self.member(path)?;
+        let pointer = self.raw.get(member.type_id);
+        let Some(pointer) = pointer.filter(|found| found.kind == Kind::Pointer) else {
+            return Ok(false);
+        };
+        let target = self.strip(pointer.size_or_type, &mut Steps(MAX_STEPS))?;
+        Ok(self.aggregates(name).any(|(id, _)| id == target))
+    }
+
     /// The first of several paths that leads to a member: for a field that has had more than one
     /// name.
     ///

@@ -105,7 +105,7 @@ impl TaskCache {
         }
         for entry in &self.entries {
             if !entry.task.on_cpu {
-                entry.stack(unwinder, memory, None);
+                entry.prewalk(unwinder, memory);
             }
         }
     }

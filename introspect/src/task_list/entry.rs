@@ -121,11 +121,26 @@ impl CachedTask {
             return Cow::Borrowed(cached);
         }
         let walked = unwinder.stack(memory, &self.task, regs);
-        if self.caches_stack && walked.frames.len() <= MAX_FRAMES {
+        if self.caches(&walked) {
             Cow::Borrowed(self.stack.get_or_init(|| walked))
         } else {
             Cow::Owned(walked)
         }
+    }
+
+    /// Walks and caches the stack while the guest runs.
+    pub(crate) fn prewalk(&self, unwinder: &Unwinder, memory: &KernelMemory<'_>) {
+        if self.is_walked() {
+            return;
+        }
+        let walked = unwinder.prewalk(memory, &self.task);
+        if self.caches(&walked) {
+            let _ = self.stack.set(walked);
+        }
+    }
+
+    fn caches(&self, walked: &Stack) -> bool {
+        self.caches_stack && walked.frames.len() <= MAX_FRAMES
     }
 
     /// Prepares an entry whose task is unchanged for another pause. Drops a stack that may be

@@ -25,7 +25,7 @@ pub(crate) enum CodeClass {
     /// A breakpoint or debug handler: if it interrupted kernel code, the stack of that code may not
     /// be what it seems.
     Breakpoint,
-    /// A tracer replaced the return address with the address of this code.
+    /// A tracer's trampoline: its address replaces return addresses.
     Traced,
 }
 
@@ -252,13 +252,7 @@ impl CodeMap {
                 None => Err(Unreliable::NoOrc(ip)),
             };
         }
-        // A return address that a tracer put there is the first byte of its trampoline, so `code`
-        // is before it.
-        if self.class_at(ip) == Some(CodeClass::Traced)
-            || self.class_at(code) == Some(CodeClass::Traced)
-        {
-            return Err(Unreliable::Traced(ip));
-        }
+        self.check_trampoline(ip, exact)?;
         let in_init = through_init && self.core.init.contains(code);
         if !self.core.text.contains(code) && !in_init {
             return Err(Unreliable::NotText(ip));
@@ -279,16 +273,35 @@ impl CodeMap {
         }
     }
 
+    /// Fails at a tracer's trampoline. A return address that a tracer put there is its first byte;
+    /// any other position in it is that of a task that has returned to it.
+    fn check_trampoline(&self, ip: Gva, exact: bool) -> Result<(), Unreliable> {
+        let code = if exact { ip } else { ip.sub(1) };
+        let traced = |at| {
+            let found = self.special_at(at);
+            found.filter(|(_, class)| *class == CodeClass::Traced)
+        };
+        match (traced(ip), traced(code)) {
+            (Some((range, _)), _) if !exact && range.start == ip => Err(Unreliable::Traced(ip)),
+            (None, None) => Ok(()),
+            _ => Err(Unreliable::TransientCode(ip)),
+        }
+    }
+
     fn is_transient(&self, code: Gva) -> bool {
         self.transient_bounds.contains(code)
             && self.transient.iter().any(|range| range.contains(code))
     }
 
     fn class_at(&self, code: Gva) -> Option<CodeClass> {
+        self.special_at(code).map(|(_, class)| class)
+    }
+
+    fn special_at(&self, code: Gva) -> Option<(GvaRange, CodeClass)> {
         let special = &self.core.special;
         let after = special.partition_point(|(range, _)| range.start <= code);
-        let (range, class) = special.get(after.checked_sub(1)?)?;
-        range.contains(code).then_some(*class)
+        let found = special.get(after.checked_sub(1)?)?;
+        found.0.contains(code).then_some(*found)
     }
 }
 

@@ -14,6 +14,7 @@ mod code_map;
 mod module_code;
 pub(crate) mod orc;
 pub(crate) mod orc_table;
+mod ret_addrs;
 mod special_code;
 pub(crate) mod stack;
 pub(crate) mod stack_memory;
@@ -33,6 +34,7 @@ use crate::unwind::code_map::{CodeClass, CodeMap, CoreText};
 use crate::unwind::module_code::ModuleRegions;
 use crate::unwind::orc::ENTRY_SIZE;
 use crate::unwind::orc_table::MAX_ENTRIES;
+use crate::unwind::ret_addrs::{RetAddrs, TracerRecords};
 use crate::unwind::special_code::{NEW_TASK_ENTRIES, ORDINARY_FUNCTIONS, special_ranges};
 use crate::unwind::stack_memory::WalkMemory;
 use crate::unwind::step::{Cursor, StackMemory};
@@ -85,6 +87,7 @@ pub struct Unwinder {
     init_task: Gva,
     /// Functions at which tasks that have never run start.
     new_task_entries: Vec<Gva>,
+    tracer_records: TracerRecords,
     sched_text: [GvaRange; 2],
 }
 
@@ -130,6 +133,7 @@ impl Unwinder {
             stack_refcount: kernel.layout.task.stack_refcount,
             init_task: symbols.address("init_task")?,
             new_task_entries: new_task_entries(symbols),
+            tracer_records: TracerRecords::new(kernel),
             sched_text: [
                 symbols
                     .between("__sched_text_start", "__sched_text_end")
@@ -238,10 +242,15 @@ impl Unwinder {
         match (regs, task.vcpu) {
             (Some(regs), _) if regs.foreign => unreliable(Unreliable::ForeignVcpu),
             (Some(regs), Some(vcpu)) if regs.index == vcpu => self.running(memory, task, regs),
-            (None, None) if self.is_stackless(memory, task) => empty(),
-            (None, None) if !task.on_cpu => self.sleeping(memory, task),
+            (None, None) => self.without_vcpu(memory, task, false),
             _ => unreliable(Unreliable::Running),
         }
+    }
+
+    /// As [`stack`](Self::stack), for a task that no vCPU runs, while the guest runs. The result
+    /// holds only if the task has not run since it was read.
+    pub(crate) fn prewalk(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
+        self.without_vcpu(memory, task, true)
     }
 
     /// The kernel stacks of all `tasks`, in their order: each as [`stack`](Self::stack) returns it,
@@ -266,6 +275,14 @@ impl Unwinder {
         })
     }
 
+    fn without_vcpu(&self, memory: &KernelMemory<'_>, task: &Task, guest_runs: bool) -> Stack {
+        match task.on_cpu {
+            _ if self.is_stackless(memory, task) => empty(),
+            false => self.sleeping(memory, task, guest_runs),
+            true => unreliable(Unreliable::Running),
+        }
+    }
+
     fn running(&self, memory: &KernelMemory<'_>, task: &Task, regs: &VcpuRegs) -> Stack {
         if regs.cpl != 0 {
             return empty();
@@ -279,10 +296,12 @@ impl Unwinder {
             running: true,
         };
         let mut stacks = WalkMemory::new(memory, &areas);
-        walk_stack(&self.code, &mut stacks, Cursor::from_vcpu(regs), origin)
+        let ret_addrs = RetAddrs::new(&self.tracer_records, memory, task.addr, false);
+        let start = Cursor::from_vcpu(regs);
+        walk_stack(&self.code, &mut stacks, ret_addrs, start, origin)
     }
 
-    fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task) -> Stack {
+    fn sleeping(&self, memory: &KernelMemory<'_>, task: &Task, guest_runs: bool) -> Stack {
         let areas = [self.areas.task(task.stack)];
         let mut stacks = WalkMemory::new(memory, &areas);
         match self.saved_cursor(&mut stacks, task.sp) {
@@ -292,7 +311,8 @@ impl Unwinder {
                     through_init: task.addr == self.init_task,
                     running: false,
                 };
-                walk_stack(&self.code, &mut stacks, start, origin)
+                let ret_addrs = RetAddrs::new(&self.tracer_records, memory, task.addr, guest_runs);
+                walk_stack(&self.code, &mut stacks, ret_addrs, start, origin)
             }
         }
     }
@@ -310,6 +330,7 @@ impl Unwinder {
             sp: sp.add(self.inactive_frame.size),
             bp,
             exact: self.new_task_entries.contains(&ip),
+            retp: None,
             regs: None,
         })
     }

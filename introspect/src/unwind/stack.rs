@@ -66,9 +66,13 @@ pub enum Unreliable {
     /// The ORC entry for this address needs a register whose value is not known in this frame.
     #[error("a register needed to unwind from {0} is not known")]
     MissingRegister(Gva),
-    /// A tracer (function graph, kretprobe, rethook) replaced the return address, and the original
-    /// one is not known.
-    #[error("return address replaced by a tracer at {0}")]
+    /// A tracer (function graph, kretprobe, fprobe) replaced a return address by that of its
+    /// trampoline, given here, and its records of the true ones do not fit the stack.
+    #[error(
+        "a tracer replaced the return address by {0}, and its record of the true one does not fit \
+         the stack; turning the tracer off does not help: the address stays replaced until the \
+         function returns, so wait for that, or wake the task, for example by a signal"
+    )]
     Traced(Gva),
     /// The stack has at least this many frames, more than the kernel's own livepatching accepts.
     #[error("more than {0} frames")]

@@ -18,6 +18,16 @@ pub(crate) trait ReadMemory {
     /// # Errors
     /// The first address that could not be read.
     fn read_virtual(&self, at: Gva, buf: &mut [u8]) -> Result<(), Gva>;
+
+    /// The eight bytes at `at`.
+    ///
+    /// # Errors
+    /// The first address that could not be read.
+    fn read_word(&self, at: Gva) -> Result<u64, Gva> {
+        let mut raw = [0; 8];
+        self.read_virtual(at, &mut raw)?;
+        Ok(u64::from_le_bytes(raw))
+    }
 }
 
 impl ReadMemory for KernelMemory<'_> {
@@ -136,10 +146,9 @@ impl<'a, R: ReadMemory + ?Sized> WalkMemory<'a, R> {
     /// Whether each of these addresses in guest memory still has its value.
     #[must_use]
     pub(crate) fn has_words(&self, words: &[(Gva, u64)]) -> bool {
-        words.iter().all(|(at, value)| {
-            let mut raw = [0; 8];
-            self.guest.read_virtual(*at, &mut raw).is_ok() && u64::from_le_bytes(raw) == *value
-        })
+        words
+            .iter()
+            .all(|(at, value)| self.guest.read_word(*at) == Ok(*value))
     }
 
     fn copy_to_top(&mut self, at: Gva, area: StackArea) -> Result<(), Unreliable> {

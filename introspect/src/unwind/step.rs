@@ -79,6 +79,9 @@ pub(crate) struct Cursor {
     pub bp: u64,
     /// Whether `ip` is an exact position, not a return address.
     pub exact: bool,
+    /// Where on the stack a function that was called finds its return address `ip`; `None` for any
+    /// other position.
+    pub retp: Option<Gva>,
     /// The other registers, if they are known for this frame.
     pub regs: Option<SavedRegs>,
 }
@@ -104,6 +107,7 @@ impl Cursor {
             sp: Gva(regs.rsp),
             bp: regs.rbp,
             exact: true,
+            retp: None,
             regs: Some(SavedRegs::from(regs)),
         }
     }
@@ -130,8 +134,13 @@ impl Cursor {
         let frame = self.frame_address(entry, stacks)?;
         match entry.kind {
             OrcKind::Call => {
-                let ip = Gva(stacks.word(frame.sub(8))?);
-                self.caller(ip, frame, None, frame, entry, stacks)
+                let retp = frame.sub(8);
+                let ip = Gva(stacks.word(retp)?);
+                let caller = self.caller(ip, frame, None, frame, entry, stacks)?;
+                Ok(Step::Frame(Cursor {
+                    retp: Some(retp).filter(|_| !caller.exact),
+                    ..caller
+                }))
             }
             OrcKind::Regs => {
                 let regs = saved_regs(frame, stacks)?;
@@ -189,6 +198,7 @@ impl Cursor {
             });
         }
         self.caller(ip, sp, regs, frame, entry, stacks)
+            .map(Step::Frame)
     }
 
     fn caller(
@@ -199,20 +209,21 @@ impl Cursor {
         frame: Gva,
         entry: &OrcEntry,
         stacks: &mut impl StackMemory,
-    ) -> Result<Step, Unreliable> {
+    ) -> Result<Cursor, Unreliable> {
         let offset = i64::from(entry.bp_offset);
         let bp = match entry.bp_base {
             OrcBase::PrevSp => stacks.word(frame.offset(offset))?,
             OrcBase::Bp => stacks.word(Gva(self.bp).offset(offset))?,
             _ => regs.map_or(self.bp, |regs| regs.bp),
         };
-        Ok(Step::Frame(Cursor {
+        Ok(Cursor {
             ip,
             sp,
             bp,
             exact: entry.signal,
+            retp: None,
             regs,
-        }))
+        })
     }
 }
 

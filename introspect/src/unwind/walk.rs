@@ -4,8 +4,13 @@
 //! The rules are those of `arch/x86/kernel/stacktrace.c: arch_stack_walk_reliable` and
 //! `kernel/stacktrace.c`, and stricter: a stack must end where stacks end, at the top of a task's
 //! stack, and no frame may be in code during which the stack is not what it seems.
+//!
+//! As in the kernel, a frame whose return address a tracer has replaced is followed by that of the
+//! true address, to which the task will return. The tracer's own code, which runs in between, is not
+//! on the stack yet.
 
 use crate::unwind::code_map::{CodeMap, RegionId, UnwindAction};
+use crate::unwind::ret_addrs::RetAddrs;
 use crate::unwind::stack::{Frame, Stack, Unreliable, Verdict};
 use crate::unwind::stack_memory::{ReadMemory, WalkMemory};
 use crate::unwind::step::{Cursor, Step};
@@ -27,12 +32,15 @@ pub(crate) struct Origin {
 pub(crate) fn walk_stack<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
+    mut ret_addrs: RetAddrs<'_, R>,
     start: Cursor,
     origin: Origin,
 ) -> Stack {
     let mut frames = Vec::with_capacity(MAX_FRAMES / 4);
-    let verdict = match walk_frames(code, stacks, start, origin, &mut frames) {
-        Ok(()) => Verdict::Reliable,
+    let walked = walk_frames(code, stacks, &mut ret_addrs, start, origin, &mut frames);
+    let verdict = match walked.map(|()| ret_addrs.unused()) {
+        Ok(None) => Verdict::Reliable,
+        Ok(Some(trampoline)) => Verdict::Unreliable(Unreliable::Traced(trampoline)),
         Err(reason) => Verdict::Unreliable(reason),
     };
     Stack { frames, verdict }
@@ -41,6 +49,7 @@ pub(crate) fn walk_stack<R: ReadMemory + ?Sized>(
 fn walk_frames<R: ReadMemory + ?Sized>(
     code: &CodeMap,
     stacks: &mut WalkMemory<'_, R>,
+    ret_addrs: &mut RetAddrs<'_, R>,
     start: Cursor,
     origin: Origin,
     frames: &mut Vec<Frame>,
@@ -50,6 +59,12 @@ fn walk_frames<R: ReadMemory + ?Sized>(
     let mut breakpoint = None;
     loop {
         let action = code.action_at(at.ip, at.exact, origin.through_init);
+        if let (Err(Unreliable::Traced(trampoline)), Some(retp)) = (&action, at.retp)
+            && let Some(ret) = ret_addrs.recover(*trampoline, retp)
+        {
+            at.ip = ret;
+            continue;
+        }
         // Neither of these is an address in a function that the task is in.
         if !matches!(action, Err(Unreliable::NotText(_) | Unreliable::Traced(_))) {
             frames.push(Frame {

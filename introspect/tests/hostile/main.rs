@@ -26,6 +26,7 @@ mod cores;
 mod largest;
 mod mid_change;
 mod task_cache;
+mod tracers;
 mod two_kernels;
 
 /// Offsets in `struct task_struct`, `struct module` and `struct mod_kallsyms`, as the synthetic BTF

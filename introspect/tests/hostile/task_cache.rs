@@ -11,7 +11,7 @@ use hostile_guest::{self};
 /// Offsets in `struct task_struct`, as the synthetic BTF has them.
 const NVCSW: usize = 144;
 const PID: usize = 60;
-const TASK_SIZE: usize = 192;
+const TASK_SIZE: usize = 216;
 /// Words of it that other code changes: flags, state, links, patch state, and those that differ
 /// when another task is at its address.
 const CHANGED_BY_OTHERS: [usize; 10] = [0, 16, 24, 40, 48, 72, 88, 136, 144, 184];

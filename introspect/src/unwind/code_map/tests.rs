@@ -87,11 +87,14 @@ fn an_end_is_accepted_only_where_stacks_end() {
 }
 
 #[test]
-fn tracers_are_known_by_their_first_byte_too() {
+fn a_return_address_is_replaced_by_the_first_byte_of_a_trampoline_only() {
     let map = CodeMap::new(core());
-    for (at, exact) in [(0x600, false), (0x600, true), (0x608, true), (0x610, false)] {
+    let at = TEXT.add(0x600);
+    assert_eq!(map.action_at(at, false, false), Err(Unreliable::Traced(at)));
+    for (at, exact) in [(0x600, true), (0x608, true), (0x608, false), (0x610, false)] {
         let ip = TEXT.add(at);
-        assert_eq!(map.action_at(ip, exact, false), Err(Unreliable::Traced(ip)));
+        let inside = Err(Unreliable::TransientCode(ip));
+        assert_eq!(map.action_at(ip, exact, false), inside);
     }
 }
 

@@ -35,6 +35,7 @@ fn cursor(sp: Gva, bp: u64) -> Cursor {
         sp,
         bp,
         exact: false,
+        retp: None,
         regs: None,
     }
 }

@@ -11,6 +11,8 @@ use crate::unwind::code_map::tests::{CALL8, END, TEXT, range};
 use crate::unwind::code_map::{CodeClass, CodeRegion, CoreText};
 use crate::unwind::orc::OrcEncoding;
 use crate::unwind::orc_table::OrcTable;
+use crate::unwind::ret_addrs::tests::{self, GRAPH, TASK as OWNER};
+use crate::unwind::ret_addrs::{RetAddrs, TracerRecords};
 use crate::unwind::stack_memory::tests::{IRQ, SIZE, TASK, area};
 
 const TOP: Gva = TASK.add(SIZE);
@@ -45,6 +47,7 @@ fn map() -> CodeMap {
             (range(KTHREAD_ENTRY, 0x100), CodeClass::TaskEntry),
             (range(ENTRY, 0x20), CodeClass::UserEntry),
             (range(BREAKPOINT, 0x20), CodeClass::Breakpoint),
+            (range(GRAPH, 0x20), CodeClass::Traced),
         ],
     })
 }
@@ -94,13 +97,22 @@ fn walk_from(guest: &Guest, ip: Gva, sp: Gva, exact: bool) -> Stack {
         sp,
         bp: 0,
         exact,
+        retp: None,
         regs: None,
     };
     let origin = Origin {
         running: exact,
         ..Origin::default()
     };
-    walk_stack(&map(), &mut WalkMemory::new(guest, &AREAS), start, origin)
+    walk(guest, start, origin)
+}
+
+/// Walks a stack of a task without records of tracers.
+fn walk(guest: &Guest, start: Cursor, origin: Origin) -> Stack {
+    let records = TracerRecords::default();
+    let ret_addrs = RetAddrs::new(&records, guest, OWNER, false);
+    let mut stacks = WalkMemory::new(guest, &AREAS);
+    walk_stack(&map(), &mut stacks, ret_addrs, start, origin)
 }
 
 fn ips(stack: &Stack) -> Vec<Gva> {
@@ -116,6 +128,65 @@ fn a_kernel_thread_ends_at_its_entry() {
     let stack = walk_from(&guest, TEXT.add(0x10), TOP.sub(0x100), false);
     assert_eq!(stack.verdict, Verdict::Reliable);
     assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), entry]);
+}
+
+/// A kernel thread that sleeps in a function that was called from `TEXT + 0x40`, which was called
+/// from its entry. The graph tracer has replaced both return addresses.
+fn traced(entry: Gva) -> Guest {
+    let (inner, outer) = (TOP.sub(0x100), TOP.sub(0xf8));
+    let records = Gva(0xffff_8880_0002_0000);
+    Guest::default()
+        .put(inner, GRAPH)
+        .put(outer, GRAPH)
+        .put(OWNER.add(0x10), records)
+        .put(OWNER.add(0x1c), Gva(1))
+        .put(records, entry)
+        .put(records.add(0x10), outer)
+        .put(records.add(0x18), TEXT.add(0x40))
+        .put(records.add(0x28), inner)
+}
+
+fn walk_traced(guest: &Guest) -> Stack {
+    let records = tests::graph(false);
+    let ret_addrs = RetAddrs::new(&records, guest, OWNER, false);
+    let start = Cursor {
+        ip: TEXT.add(0x10),
+        sp: TOP.sub(0x100),
+        bp: 0,
+        exact: false,
+        retp: None,
+        regs: None,
+    };
+    let mut stacks = WalkMemory::new(guest, &AREAS);
+    walk_stack(&map(), &mut stacks, ret_addrs, start, Origin::default())
+}
+
+#[test]
+fn addresses_that_a_tracer_replaced_are_recovered() {
+    let entry = KTHREAD_ENTRY.add(0x22);
+    let stack = walk_traced(&traced(entry));
+    assert_eq!(stack.verdict, Verdict::Reliable);
+    assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), entry]);
+    // The same address again and again, without end.
+    let endless = walk_traced(&traced(GRAPH));
+    let traced_at = Verdict::Unreliable(Unreliable::Traced(GRAPH));
+    assert_eq!(endless.verdict, traced_at);
+    assert_eq!(ips(&endless), [TEXT.add(0x10), TEXT.add(0x40)]);
+}
+
+#[test]
+fn records_that_do_not_fit_the_stack_make_it_unreliable() {
+    let entry = KTHREAD_ENTRY.add(0x22);
+    let traced_at = Verdict::Unreliable(Unreliable::Traced(GRAPH));
+    let without_a_record = traced(entry).put(OWNER.add(0x1c), Gva(u64::MAX));
+    assert_eq!(walk_traced(&without_a_record).verdict, traced_at);
+    let with_one_too_many = traced(entry).put(TOP.sub(0xf8), entry);
+    let stack = walk_traced(&with_one_too_many);
+    assert_eq!(stack.verdict, traced_at);
+    assert_eq!(ips(&stack), [TEXT.add(0x10), TEXT.add(0x40), entry]);
+    let not_text = walk_traced(&traced(Gva(0x1234)));
+    let expected = Verdict::Unreliable(Unreliable::NotText(Gva(0x1234)));
+    assert_eq!(not_text.verdict, expected);
 }
 
 #[test]
@@ -213,14 +284,10 @@ fn entry_code_ends_only_the_stack_of_a_running_task() {
         sp: user_sp,
         bp: 0,
         exact: true,
+        retp: None,
         regs: None,
     };
-    let sleeping = walk_stack(
-        &map(),
-        &mut WalkMemory::new(&guest, &AREAS),
-        start,
-        Origin::default(),
-    );
+    let sleeping = walk(&guest, start, Origin::default());
     assert_eq!(
         sleeping.verdict,
         Verdict::Unreliable(Unreliable::UnexpectedEnd(ENTRY.add(3)))
@@ -299,10 +366,13 @@ fn a_freed_module_is_not_unwound_with_its_old_data() {
             sp,
             bp: 0,
             exact: true,
+            retp: None,
             regs: None,
         };
         let mut stacks = WalkMemory::new(&guest, &AREAS);
-        walk_stack(&code, &mut stacks, start, Origin::default()).verdict
+        let records = TracerRecords::default();
+        let ret_addrs = RetAddrs::new(&records, &guest, OWNER, false);
+        walk_stack(&code, &mut stacks, ret_addrs, start, Origin::default()).verdict
     };
     let present = || Guest::default().put(sp, KTHREAD_ENTRY.add(1));
     assert_eq!(
@@ -335,11 +405,13 @@ proptest! {
             };
             guest = guest.put(TASK.add(8 * at), value);
         }
-        let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, regs: None };
+        let start = Cursor { ip: TEXT.add(ip), sp: TASK.add(8 * sp), bp, exact, retp: None, regs: None };
         let areas = [area(StackType::Task, TASK), area(StackType::Irq, IRQ)];
+        let records = tests::graph(false);
         let stack = walk_stack(
             &map(),
             &mut WalkMemory::new(&guest, &areas),
+            RetAddrs::new(&records, &guest, OWNER, false),
             start,
             Origin { running: exact, through_init: true },
         );
