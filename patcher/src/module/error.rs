@@ -244,7 +244,7 @@ pub enum LinkError {
         /// The symbol or section that it refers to.
         to: String,
         /// Name of the section that it is in.
-        section: String,
+        section: Box<str>,
     },
     /// A livepatch symbol is code or data of the kernel's that is freed after boot.
     #[error(

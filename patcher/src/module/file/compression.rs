@@ -112,7 +112,8 @@ mod tests {
         ruzstd::encoding::compress_to_vec(bytes, level)
     }
 
-    const ENCODERS: [fn(&[u8]) -> Vec<u8>; 3] = [gzip, xz_of, zstd_of];
+    type Encoder = fn(&[u8]) -> Vec<u8>;
+    const ENCODERS: [Encoder; 3] = [gzip, xz_of, zstd_of];
 
     #[test]
     fn every_format_is_unpacked_in_several_parts_too() {

@@ -171,7 +171,7 @@ impl<'a> Linker<'a> {
         self.refusals.add(LinkError::Dropped {
             at: self.place(field),
             to: self.module.describe(relocation.symbol),
-            section: in_section,
+            section: in_section.into(),
         });
     }
 
