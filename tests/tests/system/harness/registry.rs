@@ -2,7 +2,7 @@
 
 use crate::harness::scenario::Scenario;
 use crate::harness::shared_guest;
-use crate::introspection::{dead_guests, differential, flavours, symbols};
+use crate::introspection::{dead_guests, differential, flavours, symbols, traced_stacks};
 use crate::patching::{
     apply_revert, fault_injection, guest_tools, insmod, no_livepatch, refusals, soak, task_kinds,
     versus_klp,
@@ -14,6 +14,7 @@ const MODULES: [fn() -> Vec<Scenario>; 16] = [
     machine::scenarios,
     console::scenarios,
     symbols::scenarios,
+    traced_stacks::scenarios,
     flavours::scenarios,
     refusals::scenarios,
     shared_guest::scenarios,

@@ -12,6 +12,7 @@ use crate::harness::scenario::{Scenario, is_all_requested};
 use crate::introspection::core_dumps;
 use crate::patching::{
     apply_revert, blocked_tasks, dry_run, generations, modes, patch_memory, patch_stack, refusals,
+    traced_sleepers,
 };
 use crate::vmm::machine;
 
@@ -30,7 +31,7 @@ struct Check {
 
 /// All checks, in this order: the first needs a guest that has not been patched yet (a core file
 /// does not show which memory patches have taken), and the last leaves code in the guest.
-static CHECKS: [Check; 10] = [
+static CHECKS: [Check; 11] = [
     Check {
         name: "dry_run::predicts_apply",
         run: dry_run::predicts_apply,
@@ -82,6 +83,12 @@ static CHECKS: [Check; 10] = [
     Check {
         name: "blocked_tasks::sleepers_in_the_function",
         run: blocked_tasks::sleepers_in_the_function,
+        plain: &["6.1", "7.3"],
+        more: &["6.12"],
+    },
+    Check {
+        name: "traced_sleepers::do_not_block",
+        run: traced_sleepers::do_not_block,
         plain: &["6.1", "7.3"],
         more: &["6.12"],
     },

@@ -8,3 +8,4 @@ pub mod flavours;
 pub mod locks;
 pub mod stacks;
 pub mod symbols;
+pub mod traced_stacks;

@@ -16,4 +16,5 @@ pub mod patch_stack;
 pub mod refusals;
 pub mod soak;
 pub mod task_kinds;
+pub mod traced_sleepers;
 pub mod versus_klp;

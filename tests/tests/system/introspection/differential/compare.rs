@@ -23,6 +23,9 @@ use super::{LOCKED, crash};
 /// How many differences an error shows.
 const MAX_SHOWN: usize = 5;
 
+/// At most one in this many stacks may be unreliable.
+const MAX_UNRELIABLE_ONE_IN: u64 = 100;
+
 /// What was compared, and the results.
 #[derive(Debug, Default)]
 struct Counts {
@@ -38,6 +41,8 @@ struct Counts {
     frames: u64,
     /// How many of these stacks are of tasks that a vCPU ran.
     running: u64,
+    /// The return addresses on these stacks that a tracer had replaced.
+    recovered: u64,
     /// Unreliable stacks, by reason.
     unreliable: BTreeMap<String, u64>,
     /// Descriptions of all differences.
@@ -162,6 +167,7 @@ impl Counts {
                     self.equal += 1;
                     self.frames += frames.len() as u64;
                     self.running += u64::from(task.vcpu.is_some());
+                    self.recovered += drgn_task.recovered;
                 } else {
                     self.differences
                         .push(side_by_side(introspected, task, &frames, drgn_task));
@@ -173,14 +179,15 @@ impl Counts {
     fn report(&self, generation: Generation) {
         println!(
             "{generation}: {} pauses, {} of them with a lock held {:?}; {} tasks, the same as \
-             drgn's; {} stacks equal drgn's, frame by frame ({} frames, {} stacks of running \
-             tasks); unreliable: {:?}; differences: {}",
+             drgn's; {} stacks equal drgn's, frame by frame ({} frames, {} of them at \
+             addresses that a tracer had replaced; {} stacks of running tasks); unreliable: {:?}; differences: {}",
             self.pauses,
             self.busy.values().sum::<u64>(),
             self.busy,
             self.tasks,
             self.equal,
             self.frames,
+            self.recovered,
             self.running,
             self.unreliable,
             self.differences.len()
@@ -200,11 +207,16 @@ impl Counts {
         ensure!(self.tasks > 0, "nothing was compared");
         let unreliable = self.unreliable.values().sum::<u64>();
         ensure!(
-            unreliable * 10 <= self.tasks,
+            unreliable * MAX_UNRELIABLE_ONE_IN <= self.tasks,
             "{unreliable} of {} stacks unreliable: too few were compared",
             self.tasks
         );
         ensure!(self.running > 0, "no running task was compared");
+        ensure!(
+            self.recovered > self.pauses,
+            "only {} replaced addresses were compared",
+            self.recovered
+        );
         Ok(())
     }
 }

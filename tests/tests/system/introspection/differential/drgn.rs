@@ -22,6 +22,8 @@ pub struct DrgnTask {
     pub listed: bool,
     /// The addresses on its kernel stack, innermost first.
     pub frames: Option<Vec<u64>>,
+    /// How many return addresses on it a tracer had replaced.
+    pub recovered: u64,
     /// Why drgn has no frames.
     pub why: Option<String>,
 }

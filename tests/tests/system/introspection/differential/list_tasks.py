@@ -4,7 +4,8 @@
 For each path on standard input it prints one line of JSON: `{"tasks": {ADDRESS: TASK}}` or
 `{"error": TEXT}`. A TASK has `pid`, `comm`, `listed` (false: on a CPU, but in no list any more) and
 `frames`: the addresses on its kernel stack, innermost first, without inlined functions and without
-user mode; or null, with the reason in `why`.
+user mode; or null, with the reason in `why`. `recovered` is the number of return addresses on it
+that a tracer had replaced.
 
 usage: list_tasks.py VMLINUX
 """
@@ -16,6 +17,8 @@ from drgn.helpers.linux.cpumask import for_each_online_cpu, for_each_possible_cp
 from drgn.helpers.linux.percpu import per_cpu, per_cpu_ptr
 from drgn.helpers.linux.pid import for_each_task
 from drgn.helpers.linux.sched import cpu_curr
+
+import replaced_addresses
 
 KERNEL_HALF = 1 << 63
 
@@ -39,19 +42,34 @@ def current_tasks(prog):
         yield current.read_()
 
 
-def kernel_frames(prog, task):
+def kernel_frames(prog, task, recovered):
     # A dead task has freed its stack: the memory has another use, or stale content
     # (kernel/fork.c: put_task_stack).
     if not task.stack_refcount.refs.counter:
         return []
+    records = replaced_addresses.records(prog, task)
     frames = []
-    for frame in prog.stack_trace(task):
+    trace = prog.stack_trace(task)
+    while trace is not None:
+        trace = add_frames(prog, trace, records, frames, recovered)
+    return frames
+
+
+def add_frames(prog, trace, records, frames, recovered):
+    """Adds the frames of a trace. Where drgn cannot go on, as a tracer has replaced the return
+    address, it returns the trace from the true address on."""
+    for frame in trace:
         if frame.is_inline:
             continue
         if frame.pc < KERNEL_HALF:
             break
+        ret = replaced_addresses.recover(records, frame.pc, frame.sp - 8)
+        if ret is not None:
+            recovered.append(ret)
+            regs = {"ip": ret, "sp": frame.sp, "bp": frame.register("rbp"), "cs": 0x10}
+            return prog.stack_trace(drgn.Object(prog, "struct pt_regs", regs))
         frames.append(frame.pc)
-    return frames
+    return None
 
 
 def describe(prog, task, listed):
@@ -60,9 +78,12 @@ def describe(prog, task, listed):
         "comm": task.comm.string_().decode(errors="replace"),
         "listed": listed,
         "frames": None,
+        "recovered": 0,
     }
+    recovered = []
     try:
-        described["frames"] = kernel_frames(prog, task)
+        described["frames"] = kernel_frames(prog, task, recovered)
+        described["recovered"] = len(recovered)
     except (ValueError, LookupError, drgn.FaultError) as error:
         described["why"] = str(error)
     return described

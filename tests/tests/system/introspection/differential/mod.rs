@@ -44,21 +44,26 @@ const MEMORY_MIB: u32 = 256;
 /// Turns tracing on and off in a loop, so that pauses fall into every state of it: function and
 /// graph tracing, probes on entries and on returns, of functions that tasks sleep in and of
 /// functions that are called all the time. A round may take a minute, as each step waits for all
-/// CPUs several times, so the loop can end after any step.
+/// CPUs several times, so the loop can end after any step. At each step other processes go to sleep,
+/// so that some sleep in functions whose return addresses were replaced, also by a tracer that is
+/// off again.
 const TRACING: &str = r#"cd /sys/kernel/tracing
 echo 'schedule* vfs_* do_wait* kernel_wait4 tcp_sendmsg* tcp_recvmsg* do_nanosleep hrtimer_nanosleep futex_* do_futex do_sys_poll pipe_* kthread worker_thread do_exit' > set_ftrace_filter
 going() { [ ! -e /tmp/stop ]; }
+sleepers() { killall -q sleeper; going && { (sleeper 40 &); sleep 0.3; }; }
 while going; do
 	for tracer in function function_graph nop; do
-	going && echo $tracer > current_tracer && sleep 0.4
+	going && echo $tracer > current_tracer && sleepers && sleep 0.4
 	done
 	going && echo 'p:outpatch/a vfs_read
 p:outpatch/b schedule
 r:outpatch/c do_nanosleep
 r:outpatch/d vfs_read
 r:outpatch/e do_sys_poll
-r:outpatch/f do_wait' > kprobe_events
-	going && echo 1 > events/outpatch/enable && sleep 0.5
+r:outpatch/f do_wait
+r:outpatch/g hrtimer_nanosleep
+r:outpatch/h do_futex' > kprobe_events
+	going && echo 1 > events/outpatch/enable && sleepers && sleep 0.5
 	going && echo 0 > events/outpatch/enable
 	going && echo > kprobe_events && sleep 0.3
 done
@@ -119,7 +124,7 @@ fn hand_over(fixture: &Fixture, generation: Generation, pauses: u64) -> Result<(
     let guest = fixture.boot_with(&key(generation), 4, MEMORY_MIB, "")?;
     fixture.with(guest, |guest| {
         let log = guest.dmesg()?;
-        guest.sh("churn /tmp/churn & sleeper 40 & sleep 1")?;
+        guest.sh("churn /tmp/churn & sleep 1")?;
         guest.sh(&format!("({TRACING}) > /tmp/tracing 2>&1 & sleep 0.1"))?;
         dumps(fixture, guest, pauses)?;
         guest.sh("touch /tmp/stop; while [ -e /tmp/stop ]; do sleep 0.1; done")?;
