@@ -39,12 +39,22 @@ const PATCHES: [&str; 22] = [
     "exit-work",
     "constant",
     "rcu-callback",
+    "timer",
 ];
 
 /// The kernel's own modules that every guest gets, with the modules that they depend on: small,
 /// large, with exported symbols of both kinds. None of them requests another one only when it is
 /// loaded, which a guest without modprobe cannot answer.
 pub const MODULES: [&str; 4] = ["dummy", "nf_defrag_ipv6", "nfsd", "vhost_net"];
+
+/// Whether modules can be built for this generation: Debian has headers, and a compiler that works
+/// with them, for some.
+pub fn has_modules(generation: Generation) -> bool {
+    matches!(
+        generation,
+        Generation::V6_1 | Generation::V6_12 | Generation::V7_3
+    )
+}
 
 /// All that is made before a bed starts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -84,10 +94,10 @@ impl Assets {
         Bed::new().check()?;
         let (mut kernels, mut missing) = (BTreeMap::new(), BTreeMap::new());
         for generation in Generation::ALL {
-            // Debian has headers, and a compiler that works with them, for these.
-            let patches: &[&str] = match generation {
-                Generation::V6_1 | Generation::V6_12 | Generation::V7_3 => &PATCHES,
-                _ => &[],
+            let patches: &[&str] = if has_modules(generation) {
+                &PATCHES
+            } else {
+                &[]
             };
             let order = KernelSpec {
                 generation,

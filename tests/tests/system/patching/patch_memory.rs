@@ -10,6 +10,9 @@ use crate::harness::fixture::Fixture;
 /// in the second to fourth round.
 const ROUNDS: u32 = 10;
 
+/// After how many seconds the patch's timers have expired: they are set to 8.
+const TIMERS_EXPIRE_IN: u32 = 12;
+
 pub fn outlives_the_revert(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result<()> {
     let kernel = fixture.kernel(generation)?;
     let outpatch = guest.outpatch().clone();
@@ -45,5 +48,28 @@ pub fn outlives_the_revert(fixture: &Fixture, guest: &mut Guest, generation: &st
         outpatch.ok(&["revert", "cmdline"])?;
     }
     guest.sh("sleep 2")?;
+    guest.expect_unharmed(&log)?;
+
+    // Its timers expire after the revert, when other patches have used what memory is free.
+    outpatch.ok(&["apply", kernel.patch("timer")?])?;
+    let shown = guest.sh("cat /proc/cmdline")?;
+    ensure!(shown == "timers started", "{shown}");
+    outpatch.ok(&["revert", "timer"])?;
+    for patch in ["constant", "rcu-callback", "cmdline"] {
+        outpatch.ok(&["apply", kernel.patch(patch)?])?;
+        outpatch.ok(&["revert", patch])?;
+    }
+    let log = guest.dmesg()?;
+    guest.sh(&format!("sleep {TIMERS_EXPIRE_IN}"))?;
+    let mut new = guest.dmesg_since(&log)?;
+    new.sort();
+    ensure!(
+        new == [
+            "timer: timer in allocated memory expired",
+            "timer: timer in the patch's data expired",
+        ],
+        "{new:?}"
+    );
+    let log = guest.dmesg()?;
     guest.expect_unharmed(&log)
 }
