@@ -8,6 +8,7 @@ use guests::drive::{Guest, Outpatch};
 use guests::kernel::Generation;
 use serde_json::Value;
 
+use crate::harness::assets::has_modules;
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::guest_tools::{KEXEC_LIMIT, kexec_kernel, prepare_kexec};
@@ -19,14 +20,16 @@ const PANIC_LIMIT: Duration = Duration::from_secs(60);
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
-    for generation in [Generation::V6_1, Generation::V6_12] {
-        let extra = generation == Generation::V6_12;
+    for generation in [
+        Generation::V5_10,
+        Generation::V6_1,
+        Generation::V6_12,
+        Generation::V7_3,
+    ] {
+        let extra = generation != Generation::V6_1;
         let named = |what| format!("dead_guests::{what}_{generation}");
         let prepare = move |assets: &mut _| prepare_kexec(assets, generation);
-        let scenarios = [
-            Scenario::new(named("died_with_a_lock"), move |fixture| {
-                died_with_a_lock(fixture, generation)
-            }),
+        let mut scenarios = vec![
             Scenario::new(named("crash_kernel"), move |fixture| {
                 crash_kernel(fixture, generation)
             }),
@@ -34,8 +37,14 @@ pub fn scenarios() -> Vec<Scenario> {
                 kexec_with_one_cpu(fixture, generation)
             }),
         ];
-        let scenarios = scenarios.map(|scenario| scenario.prepare(prepare).extra_if(extra));
-        all.extend(scenarios);
+        // A module makes the guest die.
+        if has_modules(generation) {
+            scenarios.push(Scenario::new(named("died_with_a_lock"), move |fixture| {
+                died_with_a_lock(fixture, generation)
+            }));
+        }
+        let prepared = scenarios.into_iter();
+        all.extend(prepared.map(|scenario| scenario.prepare(prepare).extra_if(extra)));
     }
     all
 }

@@ -9,7 +9,7 @@ use guests::drive::{Guest, Outpatch};
 use guests::kernel::prepared::{KernelSpec, PreparedKernel};
 use guests::kernel::{Flavour, Generation};
 
-use crate::harness::assets::Assets;
+use crate::harness::assets::{Assets, has_modules};
 use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 use crate::patching::blocked_tasks::stays_blocked;
@@ -41,8 +41,14 @@ pub fn scenarios() -> Vec<Scenario> {
             .extra_if(generation != "6.12"),
         );
     }
-    let kexec = Scenario::new("guest_tools::kexec_in_mid_transition", kexec);
-    all.push(kexec.prepare(|assets| prepare_kexec(assets, KEXEC_GENERATION)));
+    for generation in [Generation::V6_1, Generation::V6_12, Generation::V7_3] {
+        let kexec = Scenario::new(
+            format!("guest_tools::kexec_in_mid_transition_{generation}"),
+            move |fixture| kexec(fixture, generation),
+        );
+        let kexec = kexec.prepare(move |assets| prepare_kexec(assets, generation));
+        all.push(kexec.extra_if(generation != Generation::V6_12));
+    }
     all
 }
 
@@ -254,8 +260,6 @@ fn ends(fixture: &Fixture, generation: &str) -> Result<()> {
     Ok(())
 }
 
-/// The generation of the guest that starts another kernel of the same generation.
-const KEXEC_GENERATION: Generation = Generation::V6_12;
 /// How long a guest may take from one kernel to the shell of the next.
 pub const KEXEC_LIMIT: Duration = Duration::from_secs(120);
 
@@ -274,7 +278,10 @@ pub fn prepare_kexec(assets: &mut Assets, generation: Generation) -> Result<()> 
     let kernel = PreparedKernel::prepare(KernelSpec {
         generation,
         flavour: Flavour::Cloud,
-        patches: &["pause", "dies-with-lock"],
+        patches: match has_modules(generation) {
+            true => &["pause", "dies-with-lock"],
+            false => &[],
+        },
         modules: &[],
         boot: Some(&initrd),
     })?;
@@ -284,8 +291,8 @@ pub fn prepare_kexec(assets: &mut Assets, generation: Generation) -> Result<()> 
 
 /// A guest that starts another kernel loses the patches of the old one, which is reported; the new
 /// kernel can be patched.
-fn kexec(fixture: &Fixture) -> Result<()> {
-    let name = kexec_kernel(KEXEC_GENERATION);
+fn kexec(fixture: &Fixture, generation: Generation) -> Result<()> {
+    let name = kexec_kernel(generation);
     let patch = fixture.kernel(&name)?.patch("pause")?;
     fixture.with(fixture.boot(&name, 2, "")?, |guest| {
         let outpatch = guest.outpatch().clone();
