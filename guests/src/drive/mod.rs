@@ -14,6 +14,7 @@ pub mod outpatch;
 pub mod rest;
 
 pub use binary::build_outpatch;
+pub use console::Console;
 pub use emulated::Emulated;
 pub use guest::{Guest, GuestSpec, Log, MEMORY_MIB, STOLEN_TIME};
 pub use outpatch::{Outpatch, Reply, one_line_refusal};
