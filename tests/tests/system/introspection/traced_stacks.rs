@@ -24,8 +24,10 @@ const OUTER: &str = "hrtimer_nanosleep ksys_read core_sys_select kernel_wait4 __
 /// As [`task_listing::COMMAND`], of the tasks of `sleeper` only.
 const LISTING: &str = "for t in $(grep -l '^sleep-' /proc/[0-9]*/task/[0-9]*/comm); do \
     t=${t%/comm}; echo \"T ${t##*/} $(cat $t/comm)\"; cat $t/stack; done";
-/// Turning tracers on and off takes an emulated guest on a busy host long.
+/// Turning tracers on and off takes an emulated guest on a busy host long: each kretprobe and each
+/// change of a filter waits for all CPUs several times.
 const LIMIT: Duration = Duration::from_secs(180);
+const SCENARIO_LIMIT: Duration = Duration::from_secs(1200);
 /// The number of processes, and the least number of their stacks that must be compared: each
 /// process has one or two tasks.
 const SLEEPERS: usize = 20;
@@ -67,7 +69,7 @@ pub fn scenarios() -> Vec<Scenario> {
     ["5.10", "6.1", "6.12", "7.2", "7.3"]
         .map(|generation| {
             let name = format!("traced_stacks::recovered_{generation}");
-            Scenario::new(name, move |fixture| recovered(fixture, generation))
+            Scenario::new(name, move |fixture| recovered(fixture, generation)).limit(SCENARIO_LIMIT)
         })
         .into()
 }
@@ -112,7 +114,8 @@ fn sleep(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-fn kill(guest: &mut Guest) -> Result<()> {
+/// Kills the processes of `sleeper`, and waits until they are gone.
+pub fn kill(guest: &mut Guest) -> Result<()> {
     guest.sh("killall sleeper; while grep -q '^sleep-' /proc/[0-9]*/comm; do sleep 0.1; done")?;
     Ok(())
 }

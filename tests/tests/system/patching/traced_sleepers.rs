@@ -39,7 +39,7 @@ pub fn do_not_block(fixture: &Fixture, guest: &mut Guest, generation: &str) -> R
     guest.expect_unharmed(&log)?;
 
     // The guest's own livepatching goes through in the same situation.
-    guest.sh("killall sleeper")?;
+    traced_stacks::kill(guest)?;
     traced_stacks::put_to_sleep(guest)?;
     guest.sh_within(
         "insmod /lib/patches/cmdline.ko; s=/sys/kernel/livepatch/cmdline; \

@@ -77,12 +77,12 @@ def hooks(prog, task):
                 if one.task == task:
                     yield one.fp.value_(), one.ret_addr.value_()
     elif hasattr(task, "rethooks"):
-        head = task.rethooks.address_of_()
-        for one in llist_for_each_entry("struct rethook_node", head, "llist"):
+        node = task.rethooks.first
+        for one in llist_for_each_entry("struct rethook_node", node, "llist"):
             yield one.frame.value_(), one.ret_addr.value_()
     else:
-        head = task.kretprobe_instances.address_of_()
-        for one in llist_for_each_entry("struct kretprobe_instance", head, "llist"):
+        node = task.kretprobe_instances.first
+        for one in llist_for_each_entry("struct kretprobe_instance", node, "llist"):
             yield one.fp.value_(), one.ret_addr.value_()
 
 
