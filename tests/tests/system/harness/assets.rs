@@ -16,7 +16,7 @@ use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 /// The patches that are built for every kernel with headers.
-const PATCHES: [&str; 22] = [
+const PATCHES: [&str; 23] = [
     "livepatch-sample",
     "cmdline",
     "getpid",

@@ -10,7 +10,7 @@ use crate::patching::{
 use crate::vmm::{console, machine};
 
 /// The modules, in the order in which their scenarios start.
-const MODULES: [fn() -> Vec<Scenario>; 16] = [
+const MODULES: [fn() -> Vec<Scenario>; 17] = [
     machine::scenarios,
     console::scenarios,
     symbols::scenarios,
