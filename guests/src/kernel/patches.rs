@@ -68,7 +68,7 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 23] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 24] = patch_sources![
     "callbacks",
     "cmdline",
     "constant",
@@ -86,6 +86,7 @@ const TEST_PATCHES: [(&str, &str); 23] = patch_sources![
     "percpu",
     "rcu-callback",
     "replacing",
+    "timer",
     "two-functions",
     "uname",
     "unknown-function",
