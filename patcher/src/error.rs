@@ -247,23 +247,19 @@ pub fn unexpected(what: impl Into<String>) -> PatchError {
 
 impl PatchError {
     /// The error of a patch that is refused for these reasons, of which there is at least one.
-    pub(crate) fn of_reasons(mut reasons: Vec<PatchError>) -> PatchError {
-        match reasons.pop() {
-            None => PatchError::Internal("a patch was refused without a reason"),
-            Some(only) if reasons.is_empty() => only,
-            Some(last) => {
-                reasons.push(last);
-                PatchError::Several(reasons)
+    pub(crate) fn of_reasons(reasons: Vec<PatchError>) -> PatchError {
+        match <[PatchError; 1]>::try_from(reasons) {
+            Ok([only]) => only,
+            Err(none) if none.is_empty() => {
+                PatchError::Internal("a patch was refused without a reason")
             }
+            Err(several) => PatchError::Several(several),
         }
     }
 
     /// Whether the reason is the patch itself, so that it is worth telling what else is.
     pub(crate) fn is_of_patch(&self) -> bool {
-        matches!(
-            self,
-            PatchError::Module(_) | PatchError::Site { .. } | PatchError::Several(_)
-        )
+        matches!(self, PatchError::Module(_) | PatchError::Site { .. })
     }
 
     /// What sort of failure this is.

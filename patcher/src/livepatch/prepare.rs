@@ -5,6 +5,8 @@
 //! that the guest can see; only [`fill_data`] writes at all, to memory that the guest does not map
 //! yet.
 
+use std::collections::HashSet;
+
 use introspect::unwind::CodeRegion;
 use introspect::unwind::OrcTable;
 use introspect::unwind::Unwinder;
@@ -95,14 +97,10 @@ fn resolve(
     if reasons.is_empty() {
         return Ok((klp, functions));
     }
+    let told: HashSet<String> = reasons.iter().map(ToString::to_string).collect();
     let examined = module::examine(module, &klp, &target).into_iter();
     let examined = examined.map(PatchError::from);
-    let new = examined.filter(|error| {
-        let text = error.to_string();
-        reasons.iter().all(|reason| reason.to_string() != text)
-    });
-    let new: Vec<PatchError> = new.collect();
-    reasons.extend(new);
+    reasons.extend(examined.filter(|error| !told.contains(&error.to_string())));
     Err(PatchError::of_reasons(reasons))
 }
 

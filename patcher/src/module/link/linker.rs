@@ -205,12 +205,12 @@ impl<'a> Linker<'a> {
 
     /// The patch's function that covers an address in its code, for messages.
     pub fn function_name(&self, at: Gva) -> String {
-        let file = &self.module.file;
-        let found = (0..file.sections.len()).find_map(|index| {
+        let names = self.refusals.names();
+        let found = (0..self.module.file.sections.len()).find_map(|index| {
             let base = self.symbols.section_base(index)?;
-            file.function_at(index, at.since(base))
+            names.name(index, at.since(base))
         });
-        found.map_or_else(|| at.to_string(), |s| s.name.clone())
+        found.map_or_else(|| at.to_string(), str::to_owned)
     }
 
     /// The linked module, whose code and data are final.

@@ -87,10 +87,10 @@ impl<'a> Refusals<'a> {
 
     /// All reasons; `last` is what ended the linking, if anything did. It is left out if it may be
     /// a consequence of another.
-    pub fn into_errors(mut self, last: Option<LinkError>) -> Vec<LinkError> {
-        match last {
-            Some(last) if self.found.is_empty() => vec![last],
-            _ => std::mem::take(&mut self.found),
+    pub fn into_errors(self, last: Option<LinkError>) -> Vec<LinkError> {
+        match self.any() {
+            true => self.found,
+            false => last.into_iter().collect(),
         }
     }
 }

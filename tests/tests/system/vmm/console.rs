@@ -70,8 +70,8 @@ const MESSAGES: usize = 100;
 /// How long all that waits may take to arrive.
 const ARRIVE_LIMIT: Duration = Duration::from_secs(150);
 
-/// A console that is not read while programs and the kernel print as much as they can harms nobody:
-/// programs wait, the guest is held for the kernel's messages, nothing is lost, and no watchdog
+/// A guest takes no harm when its console is not read while programs and the kernel print as much
+/// as they can: programs wait, the guest is held for the kernel's messages, nothing is lost, and no watchdog
 /// reports a lockup or a stall.
 fn stall(fixture: &Fixture, generation: &str) -> Result<()> {
     let append = "softlockup_panic=1 printk.devkmsg=on";
