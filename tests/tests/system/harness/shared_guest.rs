@@ -30,7 +30,8 @@ struct Check {
 }
 
 /// All checks, in this order: the first needs a guest that has not been patched yet (a core file
-/// does not show which memory patches have taken), and the last leaves code in the guest.
+/// does not show which memory patches have taken), the last but one leaves code in the guest, and the
+/// last one taints it, as it has the guest load a livepatch.
 static CHECKS: [Check; 11] = [
     Check {
         name: "dry_run::predicts_apply",
@@ -87,14 +88,14 @@ static CHECKS: [Check; 11] = [
         more: &["6.12"],
     },
     Check {
-        name: "traced_sleepers::do_not_block",
-        run: traced_sleepers::do_not_block,
+        name: "modes::one_pause_cancel_and_force",
+        run: modes::one_pause_cancel_and_force,
         plain: &["6.1", "7.3"],
         more: &["6.12"],
     },
     Check {
-        name: "modes::one_pause_cancel_and_force",
-        run: modes::one_pause_cancel_and_force,
+        name: "traced_sleepers::do_not_block",
+        run: traced_sleepers::do_not_block,
         plain: &["6.1", "7.3"],
         more: &["6.12"],
     },

@@ -65,8 +65,8 @@ pub fn outlives_the_revert(fixture: &Fixture, guest: &mut Guest, generation: &st
     new.sort();
     ensure!(
         new == [
-            "timer: timer in allocated memory expired",
-            "timer: timer in the patch's data expired",
+            "timer in allocated memory expired",
+            "timer in the patch's data expired",
         ],
         "{new:?}"
     );

@@ -23,9 +23,6 @@ use super::{LOCKED, crash};
 /// How many differences an error shows.
 const MAX_SHOWN: usize = 5;
 
-/// At most one in this many stacks may be unreliable.
-const MAX_UNRELIABLE_ONE_IN: u64 = 100;
-
 /// What was compared, and the results.
 #[derive(Debug, Default)]
 struct Counts {
@@ -51,9 +48,17 @@ struct Counts {
 
 /// Compares core files as they come, until `ended` is set and none is left, then prints the counts.
 ///
+/// At most one in `unreliable_bound` stacks may be unreliable.
+///
 /// # Errors
 /// When a set of tasks or a reliable stack differs, or when too few stacks could be compared.
-pub fn all(generation: Generation, vmlinux: &Path, cores: &Path, ended: &AtomicBool) -> Result<()> {
+pub fn all(
+    generation: Generation,
+    vmlinux: &Path,
+    unreliable_bound: u64,
+    cores: &Path,
+    ended: &AtomicBool,
+) -> Result<()> {
     let mut drgn = DrgnProcess::start(&Drgn::fetch(&Cache::open()?)?, vmlinux)?;
     let mut counts = Counts::default();
     let mut crash_compared = false;
@@ -77,7 +82,7 @@ pub fn all(generation: Generation, vmlinux: &Path, cores: &Path, ended: &AtomicB
         thread::sleep(Duration::from_millis(100));
     }
     counts.report(generation);
-    counts.verdict()
+    counts.verdict(unreliable_bound)
 }
 
 fn finished_cores(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -194,7 +199,7 @@ impl Counts {
         );
     }
 
-    fn verdict(&self) -> Result<()> {
+    fn verdict(&self, unreliable_bound: u64) -> Result<()> {
         if !self.differences.is_empty() {
             let shown = self.differences.iter().take(MAX_SHOWN);
             let shown: Vec<&str> = shown.map(String::as_str).collect();
@@ -207,7 +212,7 @@ impl Counts {
         ensure!(self.tasks > 0, "nothing was compared");
         let unreliable = self.unreliable.values().sum::<u64>();
         ensure!(
-            unreliable * MAX_UNRELIABLE_ONE_IN <= self.tasks,
+            unreliable * unreliable_bound <= self.tasks,
             "{unreliable} of {} stacks unreliable: too few were compared",
             self.tasks
         );
