@@ -16,6 +16,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("machine::console_and_cpus_{generation}_{cpus}"),
                 move |fixture| console_and_cpus(fixture, generation, cpus),
             )
+            .extra_if(cpus == 1)
         })
         .into();
     all.push(Scenario::new(
