@@ -44,6 +44,11 @@ while :; do
   echo 1 > events/soak/enable; on
   echo 0 > events/soak/enable; echo > kprobe_events; sleep 1
 done) 2> /tmp/tracers-error & echo $! > /tmp/tracers-pid";
+/// Waits until the first tracer was on, or there was an error.
+const FIRST_TRACER: &str =
+    "while kill -0 $(cat /tmp/tracers-pid) && [ ! -e /tmp/tracers ]; do sleep 0.2; done";
+/// How long that may take under the load.
+const TRACER_LIMIT: Duration = Duration::from_secs(120);
 /// Prints on the console.
 const PRINTER: &str =
     "(while :; do seq 100000 100500; sleep 0.5; done) & echo $! > /tmp/printer-pid";
@@ -76,7 +81,9 @@ fn soak(fixture: &Fixture, generation: &str, cpus: u32, time: Duration) -> Resul
         let (outpatch, rest) = (guest.outpatch().clone(), guest.rest());
         let log = guest.dmesg()?;
         guest.sh("churn /tmp/churn & hammer 4 /tmp/hammer & sleeper 20 & sleep 2")?;
-        guest.sh(&format!("{TRACERS}\n{PRINTER}"))?;
+        guest.sh(TRACERS)?;
+        guest.sh_within(FIRST_TRACER, TRACER_LIMIT)?;
+        guest.sh(PRINTER)?;
         let end = Instant::now() + time;
         let ended = AtomicBool::new(false);
         let console = guest.console();

@@ -49,15 +49,19 @@ def kernel_frames(prog, task, recovered):
         return []
     records = replaced_addresses.records(prog, task)
     frames = []
-    trace = prog.stack_trace(task)
+    trace, beyond = prog.stack_trace(task), 0
     while trace is not None:
-        trace = add_frames(prog, trace, records, frames, recovered)
+        trace = add_frames(prog, trace, beyond, records, frames, recovered)
+        beyond = 1
     return frames
 
 
-def add_frames(prog, trace, records, frames, recovered):
-    """Adds the frames of a trace. Where drgn cannot go on, as a tracer has replaced the return
-    address, it returns the trace from the true address on."""
+def add_frames(prog, trace, beyond, records, frames, recovered):
+    """Adds the frames of a trace, of which the first one is at an address `beyond` that of drgn.
+    Where drgn cannot go on, as a tracer has replaced the return address, it returns the trace from
+    the true address on. That is a return address, so the call before it tells how to go on: it can
+    be the function's last instruction. For drgn a first frame is at no call, so it gets the address
+    before."""
     for frame in trace:
         if frame.is_inline:
             continue
@@ -66,9 +70,10 @@ def add_frames(prog, trace, records, frames, recovered):
         ret = replaced_addresses.recover(records, frame.pc, frame.sp - 8)
         if ret is not None:
             recovered.append(ret)
-            regs = {"ip": ret, "sp": frame.sp, "bp": frame.register("rbp"), "cs": 0x10}
+            regs = {"ip": ret - 1, "sp": frame.sp, "bp": frame.register("rbp"), "cs": 0x10}
             return prog.stack_trace(drgn.Object(prog, "struct pt_regs", regs))
-        frames.append(frame.pc)
+        frames.append(frame.pc + beyond)
+        beyond = 0
     return None
 
 
