@@ -33,9 +33,11 @@ pub fn scenarios() -> Vec<Scenario> {
             Scenario::new(named("crash_kernel"), move |fixture| {
                 crash_kernel(fixture, generation)
             }),
+            // A plain run has the crash kernel, which has one CPU as well.
             Scenario::new(named("kexec_with_one_cpu"), move |fixture| {
                 kexec_with_one_cpu(fixture, generation)
-            }),
+            })
+            .extra_if(true),
         ];
         // A module makes the guest die.
         if has_modules(generation) {

@@ -17,8 +17,8 @@ use crate::introspection::{locks, stacks};
 pub fn scenarios() -> Vec<Scenario> {
     ["5.10", "6.1", "6.12", "7.2", "7.3"]
         .map(|generation| {
-            // The oldest, the newest, and the one that no other plain scenario boots.
-            let extra = !["5.10", "7.2", "7.3"].contains(&generation);
+            // The oldest, and the one that no other plain scenario boots.
+            let extra = !["5.10", "7.2"].contains(&generation);
             let name = format!("symbols::equal_with_stacks_{generation}");
             Scenario::new(name, move |fixture| equal(fixture, generation)).extra_if(extra)
         })
