@@ -16,6 +16,7 @@ use crate::ftrace::site::SiteError;
 use crate::machine::MachineError;
 use crate::memory::error::PatchMemoryError;
 use crate::module::{LinkError, ModuleError, TargetError};
+use crate::registration::users::CodeUser;
 use crate::x86::EncodeError;
 
 /// What sort of failure a [`PatchError`] is: what its reader can do about it.
@@ -139,6 +140,19 @@ pub enum PatchError {
     /// There is no task with this pid.
     #[error("no task with pid {0}")]
     NoSuchTask(i32),
+
+    /// Something in the guest uses the code of a patch that is to be removed: a kprobe, an event of
+    /// perf, a BPF program.
+    #[error(
+        "something in the guest (a kprobe, perf, BPF) uses the code of patch {patch}: {source}; \
+         remove that use there first"
+    )]
+    InUse {
+        /// The patch.
+        patch: String,
+        /// What shows it.
+        source: CodeUser,
+    },
 
     /// The function's entry cannot be redirected.
     #[error("function {function} at {at}: {source}")]
@@ -286,7 +300,8 @@ impl PatchError {
             | PatchError::LoadedInGuest(_)
             | PatchError::InTransition(_)
             | PatchError::NoTransition(_)
-            | PatchError::NotAtOnce { .. } => ErrorKind::Conflict,
+            | PatchError::NotAtOnce { .. }
+            | PatchError::InUse { .. } => ErrorKind::Conflict,
             PatchError::NoSuchPatch(_) | PatchError::NoSuchTask(_) => ErrorKind::NotFound,
         }
     }
@@ -334,9 +349,8 @@ fn memory_kind(error: &PatchMemoryError) -> ErrorKind {
         PatchMemoryError::NoHiddenWindow { .. } | PatchMemoryError::TooMuchKept { .. } => {
             ErrorKind::Conflict
         }
-        PatchMemoryError::EntryTaken(_)
-        | PatchMemoryError::PaddingTaken(_)
-        | PatchMemoryError::NotMapped(_) => ErrorKind::Guest,
+        PatchMemoryError::Quarantined { .. } => ErrorKind::Busy,
+        PatchMemoryError::EntryTaken(_) | PatchMemoryError::NotMapped(_) => ErrorKind::Guest,
     }
 }
 

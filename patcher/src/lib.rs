@@ -87,6 +87,7 @@ mod machine;
 mod memory;
 mod module;
 mod patcher;
+mod registration;
 mod report;
 mod transition;
 mod x86;

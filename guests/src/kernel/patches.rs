@@ -68,11 +68,12 @@ macro_rules! patch_sources {
 }
 
 /// The patches of `guests/patches`: name and source.
-const TEST_PATCHES: [(&str, &str); 24] = patch_sources![
+const TEST_PATCHES: [(&str, &str); 26] = patch_sources![
     "callbacks",
     "cmdline",
     "constant",
     "exit-work",
+    "faults",
     "features",
     "getpid",
     "init-value",
@@ -82,6 +83,7 @@ const TEST_PATCHES: [(&str, &str); 24] = patch_sources![
     "obstacles",
     "pause",
     "kinds",
+    "kprobe-at",
     "kthread",
     "percpu",
     "rcu-callback",

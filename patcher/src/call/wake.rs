@@ -22,7 +22,7 @@ use crate::guest::kernel_info::KernelInfo;
 use crate::guest::view::GuestView;
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
-use crate::memory::{Allocation, PatchMemory, Request};
+use crate::memory::{Allocation, PatchMemory, Request, Usage};
 use crate::x86::{self, EncodeError};
 
 /// The most tasks in one list: the routine runs with interrupts off and takes some microseconds for
@@ -87,7 +87,9 @@ impl TaskWaker {
             len: MAX_CODE,
             align: 64,
         };
-        let code = patch_memory.allocate_code(machine, &guest.kernel, &info.areas, code_request)?;
+        let table = info.fixmap_table;
+        let kernel = &guest.kernel;
+        let code = patch_memory.allocate(machine, kernel, table, Usage::Code, code_request)?;
         let data_request = Request {
             len: (LIST + ENTRY_SIZE * (MAX_TASKS + 1)) as u64,
             align: 64,
@@ -96,12 +98,8 @@ impl TaskWaker {
         let prepared = routine(code.range.start, &wake)
             .map_err(PatchError::from)
             .and_then(|code_bytes| {
-                let data = patch_memory.allocate_data(
-                    machine,
-                    &guest.kernel,
-                    &info.areas,
-                    data_request,
-                )?;
+                let data =
+                    patch_memory.allocate(machine, kernel, table, Usage::Data, data_request)?;
                 Ok((code_bytes, data))
             });
         match prepared {
@@ -172,9 +170,9 @@ impl TaskWaker {
         let queued = self.irq_work.queued(self.code.range.start, first);
         let bytes = [queued, list].concat();
         if !self.used {
-            patch_memory.plan_fill(memory, self.code, &self.code_bytes, writes)?;
+            patch_memory.plan_fill(self.code, &self.code_bytes, writes);
         }
-        patch_memory.plan_fill(memory, self.data, &bytes, writes)?;
+        patch_memory.plan_fill(self.data, &bytes, writes);
         writes.write_kernel(memory, head, &work.0.to_le_bytes())?;
         Ok(Some(kick))
     }

@@ -9,8 +9,7 @@ use introspect::{Field, Gva, GvaRange, Kernel, PerCpuKind, SymbolError};
 use crate::error::{PatchError, unexpected};
 use crate::ftrace::FtraceLayout;
 use crate::ftrace::ops::FtraceOps;
-use crate::memory::PatchAreas;
-use crate::memory::cave::TextMap;
+use crate::registration::layout::RegistrationLayout;
 use crate::x86::entry_stub::CurrentVar;
 
 /// Where the guest's own livepatching keeps its state (`kernel/livepatch/transition.c`).
@@ -86,8 +85,10 @@ pub struct KernelInfo {
     pub ftrace_pages: Gva,
     /// How the kernel's code reads `current`.
     pub current: CurrentVar,
-    /// Where patches can be placed.
-    pub areas: PatchAreas,
+    /// The address of `level2_fixmap_pgt`, the page table that maps hidden windows.
+    pub fixmap_table: Gva,
+    /// Where the kernel keeps its tables of modules.
+    pub registration: RegistrationLayout,
 }
 
 impl KernelInfo {
@@ -98,9 +99,8 @@ impl KernelInfo {
     pub fn new(kernel: &Kernel) -> Result<KernelInfo, PatchError> {
         let symbol = |name| kernel.symbols.address(name);
         let klp = klp(kernel)?;
-        let mutexes = ["klp_mutex", "text_mutex", "ftrace_lock"];
+        let mutexes = ["klp_mutex", "text_mutex", "ftrace_lock", "module_mutex"];
         let present = |name: &&str| *name != "klp_mutex" || klp.is_some();
-        let srso = ["srso_alias_untrain_ret", "srso_alias_safe_ret"];
         Ok(KernelInfo {
             tif: ThreadFlagInfo {
                 flags: kernel.layout.task.thread_flags,
@@ -119,17 +119,8 @@ impl KernelInfo {
             ftrace_pages: symbol("ftrace_pages_start")?,
             klp,
             current: current(kernel)?,
-            areas: PatchAreas {
-                fixmap_table: symbol("level2_fixmap_pgt")?,
-                text: TextMap {
-                    text: kernel.text.core,
-                    entry: kernel.text.entry,
-                    srso: srso
-                        .into_iter()
-                        .filter_map(|name| symbol(name).ok())
-                        .collect(),
-                },
-            },
+            fixmap_table: symbol("level2_fixmap_pgt")?,
+            registration: RegistrationLayout::new(kernel)?,
         })
     }
 }

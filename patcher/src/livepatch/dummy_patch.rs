@@ -10,7 +10,7 @@ use crate::error::PatchError;
 use crate::guest::kernel_info::KernelInfo;
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
-use crate::memory::{Allocation, PatchMemory, Request};
+use crate::memory::{Allocation, PatchMemory, Request, Usage};
 
 /// Allocates memory for the dummy patch; `None` in a guest without livepatching, which needs none.
 ///
@@ -30,7 +30,7 @@ pub fn allocate<M: Machine>(
         align: 64,
     };
     memory
-        .allocate_data(machine, kernel, &info.areas, request)
+        .allocate(machine, kernel, info.fixmap_table, Usage::Data, request)
         .map(Some)
 }
 
@@ -52,11 +52,11 @@ pub fn place<M: Machine>(
     let at = allocation.range.start;
     let mut writes = WriteBatch::new();
     let zeroes = vec![0; usize::try_from(klp.patch_size).unwrap_or_default()];
-    memory.plan_hidden(allocation, at, &zeroes, &mut writes);
+    memory.plan_part(allocation, at, &zeroes, &mut writes);
     for list in &klp.patch_lists {
         let head = list.of(at);
         let link = head.0.to_le_bytes();
-        memory.plan_hidden(allocation, head, &[link, link].concat(), &mut writes);
+        memory.plan_part(allocation, head, &[link, link].concat(), &mut writes);
     }
     if let Err(error) = writes.commit(machine) {
         memory.free(allocation);

@@ -5,6 +5,7 @@
 //! `klp_state`s (`state.rs`) and shadow variables (`shadow.rs`) of livepatches belong here as well.
 //! This module must not decide when a task may switch: that is [`transition`](crate::transition).
 
+pub mod allocations;
 pub mod direction;
 pub mod dummy_patch;
 pub mod func;

@@ -11,6 +11,7 @@ use crate::livepatch::direction::Direction;
 use crate::livepatch::func::{PatchedFunction, Target};
 use crate::memory::Allocation;
 use crate::module::Image;
+use crate::registration::Registration;
 use crate::report::patch::{FunctionReport, PatchPhase, PatchStatus};
 use crate::report::transition::TransitionSummary;
 use crate::transition::Transition;
@@ -22,6 +23,10 @@ pub struct ReplacedPatch {
     pub name: String,
     /// The memory of its code and stubs.
     pub code: Allocation,
+    /// What of it the guest's kernel knows.
+    pub registration: Registration,
+    /// Its instructions, as they were written.
+    pub text: Vec<u8>,
     /// Its code is never freed ([`Patch::keeps_code`]).
     pub stays: bool,
 }
@@ -38,8 +43,18 @@ pub struct Patch {
     pub code: Allocation,
     /// The bytes that belong in `code`.
     pub code_bytes: Vec<u8>,
-    /// The memory of its data, if it has any.
-    pub data: Option<Allocation>,
+    /// The memory of its constants.
+    pub rodata: Allocation,
+    /// The memory of its data, its `struct module` included.
+    pub data: Allocation,
+    /// The bytes of its `struct module`.
+    pub module_bytes: Vec<u8>,
+    /// The memory of the tables that its `struct module` points to.
+    pub tables: Allocation,
+    /// The bytes of these tables.
+    pub tables_bytes: Vec<u8>,
+    /// What of it the guest's kernel knows while its code is in the guest.
+    pub registration: Registration,
     /// The memory of the table in which its stubs look tasks up; `None` in a guest that keeps patch
     /// states itself.
     pub table: Option<Allocation>,
@@ -168,12 +183,25 @@ impl Patch {
         self.keeps_code() || self.image.taken.data.is_some()
     }
 
+    /// The memory that is used for as long as its code is.
+    #[must_use]
+    pub fn code_memory(&self) -> Vec<Allocation> {
+        let all = [self.code, self.tables].into_iter();
+        all.chain(self.table).collect()
+    }
+
+    /// The memory of its constants and its data.
+    #[must_use]
+    pub fn data_memory(&self) -> [Allocation; 2] {
+        [self.rodata, self.data]
+    }
+
     /// How many bytes stay in the guest when it is reverted.
     #[must_use]
     pub fn kept_bytes(&self) -> u64 {
-        let code = self.code.range.len() + self.table.map_or(0, |table| table.range.len());
-        let data = self.data.map_or(0, |data| data.range.len());
-        u64::from(self.keeps_code()) * code + u64::from(self.keeps_data()) * data
+        let len = |memory: &[Allocation]| memory.iter().map(|it| it.range.len()).sum::<u64>();
+        let code = u64::from(self.keeps_code()) * len(&self.code_memory());
+        code + u64::from(self.keeps_data()) * len(&self.data_memory())
     }
 
     /// The report of the patch, with its running transition, if there is one.

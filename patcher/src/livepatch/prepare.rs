@@ -1,5 +1,5 @@
 //! Makes a patch of a parsed livepatch module: allocates its memory, links it for its addresses and
-//! builds its stubs, all while the guest runs.
+//! builds its stubs and its `struct module`, all while the guest runs.
 //!
 //! This is the counterpart of `kernel/livepatch/core.c: klp_init_patch`. This module writes nothing
 //! that the guest can see; only [`fill_data`] writes at all, to memory that the guest does not map
@@ -12,28 +12,24 @@ use introspect::unwind::OrcTable;
 use introspect::unwind::Unwinder;
 use introspect::{Gva, GvaRange, Kernel, KernelMemory};
 
-use crate::error::{PatchError, unexpected};
+use crate::error::PatchError;
 use crate::ftrace::site::Site;
 use crate::guest::Guest;
 use crate::guest::kernel_info::KernelInfo;
+use crate::livepatch::allocations::{Allocations, Allocator, state_source};
 use crate::livepatch::func::{PatchedFunction, Target};
 use crate::livepatch::func_stack;
 use crate::livepatch::patch::{Patch, ReplacedPatch};
 use crate::machine::Machine;
 use crate::memory::write_batch::WriteBatch;
-use crate::memory::{Allocation, PatchMemory, Request};
-use crate::module::{
-    self, GuestTarget, Image, KlpPatch, LinkError, LivepatchModule, LoadAddresses, ModuleError,
-    Sizes,
-};
+use crate::memory::{PatchMemory, Request, Usage};
+use crate::module::{self, GuestTarget, Image, KlpPatch, LinkError, LivepatchModule, ModuleError};
+use crate::registration::tables::{self, Tables};
+use crate::registration::{Registration, module_struct};
 use crate::report::patch::PatchPhase;
 use crate::report::transition::TransitionSummary;
-use crate::transition::pending_tasks;
 use crate::x86::INT3;
 use crate::x86::entry_stub::{self, StateSource};
-
-/// The alignment of the stubs, in bytes.
-const STUB_ALIGN: u64 = 16;
 
 /// Allocates memory for `module` in the guest and links it, on top of the patches in `others`.
 ///
@@ -52,23 +48,11 @@ pub fn prepare_patch<M: Machine>(
         let memory = kernel.memory(machine.memory());
         resolve(kernel, &memory, &info, module, others)?
     };
-    let mut allocated = Vec::new();
-    let count = functions.len() as u64;
-    let memory = allocate(
-        machine,
-        (kernel, &info),
-        patch_memory,
-        (module.sizes(), count),
-        &mut allocated,
-    );
-    let built = memory.and_then(|memory| {
-        let inputs = (module, &klp, others);
-        build(machine, guest, &info, inputs, functions, &memory)
-    });
+    let mut allocator = Allocator::new(machine, kernel, &info, patch_memory)?;
+    let inputs = (module, &klp, others);
+    let built = build(&mut allocator, &mut guest.unwinder, inputs, functions);
     if built.is_err() {
-        allocated
-            .into_iter()
-            .for_each(|allocation| patch_memory.free(allocation));
+        allocator.free_all();
     }
     built
 }
@@ -104,131 +88,54 @@ fn resolve(
     Err(PatchError::of_reasons(reasons))
 }
 
-/// Allocates memory for a module of these sizes with this many functions. `allocated` gets every
-/// allocation, also when a later one fails.
-fn allocate<M: Machine>(
-    machine: &mut M,
-    (kernel, info): (&Kernel, &KernelInfo),
-    patch_memory: &mut PatchMemory,
-    (sizes, functions): (Sizes, u64),
-    allocated: &mut Vec<Allocation>,
-) -> Result<Allocations, PatchError> {
-    let mut allocate_data = |machine: &mut M, patch_memory: &mut PatchMemory, request| {
-        let allocation = patch_memory.allocate_data(machine, kernel, &info.areas, request)?;
-        allocated.push(allocation);
-        Ok::<_, PatchError>(allocation)
-    };
-    let table = match info.klp {
-        Some(_) => None,
-        None => {
-            let tasks = kernel.symbols.address("nr_threads")?;
-            let tasks = kernel.memory(machine.memory()).u32(tasks)?;
-            Some(allocate_data(
-                machine,
-                patch_memory,
-                pending_tasks::table_request(tasks.into()),
-            )?)
-        }
-    };
-    let data_request = Request {
-        len: sizes.data,
-        align: sizes.data_align,
-    };
-    let data = match sizes.data {
-        0 => None,
-        _ => Some(allocate_data(machine, patch_memory, data_request)?),
-    };
-    let source = state_source(info, table)?;
-    let stubs_at = sizes.code.next_multiple_of(STUB_ALIGN);
-    let stubs_len = source.max_stub_len() * functions;
-    let code_request = Request {
-        len: stubs_at.saturating_add(stubs_len),
-        align: sizes.code_align.max(STUB_ALIGN),
-    };
-    let code = patch_memory.allocate_code(machine, kernel, &info.areas, code_request)?;
-    allocated.push(code);
-    Ok(Allocations {
-        code,
-        data,
-        table,
-        source,
-        stubs_at,
-        stubs_len,
-    })
-}
-
-/// How the stubs of a patch learn the running task's patch state: from `task_struct.patch_state`,
-/// or from `table` in a guest that keeps no patch states.
-fn state_source(info: &KernelInfo, table: Option<Allocation>) -> Result<StateSource, PatchError> {
-    if let Some(table) = table {
-        return Ok(StateSource::PendingTasks(pending_tasks::table_in(table)));
-    }
-    let offset = info.klp.as_ref().map(|klp| klp.patch_state.offset);
-    let offset = offset.and_then(|offset| u32::try_from(offset).ok());
-    offset
-        .map(StateSource::PatchState)
-        .ok_or_else(|| unexpected("the offset of task_struct.patch_state does not fit 32 bits"))
-}
-
-/// Writes the data of `patch` to its hidden memory, which the guest does not map yet.
+/// Writes the data of `patch`, its constants and its tables to its hidden memory, which the guest
+/// does not use yet.
 ///
 /// # Errors
 /// [`PatchError`].
 pub fn fill_data<M: Machine>(
     machine: &mut M,
-    kernel: &Kernel,
     patch_memory: &PatchMemory,
     patch: &Patch,
 ) -> Result<(), PatchError> {
-    let Some(data) = patch.data else {
-        return Ok(());
-    };
     let mut writes = WriteBatch::new();
-    let memory = kernel.memory(machine.memory());
-    patch_memory.plan_fill(&memory, data, &patch.image.data, &mut writes)?;
+    let Patch { image, .. } = patch;
+    patch_memory.plan_fill(patch.data, &image.data, &mut writes);
+    patch_memory.plan_fill(patch.rodata, &image.rodata, &mut writes);
+    patch_memory.plan_fill(patch.tables, &patch.tables_bytes, &mut writes);
+    patch_memory.plan_part(patch.data, image.module, &patch.module_bytes, &mut writes);
     writes.commit(machine).map(drop)
 }
 
-/// The memory of a patch, and how it is used.
-struct Allocations {
-    /// For the module's code, and the stubs after it.
-    code: Allocation,
-    data: Option<Allocation>,
-    table: Option<Allocation>,
-    source: StateSource,
-    /// The offset of the stubs in `code`.
-    stubs_at: u64,
-    stubs_len: u64,
-}
-
+/// Allocates the memory, links the module for it and builds what is made for the guest.
 fn build<M: Machine>(
-    machine: &M,
-    guest: &mut Guest,
-    info: &KernelInfo,
+    allocator: &mut Allocator<'_, M>,
+    unwinder: &mut Unwinder,
     (module, klp, others): (&LivepatchModule, &KlpPatch, &[Patch]),
     functions: Vec<PatchedFunction>,
-    allocations: &Allocations,
 ) -> Result<Patch, PatchError> {
-    let code_base = allocations.code.range.start;
-    let bases = LoadAddresses {
-        code: code_base,
-        data: allocations.data.map_or(code_base, |data| data.range.start),
-    };
+    let info = allocator.info;
+    let allocations = Allocations::new(allocator, module.sizes(), functions.len() as u64)?;
     let image = {
-        let memory = guest.kernel.memory(machine.memory());
-        module::link(
-            module,
-            klp,
-            &GuestTarget::new(&guest.kernel, &memory),
-            bases,
-        )
+        let memory = allocator.kernel.memory(allocator.machine.memory());
+        let target = GuestTarget::new(allocator.kernel, &memory);
+        module::link(module, klp, &target, allocations.load_addresses())
     };
     let image = image.map_err(|errors| {
         let reasons = errors.into_iter().map(PatchError::from);
         PatchError::of_reasons(reasons.collect())
     })?;
-    let stubs_start = code_base.add(allocations.stubs_at);
-    let stubs = GvaRange::new(stubs_start, stubs_start.add(allocations.stubs_len));
+    let stubs = allocations.stubs();
+    let tables = Tables::new(&image, stubs);
+    let tables_request = Request {
+        len: tables.len(),
+        align: tables::ALIGN,
+    };
+    let tables_memory = allocator.allocate(Usage::RoData, tables_request)?;
+    let tables = tables.place(tables_memory.range.start)?;
+    let module_memory = allocations.module_memory();
+    let fields = &info.registration.module;
+    let module_bytes = module_struct::bytes(fields, &image, &module_memory, &tables)?;
     let source = allocations.source;
     let functions = set_targets(&image, functions, stubs.start, source);
     let replaces = match image.replace {
@@ -236,14 +143,19 @@ fn build<M: Machine>(
         false => Vec::new(),
     };
     let code_bytes = code_bytes(&image, &functions, info, (source, allocations.stubs_at))?;
-    let region = add_region(&mut guest.unwinder, &image)?;
-    guest.unwinder.add_transient(stubs);
+    let region = add_region(unwinder, &image)?;
+    unwinder.add_transient(stubs);
     Ok(Patch {
+        registration: Registration::new(&info.registration, image.module, &module_memory),
         image,
         functions,
         code: allocations.code,
         code_bytes,
+        rodata: allocations.rodata,
         data: allocations.data,
+        module_bytes,
+        tables: tables_memory,
+        tables_bytes: tables.bytes,
         table: allocations.table,
         stubs,
         stubs_changed: false,
@@ -374,6 +286,8 @@ fn replaced(other: &Patch) -> ReplacedPatch {
     ReplacedPatch {
         name: other.name().into(),
         code: other.code,
+        registration: other.registration.clone(),
+        text: other.image.code.clone(),
         stays: other.keeps_code(),
     }
 }

@@ -34,9 +34,20 @@ pub enum PatchMemoryError {
     /// The guest changed a page table entry that maps a hidden window.
     #[error("the guest changed the page table entry at {0}, which maps patch memory")]
     EntryTaken(Gva),
-    /// The guest wrote to the padding of its text that was allocated for the patch.
-    #[error("the guest has written to the padding at {0}, where the patch was to go")]
-    PaddingTaken(Gva),
+    /// All hidden windows are in use, and some of their memory is free when a grace period of the
+    /// guest's RCU is over.
+    #[error(
+        "all hidden windows of the guest are in use, and {bytes} bytes of reverted patches wait for \
+         the guest's RCU (rcu_state.gp_seq must reach {until}, it is {now}); try again"
+    )]
+    Quarantined {
+        /// How many bytes wait.
+        bytes: u64,
+        /// The sequence number of grace periods at which the first of them are free.
+        until: u64,
+        /// The present one.
+        now: u64,
+    },
     /// The mapping of a hidden window was written, but the page tables do not lead there.
     #[error(
         "the guest's page tables do not lead to {0}: level2_fixmap_pgt is not where it should be"

@@ -1,8 +1,8 @@
 //! A hidden window: 2 MiB of memory that the guest's memory map does not name, mapped into its
 //! kernel.
 //!
-//! Patch data goes there, and code when the kernel's text has no cave or the cave has no room left.
-//! One entry of `level2_fixmap_pgt` (`arch/x86/kernel/head_64.S`) maps one hidden memory slot. That
+//! The code of patches goes there, their constants and their data, each into windows of its own. One
+//! entry of `level2_fixmap_pgt` (`arch/x86/kernel/head_64.S`) maps one hidden memory slot. That
 //! is the page table of the module area and the fixmap. All address spaces share it, and Linux
 //! fills it from both ends: the middle stays free.
 //!
@@ -28,6 +28,8 @@ const ENTRY: u64 = 8;
 /// Present, accessed, 2 MiB. Not global: with page table isolation and PCIDs, kernel mappings are
 /// not global either.
 const CODE_BITS: u64 = 0x1 | 0x20 | 0x80;
+/// Present, accessed, 2 MiB, not executable.
+const RO_DATA_BITS: u64 = 0x1 | 0x20 | 0x80 | 1 << 63;
 /// Present, writable, accessed, dirty, 2 MiB, not executable.
 const DATA_BITS: u64 = 0x1 | 0x2 | 0x20 | 0x40 | 0x80 | 1 << 63;
 
@@ -36,6 +38,8 @@ const DATA_BITS: u64 = 0x1 | 0x2 | 0x20 | 0x40 | 0x80 | 1 << 63;
 pub enum Usage {
     /// Readable and executable.
     Code,
+    /// Readable.
+    RoData,
     /// Readable and writable.
     Data,
 }
@@ -91,6 +95,7 @@ impl HiddenWindow {
         self.gpa.0
             | match self.usage {
                 Usage::Code => CODE_BITS,
+                Usage::RoData => RO_DATA_BITS,
                 Usage::Data => DATA_BITS,
             }
     }
@@ -195,21 +200,29 @@ mod tests {
     }
 
     #[test]
-    fn code_is_executable_and_not_writable() {
-        let (mut machine, table) = machine();
-        let gpa = machine.add_hidden_memory(WINDOW_SIZE).unwrap();
-        let window = choose(&machine, table, Usage::Code, gpa).unwrap();
-        let mut writes = WriteBatch::new();
-        window
-            .plan_mapping(&machine.kernel_memory(), &mut writes)
-            .unwrap();
-        machine.pause().unwrap();
-        writes.commit(&mut machine).unwrap();
-        let mapping = machine
-            .kernel_memory()
-            .translate(window.allocator.range().start)
-            .unwrap();
-        assert!(mapping.executable && !mapping.writable && !mapping.user);
+    fn no_window_is_both_writable_and_executable() {
+        for (usage, executable, writable) in [
+            (Usage::Code, true, false),
+            (Usage::RoData, false, false),
+            (Usage::Data, false, true),
+        ] {
+            let (mut machine, table) = machine();
+            let gpa = machine.add_hidden_memory(WINDOW_SIZE).unwrap();
+            let window = choose(&machine, table, usage, gpa).unwrap();
+            let mut writes = WriteBatch::new();
+            window
+                .plan_mapping(&machine.kernel_memory(), &mut writes)
+                .unwrap();
+            machine.pause().unwrap();
+            writes.commit(&mut machine).unwrap();
+            let start = window.allocator.range().start;
+            let mapping = machine.kernel_memory().translate(start).unwrap();
+            assert_eq!(
+                (mapping.executable, mapping.writable, mapping.user),
+                (executable, writable, false),
+                "{usage:?}"
+            );
+        }
     }
 
     #[test]

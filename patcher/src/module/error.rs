@@ -328,9 +328,6 @@ fn dropped(section: &str) -> String {
         }
         ".exit.text" => "is exit code, which is not placed in the guest",
         ".exit.data" => "is exit data, which is not placed in the guest",
-        ".gnu.linkonce.this_module" => {
-            "is the module's struct module (THIS_MODULE), and the guest has none"
-        }
         "" => "is not placed in the guest",
         other => return format!("is in section {other}, which is not placed in the guest"),
     };

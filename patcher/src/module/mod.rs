@@ -15,9 +15,9 @@ mod tests;
 
 pub use error::{LinkError, ModuleError, TargetError};
 pub use file::klp::KlpPatch;
-pub use file::layout::{LoadAddresses, Sizes};
+pub use file::layout::{LoadAddresses, RegionSize, Sizes};
 pub use file::{LivepatchModule, parse};
 pub use kernel::guest::GuestTarget;
-pub use link::image::Image;
+pub use link::image::{Image, OrcRecord};
 pub use link::resolve::resolve_function;
 pub use link::{check_version, examine, link};

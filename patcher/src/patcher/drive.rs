@@ -16,6 +16,7 @@ use crate::livepatch::func::Target;
 use crate::livepatch::func_stack;
 use crate::livepatch::prepare;
 use crate::machine::Machine;
+use crate::memory::grace_period::GracePeriod;
 use crate::memory::write_batch::WriteBatch;
 use crate::patcher::{Patcher, Running, no_kernel, no_patch, retry_while_busy};
 use crate::report::patch::{Mode, PatchPhase};
@@ -142,11 +143,11 @@ impl Patcher {
         if step.finished
             && let Some(Running { at, transition }) = self.running.take()
         {
-            self.finish(at, transition);
+            self.finish(at, transition, step.grace_period);
         }
     }
 
-    fn finish(&mut self, at: usize, transition: Transition) {
+    fn finish(&mut self, at: usize, transition: Transition, grace_period: Option<GracePeriod>) {
         let Some(patch) = self.patches.get_mut(at) else {
             return;
         };
@@ -155,20 +156,20 @@ impl Patcher {
         match direction {
             Direction::Apply => {
                 patch.phase = PatchPhase::Applied;
-                self.remove_replaced(at);
+                self.remove_replaced(at, grace_period);
             }
             Direction::Revert => {
                 patch.phase = PatchPhase::Reverted;
                 let status = patch.status(None);
                 self.set_reverted(Some(status));
-                self.remove_patch(at, true);
+                self.remove_patch(at, grace_period);
             }
         }
     }
 
     /// Removes the patches that patch `at` has replaced, and the functions that it has only to make
     /// calls reach the original again (`klp_unpatch_replaced_patches`, `klp_discard_nops`).
-    fn remove_replaced(&mut self, at: usize) {
+    fn remove_replaced(&mut self, at: usize, grace_period: Option<GracePeriod>) {
         let Some(patch) = self.patches.get_mut(at) else {
             return;
         };
@@ -182,7 +183,7 @@ impl Patcher {
                 let status = old.status(None);
                 self.set_reverted(Some(status));
             }
-            self.remove_patch(0, true);
+            self.remove_patch(0, grace_period);
         }
         if let Some(patch) = self.patches.first_mut() {
             patch
@@ -191,28 +192,31 @@ impl Patcher {
         }
     }
 
-    /// Removes a patch that is no longer in force from the list, and frees its memory, but for what
-    /// the guest may still use once it `was_run` there.
-    pub(super) fn remove_patch(&mut self, at: usize, was_run: bool) {
+    /// Removes a patch that is no longer in force from the list. Frees its memory once
+    /// `grace_period` has passed, but for what the guest may still use; at once if the guest has
+    /// never seen it.
+    pub(super) fn remove_patch(&mut self, at: usize, grace_period: Option<GracePeriod>) {
         if at >= self.patches.len() {
             return;
         }
         let patch = self.patches.remove(at);
         func_stack::remove(&mut self.patches, &patch);
+        let was_run = grace_period.is_some();
         if was_run {
             self.kept_bytes = self.kept_bytes.saturating_add(patch.kept_bytes());
         }
-        let data = patch.data.filter(|_| !(was_run && patch.keeps_data()));
-        data.into_iter()
-            .for_each(|data| self.patch_memory.free(data));
-        if was_run && patch.keeps_code() {
-            // The unwinder keeps it, too: its code may still be on a stack.
-            return;
+        let (keeps_code, keeps_data) =
+            (was_run && patch.keeps_code(), was_run && patch.keeps_data());
+        let data = patch.data_memory().into_iter().filter(|_| !keeps_data);
+        let code = patch.code_memory().into_iter().filter(|_| !keeps_code);
+        for memory in data.chain(code) {
+            match grace_period {
+                Some(grace_period) => self.patch_memory.free_after(memory, grace_period),
+                None => self.patch_memory.free(memory),
+            }
         }
-        self.patch_memory.free(patch.code);
-        let table = patch.table.into_iter();
-        table.for_each(|table| self.patch_memory.free(table));
-        if let Some(guest) = &mut self.guest {
+        // The unwinder keeps the code that is kept, too: it may still be on a stack.
+        if let Some(guest) = self.guest.as_mut().filter(|_| !keeps_code) {
             patch.remove_from(&mut guest.unwinder);
         }
     }

@@ -132,7 +132,8 @@ impl DryRun {
             functions: functions.collect(),
             symbols: symbols.collect(),
             code: allocation_report(patch.code),
-            data: patch.data.map(allocation_report),
+            rodata: allocation_report(patch.rodata),
+            data: allocation_report(patch.data),
             tasks,
             at_once: step.finished,
             pauses,
@@ -144,6 +145,5 @@ fn allocation_report(allocation: Allocation) -> AllocationReport {
     AllocationReport {
         address: allocation.range.start.to_string(),
         bytes: allocation.range.len(),
-        hidden: !allocation.is_in_cave(),
     }
 }

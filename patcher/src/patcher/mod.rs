@@ -138,7 +138,7 @@ impl Patcher {
         if let Err(error) = started {
             // Where the undo failed, the guest may still lead to the patch.
             if !matches!(error, PatchError::Undo { .. }) {
-                self.remove_patch(at, false);
+                self.remove_patch(at, None);
             }
             return Err(error);
         }
@@ -447,7 +447,7 @@ impl Patcher {
     ) -> Result<(), PatchError> {
         let guest = self.guest.as_ref().ok_or_else(no_kernel)?;
         let patch = self.patches.get(at).ok_or_else(no_patch)?;
-        prepare::fill_data(machine, &guest.kernel, &self.patch_memory, patch)?;
+        prepare::fill_data(machine, &self.patch_memory, patch)?;
         if self.dummy.is_none() {
             let (kernel, info) = (&guest.kernel, guest.info()?);
             self.dummy = dummy_patch::place(machine, kernel, info, &mut self.patch_memory)?;

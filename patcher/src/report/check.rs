@@ -39,9 +39,6 @@ pub struct AllocationReport {
     pub address: String,
     /// Its size in bytes.
     pub bytes: u64,
-    /// True for memory that the guest's memory map does not name; false for padding of the
-    /// kernel's own text.
-    pub hidden: bool,
 }
 
 /// What applying a patch would have done, had it been applied at the moment of the check.
@@ -55,8 +52,10 @@ pub struct CheckReport {
     pub symbols: Vec<FoundSymbol>,
     /// Where its code would be.
     pub code: AllocationReport,
-    /// Where its writable data would be, if it has any.
-    pub data: Option<AllocationReport>,
+    /// Where its constants would be.
+    pub rodata: AllocationReport,
+    /// Where its writable data would be.
+    pub data: AllocationReport,
     /// Every task, with how it would switch or what blocks it; tasks that are blocked come first.
     pub tasks: Vec<TaskReport>,
     /// No task blocked: all would have switched in one pause.

@@ -9,6 +9,7 @@
 pub mod pending_tasks;
 pub mod preconditions;
 pub mod progress;
+mod registered_code;
 pub mod signal;
 pub mod stack_checks;
 pub mod step;

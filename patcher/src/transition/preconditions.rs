@@ -66,8 +66,8 @@ fn check_sched_hook(memory: &KernelMemory<'_>, klp: &KlpInfo) -> Result<(), Step
     }
 }
 
-/// Checks that the locks of what a step changes are free: those of livepatching, of kernel text,
-/// and of ftrace's records.
+/// Checks that the locks of what a step changes are free: those of livepatching, of kernel text, of
+/// ftrace's records, and of the tables of modules.
 ///
 /// # Errors
 /// [`StepError::Busy`] if one is held.

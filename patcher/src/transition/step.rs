@@ -22,6 +22,7 @@ use crate::livepatch::direction::Direction;
 use crate::livepatch::func::PatchedFunction;
 use crate::livepatch::patch::Patch;
 use crate::memory::PatchMemory;
+use crate::memory::grace_period::GracePeriod;
 use crate::memory::write_batch::WriteBatch;
 use crate::report::task::SwitchedBy;
 use crate::transition::pending_tasks::PendingTasks;
@@ -44,6 +45,8 @@ pub struct Step {
     pub wake: Option<Kick>,
     /// The tasks that have not switched after these writes, in a guest that keeps no patch states.
     pub pending: Option<PendingTasks>,
+    /// What must have passed before the memory that this step frees is used again.
+    pub grace_period: Option<GracePeriod>,
 }
 
 impl Step {
@@ -55,6 +58,7 @@ impl Step {
             reschedule: Vec::new(),
             wake: None,
             pending: None,
+            grace_period: None,
         }
     }
 }
@@ -96,9 +100,9 @@ impl StepContext<'_> {
         self.check_text()?;
         self.check_patch_states()?;
         self.check_sites_before(direction)?;
+        self.check_unused(direction)?;
         if direction == Direction::Apply {
-            self.patch_memory
-                .check(&self.view.memory, self.patch.code)?;
+            self.patch_memory.check(&self.view.memory)?;
         }
         let checks = self.check_stacks(direction, |_| true);
         let can_complete = checks.are_clear()
@@ -109,15 +113,17 @@ impl StepContext<'_> {
         }
         if can_complete {
             let mut step = Step::new(checks.into_outcomes());
-            self.plan_code(direction, &mut step.writes)?;
+            self.plan_code(direction, &mut step.writes);
             self.plan_completion(direction, &mut step.writes)?;
+            self.plan_registration(direction, (true, true), &mut step)?;
             let patch = self.transition_patch(direction);
             self.plan_klp_variables(NO_STATE, patch, &mut step.writes)?;
             step.finished = true;
             return Ok(step);
         }
         let mut step = Step::new(Vec::new());
-        self.plan_code(direction, &mut step.writes)?;
+        self.plan_code(direction, &mut step.writes);
+        self.plan_registration(direction, (true, false), &mut step)?;
         self.plan_klp_variables(direction.target(), self.dummy, &mut step.writes)?;
         for (at, task) in self.view.tasks().enumerate() {
             if checks.is_clear(at) {
@@ -150,6 +156,7 @@ impl StepContext<'_> {
                 Ok(()) => {
                     self.plan_idle_states(&mut step.writes)?;
                     self.plan_completion(direction, &mut step.writes)?;
+                    self.plan_registration(direction, (false, true), &mut step)?;
                     let patch = self.transition_patch(direction);
                     self.plan_klp_variables(NO_STATE, patch, &mut step.writes)?;
                     step.finished = true;

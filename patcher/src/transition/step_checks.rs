@@ -101,7 +101,9 @@ impl StepContext<'_> {
             self.check_text()?;
         } else if direction == Direction::Apply {
             self.check_replaced_code()?;
+            self.check_still_unused(direction)?;
         } else {
+            self.check_still_unused(direction)?;
             // A task that has switched can still be in a stub, on its way to the previous function.
             self.view.check_no_task_in(&self.patch.new_code())?;
             self.check_text()?;

@@ -17,17 +17,11 @@ use crate::x86::{EncodeError, SITE_LEN};
 
 impl StepContext<'_> {
     /// Plans the code of the patch, if a transition in this direction has to write it first.
-    pub(super) fn plan_code(
-        &self,
-        direction: Direction,
-        writes: &mut WriteBatch,
-    ) -> Result<(), StepError> {
+    pub(super) fn plan_code(&self, direction: Direction, writes: &mut WriteBatch) {
         if direction == Direction::Apply || self.patch.stubs_changed {
-            let (memory, patch) = (&self.view.memory, self.patch);
-            self.patch_memory
-                .plan_fill(memory, patch.code, &patch.code_bytes, writes)?;
+            let patch = self.patch;
+            (self.patch_memory).plan_fill(patch.code, &patch.code_bytes, writes);
         }
-        Ok(())
     }
 
     /// Plans the completion of a transition (`klp_complete_transition`): the entries, their ftrace
@@ -37,24 +31,14 @@ impl StepContext<'_> {
         direction: Direction,
         writes: &mut WriteBatch,
     ) -> Result<(), StepError> {
-        let memory = &self.view.memory;
         match direction {
-            Direction::Apply => {
-                self.plan_sites(writes, PatchedFunction::to_new)?;
-                for old in self.patch.replaces.iter().filter(|old| !old.stays) {
-                    self.patch_memory.plan_clear(memory, old.code, writes)?;
-                }
-                Ok(())
-            }
-            Direction::Revert => {
-                self.plan_sites(writes, PatchedFunction::to_previous)?;
-                if !self.patch.keeps_code() {
-                    self.patch_memory
-                        .plan_clear(memory, self.patch.code, writes)?;
-                }
-                Ok(())
-            }
+            Direction::Apply => self.plan_sites(writes, PatchedFunction::to_new)?,
+            Direction::Revert => self.plan_sites(writes, PatchedFunction::to_previous)?,
         }
+        for freed in self.freed(direction) {
+            self.patch_memory.plan_clear(freed.code, writes);
+        }
+        Ok(())
     }
 
     /// Plans the `bytes` of each entry. While an entry does not hold its NOP, its record is
@@ -128,8 +112,7 @@ impl StepContext<'_> {
         };
         self.view.check_no_task_in(&self.patch.stub_code())?;
         let pending = PendingTasks::new(table, direction, pending)?;
-        let memory = &self.view.memory;
-        (self.patch_memory).plan_fill(memory, table, &pending.bytes(), &mut step.writes)?;
+        (self.patch_memory).plan_fill(table, &pending.bytes(), &mut step.writes);
         step.pending = Some(pending);
         Ok(())
     }
@@ -143,11 +126,10 @@ impl StepContext<'_> {
         let Some(mut pending) = self.pending.cloned() else {
             return Ok(());
         };
-        let memory = &self.view.memory;
         for task in switched {
             if let Some((at, bytes)) = pending.remove(task) {
                 let (table, writes) = (pending.allocation(), &mut step.writes);
-                (self.patch_memory).plan_part(memory, table, at, &bytes, writes)?;
+                (self.patch_memory).plan_part(table, at, &bytes, writes);
             }
         }
         step.pending = Some(pending);

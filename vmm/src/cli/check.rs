@@ -37,21 +37,15 @@ pub fn check(
         }
     }
     output.line(Tone::Plain, &memory("code", &report.code))?;
-    if let Some(data) = &report.data {
-        output.line(Tone::Plain, &memory("data", data))?;
-    }
+    output.line(Tone::Plain, &memory("constants", &report.rodata))?;
+    output.line(Tone::Plain, &memory("data", &report.data))?;
     task_lines(&report.tasks, verbose, output)?;
     Ok(output.line(Tone::Good, &summary(&report))?)
 }
 
 fn memory(what: &str, piece: &AllocationReport) -> String {
-    let place = if piece.hidden {
-        "hidden memory"
-    } else {
-        "the padding of the kernel's text"
-    };
     let (bytes, address) = (piece.bytes, &piece.address);
-    format!("{what}: {bytes} bytes at {address}, in {place}")
+    format!("{what}: {bytes} bytes at {address}, in hidden memory")
 }
 
 /// `fix: would apply; 40 tasks would switch now (by stack); 1 task would block the

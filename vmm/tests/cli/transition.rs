@@ -10,8 +10,9 @@ fn a_check_says_what_apply_would_do_and_changes_nothing() {
     let module = bench.module("fix");
     let found = "vmlinux:cmdline_proc_show,0 at 0xffffffff81000100, 42 bytes\n";
     let uses = "uses seq_printf at 0xffffffff81000200\n";
-    let memory = "code: 96 bytes at 0xffffffff81800000, in the padding of the kernel's text\n\
-                  data: 8 bytes at 0xfffffffff2000000, in hidden memory\n";
+    let memory = "code: 96 bytes at 0xfffffffff2000000, in hidden memory\n\
+                  constants: 16 bytes at 0xfffffffff2200000, in hidden memory\n\
+                  data: 1280 bytes at 0xfffffffff2400000, in hidden memory\n";
     let heading = "    PID COMM            KIND    SWITCHED-BY  AFTER\n";
     let blocks = "     77 stuck           user    pending      \
                   blocked: in cmdline_proc_show+0x5/0x20\n";
@@ -125,11 +126,11 @@ fn ten_thousand_tasks_are_a_few_lines_by_default() {
     assert_lines(&bench.ok(&["status", "-v", "fix"]), TASKS + 3, false);
     bench.ok(&["revert", "fix"]);
 
-    // One function, code and data, 20 of 9,999 tasks, what is left out, and the summary.
+    // One function, code, constants and data, 20 of 9,999 tasks, what is left out, and the summary.
     let text = bench.ok(&["check", &stuck]);
-    assert_lines(&text, 25, true);
+    assert_lines(&text, 26, true);
     assert!(text.contains("and 9979 more"), "{text}");
-    assert_lines(&bench.ok(&["check", "-v", &stuck]), TASKS + 6, false);
+    assert_lines(&bench.ok(&["check", "-v", &stuck]), TASKS + 7, false);
 
     let blocked = bench.run(&["apply", "--timeout", "1.5", &stuck]);
     refused(&blocked, 4);

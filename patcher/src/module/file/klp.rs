@@ -85,8 +85,6 @@ pub struct KlpPatch {
     pub replace: bool,
     /// The functions, in the module's order.
     pub functions: Vec<PatchFunction>,
-    /// Where its member `mod` is, which the module's loader would set.
-    pub(in crate::module) module_pointer: Option<ModuleOffset>,
     /// Where its structures are, with their lengths in bytes.
     pub(in crate::module) structures: Vec<(ModuleOffset, u64)>,
 }
@@ -174,7 +172,6 @@ pub(in crate::module) fn read(
         replace,
         functions,
         structures,
-        module_pointer: Some(at.plus(layout.patch_mod)),
     })
 }
 

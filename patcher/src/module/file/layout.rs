@@ -1,8 +1,5 @@
-//! [`SectionLayout`]: the offset of each section in the two regions, code and data, that a patch
-//! gets in the guest. It is made before the addresses of the regions are known.
-//!
-//! Read-only data is placed with the data: the guest takes addresses in the padding of its text for
-//! its own text, and hardened usercopy kills a task that copies from there.
+//! [`SectionLayout`]: the offset of each section in the three regions, code, constants and data,
+//! that a patch gets in the guest. It is made before the addresses of the regions are known.
 
 use introspect::Gva;
 
@@ -10,39 +7,47 @@ use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::elf::Section;
 use crate::module::file::sections::Placement;
 
-/// The most bytes of code. The padding of the kernel's text, where code goes, has at most some MiB.
-const MAX_CODE: u64 = 16 << 20;
-const MAX_DATA: u64 = 16 << 20;
+/// The most bytes of one region: far more than a hidden window has.
+const MAX_REGION: u64 = 16 << 20;
 /// The largest alignment of a section, in bytes: a page.
 const MAX_ALIGN: u64 = 4096;
+
+/// How much memory a region needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionSize {
+    /// Its length in bytes; 0 when the module has nothing for it.
+    pub len: u64,
+    /// The alignment that it needs; a power of two, at most 4096.
+    pub align: u64,
+}
 
 /// How much memory a module needs in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Bytes of code.
-    pub code: u64,
-    /// Alignment that `code` needs; a power of two, at most 4096.
-    pub code_align: u64,
-    /// Bytes of writable and read-only data; 0 when the module has none.
-    pub data: u64,
-    /// Alignment that `data` needs; a power of two, at most 4096.
-    pub data_align: u64,
+    /// Code.
+    pub code: RegionSize,
+    /// Constants and tables that nobody writes.
+    pub rodata: RegionSize,
+    /// Data, and the tables and structures that the guest writes.
+    pub data: RegionSize,
 }
 
-/// The addresses that a module is linked for. Both must be in the top 2 GiB, within reach of each
-/// other and of the kernel.
+/// The addresses that a module is linked for, each suitably aligned. All must be in the top 2 GiB,
+/// within reach of each other and of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadAddresses {
     /// Address of the region that is executable and read-only.
     pub code: Gva,
-    /// Address of the region that is writable and not executable; any suitably aligned address when
-    /// the module has no data.
+    /// Address of the region that is read-only and not executable.
+    pub rodata: Gva,
+    /// Address of the region that is writable and not executable.
     pub data: Gva,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::module) enum Region {
     Code,
+    RoData,
     Data,
 }
 
@@ -67,53 +72,47 @@ impl SectionLayout {
         placements: &[Placement],
     ) -> Result<SectionLayout, ModuleError> {
         let mut slots = vec![None; sections.len()];
-        let mut code = Cursor::new(MAX_CODE);
-        let mut data = Cursor::new(MAX_DATA);
-        for (pass, region) in [
-            (Placement::Text, Region::Code),
-            (Placement::Data, Region::Data),
-            (Placement::RoData, Region::Data),
-        ] {
-            let cursor = match region {
-                Region::Code => &mut code,
-                Region::Data => &mut data,
+        let mut code = Cursor::new();
+        let mut rodata = Cursor::new();
+        let mut data = Cursor::new();
+        for ((section, placement), slot) in sections.iter().zip(placements).zip(&mut slots) {
+            let (cursor, region) = match placement {
+                Placement::Text => (&mut code, Region::Code),
+                Placement::RoData => (&mut rodata, Region::RoData),
+                Placement::Data => (&mut data, Region::Data),
+                Placement::Dropped | Placement::Refused => continue,
             };
-            for ((section, placement), slot) in sections.iter().zip(placements).zip(&mut slots) {
-                if *placement == pass {
-                    let offset = cursor.add(section)?;
-                    *slot = Some(SectionSlot { region, offset });
-                }
-            }
+            let offset = cursor.add(section)?;
+            *slot = Some(SectionSlot { region, offset });
         }
         Ok(SectionLayout {
             slots,
             sizes: Sizes {
-                code: code.end,
-                code_align: code.align,
-                data: data.end,
-                data_align: data.align,
+                code: code.size,
+                rodata: rodata.size,
+                data: data.size,
             },
         })
     }
 
     /// Checks that `load_at` fits: aligned, no wraparound, no overlap.
     pub fn check(&self, load_at: &LoadAddresses) -> Result<(), LinkError> {
-        let fits = |base: Gva, size: u64, align: u64| {
-            base.0.is_multiple_of(align) && base.0.checked_add(size).is_some()
-        };
-        let Sizes {
-            code,
-            code_align,
-            data,
-            data_align,
-        } = self.sizes;
-        if !fits(load_at.code, code, code_align) || !fits(load_at.data, data, data_align) {
-            return Err(LinkError::LoadAddress("it is not aligned or wraps around"));
+        let regions = [
+            (load_at.code, self.sizes.code),
+            (load_at.rodata, self.sizes.rodata),
+            (load_at.data, self.sizes.data),
+        ];
+        for (base, size) in regions {
+            if !base.0.is_multiple_of(size.align) || base.0.checked_add(size.len).is_none() {
+                return Err(LinkError::LoadAddress("it is not aligned or wraps around"));
+            }
         }
-        let apart =
-            load_at.code.0 + code <= load_at.data.0 || load_at.data.0 + data <= load_at.code.0;
-        if !apart && data > 0 {
-            return Err(LinkError::LoadAddress("code and data overlap"));
+        let [code, rodata, data] = regions;
+        for ((a, a_size), (b, b_size)) in [(code, rodata), (code, data), (rodata, data)] {
+            let apart = a.0 + a_size.len <= b.0 || b.0 + b_size.len <= a.0;
+            if !apart && a_size.len > 0 && b_size.len > 0 {
+                return Err(LinkError::LoadAddress("code, constants and data overlap"));
+            }
         }
         Ok(())
     }
@@ -121,17 +120,13 @@ impl SectionLayout {
 
 /// The end of a region while sections are added to it.
 struct Cursor {
-    end: u64,
-    align: u64,
-    max: u64,
+    size: RegionSize,
 }
 
 impl Cursor {
-    fn new(max: u64) -> Cursor {
+    fn new() -> Cursor {
         Cursor {
-            end: 0,
-            align: 16,
-            max,
+            size: RegionSize { len: 0, align: 16 },
         }
     }
 
@@ -145,16 +140,16 @@ impl Cursor {
                 section.name
             )));
         }
-        let start = self.end.next_multiple_of(align);
-        self.end = start
+        let start = self.size.len.next_multiple_of(align);
+        self.size.len = start
             .checked_add(section.size)
-            .filter(|&end| end <= self.max)
+            .filter(|&end| end <= MAX_REGION)
             .ok_or_else(|| ModuleError::TooMany {
                 what: "bytes of code or data",
                 count: usize::try_from(section.size).unwrap_or(usize::MAX),
-                max: usize::try_from(self.max).unwrap_or(usize::MAX),
+                max: usize::try_from(MAX_REGION).unwrap_or(usize::MAX),
             })?;
-        self.align = self.align.max(align);
+        self.size.align = self.size.align.max(align);
         Ok(start)
     }
 }

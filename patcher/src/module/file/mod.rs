@@ -42,7 +42,7 @@ pub struct LivepatchModule {
 /// [`ModuleError`] for a file that is not a livepatch module.
 pub fn parse(bytes: &[u8]) -> Result<LivepatchModule, ModuleError> {
     let file = elf::ElfFile::parse(&compression::unpack(bytes, elf::MAX_FILE)?)?;
-    if file.find(".gnu.linkonce.this_module").is_none() {
+    if file.find(sections::THIS_MODULE).is_none() {
         return Err(ModuleError::WrongElf("it has no struct module"));
     }
     let info = modinfo::Modinfo::read(&file)?;

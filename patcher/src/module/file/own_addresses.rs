@@ -12,7 +12,7 @@ use object::elf;
 
 use crate::module::file::elf::{ElfFile, Place, Relocation, Section};
 use crate::module::file::klp::ModuleOffset;
-use crate::module::file::sections::Placement;
+use crate::module::file::sections::{BUG_TABLE, EX_TABLE, Placement, THIS_MODULE};
 
 /// What is taken of a module, by the name of the first symbol or section of which it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub(in crate::module) fn find(
 ) -> TakenAddresses {
     let mut taken = TakenAddresses::default();
     for (index, (section, placement)) in file.sections.iter().zip(placements).enumerate() {
-        if *placement == Placement::Dropped {
+        if *placement == Placement::Dropped || is_read_by_tables(&section.name) {
             continue;
         }
         let mut relocations: Vec<&Relocation> = section.relocations.iter().collect();
@@ -53,6 +53,13 @@ pub(in crate::module) fn find(
         }
     }
     taken
+}
+
+/// Whether what refers from this section, or to it, is known to be over when the patch is no longer
+/// registered: the exception table and the bug table. That of `struct module` to the init and exit
+/// functions is not even written.
+fn is_read_by_tables(section: &str) -> bool {
+    [EX_TABLE, BUG_TABLE, THIS_MODULE].contains(&section)
 }
 
 /// The relocations of a section of code whose instructions use an address as a value.
@@ -105,6 +112,10 @@ fn note(
     let Place::Section(index) = symbol.place else {
         return;
     };
+    // A WARN passes the address of its entry to the kernel, which is done with it when it returns.
+    if file.section(index).is_some_and(|s| s.name == BUG_TABLE) {
+        return;
+    }
     let first = match placements.get(index) {
         Some(Placement::Text) => &mut taken.code,
         Some(Placement::Data | Placement::RoData) => &mut taken.data,

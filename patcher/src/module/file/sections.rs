@@ -14,7 +14,7 @@ use crate::module::file::names::Names;
 pub(in crate::module) enum Placement {
     /// Executable, into the code region.
     Text,
-    /// Read-only, into the data region.
+    /// Read-only, into the region of constants.
     RoData,
     /// Writable, into the data region.
     Data,
@@ -52,7 +52,6 @@ const DROPPED: &[&str] = &[
     ".exit.data",
     // Information.
     ".modinfo",
-    ".gnu.linkonce.this_module",
     "__param",
     "__versions",
     "__version_ext_crcs",
@@ -78,17 +77,18 @@ const DROPPED: &[&str] = &[
     "__patchable_function_entries",
 ];
 
+/// `struct module` of the module itself.
+pub(in crate::module) const THIS_MODULE: &str = ".gnu.linkonce.this_module";
+/// The exception table: the guest sorts and reads it.
+pub(in crate::module) const EX_TABLE: &str = "__ex_table";
+/// The table of WARN and BUG: the guest notes in it which warnings it has given.
+pub(in crate::module) const BUG_TABLE: &str = "__bug_table";
+/// Static keys and other data that is constant once a module is loaded.
+pub(in crate::module) const RO_AFTER_INIT: &str = ".data..ro_after_init";
+
 /// Sections whose contents would have to be registered with the guest's kernel, each with the
 /// reason for the message.
 const REFUSED: &[(&str, &str)] = &[
-    (
-        "__ex_table",
-        "code that accesses user memory or MSRs needs exception tables in the guest",
-    ),
-    (
-        "__bug_table",
-        "WARN and BUG need the bug table of the guest",
-    ),
     (".data..percpu", "per-CPU variables of its own"),
     (".ctors", "constructors"),
     (".init_array", "constructors"),
@@ -126,6 +126,12 @@ pub(in crate::module) fn placement(section: &Section) -> Result<Placement, &'sta
     }
     if DROPPED.contains(&name) || name.starts_with(".note") || name.starts_with(".discard") {
         return Ok(Placement::Dropped);
+    }
+    match (name, section.is_exec(), section.is_write()) {
+        (THIS_MODULE | BUG_TABLE, false, true) => return Ok(Placement::Data),
+        // No init function runs that could still write it.
+        (EX_TABLE, false, _) | (RO_AFTER_INIT, false, true) => return Ok(Placement::RoData),
+        _ => {}
     }
     let text = TEXT.contains(&name) || name.starts_with(".text.");
     let data = [".data", ".bss", ".rodata"]
@@ -207,7 +213,10 @@ mod tests {
             (".altinstr_aux", AX, Placement::Text),
             (".rodata.str1.1", A, Placement::RoData),
             (".data", WA, Placement::Data),
-            (".data..ro_after_init", WA, Placement::Data),
+            (".data..ro_after_init", WA, Placement::RoData),
+            ("__ex_table", A, Placement::RoData),
+            ("__bug_table", WA, Placement::Data),
+            (".gnu.linkonce.this_module", WA, Placement::Data),
             (".data.once", WA, Placement::Data),
             (".bss", WA, Placement::Data),
             (".init.text", AX, Placement::Dropped),
@@ -220,7 +229,7 @@ mod tests {
 
     #[test]
     fn sections_that_need_registration_are_refused() {
-        for name in ["__ex_table", "__bug_table", ".data..percpu", "__dyndbg"] {
+        for name in [".data..percpu", "__dyndbg", "__tracepoints"] {
             assert!(placement(&section(name, WA, 8)).is_err(), "{name}");
             assert_eq!(
                 placement(&section(name, WA, 0)),
@@ -240,6 +249,8 @@ mod tests {
             // Writable code, and code in a data section.
             (".text", AX | 1),
             (".data", AX),
+            ("__bug_table", A),
+            ("__ex_table", AX),
         ] {
             assert!(
                 placement(&section(name, flags, 8)).is_err(),

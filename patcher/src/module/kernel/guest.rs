@@ -8,7 +8,8 @@ use crate::module::error::TargetError;
 use crate::module::file::klp::KlpLayout;
 use crate::module::kernel::exports::Exports;
 use crate::module::kernel::{
-    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
+    AltInstrLayout, BugLayout, ExceptionLayout, Export, JumpEntryLayout, Layouts, ModversionLayout,
+    TargetKernel,
 };
 
 /// What every livepatch's init function calls. The init function is not run, but its code may be
@@ -94,6 +95,21 @@ impl<'a> GuestTarget<'a> {
                 code: at("jump_entry.code")?,
                 target: at("jump_entry.target")?,
                 key: at("jump_entry.key")?,
+            },
+            exception: ExceptionLayout {
+                size: btf.size_of("exception_table_entry")?,
+                insn: at("exception_table_entry.insn")?,
+                fixup: at("exception_table_entry.fixup")?,
+                handler: at("exception_table_entry.handler").ok(),
+            },
+            bug: match at("bug_entry.bug_addr_disp") {
+                Err(_) => None,
+                Ok(bug_addr_disp) => Some(BugLayout {
+                    size: btf.size_of("bug_entry")?,
+                    bug_addr_disp,
+                    file_disp: at("bug_entry.file_disp").ok(),
+                    format_disp: at("bug_entry.format_disp").ok(),
+                }),
             },
             static_key_enabled: at("static_key.enabled")?,
         })

@@ -36,6 +36,10 @@ pub struct Layouts {
     pub alt_instr: AltInstrLayout,
     /// `struct jump_entry`.
     pub jump_entry: JumpEntryLayout,
+    /// `struct exception_table_entry`.
+    pub exception: ExceptionLayout,
+    /// `struct bug_entry`, in a kernel with relative pointers in it.
+    pub bug: Option<BugLayout>,
     /// Offset of `enabled` in `struct static_key`.
     pub static_key_enabled: u64,
 }
@@ -72,6 +76,29 @@ pub struct JumpEntryLayout {
     pub code: u64,
     pub target: u64,
     pub key: u64,
+}
+
+/// Size of `struct exception_table_entry` and offsets in it. All of its fields have 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the kernel's fields.
+pub struct ExceptionLayout {
+    pub size: u64,
+    pub insn: u64,
+    pub fixup: u64,
+    /// The distance to the handler's address, in a kernel that has no types of handlers.
+    pub handler: Option<u64>,
+}
+
+/// Size of `struct bug_entry` and offsets in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // Named as the kernel's fields.
+pub struct BugLayout {
+    pub size: u64,
+    pub bug_addr_disp: u64,
+    /// With `CONFIG_DEBUG_BUGVERBOSE`.
+    pub file_disp: Option<u64>,
+    /// In a kernel whose warnings have their format in the table.
+    pub format_disp: Option<u64>,
 }
 
 /// The kernel that a module is linked for.

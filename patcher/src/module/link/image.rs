@@ -49,6 +49,15 @@ pub struct OrcRecord {
     pub entry: [u8; 6],
 }
 
+/// A table in the image that the guest's kernel reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImageTable {
+    /// The address of its first entry; null when there is none.
+    pub at: Gva,
+    /// The number of its entries.
+    pub count: u32,
+}
+
 /// A livepatch module linked for one guest and for fixed addresses in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -68,6 +77,16 @@ pub struct Image {
     pub data: Vec<u8>,
     /// Address of `data` in the guest.
     pub data_base: Gva,
+    /// The bytes of the region of constants.
+    pub rodata: Vec<u8>,
+    /// Address of `rodata` in the guest.
+    pub rodata_base: Gva,
+    /// The place of its `struct module` in `data` (`THIS_MODULE`), which is all zeroes.
+    pub module: Gva,
+    /// The sorted exception table, in `rodata`.
+    pub extable: ImageTable,
+    /// The bug table, in `data`.
+    pub bugs: ImageTable,
     /// The new functions, in the module's order.
     pub functions: Vec<LinkedFunction>,
     /// The named functions and data of the patch, sorted by address.

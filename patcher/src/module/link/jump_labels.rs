@@ -8,6 +8,7 @@
 use introspect::{Gva, GvaRange};
 
 use crate::module::error::{LinkError, TargetError};
+use crate::module::file::sections::RO_AFTER_INIT;
 use crate::module::kernel::TargetKernel;
 use crate::module::link::linker::Linker;
 use crate::module::link::symbols::Value;
@@ -76,7 +77,7 @@ fn enabled<T: TargetKernel + ?Sized>(
     let mut count = [0; 4];
     let at = key.add(linker.layouts.static_key_enabled);
     if is_own_constant(linker, key) {
-        let own = linker.data.get(at, 4);
+        let own = linker.rodata.get(at, 4);
         count.copy_from_slice(own.ok_or_else(|| bad("a key extends past its section"))?);
     } else if final_keys(target)?.contains(key) {
         target.read("a static key", at, &mut count)?;
@@ -93,7 +94,7 @@ fn enabled<T: TargetKernel + ?Sized>(
 fn is_own_constant(linker: &Linker<'_>, key: Gva) -> bool {
     let sections = &linker.module.file.sections;
     sections.iter().enumerate().any(|(index, section)| {
-        section.name == ".data..ro_after_init"
+        section.name == RO_AFTER_INIT
             && linker
                 .symbols
                 .section_base(index)
@@ -111,7 +112,7 @@ fn final_keys<T: TargetKernel + ?Sized>(target: &T) -> Result<GvaRange, LinkErro
 }
 
 fn key_name<T: TargetKernel + ?Sized>(linker: &Linker<'_>, target: &T, key: Gva) -> String {
-    if linker.data.contains(key) {
+    if linker.data.contains(key) || linker.rodata.contains(key) {
         let symbols = &linker.module.file.symbols;
         let own = symbols
             .iter()

@@ -7,15 +7,17 @@ use introspect::{Gva, GvaRange};
 use object::elf;
 
 use crate::module::KlpPatch;
-use crate::module::error::LinkError;
+use crate::module::error::{LinkError, ModuleError};
 use crate::module::file::LivepatchModule;
-use crate::module::file::elf::{Place, Relocation, Section};
+use crate::module::file::elf::{Place, Relocation};
 use crate::module::file::klp::ModuleOffset;
 use crate::module::file::layout::Region;
 use crate::module::file::own_addresses;
-use crate::module::file::sections::Placement;
+use crate::module::file::sections::{BUG_TABLE, EX_TABLE, Placement, THIS_MODULE};
 use crate::module::kernel::Layouts;
-use crate::module::link::image::{Buffer, Image, ImageSymbol, Import, LinkedFunction, OrcRecord};
+use crate::module::link::image::{
+    Buffer, Image, ImageSymbol, ImageTable, Import, LinkedFunction, OrcRecord,
+};
 use crate::module::link::refusals::Refusals;
 use crate::module::link::symbols::{Symbols, Value};
 use crate::module::link::table::Table;
@@ -28,7 +30,12 @@ pub(in crate::module) struct Linker<'a> {
     pub patch: &'a KlpPatch,
     pub symbols: Symbols,
     pub code: Buffer,
+    pub rodata: Buffer,
     pub data: Buffer,
+    /// The sorted exception table.
+    pub extable: ImageTable,
+    /// The bug table.
+    pub bugs: ImageTable,
     /// Why the module is refused, as far as it has been examined.
     pub refusals: Refusals<'a>,
     /// The symbols that are not placed in the guest and that were found to be referred to.
@@ -43,12 +50,17 @@ impl<'a> Linker<'a> {
             let Some(slot) = slot else { continue };
             let buffer = match slot.region {
                 Region::Code => &mut self.code,
+                Region::RoData => &mut self.rodata,
                 Region::Data => &mut self.data,
             };
             let start = buffer.base.add(slot.offset);
             if let Some(place) = buffer.get_mut(start, size(section.size)) {
                 place.fill(0);
-                let bytes = module.file.data(section);
+                // What the file has of struct module is nothing that the guest could use.
+                let bytes = match section.name.as_str() {
+                    THIS_MODULE => &[],
+                    _ => module.file.data(section),
+                };
                 for (to, from) in place.iter_mut().zip(bytes) {
                     *to = *from;
                 }
@@ -63,11 +75,15 @@ impl<'a> Linker<'a> {
             let Some(base) = self.symbols.section_base(index) else {
                 continue;
             };
+            // Its pointers to the init and exit functions, and the tables that are made anew.
+            if [THIS_MODULE, EX_TABLE, BUG_TABLE].contains(&section.name.as_str()) {
+                continue;
+            }
             for relocation in &section.relocations {
-                self.relocate_one(index, section, base, relocation)?;
+                self.relocate_one(index, base, relocation)?;
             }
             for relocation in section.klp_relocations.values().flatten() {
-                self.relocate_one(index, section, base, relocation)?;
+                self.relocate_one(index, base, relocation)?;
             }
         }
         Ok(())
@@ -76,7 +92,6 @@ impl<'a> Linker<'a> {
     fn relocate_one(
         &mut self,
         index: usize,
-        section: &Section,
         base: Gva,
         relocation: &Relocation,
     ) -> Result<(), LinkError> {
@@ -84,9 +99,7 @@ impl<'a> Linker<'a> {
             section: index,
             offset: relocation.offset,
         };
-        // klp_patch.mod: nothing reads this copy of the structure, and there is no struct module.
-        let is_module_pointer = Some(field) == self.patch.module_pointer;
-        if relocation.kind == elf::R_X86_64_NONE.0 || is_module_pointer {
+        if relocation.kind == elf::R_X86_64_NONE.0 {
             return Ok(());
         }
         let at = base.add(relocation.offset);
@@ -97,7 +110,7 @@ impl<'a> Linker<'a> {
             Value::At(address) => address.offset(relocation.addend),
             Value::Refused => return Ok(()),
             Value::Dropped => {
-                self.refuse_dropped(field, section, relocation);
+                self.refuse_dropped(field, relocation);
                 return Ok(());
             }
         };
@@ -116,13 +129,9 @@ impl<'a> Linker<'a> {
             Encode::Unknown => wrong(format!("type {} is not known", relocation.kind)),
             Encode::Overflow => wrong(format!("{} is out of reach", name())),
         })?;
-        let buffer = if self.code.contains(at) {
-            &mut self.code
-        } else {
-            &mut self.data
-        };
-        let place = buffer
-            .get_mut(at, bytes.len())
+        let place = [&mut self.code, &mut self.rodata, &mut self.data]
+            .into_iter()
+            .find_map(|buffer| buffer.get_mut(at, bytes.len()))
             .ok_or_else(|| wrong("it extends past its section".into()))?;
         if place.iter().any(|&b| b != 0) {
             return Err(wrong("the place is not empty (relocated twice?)".into()));
@@ -154,7 +163,7 @@ impl<'a> Linker<'a> {
 
     /// Notes a reference to a part of the module that is not placed in the guest: the first one to
     /// each symbol.
-    fn refuse_dropped(&mut self, field: ModuleOffset, section: &Section, relocation: &Relocation) {
+    fn refuse_dropped(&mut self, field: ModuleOffset, relocation: &Relocation) {
         let file = &self.module.file;
         let target = file.symbol(relocation.symbol).map(|s| s.place);
         let in_section = match target {
@@ -162,10 +171,7 @@ impl<'a> Linker<'a> {
             _ => None,
         };
         let in_section = in_section.unwrap_or_default();
-        // Which of its data is the klp_patch is not known if its init function is not.
-        let is_module = in_section == ".gnu.linkonce.this_module";
-        let may_be_patch = self.patch.module_pointer.is_none() && !section.is_exec() && is_module;
-        if may_be_patch || !self.refusals.wanted() || !self.refused.insert(relocation.symbol) {
+        if !self.refusals.wanted() || !self.refused.insert(relocation.symbol) {
             return;
         }
         self.refusals.add(LinkError::Dropped {
@@ -213,8 +219,16 @@ impl<'a> Linker<'a> {
         found.map_or_else(|| at.to_string(), str::to_owned)
     }
 
+    /// The address of the section `name`, if it is placed in the guest.
+    pub fn address_of(&self, name: &str) -> Option<Gva> {
+        let (index, _) = self.module.file.find(name)?;
+        self.symbols.section_base(index)
+    }
+
     /// The linked module, whose code and data are final.
     pub fn finish(self) -> Result<Image, LinkError> {
+        let no_module = ModuleError::WrongElf("its struct module is not writable data");
+        let module = self.address_of(THIS_MODULE).ok_or(no_module)?;
         let symbols = self.image_symbols();
         let functions = self
             .patch
@@ -246,6 +260,11 @@ impl<'a> Linker<'a> {
             orc: self.orc()?,
             code_base: self.code.base,
             code: self.code.bytes,
+            module,
+            extable: self.extable,
+            bugs: self.bugs,
+            rodata_base: self.rodata.base,
+            rodata: self.rodata.bytes,
             data_base: self.data.base,
             data: self.data.bytes,
         })

@@ -3,11 +3,14 @@
 //!
 //! This module knows the order of the steps: [`modversions`], [`symbols`], the sections and
 //! relocations ([`linker`]), then the tables that change code, each in a file of its own
-//! ([`return_thunks`], [`alternatives`], [`jump_labels`]), and [`verify`] last. What is refused is
+//! ([`return_thunks`], [`alternatives`], [`jump_labels`]) and those that the guest reads
+//! ([`exception_table`], [`bug_table`]), and [`verify`] last. What is refused is
 //! collected ([`refusals`]), as far as the rest can still be examined. [`resolve`] finds
 //! the functions to be replaced; it is used before, when the patch is prepared.
 
 pub mod alternatives;
+pub mod bug_table;
+pub mod exception_table;
 pub mod image;
 pub mod jump_labels;
 pub mod linker;
@@ -29,7 +32,7 @@ use crate::module::file::LivepatchModule;
 use crate::module::file::layout::{LoadAddresses, Sizes};
 use crate::module::file::names::Names;
 use crate::module::kernel::TargetKernel;
-use crate::module::link::image::{Buffer, Image};
+use crate::module::link::image::{Buffer, Image, ImageTable};
 use crate::module::link::linker::{Linker, size};
 use crate::module::link::modversions::Modversions;
 use crate::module::link::refusals::Refusals;
@@ -71,12 +74,18 @@ pub fn link<T: TargetKernel + ?Sized>(
         symbols,
         code: Buffer {
             base: load_at.code,
-            bytes: vec![INT3; size(module.layout.sizes.code)],
+            bytes: vec![INT3; size(module.layout.sizes.code.len)],
+        },
+        rodata: Buffer {
+            base: load_at.rodata,
+            bytes: vec![0; size(module.layout.sizes.rodata.len)],
         },
         data: Buffer {
             base: load_at.data,
-            bytes: vec![0; size(module.layout.sizes.data)],
+            bytes: vec![0; size(module.layout.sizes.data.len)],
         },
+        extable: ImageTable::default(),
+        bugs: ImageTable::default(),
         refusals,
         refused: HashSet::new(),
     };
@@ -98,7 +107,9 @@ fn apply_tables<T: TargetKernel + ?Sized>(
     linker.relocate()?;
     return_thunks::apply(linker, target)?;
     alternatives::apply(linker, target)?;
-    jump_labels::apply(linker, target)
+    jump_labels::apply(linker, target)?;
+    exception_table::apply(linker)?;
+    bug_table::apply(linker)
 }
 
 /// Checks that `module` was built for the kernel `target`: for any other, nothing else that could be
@@ -119,12 +130,13 @@ pub fn examine<T: TargetKernel + ?Sized>(
     patch: &KlpPatch,
     target: &T,
 ) -> Vec<LinkError> {
-    let Sizes {
-        code, data_align, ..
-    } = module.layout.sizes;
+    let Sizes { code, rodata, data } = module.layout.sizes;
+    let after = |base: Gva, len: u64, align: u64| Gva(base.add(len).0.next_multiple_of(align));
+    let rodata_at = after(EXAMINED_AT, code.len, rodata.align);
     let load_at = LoadAddresses {
         code: EXAMINED_AT,
-        data: EXAMINED_AT.add(code.next_multiple_of(data_align)),
+        rodata: rodata_at,
+        data: after(rodata_at, rodata.len, data.align),
     };
     link(module, patch, target, load_at)
         .err()

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use crate::module::error::LinkError;
 use crate::module::file::LivepatchModule;
 use crate::module::file::elf::text;
+use crate::module::file::sections::THIS_MODULE;
 use crate::module::kernel::{Export, Layouts, ModversionLayout, TargetKernel};
 
 /// The versions of the symbols that a module uses, to be compared with the kernel's.
@@ -51,7 +52,7 @@ impl<'a> Modversions<'a> {
             modversions.check_symbol("module_layout", &export)?;
         }
         let own = file
-            .find(".gnu.linkonce.this_module")
+            .find(THIS_MODULE)
             .map_or(0, |(_, section)| section.size);
         if own != layouts.module_size {
             return Err(LinkError::ModuleStruct {

@@ -51,6 +51,7 @@ impl Symbols {
             .map(|slot| {
                 slot.map(|slot| match slot.region {
                     Region::Code => load_at.code.add(slot.offset),
+                    Region::RoData => load_at.rodata.add(slot.offset),
                     Region::Data => load_at.data.add(slot.offset),
                 })
             })

@@ -8,13 +8,15 @@ use introspect::Gva;
 
 use crate::module::file::klp::KlpLayout;
 use crate::module::kernel::{
-    AltInstrLayout, Export, JumpEntryLayout, Layouts, ModversionLayout, TargetKernel,
+    AltInstrLayout, BugLayout, ExceptionLayout, Export, JumpEntryLayout, Layouts, ModversionLayout,
+    TargetKernel,
 };
 use crate::module::{LoadAddresses, TargetError};
 
 /// The addresses that the tests link modules for.
 pub const LOAD_AT: LoadAddresses = LoadAddresses {
     code: Gva(0xffff_ffff_8100_0000),
+    rodata: Gva(0xffff_ffff_c200_0000),
     data: Gva(0xffff_ffff_c100_0000),
 };
 /// The address of the kernel.
@@ -63,6 +65,18 @@ pub fn layouts() -> Layouts {
             target: 4,
             key: 8,
         },
+        exception: ExceptionLayout {
+            size: 12,
+            insn: 0,
+            fixup: 4,
+            handler: None,
+        },
+        bug: Some(BugLayout {
+            size: 16,
+            bug_addr_disp: 0,
+            file_disp: Some(8),
+            format_disp: Some(4),
+        }),
         static_key_enabled: 0,
     }
 }

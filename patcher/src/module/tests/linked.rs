@@ -34,8 +34,8 @@ fn a_module_with_every_table_is_linked() {
     let code = code(&image);
     assert_eq!(code[..5], [0x0f, 0x1f, 0x44, 0, 0], "fentry is a NOP");
     let string = i32::from_le_bytes(code[8..12].try_into().unwrap());
-    let string = Gva(i64::from(string).cast_unsigned()).since(image.data_base);
-    assert!(image.data[usize::try_from(string).unwrap()..].starts_with(b"hello\0"));
+    let string = Gva(i64::from(string).cast_unsigned()).since(image.rodata_base);
+    assert!(image.rodata[usize::try_from(string).unwrap()..].starts_with(b"hello\0"));
     assert_eq!(operand_target(&image, 13), KERNEL + 0x300, "call puts");
     assert_eq!(code[17..20], [0x0f, 0x01, 0xcb], "stac");
     assert_eq!(
@@ -59,15 +59,18 @@ fn a_module_with_every_table_is_linked() {
             entry,
         });
     assert_eq!(image.orc, orc);
-    // The data has pointers to itself and to the code; .bss is zero.
+    // The data has pointers to itself and to the code; .bss is zero. It begins with struct module.
+    let data = &image.data[24..];
     let at = |offset: u64| {
         let offset = usize::try_from(offset).unwrap();
-        u64::from_le_bytes(image.data[offset..offset + 8].try_into().unwrap())
+        u64::from_le_bytes(data[offset..offset + 8].try_into().unwrap())
     };
-    assert_eq!(at(PATCH), 0, "klp_patch.mod stays empty");
-    assert_eq!(at(PATCH + 8), LOAD_AT.data.0 + OBJECTS);
+    assert_eq!(at(PATCH), image.module.0, "klp_patch.mod is the module");
+    assert_eq!(image.module, LOAD_AT.data);
+    assert!(image.data[..24].iter().all(|&b| b == 0));
+    assert_eq!(at(PATCH + 8), LOAD_AT.data.0 + 24 + OBJECTS);
     assert_eq!(at(FUNCTIONS + 8), LOAD_AT.code.0);
-    assert!(image.data[328..428].iter().all(|&b| b == 0));
+    assert!(data[320..420].iter().all(|&b| b == 0));
     assert_eq!(
         image.symbol_at(LOAD_AT.code.add(28)).unwrap().name,
         "new_victim"
@@ -79,8 +82,9 @@ fn a_module_with_every_table_is_linked() {
 fn the_image_has_the_sizes_that_the_module_gives() {
     let module = parse(&sample().bytes()).unwrap();
     let image = linked_at(&module, &FakeKernel::new(), LOAD_AT).unwrap();
-    assert_eq!(module.sizes().code, image.code.len() as u64);
-    assert_eq!(module.sizes().data, image.data.len() as u64);
+    assert_eq!(module.sizes().code.len, image.code.len() as u64);
+    assert_eq!(module.sizes().rodata.len, image.rodata.len() as u64);
+    assert_eq!(module.sizes().data.len, image.data.len() as u64);
     for wrong in [
         LoadAddresses {
             code: LOAD_AT.code.add(1),
@@ -88,6 +92,10 @@ fn the_image_has_the_sizes_that_the_module_gives() {
         },
         LoadAddresses {
             data: LOAD_AT.code.add(16),
+            ..LOAD_AT
+        },
+        LoadAddresses {
+            rodata: LOAD_AT.data,
             ..LOAD_AT
         },
         LoadAddresses {
@@ -356,4 +364,91 @@ fn addresses_that_the_guest_may_keep_are_found() {
         ko.get(".text").relocations[2] = (13, PLT32, ".text".into(), -4);
     });
     assert_eq!(call.code, None);
+}
+
+/// The address that the word at `at` of `bytes`, which begin at `base`, holds the distance to.
+fn word_target(bytes: &[u8], base: Gva, at: u64) -> u64 {
+    let offset = usize::try_from(at).unwrap();
+    let word = i32::from_le_bytes(bytes[offset..offset + 4].try_into().unwrap());
+    base.add(at).offset(word.into()).0
+}
+
+#[test]
+fn the_exception_table_is_sorted_and_has_placed_code_only() {
+    let mut ko = sample();
+    let mut bytes = Vec::new();
+    for kind in [7u32, 8, 9] {
+        bytes.extend([0; 8]);
+        bytes.extend(kind.to_le_bytes());
+    }
+    ko.section("__ex_table", A, &bytes).relocations = vec![
+        (0, PC32, ".text".into(), 22),
+        (4, PC32, ".text".into(), 24),
+        (12, PC32, ".init.text".into(), 0),
+        (16, PC32, ".init.text".into(), 4),
+        (24, PC32, ".text".into(), 5),
+        (28, PC32, ".text".into(), 12),
+    ];
+    let image = linked(&ko, &FakeKernel::new()).unwrap();
+    assert_eq!(image.extable.count, 2);
+    let at = image.extable.at.since(image.rodata_base);
+    let target = |offset| word_target(&image.rodata, image.rodata_base, at + offset);
+    let code = LOAD_AT.code.0;
+    assert_eq!((target(0), target(4)), (code + 5, code + 12));
+    assert_eq!((target(12), target(16)), (code + 22, code + 24));
+    let at = usize::try_from(at).unwrap();
+    assert_eq!((image.rodata[at + 8], image.rodata[at + 20]), (9, 7));
+    assert_eq!(image.taken.code, None, "no one keeps what is in the table");
+    // A kernel whose entries have the address of a handler.
+    let mut target = FakeKernel::new();
+    target.layouts.exception.handler = Some(8);
+    assert!(matches!(error(&ko, &target), LinkError::Table { .. }));
+    let table = ko.get("__ex_table");
+    table.relocations.push((8, PC32, "puts".into(), 0));
+    table.relocations.push((32, PC32, "puts".into(), 0));
+    let image = linked(&ko, &target).unwrap();
+    let at = image.extable.at.since(image.rodata_base);
+    let handler = word_target(&image.rodata, image.rodata_base, at + 8);
+    assert_eq!(handler, KERNEL + 0x300);
+}
+
+#[test]
+fn the_bug_table_keeps_its_entries_where_they_are() {
+    let mut ko = sample();
+    let mut bytes = vec![0; 32];
+    bytes[28] = 5;
+    ko.section("__bug_table", WA, &bytes).relocations = vec![
+        (0, PC32, ".init.text".into(), 0),
+        (8, PC32, ".rodata.str1.1".into(), 4),
+        (16, PC32, ".text".into(), 22),
+        (24, PC32, ".rodata.str1.1".into(), 4),
+    ];
+    let image = linked(&ko, &FakeKernel::new()).unwrap();
+    assert_eq!(image.bugs.count, 2);
+    let at = image.bugs.at.since(image.data_base);
+    let target = |offset| word_target(&image.data, image.data_base, at + offset);
+    // That of init code names itself.
+    assert_eq!(target(0), image.bugs.at.0);
+    assert_eq!(target(16), LOAD_AT.code.0 + 22);
+    assert_eq!(target(24), image.rodata_base.0 + 4);
+    assert_eq!(image.data[usize::try_from(at).unwrap() + 28], 5);
+    assert_eq!(image.taken.code, None);
+    ko.get("__bug_table").data.pop();
+    assert!(matches!(
+        error(&ko, &FakeKernel::new()),
+        LinkError::Table { .. }
+    ));
+}
+
+#[test]
+fn tables_of_other_code_are_refused() {
+    for name in ["__ex_table", "__bug_table"] {
+        let mut ko = sample();
+        let flags = if name == "__ex_table" { A } else { WA };
+        let size = if name == "__ex_table" { 12 } else { 16 };
+        ko.section(name, flags, &vec![0; size]).relocations =
+            vec![(0, PC32, "puts".into(), 0), (4, PC32, ".text".into(), 0)];
+        let message = error(&ko, &FakeKernel::new()).to_string();
+        assert!(message.contains("not for code of the patch"), "{message}");
+    }
 }

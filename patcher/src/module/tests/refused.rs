@@ -100,16 +100,16 @@ fn formats_and_sections_that_are_not_supported_are_named() {
         assert_eq!(module_error(&ko), ModuleError::Format(tool));
     }
     let mut ko = sample();
-    ko.section("__ex_table", A, &[0; 12]).relocations = vec![(0, PC32, ".text".into(), 12)];
+    ko.section("__tracepoints", A, &[0; 12]).relocations = vec![(0, PC32, ".text".into(), 12)];
     let ModuleError::Section {
         section, functions, ..
     } = module_error(&ko)
     else {
-        panic!("an exception table");
+        panic!("tracepoints");
     };
-    assert_eq!(section, "__ex_table");
+    assert_eq!(section, "__tracepoints");
     assert_eq!(functions, ["new_victim"]);
-    for name in [".data..percpu", "__bug_table", "__mystery"] {
+    for name in [".data..percpu", "__dyndbg", "__mystery"] {
         let mut ko = sample();
         ko.section(name, WA, &[0; 8]);
         let message = module_error(&ko).to_string();
@@ -121,14 +121,14 @@ fn formats_and_sections_that_are_not_supported_are_named() {
 fn every_reason_is_told_at_once() {
     let mut ko = sample();
     ko.modinfo("depends", Some("virtio_net"));
-    ko.section("__bug_table", WA, &[0; 24]).relocations = vec![
+    ko.section("__dyndbg", WA, &[0; 24]).relocations = vec![
         (0, PC32, ".text".into(), 12),
         (12, PC32, ".text".into(), 14),
     ];
     // A reference to a table that is refused is not told once more.
     ko.get(".data")
         .relocations
-        .push((0, R64, "__bug_table".into(), 0));
+        .push((0, R64, "__dyndbg".into(), 0));
     ko.get(".data")
         .relocations
         .push((8, R64, ".init.text".into(), 4));
@@ -139,7 +139,7 @@ fn every_reason_is_told_at_once() {
     let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
     let expected = [
         "the module depends on other modules (virtio_net)",
-        "section __bug_table (for function new_victim)",
+        "section __dyndbg (for function new_victim)",
         "unknown symbol puts: the guest kernel does not export it (used by new_victim)",
         ".data+0x8 refers to .init.text, which is init code",
     ];
@@ -267,7 +267,7 @@ proptest! {
         if let Ok(module) = parse(&bytes) {
             // It may link or not; what matters is that linking returns.
             if let Ok(image) = linked_at(&module, &FakeKernel::new(), LOAD_AT) {
-                prop_assert_eq!(image.code.len() as u64, module.sizes().code);
+                prop_assert_eq!(image.code.len() as u64, module.sizes().code.len);
             }
         }
     }

@@ -210,7 +210,6 @@ fn frames_of_a_patch_are_named_by_it() {
         (CodeName::Stubs(patch()), "in the entry stubs of fix"),
         (CodeName::Patch(patch()), "in the code of fix"),
     ];
-    // In the padding of the kernel's text, where the kernel's last symbol is the nearest.
     let start = Gva(image::BASE + 0x8000);
     for ((name, expected), at) in names.into_iter().zip((0..).step_by(0x100)) {
         let range = GvaRange::new(start.add(at), start.add(at + 0x100));

@@ -16,7 +16,7 @@ use guests::kernel::{Flavour, Generation};
 use serde::{Deserialize, Serialize};
 
 /// The patches that are built for every kernel with headers.
-const PATCHES: [&str; 23] = [
+const PATCHES: [&str; 25] = [
     "livepatch-sample",
     "cmdline",
     "getpid",
@@ -37,6 +37,8 @@ const PATCHES: [&str; 23] = [
     "init-value",
     "obstacles",
     "exit-work",
+    "faults",
+    "kprobe-at",
     "constant",
     "rcu-callback",
     "timer",

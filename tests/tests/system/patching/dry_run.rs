@@ -163,6 +163,7 @@ fn nothing_is_written(outpatch: &Outpatch, good: &str, bad: &str) -> Result<()> 
         "functions",
         "symbols",
         "code",
+        "rodata",
         "data",
         "tasks",
         "at_once",

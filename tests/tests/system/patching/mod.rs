@@ -14,6 +14,7 @@ pub mod no_livepatch;
 pub mod patch_memory;
 pub mod patch_stack;
 pub mod refusals;
+pub mod registration;
 pub mod soak;
 pub mod task_kinds;
 pub mod traced_sleepers;

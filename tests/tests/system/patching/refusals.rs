@@ -12,17 +12,15 @@ use crate::harness::fixture::Fixture;
 use crate::harness::scenario::Scenario;
 
 /// What is told, all at once, of a patch with obstacles of many kinds.
-const OBSTACLES: [&str; 9] = [
-    "the patch is refused for 8 reasons",
+const OBSTACLES: [&str; 7] = [
+    "the patch is refused for 6 reasons",
     "section .data..percpu (for function new_cmdline_proc_show) is not supported yet",
-    "section __bug_table (for function new_cmdline_proc_show) is not supported yet",
     "the module's init function would not run: it stores to",
     "the module's exit function would not run: it calls",
     "callbacks (pre_patch = pre_patch)",
     "the guest kernel has no symbol outpatch_no_such_function",
     "unknown symbol outpatch_no_such_export: the guest kernel does not export it (used by \
      new_cmdline_proc_show)",
-    "refers to __this_module, which is the module's struct module (THIS_MODULE)",
 ];
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -100,7 +98,11 @@ pub fn modules(fixture: &Fixture, guest: &mut Guest, generation: &str) -> Result
             kernel.patch("exit-work")?,
             "it calls rcu_barrier",
         ),
-        ("code that warns", kernel.patch("features")?, "__bug_table"),
+        (
+            "static keys of its own",
+            kernel.patch("features")?,
+            "the static key own_",
+        ),
         (
             "no such file",
             "/nonexistent/patch.ko",

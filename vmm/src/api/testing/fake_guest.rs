@@ -308,15 +308,17 @@ impl Control for FakeGuest {
                 address: "0xffffffff81000200".into(),
             }],
             code: AllocationReport {
-                address: "0xffffffff81800000".into(),
-                bytes: 96,
-                hidden: false,
-            },
-            data: Some(AllocationReport {
                 address: "0xfffffffff2000000".into(),
-                bytes: 8,
-                hidden: true,
-            }),
+                bytes: 96,
+            },
+            rodata: AllocationReport {
+                address: "0xfffffffff2200000".into(),
+                bytes: 16,
+            },
+            data: AllocationReport {
+                address: "0xfffffffff2400000".into(),
+                bytes: 1280,
+            },
             tasks,
             at_once: false,
             pauses: PauseReport {
