@@ -1,8 +1,8 @@
 //! What else in the guest uses a patch's code: while something does, the code cannot be freed.
 //!
 //! Perf and BPF hold references to a module (`module.refcnt`). A kprobe holds one only while it is
-//! registered (`kernel/kprobes.c: register_kprobe`); later the kernel finds it in `kprobe_table`, and
-//! tells it when a module goes, which a patch cannot. A probe that was removed may still change the
+//! being registered (`kernel/kprobes.c: register_kprobe`). After that the kernel finds it in
+//! `kprobe_table` when a module goes, and disarms it, which nothing does for a patch. A probe that was removed may still change the
 //! code once more, when its optimization is undone; until then the code is not what was written.
 //! The table changes by single pointers, so that it can be read at any moment.
 
