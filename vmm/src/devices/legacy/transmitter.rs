@@ -5,7 +5,7 @@
 //! 16 bytes for each time that the transmitter is empty (`drivers/tty/serial/8250/8250_port.c:
 //! serial8250_tx_chars`, `8250_core.c: serial8250_interrupt`). Then the interrupt is pending again:
 //! a guest that prints much does nothing else on that CPU, until its watchdogs report a lockup. So
-//! after a burst of bytes the transmitter takes its time, as a real one does after its FIFO's.
+//! after what a handler writes in one go the transmitter takes its time, as a real one does.
 //!
 //! Only for a driver that has the interrupt enabled. One that polls (`wait_for_xmitr`: the kernel's
 //! own messages) has disabled it, finds the transmitter always empty, and loses no time.
@@ -19,35 +19,27 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-/// How many bytes the transmitter takes before it is busy: a handler's turn. Each turn costs an
-/// interrupt and the time until the host's timer expires, so that a much smaller one makes printing
-/// slow.
-const BURST: u32 = 256;
-/// How long the transmitter is busy at least: 2.5 MB a second at most.
+/// How long the transmitter takes at least. With 16 bytes for each interrupt that is 160 KB a
+/// second; a real UART at 115,200 baud takes 14 times as long.
 const MIN_REST: Duration = Duration::from_micros(100);
-/// How long it is busy at most, for bytes between which the host did not run the vCPU.
+/// How long it takes at most, for bytes between which the host did not run the vCPU.
 const MAX_REST: Duration = Duration::from_millis(10);
 /// How often it is checked whether more can be printed, when the output is not read.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// The bytes that were written since the transmitter last had its time.
+/// When the bytes were written that keep the transmitter busy.
 #[derive(Clone, Copy, Debug)]
-struct Burst {
+struct Load {
     first: Instant,
     last: Instant,
-    bytes: u32,
 }
 
-impl Burst {
-    /// When the transmitter has had its time: after as long as the guest needed for writing, within
-    /// limits, so that much of a CPU's time is left for other work.
+impl Load {
+    /// When the transmitter is empty again: after as long as the guest needed for writing, so that
+    /// its handler takes half of a CPU's time at most, on however slow a host.
     fn end(&self) -> Instant {
         let writing = self.last.duration_since(self.first);
         self.last + writing.clamp(MIN_REST, MAX_REST)
-    }
-
-    fn is_complete(&self) -> bool {
-        self.bytes >= BURST
     }
 }
 
@@ -59,8 +51,8 @@ pub struct Transmitter {
     enabled: bool,
     /// The transmitter has become empty, and the driver has neither been told nor written since.
     pending: bool,
-    /// `None`: it has had its time.
-    burst: Option<Burst>,
+    /// `None`: it is empty.
+    load: Option<Load>,
     timer: TimerFd,
 }
 
@@ -74,7 +66,7 @@ impl Transmitter {
             irq,
             enabled: false,
             pending: false,
-            burst: None,
+            load: None,
             timer: TimerFd::new()?,
         })
     }
@@ -91,11 +83,7 @@ impl Transmitter {
 
     /// Whether the driver finds the transmitter empty.
     pub fn is_empty(&self) -> bool {
-        !self.enabled || !self.is_busy()
-    }
-
-    fn is_busy(&self) -> bool {
-        self.burst.is_some_and(|burst| burst.is_complete())
+        self.load.is_none() || !self.enabled
     }
 
     /// Whether the empty transmitter is a reason for an interrupt.
@@ -109,37 +97,31 @@ impl Transmitter {
     }
 
     /// The driver enables or disables the interrupt. An empty transmitter interrupts when that is
-    /// enabled, but only when it has had its time: a driver that is given many short lines, and
-    /// enables the interrupt for each, then prints several in one turn.
+    /// enabled.
     pub fn enable(&mut self, enabled: bool) {
         let was_enabled = std::mem::replace(&mut self.enabled, enabled);
-        if enabled && self.burst.is_none() && !(was_enabled && self.pending) {
+        if enabled && self.load.is_none() && !(was_enabled && self.pending) {
             self.interrupt();
         }
     }
 
     /// A byte was written.
-    ///
-    /// Before the burst is complete, the transmitter is empty again at once. A handler sees that
-    /// when it reads the reason again, which it does until there is none; so this raises no
-    /// interrupt for each byte. Whoever writes elsewhere gets the interrupt of
-    /// [`check`](Self::check).
     pub fn written(&mut self) {
         if !self.enabled {
             return;
         }
+        self.pending = false;
         let now = Instant::now();
-        let first = self.burst.map_or(now, |burst| burst.first);
-        let bytes = self.burst.map_or(0, |burst| burst.bytes).saturating_add(1);
-        let is_new = self.burst.is_none();
-        self.burst = Some(Burst {
-            first,
-            last: now,
-            bytes,
-        });
-        self.pending = !self.is_busy();
-        if is_new {
-            self.check_in(MIN_REST);
+        match &mut self.load {
+            Some(load) => load.last = now,
+            None => {
+                let load = Load {
+                    first: now,
+                    last: now,
+                };
+                self.load = Some(load);
+                self.check_in(MIN_REST);
+            }
         }
     }
 
@@ -148,8 +130,8 @@ impl Transmitter {
     /// on.
     pub fn check(&mut self, output_has_room: bool) {
         let left = self
-            .burst
-            .map(|burst| burst.end().saturating_duration_since(Instant::now()));
+            .load
+            .map(|load| load.end().saturating_duration_since(Instant::now()));
         match left {
             Some(_) if !output_has_room => self.check_in(RETRY),
             Some(left) if !left.is_zero() => self.check_in(left),
@@ -161,7 +143,7 @@ impl Transmitter {
         if let Err(e) = self.timer.clear() {
             tracing::warn!("COM1: {e}");
         }
-        if self.burst.take().is_some() && self.enabled {
+        if self.load.take().is_some() && self.enabled {
             self.interrupt();
         }
     }
@@ -169,7 +151,7 @@ impl Transmitter {
     fn check_in(&mut self, time: Duration) {
         if let Err(e) = self.timer.reset(time, None) {
             tracing::warn!("COM1 has no timer: {e}");
-            self.burst = None;
+            self.load = None;
             self.interrupt();
         }
     }
