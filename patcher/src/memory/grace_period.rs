@@ -4,8 +4,8 @@
 //! still read it, as long as a grace period of the guest's RCU has not passed. The guest counts them
 //! in `rcu_state.gp_seq` (`kernel/rcu/rcu.h: rcu_seq_snap`): the low bits tell whether one is in
 //! progress, the others how many there were. One that is in progress may have begun before; after
-//! two, one has both begun and ended since. This module knows numbers only; whoever reads the
-//! counter knows where it is.
+//! two, one has both begun and ended since. This module knows numbers only; where the
+//! counter is, its callers know.
 
 use crate::memory::Allocation;
 

@@ -14,7 +14,7 @@ use crate::registration::mod_tree::TreeNode;
 use crate::registration::tables::PlacedTables;
 use crate::registration::words::Words;
 
-/// `refcnt` of a module that nobody uses: `kernel/module/main.c: MODULE_REF_BASE`, and one for
+/// `refcnt` of a module without users: `kernel/module/main.c: MODULE_REF_BASE`, and one for
 /// outpatch, so that nothing takes it for one that can be unloaded.
 pub const UNUSED: u32 = 2;
 

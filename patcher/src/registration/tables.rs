@@ -1,5 +1,5 @@
 //! The tables that a patch's `struct module` points to and that are made when its code is complete:
-//! unwind data and symbols. Nobody writes them.
+//! unwind data and symbols. They are never written.
 //!
 //! Unwind data are the ORC entries of the patch's code, as
 //! `arch/x86/kernel/unwind_orc.c: unwind_module_init` sorts them, and one for its entry stubs. Their

@@ -45,7 +45,8 @@ impl StepContext<'_> {
         }
     }
 
-    /// Checks, before a transition starts, that nothing else in the guest uses code that it frees. The transition that applies a patch can always be reversed.
+    /// Checks, before a transition starts, that nothing else in the guest uses code that it frees.
+    /// The transition that applies a patch can always be reversed.
     ///
     /// # Errors
     /// [`PatchError::InUse`].

@@ -26,7 +26,7 @@ pub struct RegionSize {
 pub struct Sizes {
     /// Code.
     pub code: RegionSize,
-    /// Constants and tables that nobody writes.
+    /// Constants, and tables that are never written.
     pub rodata: RegionSize,
     /// Data, and the tables and structures that the guest writes.
     pub data: RegionSize,

@@ -51,7 +51,7 @@ pub(in crate::module) fn apply(linker: &mut Linker<'_>) -> Result<(), LinkError>
 }
 
 /// The address of a text that the field at `offset` refers to, if it has one: a warning need not
-/// have a format, and nobody reads that of one in a dropped section.
+/// have a format, and that of one in a dropped section is never read.
 fn text_address(
     linker: &Linker<'_>,
     table: Table<'_>,

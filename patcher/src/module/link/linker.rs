@@ -75,7 +75,7 @@ impl<'a> Linker<'a> {
             let Some(base) = self.symbols.section_base(index) else {
                 continue;
             };
-            // Its pointers to the init and exit functions, and the tables that are made anew.
+            // Its pointers to the init and exit functions, and the tables that are replaced.
             if [THIS_MODULE, EX_TABLE, BUG_TABLE].contains(&section.name.as_str()) {
                 continue;
             }
